@@ -1,0 +1,78 @@
+"""The CLIP guide: an ``open_clip`` model behind differentiable preprocessing and cached text features.
+
+Features are returned *raw* (not normalised) unless said otherwise; D is the embedding width, T = 79 templates.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from open_clip.tokenizer import SimpleTokenizer
+from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
+from torch import Tensor, nn
+
+TEMPLATES = tuple(t for t in OPENAI_IMAGENET_TEMPLATES if t("X") != "a photo of many X.")
+"""The paper's 79 prompt templates: OpenAI's 80 without "a photo of many {}."."""
+
+
+class ClipGuide(nn.Module):
+    """A frozen CLIP.
+
+    Args:
+        model: an ``open_clip`` CLIP.
+        antialias: low-pass when the picture is shrunk to CLIP's input. The published code ran on a torchvision that
+            ignored it for tensors; ``False`` reproduces that to the digit.
+    """
+
+    def __init__(self, model: nn.Module, antialias: bool = True):
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        size = model.visual.image_size
+        self.image_size: int = size[0] if isinstance(size, tuple) else size
+        self.context_length: int = model.context_length
+        self.antialias = antialias
+        self.tokenizer = SimpleTokenizer(context_length=self.context_length)
+        self.register_buffer("mean", torch.tensor(OPENAI_DATASET_MEAN).reshape(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(OPENAI_DATASET_STD).reshape(1, 3, 1, 1), persistent=False)
+        self._encode_one = lru_cache(maxsize=4096)(self._encode_one)
+
+    @property
+    def embed_dim(self) -> int:
+        """D."""
+        return self.model.text_projection.shape[1]
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """[N, 3, H, W] in [-1, 1] -> CLIP's input [N, 3, S, S]: to [0, 1], bicubic resize, mean/std."""
+        images = images * 0.5 + 0.5
+        if images.shape[-2:] != (self.image_size, self.image_size):
+            images = F.interpolate(images, (self.image_size, self.image_size), mode="bicubic", align_corners=False, antialias=self.antialias)
+        return (images - self.mean) / self.std
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """[N, 3, H, W] in [-1, 1] -> raw image features [N, D], differentiable."""
+        return self.model.encode_image(self.preprocess(images))
+
+    def tokenize(self, text: str) -> Tensor:
+        """One text -> tokens [1, context]. ValueError for an empty text or one longer than the context."""
+        if not text.strip():
+            raise ValueError("the prompt is empty: say what you want to see, e.g. 'green lipstick'")
+        count = len(self.tokenizer.encode(text)) + 2
+        if count > self.context_length:
+            raise ValueError(f"the prompt {text!r} has {count} tokens, but this CLIP reads at most {self.context_length} "
+                             "(start and end included): shorten it")
+        return self.tokenizer([text])
+
+    def _encode_one(self, text: str) -> Tensor:
+        with torch.no_grad():
+            return self.model.encode_text(self.tokenize(text).to(self.mean.device))
+
+    def encode_text(self, texts: str | Sequence[str]) -> Tensor:
+        """Text(s) -> raw text features [N, D], cached, without gradient."""
+        return torch.cat([self._encode_one(text) for text in ([texts] if isinstance(texts, str) else texts)])
+
+    def template_features(self, prompt: str) -> Tensor:
+        """Unit text features of ``prompt`` under the T templates, [T, D]."""
+        self.tokenize(prompt)                                      # the error should quote the prompt, not a template
+        return F.normalize(self.encode_text([template(prompt) for template in TEMPLATES]), dim=-1)

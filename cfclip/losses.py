@@ -1,0 +1,86 @@
+"""The losses of CF-CLIP, as pure functions. Embeddings are unit vectors; N rows, D wide; T templates."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms import RandomPerspective
+from torchvision.transforms.functional import perspective
+
+POSITIVES = ("text", "target")
+
+
+def direction(x: Tensor) -> Tensor:
+    """``x / |x|`` over the last dim; a vector that is zero up to rounding stays zero, with zero gradient."""
+    size = x.square().sum(-1, keepdim=True)
+    known = size > 1e-12
+    return torch.where(known, x, 0.0) / torch.where(known, size, 1.0).sqrt()
+
+
+def clip_nce(edited: Tensor, source: Tensor, target_text: Tensor, source_text: Tensor, temperature: float = 0.1, *,
+             positives: Sequence[str] = POSITIVES, negatives: str = "first", query: str = "difference") -> Tensor:
+    """CLIP-NCE (eq. 5-8 of the paper): pulls the edit's direction to the text's, pushes it from the source description.
+
+    Args:
+        edited: features of the augmented edited images [N, D], draw-major (all images of draw 1, then of draw 2, …).
+        source: features of the source images [N, D], or [B, D] with N a multiple of B.
+        target_text, source_text: features of the target and source prompt under each template [T, D].
+        positives: any of "text" (``mean_k T_k - S_k``) and "target" (``mean_k T_k - s``).
+        negatives: "first" (``S_k - s_0``, the published one), "per_image" (``S_k - s``), "none" (no S_k, and then each
+            positive of the other rows is not a negative either: the loss is ``-q p / tau``).
+        query: "difference" (``q_img - s``) or "image" (``q_img``).
+
+    Returns the mean over rows and positives. Finite, with zero gradient, where an edited image equals its source.
+    """
+    if len(edited) % len(source):
+        raise ValueError(f"{len(edited)} edited features are not a multiple of {len(source)} source features")
+    if not positives or (unknown := set(positives) - set(POSITIVES)):
+        raise ValueError(f"positives must be some of {POSITIVES}, not {tuple(positives)}")
+    if query not in ("difference", "image"):
+        raise ValueError(f"query must be 'difference' or 'image', not {query!r}")
+    s = source.repeat(len(edited) // len(source), 1)
+    q = direction(edited - s) if query == "difference" else direction(edited)
+    target = target_text.mean(0, keepdim=True)
+    p = {"text": direction((target_text - source_text).mean(0, keepdim=True)), "target": direction(target - s)}
+    if negatives == "first":
+        against = q @ direction(source_text - s[:1]).t()                                    # [N, T]
+    elif negatives == "per_image":
+        against = (q[:, None] * direction(source_text[None] - s[:, None])).sum(-1)
+    elif negatives == "none":
+        return -torch.stack([(q * p[name]).sum(-1).mean() for name in positives]).mean() / temperature
+    else:
+        raise ValueError(f"negatives must be 'first', 'per_image' or 'none', not {negatives!r}")
+    rows = []
+    for name in positives:
+        logits = torch.cat([(q * p[name]).sum(-1, keepdim=True), against], 1) / temperature
+        rows.append(-F.log_softmax(logits, 1)[:, 0])
+    return torch.cat(rows).mean()
+
+
+def latent_l2(w_edited: Tensor, w: Tensor) -> Tensor:
+    """``mean (w' - w)^2``."""
+    return F.mse_loss(w_edited, w)
+
+
+def identity_loss(facenet: Callable[[Tensor], Tensor], edited_images: Tensor, source_images: Tensor) -> Tensor:
+    """``1 - mean cos(R(x'), R(x))``; ``facenet`` maps images [N, 3, H, W] in [-1, 1] to unit features [N, D]."""
+    with torch.no_grad():
+        source = facenet(source_images)
+    return 1 - (facenet(edited_images) * source).sum(1).mean()
+
+
+def perspective_views(images: Tensor, draws: int = 8, distortion: float = 0.5, fill_mask: bool = False) -> Tensor:
+    """The published augmentation: ``draws`` random perspectives, each one warp for the whole batch, mid-grey outside.
+
+    [N, 3, H, W] -> [draws * N, 3, H, W], draw-major. Consumes torch's random numbers exactly as torchvision's
+    ``RandomPerspective(distortion, p=1)`` does. ``fill_mask`` multiplies by today's torchvision border mask, which
+    the paper's torchvision did not have.
+    """
+    height, width = images.shape[-2:]
+    views = []
+    for _ in range(draws):
+        torch.rand(1)                                              # torchvision's draw against p
+        start, end = RandomPerspective.get_params(width, height, distortion)
+        views.append(perspective(images, start, end, fill=[0.0] if fill_mask else None))
+    return torch.cat(views)

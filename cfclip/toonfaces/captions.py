@@ -1,0 +1,119 @@
+"""Plain-English captions of toon faces, and which captions are true of which face.
+
+A caption claims *facts* such as ("lipstick", "green"); a face has many. So the contrastive training knows every true
+(image, caption) pair of a batch, not only the one that was written for it.
+"""
+
+import numpy as np
+import torch
+from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
+
+from .factors import HAIR_STYLES, HELD_OUT, PARTS, Face, colours, sample_face
+
+Fact = tuple[str, str]
+
+FACTS: tuple[Fact, ...] = (
+    *((part, name) for part in PARTS for name in colours(part)),
+    *(("style", style) for style in HAIR_STYLES), ("beard?", "yes"), ("glasses", "yes"), ("smile", "yes"),
+    ("person", "man"), ("person", "woman"),
+)
+"""Everything that a caption can claim; the order of :func:`fact_vector`."""
+
+_NOUNS = {"lipstick": ("lipstick", "lipstick", "lips"), "hair": ("hair",), "eyebrows": ("eyebrows", "eyebrows", "brows"),
+          "eyes": ("eyes",), "skin": ("skin",), "beard": ("beard",)}
+_STYLES = {"short": ("short hair",), "long": ("long hair",), "bob": ("a bob", "a bob haircut"), "curly": ("curly hair", "curls"),
+           "bald": ("a bald head",)}
+
+
+def facts_of(face: Face) -> set[Fact]:
+    """Everything true of ``face`` that a caption can say."""
+    facts: set[Fact] = {(part, getattr(face, part).name) for part in PARTS if face.has(part)}
+    facts.add(("style", face.hair_style))
+    if face.has_beard or face.hair_style == "bald":
+        facts.add(("person", "man"))
+    elif face.hair_style in ("long", "bob"):
+        facts.add(("person", "woman"))
+    if face.has_beard:
+        facts.add(("beard?", "yes"))
+    if face.has_glasses:
+        facts.add(("glasses", "yes"))
+    if face.smile > 0.5:
+        facts.add(("smile", "yes"))
+    return facts
+
+
+def fact_vector(facts: set[Fact]) -> np.ndarray:
+    """Multi-hot bool [len(FACTS)]."""
+    return np.array([fact in facts for fact in FACTS])
+
+
+def matches(faces: np.ndarray, claims: np.ndarray) -> np.ndarray:
+    """faces [N, F], claims [M, F], bool -> [N, M]: whether every claim of caption m holds for face n."""
+    return (~faces).astype(np.float32) @ claims.T.astype(np.float32) == 0
+
+
+def phrase(part: str, colour: str, rng: np.random.Generator | None = None) -> str:
+    """"green lipstick", "a purple beard", …; without ``rng`` the plainest wording."""
+    noun = _NOUNS[part][0 if rng is None else rng.integers(len(_NOUNS[part]))]
+    return f"{colour} {noun}"
+
+
+def caption(face: Face, rng: np.random.Generator) -> tuple[str, set[Fact]]:
+    """A true caption of ``face`` and the facts it claims: 0 to 4 attributes, bare or in a CLIP template."""
+    facts = facts_of(face)
+    visible = [part for part in PARTS if face.has(part)]
+    count = rng.choice(5, p=(0.04, 0.46, 0.26, 0.16, 0.08))
+    chosen = list(rng.permutation(len(visible))[:count])
+    extras = [fact for fact in sorted(facts) if fact[0] in ("style", "glasses", "smile", "beard?")
+              and not (fact[0] == "beard?" and "beard" in [visible[i] for i in chosen])]
+    claims: set[Fact] = set()
+    words, adjectives = [], []
+    for i in chosen:
+        part = visible[i]
+        claims.add((part, getattr(face, part).name))
+        text = phrase(part, getattr(face, part).name, rng)
+        words.append(f"a {text}" if part == "beard" and rng.uniform() < 0.7 else text)
+    if extras and rng.uniform() < 0.35:
+        fact = extras[rng.integers(len(extras))]
+        claims.add(fact)
+        match fact:
+            case ("glasses", _):
+                words.append("glasses")
+            case ("beard?", _):
+                words.append("a beard")
+            case ("smile", _) if rng.uniform() < 0.5:
+                words.append("a smile")
+            case ("smile", _):
+                adjectives.append("smiling")
+            case ("style", "bald") if rng.uniform() < 0.8:
+                adjectives.append("bald")
+            case ("style", style):
+                words.append(_STYLES[style][rng.integers(len(_STYLES[style]))])
+    rng.shuffle(words)
+    gender = next((value for key, value in facts if key == "person"), None)
+    subject = "face" if rng.uniform() < 0.6 else "person"
+    if gender and rng.uniform() < 0.15:
+        subject = gender
+        claims.add(("person", gender))
+    with_words = " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
+    if with_words and not adjectives and subject in ("face", "person") and rng.uniform() < 0.4:
+        text = with_words
+    else:
+        text = " ".join([*adjectives, subject]) + (f" with {with_words}" if with_words else "")
+    if rng.uniform() < 0.7:
+        text = OPENAI_IMAGENET_TEMPLATES[rng.integers(len(OPENAI_IMAGENET_TEMPLATES))](text)
+    return text, claims
+
+
+def training_face(seed: tuple[int, ...]) -> Face:
+    """A face of both supports in which no held-out (part, colour) pair can be seen."""
+    for attempt in range(1000):
+        face = sample_face((*seed, attempt), "both")
+        if not any(face.has(part) and getattr(face, part).name == name for part, name in HELD_OUT):
+            return face
+    raise RuntimeError("no face without a held-out pair in 1000 draws: HELD_OUT covers too much")
+
+
+def match_matrix(faces: list[Face], claims: list[set[Fact]]) -> torch.Tensor:
+    """bool tensor [N, M]: which captions are true of which faces."""
+    return torch.from_numpy(matches(np.stack([fact_vector(facts_of(f)) for f in faces]), np.stack([fact_vector(c) for c in claims])))

@@ -1,0 +1,144 @@
+"""Trains the embedded CLIP: an ``open_clip`` model from our own config, contrastively, on both supports."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..clip import ClipGuide
+from ..training import fit
+from .captions import caption, match_matrix, phrase, training_face
+from .factors import HELD_OUT, NATURAL, PARTS, colours, sample_face
+from .gan import to_tensor
+from .render import render_image
+
+CONFIGS = Path(__file__).parent / "clip_configs"
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """How the CLIP was trained."""
+
+    model: str = "toonfaces-rn"   # a file of clip_configs/
+    batch: int = 128
+    steps: int = 2000
+    lr: float = 1e-3
+    warmup: int = 100
+    weight_decay: float = 0.02
+    warped: float = 0.5           # share of images under a random perspective, as CF-CLIP will show them
+    seed: int = 0
+    dtype: str = "bfloat16"       # autocast of the image and text towers
+
+
+def build(name: str = "toonfaces-rn") -> nn.Module:
+    """The untrained ``open_clip`` model of ``clip_configs/<name>.json``."""
+    if name not in open_clip.list_models():
+        open_clip.add_model_config(CONFIGS)
+    return open_clip.create_model(name, load_weights=False)
+
+
+def random_warp(images: Tensor, share: float, strength: float = 0.5) -> Tensor:
+    """Another random perspective for each image (a ``share`` of them), mid-grey outside. [N, 3, R, R] in [-1, 1]."""
+    n = len(images)
+    corners = torch.tensor([[-1.0, -1], [1, -1], [1, 1], [-1, 1]])
+    moved = corners * (1 - strength * torch.rand(n, 4, 2))
+    x, y = corners[:, 0].expand(n, 4), corners[:, 1].expand(n, 4)
+    u, v = moved.unbind(-1)
+    o, z = torch.ones_like(u), torch.zeros_like(u)
+    rows = torch.cat([torch.stack([u, v, o, z, z, z, -x * u, -x * v], -1), torch.stack([z, z, z, u, v, o, -y * u, -y * v], -1)], 1)
+    h = torch.linalg.solve(rows, torch.cat([x, y], 1))             # output point -> input point
+    h = torch.cat([h, torch.ones(n, 1)], 1).reshape(n, 3, 3)
+    r = images.shape[-1]
+    axis = (torch.arange(r) + 0.5) * 2 / r - 1
+    grid = torch.stack([*torch.meshgrid(axis, axis, indexing="xy"), torch.ones(r, r)], -1)
+    p = torch.einsum("nij,hwj->nhwi", h, grid)
+    warped = F.grid_sample(images, p[..., :2] / p[..., 2:], padding_mode="zeros", align_corners=False)
+    return torch.where(torch.rand(n, 1, 1, 1) < share, warped, images)
+
+
+def degrade(images: Tensor) -> Tensor:
+    """A little blur and noise on some images, so that the network does not depend on the renderer's exact edges."""
+    n, r = len(images), images.shape[-1]
+    soft = F.interpolate(F.interpolate(images, scale_factor=0.6, mode="bilinear", antialias=True), (r, r), mode="bilinear")
+    images = torch.lerp(images, soft, torch.rand(n, 1, 1, 1) * (torch.rand(n, 1, 1, 1) < 0.5))
+    return images + 0.06 * torch.rand(n, 1, 1, 1) * torch.randn_like(images)
+
+
+def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, true: Tensor) -> Tensor:
+    """CLIP's symmetric InfoNCE with every true pair of the batch as a positive (UniCL). image, text: unit [N, D]."""
+    logits = scale * image @ text.t()
+    target = true.float()
+    rows = -(F.log_softmax(logits, 1) * target / target.sum(1, keepdim=True)).sum(1)
+    columns = -(F.log_softmax(logits, 0) * target / target.sum(0, keepdim=True)).sum(0)
+    return (rows.mean() + columns.mean()) / 2
+
+
+def train(config: CLIPConfig, out: Path) -> nn.Module:
+    """Train (or go on training) in ``out``; returns the model in eval mode."""
+    torch.manual_seed(config.seed)
+    model = build(config.model).train().to(memory_format=torch.channels_last)
+    guide_tokenizer = open_clip.tokenizer.SimpleTokenizer(context_length=model.context_length)
+    plain = [p for name, p in model.named_parameters() if p.ndim < 2 or "embedding" in name]
+    decayed = [p for name, p in model.named_parameters() if not (p.ndim < 2 or "embedding" in name)]
+    optimizer = torch.optim.AdamW([{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": config.weight_decay}],
+                                  lr=config.lr, betas=(0.9, 0.98))
+    normalise = ClipGuide(build(config.model)).preprocess
+
+    def step(i: int) -> dict[str, float]:
+        ramp = min(1.0, (i + 1) / config.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * ramp * (0.51 + 0.49 * math.cos(math.pi * i / config.steps))
+        faces = [training_face((config.seed, 1, i, k)) for k in range(config.batch)]
+        written = [caption(face, np.random.default_rng((config.seed, 2, i, k))) for k, face in enumerate(faces)]
+        images = random_warp(degrade(to_tensor([render_image(face) for face in faces])), config.warped)
+        images = images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", getattr(torch, config.dtype), enabled=config.dtype != "float32"):
+            image = model.encode_image(normalise(images), normalize=True)
+            text = model.encode_text(guide_tokenizer([text for text, _ in written]), normalize=True)
+        true = match_matrix(faces, [claims for _, claims in written])
+        image, text = image.float(), text.float()
+        loss = contrastive_loss(image, text, model.logit_scale.exp(), true)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(100))
+            hit = true[torch.arange(len(image)), (image @ text.t()).argmax(1)].float().mean()
+        return {"loss": loss.item(), "top1": hit.item(), "scale": model.logit_scale.exp().item()}
+
+    fit(step, config.steps, state={"model": model, "optimizer": optimizer}, out=out, seed=config.seed, checkpoint_every=250, desc="clip")
+    return model.eval()
+
+
+@torch.no_grad()
+def colour_accuracy(guide: ClipGuide, faces: int = 1000, seed: int = 10_000) -> list[dict]:
+    """Zero-shot colour naming on held-out renders, a row per part.
+
+    For every part the right name is looked for among *all* its colours, with "face with <colour> <part>" under the
+    79 templates. ``accuracy`` is over faces whose part has a counterfactual colour, ``natural`` over the natural ones,
+    ``held_out`` over (part, colour) pairs that training never showed; n is beside each.
+    """
+    people = [sample_face((seed, k), "both") for k in range(faces)]
+    features = torch.cat([F.normalize(guide.encode_image(to_tensor([render_image(f) for f in people[k:k + 100]])), dim=-1)
+                          for k in range(0, faces, 100)])
+    rows = []
+    for part in PARTS:
+        names = list(colours(part))
+        text = torch.stack([F.normalize(guide.template_features(f"face with {phrase(part, name)}").mean(0), dim=-1) for name in names])
+        guess = (features @ text.t()).argmax(1).tolist()
+        right: dict[str, list[bool]] = {"accuracy": [], "natural": [], "held_out": []}
+        for face, g in zip(people, guess, strict=True):
+            if face.has(part):
+                name = getattr(face, part).name
+                right["natural" if name in NATURAL[part] else "accuracy"].append(names[g] == name)
+                if (part, name) in HELD_OUT:
+                    right["held_out"].append(names[g] == name)
+        rows.append({"part": part} | {k: v for key, hits in right.items()
+                                      for k, v in ((key, float(np.mean(hits)) if hits else float("nan")), (f"n_{key}", len(hits)))})
+    return rows

@@ -1,0 +1,97 @@
+"""The one training loop: it knows no network and no loss.
+
+Every step seeds its own randomness from (seed, step), so a resumed run takes the same steps as one never stopped.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+
+@dataclass(frozen=True)
+class Callback:
+    """``call(step)`` after every ``every`` steps and after the last one."""
+
+    every: int
+    call: Callable[[int], Any]
+
+
+def atomic_save(obj: Any, path: str | os.PathLike, save: Callable[[Any, Path], Any] = torch.save) -> Path:
+    """``save(obj, path)``, but a reader (or a crash) never sees half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        save(obj, part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seed torch for one step of one run."""
+    torch.manual_seed((seed * 1_000_003 + step) % 2 ** 63)
+
+
+def fit(step: Callable[[int], Mapping[str, float]], steps: int, *, state: Mapping[str, Any], out: str | os.PathLike | None = None,
+        seed: int = 0, callbacks: Iterable[Callback] = (), log_every: int = 20, checkpoint_every: int = 1000,
+        desc: str = "train", progress: bool = True) -> list[dict[str, float]]:
+    """Run ``step(i)`` for i = 0 … steps - 1.
+
+    Args:
+        step: one optimisation step; returns the numbers to log.
+        state: name -> object with ``state_dict``/``load_state_dict``; what a checkpoint holds.
+        out: folder for ``log.jsonl`` and ``checkpoint.pt``; if it holds a checkpoint the run goes on from there.
+            None keeps nothing on disk.
+
+    Returns the logged rows: means over ``log_every`` steps, with ``step`` and ``seconds``.
+    """
+    first, rows = 0, []
+    log = checkpoint = None
+    if out is not None:
+        out = Path(out)
+        out.mkdir(parents=True, exist_ok=True)
+        log, checkpoint = out / "log.jsonl", out / "checkpoint.pt"
+        if checkpoint.exists():
+            saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
+            for name, thing in state.items():
+                thing.load_state_dict(saved["state"][name])
+            first = saved["step"]
+            rows = [row for row in map(json.loads, log.read_text().splitlines()) if row["step"] <= first] if log.exists() else []
+        atomic_save(rows, log, lambda rows, path: path.write_text("".join(json.dumps(row) + "\n" for row in rows)))
+
+    def keep(done: int) -> None:
+        if checkpoint is not None:
+            atomic_save({"step": done, "state": {name: thing.state_dict() for name, thing in state.items()}}, checkpoint)
+
+    sums: dict[str, float] = {}
+    count, start, before = 0, time.perf_counter(), rows[-1]["seconds"] if rows else 0.0
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc=desc, disable=not progress, mininterval=1.0)
+    for i in bar:
+        seed_step(seed, i)
+        for name, value in step(i).items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+        count += 1
+        done, last = i + 1, i + 1 == steps
+        if done % log_every == 0 or last:
+            row = {"step": done, "seconds": round(before + time.perf_counter() - start, 2)} | {k: v / count for k, v in sums.items()}
+            rows.append(row)
+            bar.set_postfix({k: f"{v / count:.3g}" for k, v in sums.items()}, refresh=False)
+            if log is not None:
+                with log.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+            sums, count = {}, 0
+        if done % checkpoint_every == 0 or last:
+            keep(done)
+        for callback in callbacks:
+            if done % callback.every == 0 or last:
+                callback.call(done)
+    return rows
