@@ -1,1 +1,7 @@
-"""cfclip"""
+"""CF-CLIP: counterfactual image manipulation via CLIP."""
+
+from . import domains, latents, losses, mapper, metrics, reporting
+from .domains import load_domain
+from .method import CFCLIPConfig, find_mappers, train_mapper
+
+__all__ = ["CFCLIPConfig", "domains", "find_mappers", "latents", "load_domain", "losses", "mapper", "metrics", "reporting", "train_mapper"]

@@ -35,7 +35,7 @@ def clip_nce(edited: Tensor, source: Tensor, target_text: Tensor, source_text: T
     """
     if len(edited) % len(source):
         raise ValueError(f"{len(edited)} edited features are not a multiple of {len(source)} source features")
-    if not positives or (unknown := set(positives) - set(POSITIVES)):
+    if not positives or set(positives) - set(POSITIVES):
         raise ValueError(f"positives must be some of {POSITIVES}, not {tuple(positives)}")
     if query not in ("difference", "image"):
         raise ValueError(f"query must be 'difference' or 'image', not {query!r}")
@@ -67,7 +67,12 @@ def identity_loss(facenet: Callable[[Tensor], Tensor], edited_images: Tensor, so
     """``1 - mean cos(R(x'), R(x))``; ``facenet`` maps images [N, 3, H, W] in [-1, 1] to unit features [N, D]."""
     with torch.no_grad():
         source = facenet(source_images)
-    return 1 - (facenet(edited_images) * source).sum(1).mean()
+    return identity_loss_from_features(facenet(edited_images), source)
+
+
+def identity_loss_from_features(edited: Tensor, source: Tensor) -> Tensor:
+    """:func:`identity_loss` from unit features [N, D], for sources that were encoded before."""
+    return 1 - (edited * source).sum(1).mean()
 
 
 def perspective_views(images: Tensor, draws: int = 8, distortion: float = 0.5, fill_mask: bool = False) -> Tensor:

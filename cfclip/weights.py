@@ -18,13 +18,13 @@ class WeightsError(ValueError):
     """A weight file that cannot be used; the message names the file, the cause and the fix."""
 
 
-def save(module: nn.Module, path: str | os.PathLike, kind: str, config: Mapping[str, Any], dtype: torch.dtype | None = None,
+def save(module: nn.Module, path: str | os.PathLike, kind: str, config: Mapping[str, Any], store_as: torch.dtype | None = None,
          **card: Any) -> Path:
-    """Write ``module`` as safetensors; ``dtype`` is what floating-point tensors are stored in (default: as they are).
+    """Write ``module`` as safetensors; ``store_as`` is what floating-point tensors are stored in (default: as they are).
 
     ``config`` are the constructor arguments; ``card`` is anything worth keeping beside them (seed, budget, prompt …).
     """
-    tensors = {name: (t.to(dtype) if dtype and t.is_floating_point() else t).detach().cpu().contiguous().clone()
+    tensors = {name: (t.to(store_as) if store_as and t.is_floating_point() else t).detach().cpu().contiguous().clone()
                for name, t in module.state_dict().items()}
     header = {"cfclip": json.dumps({"kind": kind, "config": dict(config), "card": card}, ensure_ascii=False)}
     return atomic_save(tensors, path, lambda tensors, part: save_file(tensors, part, metadata=header))

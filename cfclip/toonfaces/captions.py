@@ -4,9 +4,11 @@ A caption claims *facts* such as ("lipstick", "green"); a face has many. So the 
 (image, caption) pair of a batch, not only the one that was written for it.
 """
 
+import re
+
 import numpy as np
-import torch
 from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
+from torch import Tensor
 
 from .factors import HAIR_STYLES, HELD_OUT, PARTS, Face, colours, sample_face
 
@@ -47,9 +49,9 @@ def fact_vector(facts: set[Fact]) -> np.ndarray:
     return np.array([fact in facts for fact in FACTS])
 
 
-def matches(faces: np.ndarray, claims: np.ndarray) -> np.ndarray:
-    """faces [N, F], claims [M, F], bool -> [N, M]: whether every claim of caption m holds for face n."""
-    return (~faces).astype(np.float32) @ claims.T.astype(np.float32) == 0
+def matches(faces: Tensor, claims: Tensor) -> Tensor:
+    """faces [N, F], claims [M, F], bool -> bool [N, M]: whether every claim of caption m holds for face n."""
+    return (~faces).float() @ claims.float().t() == 0
 
 
 def phrase(part: str, colour: str, rng: np.random.Generator | None = None) -> str:
@@ -58,11 +60,19 @@ def phrase(part: str, colour: str, rng: np.random.Generator | None = None) -> st
     return f"{colour} {noun}"
 
 
+def claim_of(prompt: str) -> tuple[str, str] | None:
+    """The (part, colour) that a prompt such as "green lipstick" or "a man with a blue beard" asks for; None if unclear."""
+    text = " ".join(prompt.lower().split())
+    claims = {(part, colour) for part in PARTS for colour in colours(part) for noun in _NOUNS[part]
+              if re.search(rf"\b{colour} {noun}\b", text)}
+    return claims.pop() if len(claims) == 1 else None
+
+
 def caption(face: Face, rng: np.random.Generator) -> tuple[str, set[Fact]]:
-    """A true caption of ``face`` and the facts it claims: 0 to 4 attributes, bare or in a CLIP template."""
+    """A true caption of ``face`` and the facts it claims: 0 to 6 part colours, bare or in a CLIP template."""
     facts = facts_of(face)
     visible = [part for part in PARTS if face.has(part)]
-    count = rng.choice(5, p=(0.04, 0.46, 0.26, 0.16, 0.08))
+    count = rng.choice(7, p=(0.03, 0.32, 0.22, 0.17, 0.12, 0.08, 0.06))
     chosen = list(rng.permutation(len(visible))[:count])
     extras = [fact for fact in sorted(facts) if fact[0] in ("style", "glasses", "smile", "beard?")
               and not (fact[0] == "beard?" and "beard" in [visible[i] for i in chosen])]
@@ -112,8 +122,3 @@ def training_face(seed: tuple[int, ...]) -> Face:
         if not any(face.has(part) and getattr(face, part).name == name for part, name in HELD_OUT):
             return face
     raise RuntimeError("no face without a held-out pair in 1000 draws: HELD_OUT covers too much")
-
-
-def match_matrix(faces: list[Face], claims: list[set[Fact]]) -> torch.Tensor:
-    """bool tensor [N, M]: which captions are true of which faces."""
-    return torch.from_numpy(matches(np.stack([fact_vector(facts_of(f)) for f in faces]), np.stack([fact_vector(c) for c in claims])))

@@ -7,6 +7,7 @@ CLIP, the identity network and the readout ever see). Background and shirt range
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
+from scipy.special import ndtr
 
 RGB = tuple[float, float, float]  # 0 … 255
 
@@ -50,8 +51,7 @@ PARTS: tuple[str, ...] = tuple(NATURAL)
 """The parts whose colour a prompt can name."""
 
 HELD_OUT: frozenset[tuple[str, str]] = frozenset({
-    ("skin", "cyan"), ("hair", "purple"), ("eyebrows", "yellow"), ("eyes", "orange"), ("lipstick", "orange"),
-    ("beard", "cyan"),
+    ("skin", "cyan"), ("eyebrows", "yellow"), ("eyes", "orange"), ("beard", "cyan"),
 })
 """(part, colour) pairs that CLIP never sees in training: each word is known, the composition is not."""
 
@@ -125,6 +125,22 @@ class Face:
         return replace(self, **{part: Colour(name, colours(part)[name])})
 
 
+_UNIT = {"face_width": (0.47, 0.57), "face_height": (0.58, 0.68), "jaw": (0, 1), "eye_spacing": (0.205, 0.265), "eye_size": (0.85, 1.15),
+         "eye_height": (-0.10, -0.02), "nose_length": (0.13, 0.22), "nose_width": (0.05, 0.10), "brow_thickness": (0.058, 0.092),
+         "brow_tilt": (-0.035, 0.045), "mouth_width": (0.155, 0.235), "lip_fullness": (0.125, 0.185), "hairline": (-0.52, -0.40),
+         "parting": (-0.3, 0.3), "smile": (-0.3, 1), "roll": (-0.12, 0.12), "yaw": (-1, 1), "zoom": (0.92, 1.06)}
+"""Ranges of the uniform factors."""
+
+
+def factor_vector(face: Face) -> np.ndarray:
+    """All factors as numbers in about [-1, 1]: nine colours, styles and presence, geometry, pose. [54]."""
+    colour = [c for part in PARTS for c in getattr(face, part).rgb] + [*face.background, *face.shirt, *face.frame]
+    flags = [face.hair_style == style for style in HAIR_STYLES] + [face.has_beard, face.has_glasses]
+    lengths = [(getattr(face, name) - low) / (high - low) for name, (low, high) in _UNIT.items()]
+    place = [face.shift[0] / 0.12 + 0.5, face.shift[1] / 0.1 + 0.5]
+    return 2 * np.array([*np.asarray(colour) / 255, *flags, *lengths, *place], dtype=np.float32) - 1
+
+
 IDENTITY_FACTORS: tuple[str, ...] = (
     "skin", "eyes", "hair_style", "face_width", "face_height", "jaw", "eye_spacing", "eye_size", "eye_height",
     "nose_length", "nose_width", "brow_thickness", "brow_tilt", "mouth_width", "lip_fullness", "hairline", "parting",
@@ -150,7 +166,27 @@ def _any_hue(rng: np.random.Generator) -> RGB:
     return (float(r), float(g), float(b))
 
 
-def sample_face(seed: int | tuple[int, ...], support: str = "natural") -> Face:
+class LatentDraws:
+    """Feeds :func:`sample_face` from a latent code z [D] instead of a random stream: draw k is the normal CDF of z_k."""
+
+    def __init__(self, z: np.ndarray):
+        self._u = iter(np.clip(ndtr(z), 1e-6, 1 - 1e-6))
+
+    def uniform(self, low: float = 0.0, high: float = 1.0, size: int | None = None):
+        """As numpy's."""
+        u = next(self._u) if size is None else np.array([next(self._u) for _ in range(size)])
+        return low + (high - low) * u
+
+    def integers(self, n: int) -> int:
+        """As numpy's."""
+        return int(next(self._u) * n)
+
+    def choice(self, n: int, p) -> int:
+        """As numpy's."""
+        return int(np.searchsorted(np.cumsum(p), next(self._u)).clip(0, n - 1))
+
+
+def sample_face(seed: int | tuple[int, ...] | LatentDraws, support: str = "natural") -> Face:
     """A face, the same one for the same ``seed``.
 
     ``support``: "natural" (the generator's), or "both" (every colour factor is counterfactual with probability ½,
@@ -158,7 +194,7 @@ def sample_face(seed: int | tuple[int, ...], support: str = "natural") -> Face:
     """
     if support not in ("natural", "both"):
         raise ValueError(f"support must be 'natural' or 'both', not {support!r}")
-    rng = np.random.default_rng(seed)
+    rng = seed if isinstance(seed, LatentDraws) else np.random.default_rng(seed)
     colour = {part: _pick(rng, NATURAL[part]) for part in PARTS}
     darker = tuple(0.82 * c for c in colour["hair"].rgb)
     colour["eyebrows"] = Colour(colour["hair"].name, _jitter(rng, darker, 0.03))
@@ -177,11 +213,7 @@ def sample_face(seed: int | tuple[int, ...], support: str = "natural") -> Face:
         **colour, background=_any_hue(rng), shirt=_any_hue(rng), frame=_jitter(rng, (40, 34, 36), 0.15),
         hair_style=style, has_beard=bool(u() < (0.12 if style in ("long", "bob") else 0.4)),
         has_glasses=bool(u() < 0.25),
-        face_width=u(0.47, 0.57), face_height=u(0.58, 0.68), jaw=u(0, 1), eye_spacing=u(0.205, 0.265),
-        eye_size=u(0.85, 1.15), eye_height=u(-0.10, -0.02), nose_length=u(0.13, 0.22), nose_width=u(0.05, 0.10),
-        brow_thickness=u(0.058, 0.092), brow_tilt=u(-0.035, 0.045), mouth_width=u(0.155, 0.235),
-        lip_fullness=u(0.125, 0.185), hairline=u(-0.52, -0.40), parting=u(-0.3, 0.3),
-        smile=u(-0.3, 1), shift=(u(-0.06, 0.06), u(-0.05, 0.05)), roll=u(-0.12, 0.12), yaw=u(-1, 1), zoom=u(0.92, 1.06),
+        shift=(u(-0.06, 0.06), u(-0.05, 0.05)), **{name: u(low, high) for name, (low, high) in _UNIT.items()},
     )
 
 
@@ -193,3 +225,6 @@ def new_photo(face: Face, seed: int | tuple[int, ...], support: str = "both") ->
 
 
 assert set(IDENTITY_FACTORS) < {f.name for f in fields(Face)}
+
+FACTORS: int = factor_vector(sample_face(0)).size
+"""Length of :func:`factor_vector`."""

@@ -2,18 +2,21 @@
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from ..ops import bias_act, setup_filter
-from ..stylegan2 import EqualLinear, Generator
-from ..training import Callback, fit
-from .factors import sample_face
+from ..stylegan2 import EqualLinear, Generator, pixel_norm
+from ..training import Callback, atomic_save, fit
+from .factors import FACTORS, LatentDraws, factor_vector, sample_face
 from .render import render_image
 
 
@@ -27,12 +30,15 @@ class GANConfig:
     w_dim: int = 128            # = z_dim
     mapping_layers: int = 4
     batch: int = 16
-    steps: int = 10_000
+    warm_steps: int = 2000      # of regression before the adversarial training, see GANTraining.warm_step
+    warm_pool: int = 30_000
+    warm_lr: float = 0.01       # fifty times that for the mapping network, whose own lr_mul is 0.01
+    steps: int = 1500
     lr: float = 0.0025
-    r1_gamma: float = 0.1       # on every r1_every-th step, weighted accordingly
+    r1_gamma: float = 1.0       # on every r1_every-th step, weighted accordingly
     r1_every: int = 16
-    mixing: float = 0.9         # probability of style mixing
-    ema_images: int = 10_000    # half-life of the averaged generator
+    mixing: float = 0.5         # probability of style mixing
+    ema_images: int = 5_000    # half-life of the averaged generator
     seed: int = 0
     dtype: str = "bfloat16"     # of the convolutions; R1 and the RGB sums stay float32
 
@@ -67,7 +73,7 @@ class Discriminator(nn.Module):
         self.from_rgb = EqualConv(3, top[0], 1)
         self.blocks = nn.ModuleList(
             nn.ModuleList([EqualConv(a, a, 3), EqualConv(a, b, 3, down=True), EqualConv(a, b, 1, down=True, activate=False)])
-            for a, b in zip(top, top[1:], strict=False))
+            for a, b in zip(top[:-1], top[1:], strict=True))
         self.final = EqualConv(top[-1] + 1, top[-1], 3)
         self.fc = nn.Sequential(EqualLinear(top[-1] * 16, top[-1], activate=True), EqualLinear(top[-1], 1))
 
@@ -83,7 +89,7 @@ class Discriminator(nn.Module):
         return self.fc(self.final(x).flatten(1)).squeeze(1)
 
 
-def to_tensor(images: list[np.ndarray]) -> Tensor:
+def to_tensor(images: Sequence[np.ndarray] | np.ndarray) -> Tensor:
     """uint8 [R, R, 3] pictures -> float32 [N, 3, R, R] in [-1, 1]."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -97,13 +103,62 @@ class GANTraining:
         self.g = Generator(config.resolution, config.channels, config.w_dim, config.w_dim, config.mapping_layers)
         self.d = Discriminator(config.resolution, config.d_channels)
         self.ema = copy.deepcopy(self.g).eval().requires_grad_(False)
+        self.factors_to_w, self._drawn = nn.Linear(FACTORS, config.w_dim), None
+        synthesis = [p for name, p in self.g.named_parameters() if not name.startswith("style.")]
+        self.opt_warm = torch.optim.Adam([{"params": synthesis, "boost": 1}, {"params": self.factors_to_w.parameters(), "boost": 0.5},
+                                          {"params": self.g.style.parameters(), "boost": 50}], betas=(0.9, 0.99))
         self.opt_g = torch.optim.Adam(self.g.parameters(), config.lr, betas=(0.0, 0.99), eps=1e-8)
         lazy = config.r1_every / (config.r1_every + 1)
         self.opt_d = torch.optim.Adam(self.d.parameters(), config.lr * lazy, betas=(0.0, 0.99 ** lazy), eps=1e-8)
 
+    def _pool(self) -> tuple[Tensor, Tensor, np.ndarray]:
+        """Codes z, what they stand for (factor vectors) and the pictures, drawn once."""
+        if self._drawn is None:
+            c = self.config
+            z = torch.randn(c.warm_pool, c.w_dim, generator=torch.Generator().manual_seed(c.seed))
+            people = [sample_face(LatentDraws(code)) for code in tqdm(pixel_norm(z).double().numpy(), "faces", leave=False)]
+            pictures = np.stack([render_image(face, c.resolution) for face in tqdm(people, "pictures", leave=False)])
+            self._drawn = z, torch.from_numpy(np.stack([factor_vector(face) for face in people])), pictures
+        return self._drawn
+
+    def warm_step(self, i: int) -> dict[str, float]:
+        """One step of regression, on natural faces like all that the generator sees.
+
+        The synthesis network learns to draw a face from its factors (``|G(w) - render(face)|``, and the same of the pictures'
+        gradients), through a linear layer ``factors -> w`` that is thrown away; the mapping network learns to give
+        that w for the z that stands for the face. A purely adversarial start took many times as long on a CPU.
+        """
+        c = self.config
+        for group in self.opt_warm.param_groups:
+            group["lr"] = group["boost"] * c.warm_lr * min(1.0, (i + 1) / 50, 1.1 - i / c.warm_steps)
+        z, factors, pictures = self._pool()
+        batch, many = torch.randint(len(z), (c.batch,)), torch.randint(len(z), (512,))
+        w = self.factors_to_w(factors[batch])
+        error = self.g.synthesis(w[:, None].expand(-1, self.g.num_ws, -1), "random", self.dtype) - to_tensor(pictures[batch])
+        loss = error.abs().mean() + 0.5 * (error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean())
+        with torch.no_grad():
+            w_true = self.factors_to_w(factors[many])
+            self.g.w_avg.lerp_(w_true.mean(0), 0.005)
+        loss_w = (self.g.map_one(z[many]) - w_true).square().mean() / w_true.var(0).mean()
+        self.opt_warm.zero_grad()
+        (loss + loss_w).backward()
+        self.opt_warm.step()
+        self._average(c.batch * (i + 1))
+        return {"loss": loss.item(), "error": error.detach().abs().mean().item(), "unexplained_w": loss_w.item()}
+
+    def _average(self, images: int) -> None:
+        """The averaged generator after ``images`` pictures."""
+        decay = 0.5 ** (self.config.batch / min(self.config.ema_images, 0.05 * images + 1e-8))
+        with torch.no_grad():
+            for averaged, live in zip(self.ema.parameters(), self.g.parameters(), strict=True):
+                averaged.lerp_(live, 1 - decay)
+            for averaged, live in zip(self.ema.buffers(), self.g.buffers(), strict=True):
+                averaged.copy_(live)
+
     @property
     def state(self) -> dict:
-        return {"g": self.g, "d": self.d, "ema": self.ema, "opt_g": self.opt_g, "opt_d": self.opt_d}
+        return {"g": self.g, "d": self.d, "ema": self.ema, "opt_g": self.opt_g, "opt_d": self.opt_d, "opt_warm": self.opt_warm,
+                "factors_to_w": self.factors_to_w}
 
     def _reals(self, step: int) -> Tensor:
         c = self.config
@@ -139,13 +194,7 @@ class GANTraining:
         loss_d.backward()
         self.opt_d.step()
 
-        images = (i + 1) * c.batch
-        decay = 0.5 ** (c.batch / min(c.ema_images, 0.05 * images + 1e-8))
-        with torch.no_grad():
-            for averaged, live in zip(self.ema.parameters(), self.g.parameters(), strict=True):
-                averaged.lerp_(live, 1 - decay)
-            for averaged, live in zip(self.ema.buffers(), self.g.buffers(), strict=True):
-                averaged.copy_(live)
+        self._average(c.batch * (c.warm_steps + i + 1))
         return {"loss_g": loss_g.item(), "loss_d": loss_d.item(), "real": logits_real.detach().sign().mean().item(),
                 "fake": logits_fake.detach().sign().mean().item()}
 
@@ -160,16 +209,19 @@ def sample_grid(generator: Generator, rows: int = 8, columns: int = 8, seed: int
     return images.reshape(rows, columns, 3, r, r).permute(0, 3, 1, 4, 2).reshape(rows * r, columns * r, 3).numpy()
 
 
+def save_grid(generator: Generator, path: Path) -> None:
+    """:func:`sample_grid` as a PNG."""
+    atomic_save(Image.fromarray(sample_grid(generator)), path, lambda image, part: image.save(part, format="PNG"))
+
+
 def train(config: GANConfig, out: Path, preview_every: int = 250) -> Generator:
     """Train (or go on training) in ``out``; returns the averaged generator. Sample grids land in ``out/samples``."""
-    from PIL import Image
-
     training = GANTraining(config)
-    (out / "samples").mkdir(parents=True, exist_ok=True)
+    shared = {"state": training.state, "seed": config.seed, "checkpoint_every": 250}
 
-    def preview(step: int) -> None:
-        Image.fromarray(sample_grid(training.ema)).save(out / "samples" / f"{step:06d}.png")
+    def preview(phase: str) -> Callback:
+        return Callback(preview_every, lambda step: save_grid(training.ema, out / "samples" / f"{phase}-{step:06d}.png"))
 
-    fit(training.step, config.steps, state=training.state, out=out, seed=config.seed, checkpoint_every=500,
-        callbacks=[Callback(preview_every, preview)], desc="generator")
+    fit(training.warm_step, config.warm_steps, out=out / "warm", callbacks=[preview("a-warm")], desc="generator, regression", **shared)
+    fit(training.step, config.steps, out=out, callbacks=[preview("b-gan")], desc="generator, adversarial", **shared)
     return training.ema

@@ -1,0 +1,62 @@
+"""``cfclip …``: a thin door to the package's functions."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .domains import DATA
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Counterfactual image manipulation via CLIP.")
+toonfaces = typer.Typer(no_args_is_help=True, help="The embedded domain's networks.")
+app.add_typer(toonfaces, name="toonfaces")
+
+Name = Annotated[str, typer.Argument(help="generator, clip, identity or readout")]
+
+
+def _check(name: str) -> None:
+    from .toonfaces.cards import NETWORKS
+    if name not in NETWORKS:
+        raise typer.BadParameter(f"unknown network {name!r}; there are: {', '.join(NETWORKS)}")
+
+
+@toonfaces.command("train")
+def toonfaces_train(
+    name: Name,
+    steps: Annotated[int | None, typer.Option(help="optimisation steps; default: the committed weights' recipe")] = None,
+    seed: int = 0,
+    out: Annotated[Path | None, typer.Option(help="checkpoints and logs; a stopped run goes on from here")] = None,
+    weights: Annotated[Path, typer.Option(help="where the trained file goes")] = DATA / "toonfaces",
+) -> None:
+    """Train one network, store it with its card. Stop it at any time: the same command goes on."""
+    from .toonfaces import cards
+    _check(name)
+    overrides = {"seed": seed} | ({} if steps is None else {"steps": steps})
+    cards.train(name, out or Path("reports/runs/toonfaces") / name, weights, **overrides)
+    typer.echo(cards.write_card(name, weights))
+
+
+@toonfaces.command("measure")
+def toonfaces_measure(name: Annotated[str | None, typer.Argument(help="one network; default: all")] = None) -> None:
+    """Measure the committed networks again and rewrite their cards."""
+    from .toonfaces import cards
+    for one in [name] if name else list(cards.NETWORKS):
+        _check(one)
+        typer.echo(cards.write_card(one))
+
+
+@app.command()
+def reproduce(
+    reports: Annotated[Path, typer.Option(help="where tables and figures go")] = Path("reports"),
+    preset: Annotated[Path, typer.Option(help="papermill parameters")] = Path("notebooks/presets/toonfaces.yaml"),
+) -> None:
+    """Run the notebooks in order and rewrite the reports."""
+    from .reproduce import reproduce as run
+    try:
+        run(reports, preset)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"cfclip: {error}") from None
+
+
+if __name__ == "__main__":
+    app()

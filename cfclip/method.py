@@ -1,0 +1,139 @@
+"""CF-CLIP itself: the objective of the paper and the training of one mapper for one prompt."""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from pytorch_optimizer import Ranger
+from torch import Tensor
+
+from . import latents, weights
+from .domains import Domain
+from .losses import clip_nce, identity_loss_from_features, latent_l2, perspective_views
+from .mapper import Mapper, MapperConfig
+from .training import Callback, fit
+
+
+@dataclass(frozen=True)
+class CFCLIPConfig:
+    """One run of CF-CLIP. The defaults are the paper's for faces, but for the number of steps."""
+
+    prompt: str                              # target text, e.g. "green lipstick"
+    source_text: str | None = None           # default: the domain's
+    steps: int = 50_000
+    batch: int = 2
+    lr: float = 0.5                          # of Ranger
+    lambda_id: float = 0.2
+    lambda_l2: float = 0.8
+    lambda_nce: float = 0.3
+    temperature: float = 0.1                 # tau
+    draws: int = 8                           # perspective views of every edited image
+    positives: tuple[str, ...] = ("text", "target")
+    negatives: str = "first"                 # see losses.clip_nce
+    query: str = "difference"
+    levels: tuple[str, ...] = ("coarse", "medium", "fine")
+    norm_axis: str = "layer"                 # as published; "channel" lets more than the signs of the text through
+    train_latents: int = 512
+    seed: int = 0
+    dtype: str = "float32"                   # of the convolutions: "bfloat16" is faster where the processor has it
+
+    def __post_init__(self):
+        for name in ("steps", "batch", "draws", "train_latents"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a whole number from 1, not {getattr(self, name)!r}")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype must be float32, bfloat16 or float16, not {self.dtype!r}")
+
+
+@dataclass
+class CFCLIP:
+    """A mapper in training: ``step(i)`` is one optimisation step (pass it to :func:`cfclip.training.fit`).
+
+    What does not change is computed once: the text features, and the source's CLIP and identity features per latent.
+    """
+
+    domain: Domain
+    config: CFCLIPConfig
+    mapper: Mapper = field(init=False)
+    optimizer: Ranger = field(init=False)
+
+    def __post_init__(self):
+        domain, c = self.domain, self.config
+        self.text_feature = domain.clip.encode_text(c.prompt)                             # [1, E], raw
+        self.target_text = domain.clip.template_features(c.prompt)                        # [T, E]
+        self.source_text = domain.clip.template_features(c.source_text or domain.source_text)
+        torch.manual_seed(c.seed)
+        g = domain.generator
+        self.mapper = Mapper(MapperConfig(g.num_ws, g.w_dim, domain.clip.embed_dim, c.levels, c.norm_axis)).to(domain.device)
+        self.optimizer = Ranger(self.mapper.parameters(), lr=c.lr, betas=(0.95, 0.999), eps=1e-5, k=6, alpha=0.5,
+                                degenerated_to_sgd=True)
+        self.dtype = getattr(torch, c.dtype)
+        self.w = latents.sample(g, c.train_latents, "train", c.seed, domain.truncation)
+        with torch.no_grad():
+            pairs = [self._features(self._synthesise(w)) for w in self.w.split(64)]
+        self.source_clip, self.source_id = (torch.cat(x) for x in zip(*pairs, strict=True))
+
+    def _synthesise(self, w: Tensor) -> Tensor:
+        return self.domain.generator.synthesis(w, dtype=None if self.dtype == torch.float32 else self.dtype)
+
+    def _clip(self, images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            feature = self.domain.clip.encode_image(images)
+        return torch.nn.functional.normalize(feature.float(), dim=-1)
+
+    def _features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self._clip(images), self.domain.identity(images)
+
+    def step(self, i: int) -> dict[str, float]:
+        """One step on a batch of training latents: ``lambda_id L_id + lambda_L2 L_2 + lambda_NCE L_NCE``."""
+        c = self.config
+        index = torch.randint(len(self.w), (c.batch,))
+        w = self.w[index]
+        w_edited = self.mapper.edit(w, self.text_feature)
+        edited = self._synthesise(w_edited)
+        nce = clip_nce(self._clip(perspective_views(edited, c.draws)), self.source_clip[index], self.target_text, self.source_text,
+                       c.temperature, positives=c.positives, negatives=c.negatives, query=c.query)
+        l2 = latent_l2(w_edited, w)
+        loss = c.lambda_nce * nce + c.lambda_l2 * l2
+        logs = {"nce": nce, "l2": l2}
+        if c.lambda_id:
+            logs["id"] = identity_loss_from_features(self.domain.identity(edited), self.source_id[index])
+            loss = loss + c.lambda_id * logs["id"]
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return {"loss": loss.item()} | {name: value.item() for name, value in logs.items()}
+
+
+def train_mapper(domain: Domain, config: CFCLIPConfig, out: str | os.PathLike | None = None, callbacks: Iterable[Callback] = (),
+                 progress: bool = True) -> tuple[Mapper, list[dict[str, float]]]:
+    """Train a mapper for one prompt; returns it (frozen, eval) with the logged rows.
+
+    With ``out`` the run keeps ``log.jsonl``, a checkpoint to resume from and finally ``mapper.safetensors`` there.
+    """
+    run = CFCLIP(domain, config)
+    rows = fit(run.step, config.steps, state={"mapper": run.mapper, "optimizer": run.optimizer}, out=out, seed=config.seed,
+               callbacks=callbacks, checkpoint_every=500, desc=config.prompt, progress=progress)
+    mapper = run.mapper.eval().requires_grad_(False)
+    if out is not None:
+        weights.save(mapper, f"{out}/mapper.safetensors", "mapper", mapper.metadata, store_as=torch.float16,
+                     domain=domain.name, **asdict(config))
+    return mapper, rows
+
+
+def find_mappers(folder: str | os.PathLike, prompts: Sequence[str] = ()) -> dict[str, Mapper]:
+    """prompt -> mapper, for every ``*.safetensors`` mapper in ``folder`` or a folder of it; ``prompts`` chooses and orders.
+
+    Raises ValueError if there is none, or none for one of ``prompts``.
+    """
+    found = {}
+    for path in sorted([*Path(folder).glob("*.safetensors"), *Path(folder).glob("*/mapper.safetensors")]):
+        tensors, config, card = weights.read(path, "mapper")
+        found[card.get("prompt", path.stem)] = weights.load_into(Mapper(MapperConfig(**config)), tensors, path)
+    if not found:
+        raise ValueError(f"no mapper in {folder}: train one with 02_training, out=<a folder in there>")
+    if missing := [prompt for prompt in prompts if prompt not in found]:
+        raise ValueError(f"no mapper for {missing} in {folder}; there are mappers for {list(found)}")
+    return {prompt: found[prompt] for prompt in prompts or found}

@@ -1,0 +1,129 @@
+"""Runs -> tidy tables and figures. Numbers are JSON lines beside each run; every figure can be redrawn from files."""
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from .training import atomic_save
+
+PERCENT = ("success_before", "success_after")
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """[N, 3, R, R] in [-1, 1] -> uint8 [N, R, R, 3]."""
+    return ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def writable(folder: str | os.PathLike) -> Path:
+    """``folder``, made if need be; PermissionError that names it and the fix if nothing can be written there."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise PermissionError(f"cannot write to {folder} ({error.strerror}): choose another folder or change its permissions") from None
+    return folder
+
+
+def write_rows(rows: Sequence[Mapping], path: str | os.PathLike) -> Path:
+    """JSON lines, atomically."""
+    return atomic_save(rows, path, lambda rows, part: part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)))
+
+
+def read_rows(path: str | os.PathLike) -> list[dict]:
+    """What :func:`write_rows` wrote."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def summary(table: pd.DataFrame, by: str = "prompt") -> pd.DataFrame:
+    """Mean of every number per group, in the groups' order of appearance, with n = pictures."""
+    grouped = table.groupby(by, sort=False)
+    means = grouped.mean(numeric_only=True).drop(columns=["index", "seed"], errors="ignore")
+    means.insert(0, "n", grouped.size())
+    return means.reset_index()
+
+
+def markdown(table: pd.DataFrame, note: str = "") -> str:
+    """A Markdown table: success in per cent, the rest to three digits."""
+    shown = table.copy()
+    for column in shown.columns:
+        if column in PERCENT:
+            shown[column] = [f"{100 * v:.1f} %" for v in shown[column]]
+        elif shown[column].dtype.kind == "f":
+            shown[column] = [f"{v:.3f}" if abs(v) < 10 else f"{v:.1f}" for v in shown[column]]
+    text = shown.rename(columns=lambda c: str(c).replace("_", " ")).to_markdown(index=False, disable_numparse=True)
+    return text + "\n" + (f"\n{note}\n" if note else "")
+
+
+def versions() -> dict[str, str]:
+    """What a number depends on."""
+    return {"python": platform.python_version(), "machine": platform.machine(), "device": "cpu",
+            "threads": str(torch.get_num_threads())} | {name: version(name) for name in ("torch", "torchvision", "open_clip_torch", "numpy")}
+
+
+def image_grid(rows: Mapping[str, Tensor], columns: int = 8, cell: float = 1.0, title: str = "") -> Figure:
+    """One labelled row of pictures per entry, label -> [N, 3, R, R] in [-1, 1]."""
+    figure, axes = plt.subplots(len(rows), columns, figsize=(cell * columns + 1.6, cell * len(rows) + (0.4 if title else 0)), squeeze=False)
+    for row, (label, images) in zip(axes, rows.items(), strict=True):
+        for axis, picture in zip(row, to_uint8(images[:columns]), strict=False):
+            axis.imshow(picture, interpolation="lanczos")
+        for axis in row:
+            axis.axis("off")
+        row[0].text(-0.12, 0.5, label, transform=row[0].transAxes, ha="right", va="center", fontsize=11)
+    if title:
+        figure.suptitle(title, fontsize=13)
+    figure.subplots_adjust(left=1.5 / (cell * columns + 1.6), right=1, bottom=0, top=1 if not title else 1 - 0.35 / (cell * len(rows) + 0.4),
+                           wspace=0.03, hspace=0.03)
+    return figure
+
+
+def save_figure(figure: Figure, path: str | os.PathLike, dpi: int = 120) -> Path:
+    """PNG, atomically, without a time stamp inside, so that the same run writes the same file."""
+    return atomic_save(figure, path, lambda figure, part: figure.savefig(part, dpi=dpi, format="png", metadata={"Software": None}))
+
+
+def loss_curves(log: pd.DataFrame) -> Figure:
+    """Every logged number against the step, one panel each."""
+    names = [c for c in log.columns if c not in ("step", "seconds")]
+    figure, axes = plt.subplots(1, len(names), figsize=(3.2 * len(names), 2.4), squeeze=False, layout="constrained")
+    for axis, name in zip(axes[0], names, strict=True):
+        sns.lineplot(log, x="step", y=name, ax=axis)
+        axis.set(title=name, ylabel="")
+    return figure
+
+
+def distributions(table: pd.DataFrame) -> Figure:
+    """How each metric is spread over the pictures, per prompt."""
+    names = [c for c in table.columns if table[c].dtype.kind == "f" and not c.startswith("success")]
+    figure, axes = plt.subplots(1, len(names), figsize=(2.6 * len(names), 0.7 + 0.45 * table.prompt.nunique()), sharey=True, squeeze=False,
+                                layout="constrained")
+    for axis, name in zip(axes[0], names, strict=True):
+        sns.boxplot(table, x=name, y="prompt", ax=axis, fliersize=2, linewidth=0.8, color="C0")
+        axis.set(xlabel=name.replace("_", " "), ylabel="")
+    return figure
+
+
+def write_report(folder: str | os.PathLike, table: pd.DataFrame, summary: pd.DataFrame, figures: Mapping[str, Figure], note: str) -> Path:
+    """``table.csv`` (a row a picture), ``metrics.jsonl`` (a row a prompt), ``README.md`` with the table, and the figures."""
+    folder = writable(folder)
+    atomic_save(table, folder / "table.csv", lambda table, part: table.to_csv(part, index=False, float_format="%.6g"))
+    write_rows(summary.to_dict("records"), folder / "metrics.jsonl")
+    for name, figure in figures.items():
+        save_figure(figure, folder / f"{name}.png")
+    pictures = "\n".join(f"![{name}]({name}.png)\n" for name in figures)
+    where = ", ".join(f"{name} {value}" for name, value in versions().items())
+    text = f"# Results\n\nRewritten by `make reproduce`; a row a picture in `table.csv`.\n\n{markdown(summary, note)}\n{where}.\n\n{pictures}"
+    return atomic_save(text, folder / "README.md", lambda text, part: part.write_text(text))

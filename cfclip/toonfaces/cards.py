@@ -1,0 +1,130 @@
+"""Trains, exports and measures the embedded networks; each weight file's card is written by the command that measured it."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from .. import weights
+from ..domains import DATA, load_toonfaces
+from ..reporting import markdown
+from ..training import atomic_save
+from . import clip, gan, identity, readout
+from .factors import NATURAL, PARTS, sample_face
+from .gan import to_tensor
+from .render import render_image
+
+
+@torch.no_grad()
+def kid_features(judge: readout.Readout, images: Tensor) -> np.ndarray:
+    """Means of the readout's four encoder stages over the picture, [N, 176]."""
+    features = []
+    for batch in images.split(100):
+        stages = []
+        for block in judge.down:
+            batch = block(batch)
+            stages.append(batch.mean((2, 3)))
+        features.append(torch.cat(stages, 1))
+    return torch.cat(features).double().numpy()
+
+
+def kid(a: np.ndarray, b: np.ndarray) -> float:
+    """Kernel inception distance (Binkowski et al. 2018): unbiased MMD^2 under ``(x y / d + 1)^3``, features standardised by b."""
+    mean, std = b.mean(0), b.std(0) + 1e-9
+    a, b = (a - mean) / std, (b - mean) / std
+    kaa, kbb, kab = ((x @ y.T / a.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
+    n, m = len(a), len(b)
+    return float((kaa.sum() - np.trace(kaa)) / (n * (n - 1)) + (kbb.sum() - np.trace(kbb)) / (m * (m - 1)) - 2 * kab.mean())
+
+
+def measure_generator(folder: Path) -> str:
+    """KID to held-out renders, share of samples that are no face, share of samples with a colour that training never showed."""
+    n = 1000
+    domain = load_toonfaces(folder)
+    with torch.no_grad():
+        z = torch.randn(n, domain.generator.z_dim, generator=torch.Generator().manual_seed(50_000))
+        fakes = torch.cat([domain.generator(part).clamp(-1, 1) for part in z.split(100)])
+    real, other = (to_tensor([render_image(sample_face((seed, k)), domain.generator.resolution) for k in range(n)]) for seed in (50_001, 50_002))
+    f_fake, f_real, f_other = (kid_features(domain.readout, x) for x in (fakes, real, other))
+    seen = domain.readout.measure(fakes)
+    rows = [{"what": "KID, samples to renders", "value": kid(f_fake, f_real), "n": n},
+            {"what": "KID, renders to other renders (the floor)", "value": kid(f_other, f_real), "n": n},
+            {"what": "share of samples with no face", "value": float(1 - seen.is_face.mean()), "n": n}]
+    for part in PARTS:
+        names = [name for name in seen.colour(part) if name is not None]
+        odd = float(np.mean([name not in NATURAL[part] for name in names]))
+        rows.append({"what": f"share of samples with a counterfactual colour: {part}", "value": odd, "n": len(names)})
+    gan.save_grid(domain.generator, folder / "generator.png")
+    return (markdown(pd.DataFrame(rows), "Samples at psi = 1, seed 50000. KID on the readout's encoder (176 pooled features, standardised), cubic kernel.")
+            + "\n![64 uncurated samples, psi = 1](generator.png)\n")
+
+
+def measure_clip(folder: Path) -> str:
+    """Zero-shot colour naming on held-out renders."""
+    table = pd.DataFrame(clip.colour_accuracy(load_toonfaces(folder).clip))
+    return markdown(table, "Share of held-out renders whose colour is named rightly among *all* colours of the part, by \"face with <colour> <part>\" "
+                    "under the 79 templates. accuracy: counterfactual colours; natural: natural ones; held_out: (part, colour) pairs never "
+                    "shown in training. Seed 10000.")
+
+
+def measure_identity(folder: Path) -> str:
+    """Verification with counterfactual make-up on one side."""
+    result = identity.verification(load_toonfaces(folder).identity)
+    return markdown(pd.DataFrame([result]), "Same person in another photo, with counterfactual make-up, hair and brow colours and a new pose, smile and "
+                    "background, against another person; people never seen in training. Seed 30000.")
+
+
+def measure_readout(folder: Path) -> str:
+    """Colour and presence accuracy on held-out renders."""
+    table = pd.DataFrame(readout.colour_accuracy(load_toonfaces(folder).readout))
+    return markdown(table, f"Held-out renders of both supports; colours over parts larger than {readout.VISIBLE:g} pixels. Seed 20000.")
+
+
+@dataclass(frozen=True)
+class Network:
+    """How one of the embedded networks is trained, stored and measured."""
+
+    config: type
+    train: Callable[[Any, Path], nn.Module]
+    metadata: Callable[[Any, nn.Module], dict]
+    measure: Callable[[Path], str]
+    title: str
+    dtype: torch.dtype = torch.float16
+
+
+NETWORKS: dict[str, Network] = {
+    "readout": Network(readout.ReadoutConfig, readout.train, lambda c, m: m.metadata, measure_readout,
+                       "Readout: part segmenter and presence factors, the judge that uses no CLIP"),
+    "identity": Network(identity.IdentityConfig, identity.train, lambda c, m: m.metadata, measure_identity,
+                        "Identity: a small ArcFace IR-SE"),
+    "clip": Network(clip.CLIPConfig, clip.train, lambda c, m: {"model": c.model}, measure_clip,
+                    "CLIP: open_clip model, convolutional image tower, open_clip's tokenizer"),
+    "generator": Network(gan.GANConfig, gan.train, lambda c, m: m.config, measure_generator,
+                         "Generator: StyleGAN2 that has seen natural colours only", dtype=torch.float32),
+}
+
+
+def train(name: str, out: Path, folder: Path = DATA / "toonfaces", **overrides: Any) -> Path:
+    """Train network ``name`` (going on in ``out`` if it was stopped) and store it as ``folder/<name>.safetensors``."""
+    network = NETWORKS[name]
+    config = network.config(**overrides)
+    model = network.train(config, out)
+    return weights.save(model, folder / f"{name}.safetensors", name, network.metadata(config, model), store_as=network.dtype, training=asdict(config))
+
+
+def write_card(name: str, folder: Path = DATA / "toonfaces") -> Path:
+    """Measure ``folder/<name>.safetensors`` and write what was found, with how it was trained, to ``folder/<name>.md``."""
+    path = folder / f"{name}.safetensors"
+    tensors, _, card = weights.read(path, name)
+    parameters = sum(t.numel() for t in tensors.values())
+    budget = "\n".join(f"| {key} | {value} |" for key, value in card.get("training", {}).items())
+    text = (f"# {NETWORKS[name].title}\n\n`{path.name}`: {parameters:,} values, {path.stat().st_size / 1e6:.1f} MB. "
+            f"Data: toonfaces renders, drawn afresh; no other source. Licence: MIT, as the code.\n\n"
+            f"Retrain: `cfclip toonfaces train {name}`. Measure again: `cfclip toonfaces measure {name}`.\n\n"
+            f"## Measured\n\n{NETWORKS[name].measure(folder)}\n## Training\n\n| setting | value |\n|---|---|\n{budget}\n")
+    return atomic_save(text, folder / f"{name}.md", lambda text, part: part.write_text(text))

@@ -1,0 +1,76 @@
+import dataclasses
+
+import pytest
+import torch
+
+from cfclip import latents
+from cfclip.method import CFCLIP, CFCLIPConfig, find_mappers, train_mapper
+
+CONFIG = CFCLIPConfig("green lipstick", steps=6, train_latents=6)
+
+
+def test_two_runs_agree_to_the_digit_and_a_resumed_one_too(domain, tmp_path):
+    first, rows = train_mapper(domain, CONFIG, progress=False)
+    second, rows2 = train_mapper(domain, CONFIG, tmp_path, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert [{k: v for k, v in r.items() if k != "seconds"} for r in rows] == [{k: v for k, v in r.items() if k != "seconds"} for r in rows2]
+    train_mapper(domain, dataclasses.replace(CONFIG, steps=4), tmp_path / "resumed", progress=False)
+    third, _ = train_mapper(domain, CONFIG, tmp_path / "resumed", progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), third.parameters(), strict=True))
+
+
+def test_training_lowers_the_loss(domain):
+    _, rows = train_mapper(domain, dataclasses.replace(CONFIG, steps=40, lambda_l2=0.0, lambda_id=0.0), progress=False)
+    assert rows[-1]["nce"] < rows[0]["nce"]
+
+
+def test_the_cached_step_is_the_published_loss(domain):
+    """One step written out from images, nothing cached."""
+    from cfclip.losses import clip_nce, identity_loss, latent_l2, perspective_views
+    run = CFCLIP(domain, CONFIG)
+    mapper_before = [p.clone() for p in run.mapper.parameters()]
+    torch.manual_seed(5)
+    logs = run.step(0)
+    for p, old in zip(run.mapper.parameters(), mapper_before, strict=True):
+        p.data.copy_(old)
+    torch.manual_seed(5)
+    w = run.w[torch.randint(len(run.w), (2,))]
+    w_edited = run.mapper.edit(w, domain.clip.encode_text("green lipstick"))
+    x, edited = domain.generator.synthesis(w), domain.generator.synthesis(w_edited)
+    unit = lambda images: torch.nn.functional.normalize(domain.clip.encode_image(images), dim=-1)  # noqa: E731
+    nce = clip_nce(unit(perspective_views(edited, 8)), unit(x), domain.clip.template_features("green lipstick"), domain.clip.template_features("face"))
+    loss = 0.3 * nce + 0.2 * identity_loss(domain.identity, edited, x) + 0.8 * latent_l2(w_edited, w)
+    assert logs["loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_the_checkpoint_is_the_mapper_alone(domain, tmp_path):
+    mapper, _ = train_mapper(domain, CONFIG, tmp_path / "run", progress=False)
+    stored = find_mappers(tmp_path)["green lipstick"]
+    assert {n: p.shape for n, p in stored.named_parameters()} == {n: p.shape for n, p in mapper.named_parameters()}
+    size = (tmp_path / "run" / "mapper.safetensors").stat().st_size
+    assert size < 2 * sum(p.numel() for p in mapper.parameters()) + 20_000          # half floats and a header
+
+
+def test_train_and_test_latents_are_disjoint(generator):
+    train, test = latents.sample(generator, 50, "train"), latents.sample(generator, 50, "test")
+    assert torch.cdist(train[:, 0], test[:, 0]).min() > 1e-3
+    assert torch.equal(train[:10], latents.sample(generator, 10, "train"))
+    with pytest.raises(ValueError, match="'all'"):
+        latents.sample(generator, 1, "all")
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"batch": 1.5}, {"dtype": "int8"}])
+def test_wrong_settings_are_named(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        CFCLIPConfig("x", **wrong)
+
+
+def test_a_setting_that_does_not_exist():
+    with pytest.raises(TypeError, match="lamda"):
+        CFCLIPConfig("x", lamda=1)
+
+
+@pytest.mark.parametrize(("prompt", "words"), [("", "empty"), ("  ", "empty"), ("very " * 60 + "green", "24")])
+def test_prompts_that_cannot_be_used(domain, prompt, words):
+    with pytest.raises(ValueError, match=words):
+        train_mapper(domain, CFCLIPConfig(prompt, steps=1), progress=False)

@@ -1,0 +1,61 @@
+import numpy as np
+import pytest
+
+from cfclip.toonfaces.factors import COUNTERFACTUAL, IDENTITY_FACTORS, NATURAL, PARTS, new_photo, sample_face
+from cfclip.toonfaces.render import MASKS, render, render_image
+
+
+def test_same_seed_same_picture():
+    assert np.array_equal(render_image(sample_face((3, 1))), render_image(sample_face((3, 1))))
+    assert not np.array_equal(render_image(sample_face(3)), render_image(sample_face(4)))
+
+
+@pytest.mark.parametrize("resolution", [32, 64, 200])
+def test_masks_are_a_partition(resolution):
+    drawn = render(sample_face(7, "both"), resolution)
+    assert drawn.image.shape == (resolution, resolution, 3) and drawn.image.dtype == np.uint8
+    assert drawn.masks.shape == (len(MASKS), resolution, resolution)
+    np.testing.assert_allclose(drawn.masks.sum(0), 1, atol=1e-6)
+    assert np.array_equal(drawn.image, render_image(sample_face(7, "both"), resolution))
+
+
+def test_a_large_picture_is_the_small_one_with_more_detail():
+    face = sample_face(11)
+    small, large = render_image(face, 64).astype(float), render_image(face, 256).astype(float)
+    assert np.abs(large.reshape(64, 4, 64, 4, 3).mean((1, 3)) - small).mean() < 3
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_true_counterfactual_changes_its_part_alone(part):
+    face = next(f for f in (sample_face(k) for k in range(100)) if f.has(part))
+    name = list(COUNTERFACTUAL[part])[0]
+    before, after = render(face), render(face.with_colour(part, name))
+    np.testing.assert_array_equal(before.masks, after.masks)
+    changed = (before.image != after.image).any(-1)
+    may_change = before.masks[MASKS.index(part)] + (before.masks[MASKS.index("mouth")] if part == "lipstick" else 0) > 0
+    assert changed.any() and not (changed & ~may_change).any()
+
+
+def test_natural_faces_are_natural():
+    for k in range(200):
+        face = sample_face(k)
+        assert all(getattr(face, part).name in NATURAL[part] for part in PARTS)
+        assert face.eyebrows.name == face.hair.name == face.beard.name
+
+
+def test_both_supports_show_every_colour():
+    faces = [sample_face(k, "both") for k in range(1500)]
+    for part in PARTS:
+        assert {getattr(f, part).name for f in faces} == set(NATURAL[part]) | set(COUNTERFACTUAL[part])
+
+
+def test_another_photo_keeps_the_person():
+    face = sample_face(5)
+    other = new_photo(face, 6)
+    assert all(getattr(face, name) == getattr(other, name) for name in IDENTITY_FACTORS)
+    assert face.background != other.background
+
+
+def test_an_unknown_support_is_named():
+    with pytest.raises(ValueError, match="'odd'"):
+        sample_face(0, "odd")

@@ -1,0 +1,36 @@
+import pandas as pd
+import pytest
+import torch
+
+from cfclip import reporting
+
+
+def test_summary_and_markdown_by_hand():
+    table = pd.DataFrame({"prompt": ["b", "b", "a"], "index": [0, 1, 0], "seed": 0, "success_after": [1.0, 0.0, 1.0], "clip_after": [20.0, 30.0, 5.0]})
+    summary = reporting.summary(table)
+    assert summary.to_dict("records") == [{"prompt": "b", "n": 2, "success_after": 0.5, "clip_after": 25.0},
+                                          {"prompt": "a", "n": 1, "success_after": 1.0, "clip_after": 5.0}]
+    text = reporting.markdown(summary, "a note")
+    assert "50.0 %" in text and "| 25.0" in text and text.endswith("a note\n")
+
+
+def test_a_report_is_written_and_the_same_twice(tmp_path):
+    table = pd.DataFrame({"prompt": ["x", "x"], "index": [0, 1], "seed": 0, "identity": [0.25, 0.75]})
+    figures = {"grid": reporting.image_grid({"source": torch.zeros(2, 3, 8, 8)}, columns=2)}
+    for folder in ("a", "b"):
+        reporting.write_report(tmp_path / folder, table, reporting.summary(table), figures, "note")
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {"README.md", "table.csv", "metrics.jsonl", "grid.png"}
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+    assert reporting.read_rows(tmp_path / "a" / "metrics.jsonl") == [{"prompt": "x", "n": 2, "identity": 0.5}]
+
+
+def test_reports_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PermissionError, match=r"cannot write to .*file"):
+        reporting.writable(tmp_path / "file" / "reports")
+
+
+def test_pictures_are_rounded_and_clamped():
+    image = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]).reshape(1, 1, 1, 5).expand(1, 3, 1, 5)
+    assert reporting.to_uint8(image)[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]

@@ -1,0 +1,73 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cfclip.ops import bias_act, modulated_conv2d, setup_filter, upfirdn2d
+from cfclip.stylegan2 import Generator, upsample2x
+
+
+def test_upfirdn2d_by_hand():
+    x = torch.tensor([[[[1.0, 2.0]]]])
+    f = torch.tensor([[1.0, 10.0]])
+    assert upfirdn2d(x, f, pad=(1, 1, 0, 0)).flatten().tolist() == [1, 12, 20]          # a true convolution
+    f1 = torch.ones(1, 1)
+    assert upfirdn2d(x, f1, up=2).tolist() == [[[[1, 0, 2, 0], [0, 0, 0, 0]]]]
+    assert upfirdn2d(torch.arange(6.0).reshape(1, 1, 1, 6), f1, down=2).flatten().tolist() == [0, 2, 4]
+    assert upfirdn2d(torch.arange(6.0).reshape(1, 1, 1, 6), f1, pad=(-1, -2, 0, 0), gain=3).flatten().tolist() == [3, 6, 9]
+
+
+def test_bias_act_by_hand():
+    x = torch.tensor([[-1.0, 2.0]])
+    assert bias_act(x, torch.tensor([0.0, 1.0]), gain=2, clamp=5).tolist() == [[pytest.approx(-0.4), 5.0]]
+
+
+@pytest.mark.parametrize("up", [False, True])
+@pytest.mark.parametrize("demodulate", [False, True])
+def test_modulated_conv_is_the_papers_per_sample_convolution(up, demodulate):
+    torch.manual_seed(0)
+    x, weight, style = torch.randn(3, 4, 5, 7).double(), torch.randn(6, 4, 3, 3).double(), torch.randn(3, 4).double()
+    f = torch.rand(4, 4).double()
+    w = weight[None] * style[:, None, :, None, None]
+    if demodulate:
+        w = w / (w.square().sum((2, 3, 4), keepdim=True) + 1e-8).sqrt()
+    rows = []
+    for image, kernel in zip(x, w, strict=True):
+        if up:
+            y = F.conv_transpose2d(image[None], kernel.transpose(0, 1), stride=2)
+            rows.append(upfirdn2d(y, f, pad=(1, 1, 1, 1), gain=4))
+        else:
+            rows.append(F.conv2d(image[None], kernel, padding=1))
+    torch.testing.assert_close(modulated_conv2d(x, weight, style, demodulate, f if up else None), torch.cat(rows), rtol=1e-9, atol=1e-9)
+
+
+def test_upsampling_keeps_a_constant():
+    x = torch.full((1, 1, 8, 8), 3.0)
+    torch.testing.assert_close(upsample2x(x, setup_filter((1, 3, 3, 1)))[..., 3:-3, 3:-3], torch.full((1, 1, 10, 10), 3.0))
+
+
+def test_mapping_and_truncation(generator):
+    z = torch.randn(3, 12)
+    w = generator.mapping(z)
+    assert w.shape == (3, generator.num_ws, 16) and generator.num_ws == 6
+    half = generator.mapping(z, truncation=0.5, truncation_cutoff=2)
+    torch.testing.assert_close(half[:, :2], (w[:, :2] + generator.w_avg) / 2)
+    torch.testing.assert_close(half[:, 2:], w[:, 2:])
+
+
+def test_synthesis(generator):
+    w = generator.mapping(torch.randn(2, 12))
+    image = generator.synthesis(w)
+    assert image.shape == (2, 3, 16, 16)
+    torch.testing.assert_close(image, generator.synthesis_from_styles(generator.style_space(w)))
+    torch.testing.assert_close(image, generator.synthesis(w, [conv.noise_const for conv in generator.convs]))
+    assert not torch.allclose(image, generator.synthesis(w, "none"))
+    torch.testing.assert_close(image, generator.synthesis(w, dtype=torch.bfloat16), rtol=0, atol=0.2)
+
+
+def test_wrong_shapes_are_named(generator):
+    with pytest.raises(ValueError, match=r"\[N, 6, 16\], not \[2, 16\]"):
+        generator.synthesis(torch.randn(2, 16))
+    with pytest.raises(ValueError, match="'loud'"):
+        generator.synthesis(generator.mapping(torch.randn(1, 12)), "loud")
+    with pytest.raises(ValueError, match="power of two"):
+        Generator(48, (8, 8, 8))

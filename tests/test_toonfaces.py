@@ -1,0 +1,63 @@
+"""The committed networks, quickly; the full numbers are on their cards."""
+
+import numpy as np
+import pytest
+import torch
+
+import cfclip
+from cfclip import metrics
+from cfclip.toonfaces import clip as toon_clip
+from cfclip.toonfaces import identity as toon_identity
+from cfclip.toonfaces import readout as toon_readout
+from cfclip.toonfaces.factors import sample_face
+from cfclip.toonfaces.gan import GANConfig, GANTraining, to_tensor
+from cfclip.toonfaces.render import render_image
+
+
+@pytest.fixture(scope="module")
+def toonfaces():
+    return cfclip.load_domain("toonfaces")
+
+
+def test_clip_names_counterfactual_colours(toonfaces):
+    rows = {row["part"]: row for row in toon_clip.colour_accuracy(toonfaces.clip, faces=200)}
+    assert min(rows[p]["accuracy"] for p in ("lipstick", "hair", "skin")) > 0.8
+    assert min(rows[p]["accuracy"] for p in ("eyebrows", "eyes", "beard")) > 0.65
+
+
+def test_readout_names_colours(toonfaces):
+    assert min(row["accuracy"] for row in toon_readout.colour_accuracy(toonfaces.readout, faces=150)) > 0.93
+
+
+def test_identity_knows_people_in_make_up(toonfaces):
+    assert toon_identity.verification(toonfaces.identity, pairs=200)["auc"] > 0.95
+
+
+def test_the_generator_draws_faces_of_natural_colour(toonfaces):
+    with torch.no_grad():
+        images = toonfaces.generator(torch.randn(100, toonfaces.generator.z_dim, generator=torch.Generator().manual_seed(0)))
+    seen = toonfaces.readout.measure(images)
+    assert seen.is_face.mean() > 0.9
+    assert np.mean([name in ("green", "blue", "purple", "cyan") for name in seen.colour("lipstick")]) < 0.05
+
+
+def test_ground_truth_scores_the_true_counterfactual(toonfaces):
+    faces = [sample_face((77, k)) for k in range(16)]
+    source, truth = (to_tensor([render_image(f) for f in group]) for group in (faces, [f.with_colour("lipstick", "green") for f in faces]))
+    right = metrics.evaluate(metrics.Edit(toonfaces, "green lipstick", source, truth))
+    none = metrics.evaluate(metrics.Edit(toonfaces, "green lipstick", source, source))
+    other = metrics.evaluate(metrics.Edit(toonfaces, "green lipstick", source, source.roll(1, 0)))
+    assert right["success_after"].mean() > 0.9 and right["success_before"].mean() == none["success_after"].mean() == 0
+    assert right["leakage"].mean() < 0.15 and none["leakage"].max() < 1e-6 and other["leakage"].mean() > 0.5
+    assert right["identity"].mean() > other["identity"].mean() and none["identity"].min() > 0.999
+    assert none["lpips_readout"].max() == 0 if "lpips_readout" in none else none["lpips_alex"].max() < 1e-6
+    assert right["clip_after"].mean() > right["clip_before"].mean()
+    assert right["clip_direction"].mean() > 20 and none["clip_direction"].max() < 1
+
+
+@pytest.mark.slow
+def test_gan_training_learns_and_resumes(tmp_path):
+    config = GANConfig(resolution=16, channels=(16, 16, 16), d_channels=(16, 16, 16), w_dim=16, mapping_layers=2, batch=4, dtype="float32")
+    training = GANTraining(config)
+    losses = [training.step(i) for i in range(20)]
+    assert all(np.isfinite(list(row.values())).all() for row in losses)
