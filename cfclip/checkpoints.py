@@ -7,6 +7,7 @@ that names the file, the cause and what to do. Shapes: N codes, L = layers of W+
 import argparse
 import mmap
 import os
+import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ from .weights import WeightsError
 
 W_AVG_SAMPLES = 4096
 """Latents that ``w_avg`` is estimated from where a file has none (rosinality's ``mean_latent(4096)``)."""
+MAX_SIZE = 16384
+"""The largest number that the header of one of our files may declare: layers are built before they are compared."""
 MAGIC = {b"PK\x03\x04": "torch-zip", b"\x93NUMPY": "npy", b"\x80": "pickle", b"": "unknown"}
 NOT_WEIGHTS = {
     b"version https://git-lfs": "is a Git LFS pointer, not the file itself: run 'git lfs pull', or download the file",
@@ -101,17 +104,34 @@ def read_torch(path: str | os.PathLike) -> Any:
             with _mapped(path) as file:
                 safe_pickle.load_legacy(file)
         with torch.serialization.safe_globals([argparse.Namespace]):           # many checkpoints keep their options so
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "torch-zip")
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "torch-zip")
+            except pickle.UnpicklingError as error:
+                why = str(error).rpartition("WeightsUnpickler error:")[2].split("\n")[0].strip()[:120]
+                raise ValueError(f"it holds more than tensors and options, or was saved in an unusual way ({why}), which is not opened "
+                                 "for safety: export it again with torch.save(model.state_dict(), …)") from None
 
 
-def state_dict(tree: Any, path: Path, *names: str) -> dict[str, Tensor]:
-    """The tensors of ``tree[name]`` for the first of ``names`` that is there, else of ``tree`` itself."""
-    if isinstance(tree, Mapping):
-        state = next((tree[name] for name in names if isinstance(tree.get(name), Mapping)), tree)
-        tensors = {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, Tensor)}
-        if tensors:
-            return tensors
-    raise WeightsError(f"{path} holds no state dict but {describe(tree)}: it is of another kind, or needs an export with torch.save")
+def _read_own(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and constructor arguments of our own safetensors; the header's numbers are checked before anything is built."""
+    tensors, config, _ = weights.read(path, kind)
+    _believable(config)
+    return tensors, config
+
+
+def _believable(config: Any) -> None:
+    for value in config.values() if isinstance(config, dict) else config if isinstance(config, list) else ():
+        if isinstance(value, (int, float)) and abs(value) > MAX_SIZE:
+            raise ValueError(f"its header declares a size of {value:.3g}, where {MAX_SIZE} is the most that is believed")
+        _believable(value)
+
+
+def state_dict(tree: Any, *names: str) -> dict[str, Tensor]:
+    """The tensors of ``tree[name]`` for the first of ``names`` that is there, else of ``tree`` itself; empty if it has none."""
+    if not isinstance(tree, Mapping):
+        return {}
+    state = next((tree[name] for name in names if isinstance(tree.get(name), Mapping)), tree)
+    return {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, Tensor)}
 
 
 def describe(tree: Any) -> str:
@@ -148,14 +168,14 @@ def load_generator(path: str | os.PathLike, device: str | torch.device = "cpu") 
     path, kind = Path(path), sniff(path)
     with about(path):
         if kind == "safetensors":
-            tensors, config, _ = weights.read(path, "generator")
-            config = config | {"fir": tensors["fir"]}
+            tensors, config = _read_own(path, "generator")
+            config = config | {"fir": tensors.get("fir", torch.ones(1, 1))}
         elif kind == "pickle":
             with _mapped(path) as file:
                 config, tensors = _from_pickle(safe_pickle.load(file))
         elif kind.startswith("torch"):
             tree = read_torch(path)
-            state = state_dict(tree, path, "g_ema", "g", "state_dict")
+            state = state_dict(tree, "g_ema", "g", "state_dict")
             prefix = next((key.removesuffix("input.input") for key in state if key.endswith("input.input")), None)
             if prefix is None:
                 raise ValueError(f"it holds {describe(tree)}, where a StyleGAN2 generator is needed")
@@ -195,11 +215,11 @@ def load_mapper(path: str | os.PathLike) -> Mapper:
     path, kind = Path(path), sniff(path)
     with about(path):
         if kind == "safetensors":
-            tensors, config, _ = weights.read(path, "mapper")
-            config = MapperConfig(**config | {"levels": tuple(config["levels"])})
+            tensors, config = _read_own(path, "mapper")
+            config = MapperConfig(**config | {"levels": tuple(config.get("levels", LEVELS))})
         else:
             tree = read_torch(path)
-            config, tensors = _official_mapper(tree, state_dict(tree, path, "state_dict"))
+            config, tensors = _official_mapper(tree, state_dict(tree, "state_dict"))
         return build(lambda: Mapper(config), tensors, "mapper")
 
 
@@ -226,7 +246,7 @@ def _official_mapper(tree: Any, state: Mapping[str, Tensor]) -> tuple[MapperConf
         raise ValueError("it has only one of text_mapper.* and mapper.fc.*: the file is incomplete")
     tensors |= {f"fuse.{part}": state[f"mapper.fc.{part}"] for part in ("weight", "bias") if texts}
     noises = sum(bool(re.fullmatch(r"decoder\.noises\.noise_\d+", key)) for key in state)
-    size = _option(tree, "stylegan_size")
+    size = option(tree, "stylegan_size")
     num_ws = texts or (noises + 1 if noises else 2 * int(size).bit_length() - 4 if size else 18)
     width, text_dim = state[f"mapper.{OFFICIAL_LEVELS[levels[0]]}_mapping.mapping.1.weight"].shape[0], None
     if texts:
@@ -234,10 +254,11 @@ def _official_mapper(tree: Any, state: Mapping[str, Tensor]) -> tuple[MapperConf
     return MapperConfig(num_ws=num_ws, w_dim=width, text_dim=text_dim, levels=levels, norm_axis="layer"), tensors
 
 
-def _option(tree: Any, name: str, default: Any = None) -> Any:
+def option(tree: Any, name: str, default: Any = None) -> Any:
     """An entry of the training options that official checkpoints keep, as a dict or a Namespace."""
     opts = tree.get("opts") if isinstance(tree, Mapping) else None
-    return getattr(opts, name, default) if isinstance(opts, argparse.Namespace) else opts.get(name, default) if isinstance(opts, dict) else default
+    opts = vars(opts) if isinstance(opts, argparse.Namespace) else opts
+    return opts.get(name, default) if isinstance(opts, Mapping) else default
 
 
 def load_latents(path: str | os.PathLike, generator: Generator | None = None) -> Tensor:
@@ -265,12 +286,12 @@ def load_latents(path: str | os.PathLike, generator: Generator | None = None) ->
 
 
 def fit_latents(w: Tensor, generator: Generator, what: str = "the latents") -> Tensor:
-    """W [N, D] or W+ [N, L, D] -> [N, L, D] for ``generator``; WeightsError with both numbers if the sizes differ."""
+    """W [N, D] (or [N, 1, D]) or W+ [N, L, D] -> [N, L, D] for ``generator``; WeightsError with both numbers if the sizes differ."""
     layers, width, res = generator.num_ws, generator.w_dim, generator.resolution
     if w.shape[-1] != width:
         raise WeightsError(f"{what}: codes are {w.shape[-1]} wide, but this generator's are {width}: they belong to another generator")
-    if w.ndim == 2:
-        return w[:, None].repeat(1, layers, 1)
+    if w.ndim == 2 or w.shape[1] == 1:
+        return w.reshape(-1, 1, width).repeat(1, layers, 1)
     if w.shape[1] != layers:
         other = f" (they are of a {2 ** (w.shape[1] // 2 + 1)} px generator)" if w.shape[1] >= 4 and w.shape[1] % 2 == 0 else ""
         raise WeightsError(f"{what}: codes have {w.shape[1]} layers{other}, but this {res} px generator takes {layers}: load the "
@@ -286,12 +307,12 @@ def load_identity(path: str | os.PathLike) -> FaceIdentity:
     path, kind = Path(path), sniff(path)
     with about(path):
         if kind == "safetensors":
-            tensors, config, _ = weights.read(path, "identity")
+            tensors, config = _read_own(path, "identity")
             backbone = build(lambda: IRSE(**config), tensors, "identity network")
         else:
             tree = read_torch(path)
-            tensors = state_dict(tree, path, "state_dict")
+            tensors = state_dict(tree, "state_dict")
             if "input_layer.0.weight" not in tensors or "output_layer.3.weight" not in tensors:
                 raise ValueError(f"it holds {describe(tree)}, where model_ir_se50.pth is needed")
             backbone = build(IRSE, tensors, "identity network")
-        return FaceIdentity(backbone, crop=backbone.input_size == 112)
+        return FaceIdentity(backbone, crop=backbone.input_size == 112).eval()

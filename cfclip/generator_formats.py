@@ -111,7 +111,8 @@ def from_tensorflow(network: Record) -> Parts:
     _unconditional(kwargs.get("label_size"), "mapping/LabelEmbed/weight" in flat)
     lr_mul = _number(kwargs.get("mapping_lrmul", LR_MUL))
     depth = sum(bool(re.fullmatch(r"mapping/Dense\d+/weight", key)) for key in flat)
-    style = [_mapping_layer(_take(flat, f"mapping/Dense{i}/weight").t(), _take(flat, f"mapping/Dense{i}/bias"), lr_mul) for i in range(depth)]
+    style = [_mapping_layer(_take(flat, f"mapping/Dense{i}/weight").t(), _take(flat, f"mapping/Dense{i}/bias"), lr_mul)
+             for i in range(depth)]
     kernel = kwargs.get("resample_kernel", [1, 3, 3, 1])
     fir = torch.tensor([1.0] if kernel is None else [float(_number(tap)) for tap in kernel])
     w_avg = to_tensor(flat["dlatent_avg"]) if "dlatent_avg" in flat else None

@@ -6,6 +6,7 @@ function to call: a class is a :class:`Name`, and calling or instantiating one g
 the few calls that stand for plain data (tensors, arrays, containers) are understood, by code of this module.
 """
 
+import _compat_pickle
 import io
 import pickletools
 import re
@@ -96,7 +97,8 @@ class View:
 
     def __post_init__(self):
         numbers = (self.offset, *self.size, *self.stride)
-        if not isinstance(self.storage, Storage) or len(self.size) != len(self.stride) or not all(type(n) is int and n >= 0 for n in numbers):
+        whole = all(type(n) is int and n >= 0 for n in numbers)
+        if not isinstance(self.storage, Storage) or len(self.size) != len(self.stride) or not whole:
             raise PickleError("a tensor is declared without proper storage, size and strides")
         count = 1
         for n in self.size:
@@ -172,11 +174,9 @@ def _interpret(file: BinaryIO, persistent: Callable[[Any], Any] | None) -> Any:
                 stack.append(frozenset(values))
             else:
                 stack[-1].update(values)
-        elif kind == "GLOBAL":
-            stack.append(Name(*arg.split(" ", 1)))
-        elif kind == "STACK_GLOBAL":
-            module, name = take(2)
-            stack.append(Name(str(module), str(name)))
+        elif kind in ("GLOBAL", "STACK_GLOBAL"):
+            module, name = map(str, arg.split(" ", 1) if kind == "GLOBAL" else take(2))
+            stack.append(Name(_compat_pickle.IMPORT_MAPPING.get(module, module), name))    # protocol 2 uses Python 2's names
         elif kind in ("REDUCE", "NEWOBJ"):
             stack.append(_call(*take(2)))
         elif kind == "NEWOBJ_EX":
@@ -228,8 +228,8 @@ def _call(name: Any, args: Any) -> Any:
     if name.name == "_reconstruct_persistent_obj" and name.module.endswith("persistence"):
         return _persistent_object(*args)
     root = name.module.split(".")[0]
-    plain = name.name in PLAIN_BUILTINS if root in ("builtins", "__builtin__") else root in PLAIN_MODULES
-    if not plain and (root in sys.stdlib_module_names or root == "__builtin__"):
+    plain = name.name in PLAIN_BUILTINS if root == "builtins" else root in PLAIN_MODULES
+    if not plain and root in sys.stdlib_module_names:
         raise PickleError(f"it would call {name} when opened the usual way: no weight file needs that, and it may be hostile "
                           "(nothing was run); delete it")
     return Record(name, args)
@@ -270,7 +270,8 @@ def _dict(*pairs: Any) -> dict:
 CALLS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": _dict,
     "builtins.set": lambda values=(): {v for v in values if isinstance(v, (str, int, float))},
-    "__builtin__.set": lambda values=(): {v for v in values if isinstance(v, (str, int, float))},
+    "builtins.frozenset": lambda values=(): frozenset(v for v in values if isinstance(v, (str, int, float))),
+    "builtins.bytes": lambda: b"",                                 # how protocol 2 writes the empty one
     "_codecs.encode": lambda text, encoding="latin1": text.encode("latin1"),
     "torch.storage._load_from_bytes": _load_from_bytes,
     "torch._utils._rebuild_tensor": _declared_view,
