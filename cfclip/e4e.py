@@ -54,7 +54,7 @@ class Encoder4Editing(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
             raise ValueError(f"the encoder takes aligned photos of shape [N, 3, {IMAGE_SIZE}, {IMAGE_SIZE}], not {list(images.shape)}: "
-                             "resize them with cfclip's inversion helpers or torch.nn.functional.interpolate")
+                             "crop to the face and resize first")
         x, stages = self.input_layer(images), []
         ends = [sum_ - 1 for sum_ in accumulate(n for _, _, n in IRSE50)]
         for i, unit in enumerate(self.body):

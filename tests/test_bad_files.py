@@ -57,7 +57,7 @@ def test_a_tensor_cannot_declare_more_than_the_file_holds(zipped, tmp_path):
                 new.writestr(entry.filename, old.read(entry).replace(b"M\xe8\x03", b"M\xff\xff"))
         data = out.getvalue()
     path.write_bytes(data)
-    with pytest.raises(WeightsError, match="declare|truncated|match"):
+    with pytest.raises(WeightsError, match=r"declare|truncated|match"):
         load_latents(path)
 
 
