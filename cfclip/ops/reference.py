@@ -72,11 +72,10 @@ def modulated_conv2d(x: Tensor, weight: Tensor, style: Tensor, demodulate: bool 
         x = F.conv2d(x, weight.to(dtype), padding=weight.shape[-1] // 2)
     elif weight.shape[-1] == 3 and f.shape[-1] == 4:
         x = F.pixel_shuffle(F.conv2d(x, _upsampling_phases(weight, f).to(dtype), padding=1), 2)
-    else:
+    else:                                                          # a filter of another length: convolve, then filter
         x = F.conv_transpose2d(x, weight.to(dtype).transpose(0, 1), stride=2)
-        spare = f.shape[-1] - (weight.shape[-1] - 1) - 1
-        before, after = (spare + 1) // 2 + 1, spare // 2 + 1       # NVIDIA's and rosinality's padding after a stride-2 transpose
-        before, after = before - (0 if weight.shape[-1] > 1 else 0), after
+        n, k = f.shape[-1], weight.shape[-1]                       # pads as NVIDIA's conv2d_resample and rosinality's Blur do
+        before, after = (n + 1) // 2 + k // 2 - (k - 1), (n - 2) // 2 + k // 2 - (k - 2)
         x = upfirdn2d(x, f, pad=(before, after, before, after), gain=4.0)
     if demodulate:
         d = (style.square() @ weight.square().sum((2, 3)).t() + 1e-8).rsqrt()
