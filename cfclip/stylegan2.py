@@ -164,7 +164,7 @@ class Generator(nn.Module):
         if x.dtype in (torch.float16, torch.bfloat16):             # faster there; in float32 it is not, and rounds twice as badly
             x = x.contiguous(memory_format=torch.channels_last)
         image, conv_index = None, 0
-        for (layer, _, level), style in zip(self._layers(), styles, strict=True):
+        for (layer, _, _), style in zip(self._layers(), styles, strict=True):
             if isinstance(layer, StyledConv):
                 x = layer(x, style, self._noise(noise, conv_index, n), self.fir, self.conv_clamp)
                 conv_index += 1

@@ -28,7 +28,7 @@ def test_a_large_picture_is_the_small_one_with_more_detail():
 @pytest.mark.parametrize("part", PARTS)
 def test_the_true_counterfactual_changes_its_part_alone(part):
     face = next(f for f in (sample_face(k) for k in range(100)) if f.has(part))
-    name = list(COUNTERFACTUAL[part])[0]
+    name = next(iter(COUNTERFACTUAL[part]))
     before, after = render(face), render(face.with_colour(part, name))
     np.testing.assert_array_equal(before.masks, after.masks)
     changed = (before.image != after.image).any(-1)

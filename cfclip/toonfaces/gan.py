@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ class GANConfig:
     mapping_layers: int = 4
     batch: int = 16
     warm_steps: int = 2000      # of regression before the adversarial training, see GANTraining.warm_step
+    map_steps: int = 2500       # of adversarial training of the mapping network in W, see GANTraining.map_step
     warm_pool: int = 30_000
     warm_lr: float = 0.01       # fifty times that for the mapping network, whose own lr_mul is 0.01
     steps: int = 1500
@@ -73,7 +75,7 @@ class Discriminator(nn.Module):
         self.from_rgb = EqualConv(3, top[0], 1)
         self.blocks = nn.ModuleList(
             nn.ModuleList([EqualConv(a, a, 3), EqualConv(a, b, 3, down=True), EqualConv(a, b, 1, down=True, activate=False)])
-            for a, b in zip(top[:-1], top[1:], strict=True))
+            for a, b in pairwise(top))
         self.final = EqualConv(top[-1] + 1, top[-1], 3)
         self.fc = nn.Sequential(EqualLinear(top[-1] * 16, top[-1], activate=True), EqualLinear(top[-1], 1))
 
@@ -107,18 +109,21 @@ class GANTraining:
         synthesis = [p for name, p in self.g.named_parameters() if not name.startswith("style.")]
         self.opt_warm = torch.optim.Adam([{"params": synthesis, "boost": 1}, {"params": self.factors_to_w.parameters(), "boost": 0.5},
                                           {"params": self.g.style.parameters(), "boost": 50}], betas=(0.9, 0.99))
+        self.d_w = nn.Sequential(nn.Linear(config.w_dim, 256), nn.LeakyReLU(0.2), nn.Linear(256, 256), nn.LeakyReLU(0.2), nn.Linear(256, 1))
+        self.opt_map = torch.optim.Adam([{"params": self.g.style.parameters(), "boost": 0.2}], betas=(0.5, 0.99))
+        self.opt_dw = torch.optim.Adam([{"params": self.d_w.parameters(), "boost": 1e-3}], betas=(0.5, 0.99))
         self.opt_g = torch.optim.Adam(self.g.parameters(), config.lr, betas=(0.0, 0.99), eps=1e-8)
         lazy = config.r1_every / (config.r1_every + 1)
         self.opt_d = torch.optim.Adam(self.d.parameters(), config.lr * lazy, betas=(0.0, 0.99 ** lazy), eps=1e-8)
 
-    def _pool(self) -> tuple[Tensor, Tensor, np.ndarray]:
-        """Codes z, what they stand for (factor vectors) and the pictures, drawn once."""
-        if self._drawn is None:
+    def _pool(self, pictures: bool = True) -> tuple[Tensor, Tensor, np.ndarray | None]:
+        """Codes z, what they stand for (factor vectors) and, if asked for, the pictures; drawn once."""
+        if self._drawn is None or (pictures and self._drawn[2] is None):
             c = self.config
             z = torch.randn(c.warm_pool, c.w_dim, generator=torch.Generator().manual_seed(c.seed))
             people = [sample_face(LatentDraws(code)) for code in tqdm(pixel_norm(z).double().numpy(), "faces", leave=False)]
-            pictures = np.stack([render_image(face, c.resolution) for face in tqdm(people, "pictures", leave=False)])
-            self._drawn = z, torch.from_numpy(np.stack([factor_vector(face) for face in people])), pictures
+            drawn = np.stack([render_image(face, c.resolution) for face in tqdm(people, "pictures", leave=False)]) if pictures else None
+            self._drawn = z, torch.from_numpy(np.stack([factor_vector(face) for face in people])), drawn
         return self._drawn
 
     def warm_step(self, i: int) -> dict[str, float]:
@@ -146,6 +151,37 @@ class GANTraining:
         self._average(c.batch * (i + 1))
         return {"loss": loss.item(), "error": error.detach().abs().mean().item(), "unexplained_w": loss_w.item()}
 
+    def map_step(self, i: int) -> dict[str, float]:
+        """One adversarial step in W: the mapping network learns the *distribution* of the factors' w.
+
+        Regression alone draws it towards the mean, as z's corners (one hair colour beside another) are hard to hit;
+        its error stays as an anchor, so that no kind of face is lost.
+        """
+        z, factors, _ = self._pool(pictures=False)
+        for group in (*self.opt_map.param_groups, *self.opt_dw.param_groups):
+            group["lr"] = group["boost"] * min(1.0, 1.1 - i / self.config.map_steps)
+        with torch.no_grad():
+            everyone = self.factors_to_w(factors[:4096])
+            mean, std = everyone.mean(0), everyone.std(0) + 1e-3
+            self.g.w_avg.copy_(mean)
+            paired = torch.randint(len(z), (512,))
+            real, target = ((self.factors_to_w(factors[index]) - mean) / std for index in (torch.randint(len(z), (512,)), paired))
+        fake = (self.g.map_one(z[paired]) - mean) / std
+        anchor = (fake - target).square().mean()
+        loss_g = F.softplus(-self.d_w(fake)).mean() + anchor
+        self.opt_map.zero_grad()
+        loss_g.backward()
+        self.opt_map.step()
+        real.requires_grad_(True)
+        logits = self.d_w(real)
+        grad, = torch.autograd.grad(logits.sum(), real, create_graph=True)
+        loss_d = F.softplus(-logits).mean() + F.softplus(self.d_w(fake.detach())).mean() + 0.5 * grad.square().sum(1).mean()
+        self.opt_dw.zero_grad()
+        loss_d.backward()
+        self.opt_dw.step()
+        self._average(10 ** 9)
+        return {"anchor": anchor.item(), "spread": fake.detach().std(0).mean().item(), "loss_d": loss_d.item()}
+
     def _average(self, images: int) -> None:
         """The averaged generator after ``images`` pictures."""
         decay = 0.5 ** (self.config.batch / min(self.config.ema_images, 0.05 * images + 1e-8))
@@ -158,7 +194,7 @@ class GANTraining:
     @property
     def state(self) -> dict:
         return {"g": self.g, "d": self.d, "ema": self.ema, "opt_g": self.opt_g, "opt_d": self.opt_d, "opt_warm": self.opt_warm,
-                "factors_to_w": self.factors_to_w}
+                "factors_to_w": self.factors_to_w, "d_w": self.d_w, "opt_map": self.opt_map, "opt_dw": self.opt_dw}
 
     def _reals(self, step: int) -> Tensor:
         c = self.config
@@ -173,7 +209,13 @@ class GANTraining:
         cut = torch.randint(1, g.num_ws, (c.batch, 1, 1)).where(torch.rand(c.batch, 1, 1) < c.mixing, torch.tensor(g.num_ws))
         return g.synthesis(torch.where(layer < cut, w[:, None], other[:, None]), "random", self.dtype)
 
+    def load(self, state: dict) -> None:
+        """Take up ``state``, as a checkpoint holds it."""
+        for name, thing in self.state.items():
+            thing.load_state_dict(state[name])
+
     def step(self, i: int) -> dict[str, float]:
+        """One step of StyleGAN2's adversarial training: logistic loss, lazy R1."""
         c = self.config
         self.d.requires_grad_(False)
         fakes = self._fakes()
@@ -217,11 +259,13 @@ def save_grid(generator: Generator, path: Path) -> None:
 def train(config: GANConfig, out: Path, preview_every: int = 250) -> Generator:
     """Train (or go on training) in ``out``; returns the averaged generator. Sample grids land in ``out/samples``."""
     training = GANTraining(config)
-    shared = {"state": training.state, "seed": config.seed, "checkpoint_every": 250}
-
-    def preview(phase: str) -> Callback:
-        return Callback(preview_every, lambda step: save_grid(training.ema, out / "samples" / f"{phase}-{step:06d}.png"))
-
-    fit(training.warm_step, config.warm_steps, out=out / "warm", callbacks=[preview("a-warm")], desc="generator, regression", **shared)
-    fit(training.step, config.steps, out=out, callbacks=[preview("b-gan")], desc="generator, adversarial", **shared)
+    after = ""
+    for phase, step, steps in (("1-regression", training.warm_step, config.warm_steps), ("2-mapping", training.map_step, config.map_steps),
+                               ("3-adversarial", training.step, config.steps)):
+        folder, start = out / phase, out / after / "checkpoint.pt"
+        if after and not (folder / "checkpoint.pt").exists():      # each phase goes on from the end of the one before
+            training.load(torch.load(start, weights_only=True)["state"])
+        fit(step, steps, state=training.state, out=folder, seed=config.seed, checkpoint_every=250, desc=f"generator, {phase}",
+            callbacks=[Callback(preview_every, lambda done, phase=phase: save_grid(training.ema, out / "samples" / f"{phase}-{done:06d}.png"))])
+        after = phase
     return training.ema
