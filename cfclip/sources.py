@@ -47,12 +47,12 @@ class Source:
     exact: bool = True                       # False: other exports of the same network are in use, and are no damage
     required: bool = True
 
-    def how(self, folder: Path) -> str:
-        """How to get it, for people."""
+    def how(self, folder: Path, domain: str = "") -> str:
+        """How to get it, for people (who want it for ``domain``)."""
         by_hand = f"open {self.page} in a browser and put the file at {folder / self.name}" if self.page else ""
         if not self.urls:
             return f"only by hand: {by_hand}"
-        command = f"cfclip fetch {self.domains[0]}{'' if self.required else ' --all'}"
+        command = f"cfclip fetch {domain or self.domains[0]}{'' if self.required else ' --all'}"
         return f"{command}, or download {self.urls[0]} to {folder / self.name}" + (f", or {by_hand}" if by_hand else "")
 
 
@@ -177,7 +177,7 @@ def require(domain: str, folder: Path = DOWNLOADS) -> dict[str, Path]:
         if path:
             found[role] = path
         elif any(source.required for source in options):
-            missing.append(f"  {role}: " + ",\n    or ".join(f"{source.name}: {source.how(folder)}" for source in options))
+            missing.append(f"  {role}: " + ",\n    or ".join(f"{source.name}: {source.how(folder, domain)}" for source in options))
     if missing:
         raise WeightsError(f"domain {domain} needs files that are not in {folder} (see 'cfclip check {domain}'):\n" + "\n".join(missing))
     return found
@@ -204,14 +204,14 @@ def _record(folder: Path, entries: Mapping[str, str]) -> None:
     atomic_save(entries, folder / RECORDED, lambda entries, part: part.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n"))
 
 
-def inspect(source: Source, folder: Path = DOWNLOADS) -> Row:
+def inspect(source: Source, folder: Path = DOWNLOADS, domain: str = "") -> Row:
     """Look at one file: checksum, and (where that does not settle it) whether it opens as what it should be.
 
     The checksum of a file that opens is recorded when there is no documented one.
     """
     path = locate(source, folder)
     if path is None:
-        return Row(source, "missing", folder / source.name, source.how(folder))
+        return Row(source, "missing", folder / source.name, source.how(folder, domain))
     if not path.is_file():
         return Row(source, "corrupt", path, "is no file")
     digest, known = sha256(path), recorded(folder)
@@ -224,7 +224,7 @@ def inspect(source: Source, folder: Path = DOWNLOADS) -> Row:
         try:
             OPENERS[source.role](path)
         except WeightsError as error:
-            return Row(source, "corrupt", path, f"{error}; {source.how(folder)}")
+            return Row(source, "corrupt", path, f"{error}; {source.how(folder, domain)}")
         if before:
             return Row(source, "corrupt", path, "changed since its checksum was recorded; if that was you, delete its line in "
                        f"{folder / RECORDED}")
@@ -237,12 +237,12 @@ def inspect(source: Source, folder: Path = DOWNLOADS) -> Row:
         why = f"{path} is not the documented file: its sha256 is {digest}"
     except WeightsError as error:
         why = str(error)
-    return Row(source, "corrupt", path, f"{why}; {source.how(folder)}")
+    return Row(source, "corrupt", path, f"{why}; {source.how(folder, domain)}")
 
 
 def check(domain: str, folder: Path = DOWNLOADS) -> list[Row]:
     """A row per file of ``domain``. Downloads nothing."""
-    return [inspect(source, folder) for source in sources_of(domain)]
+    return [inspect(source, folder, domain) for source in sources_of(domain)]
 
 
 def unmet(rows: list[Row]) -> list[str]:
@@ -323,7 +323,7 @@ def fetch(domain: str, folder: Path = DOWNLOADS, optional: bool = False, progres
     Returns the rows of :func:`check`; for what failed they say why.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rows = {source.name: inspect(source, folder) for source in sources_of(domain)}
+    rows = {source.name: inspect(source, folder, domain) for source in sources_of(domain)}
     for options in roles_of(domain).values():
         if any(rows[source.name].good for source in options):
             continue
@@ -338,7 +338,7 @@ def fetch(domain: str, folder: Path = DOWNLOADS, optional: bool = False, progres
             if rows[source.name].good:
                 break
             why = "; ".join(failures)
-            rows[source.name] = replace(inspect(source, folder), detail=f"not downloaded: {why}; {source.how(folder)}")
+            rows[source.name] = replace(inspect(source, folder, domain), detail=f"not downloaded: {why}; {source.how(folder, domain)}")
     return list(rows.values())
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -204,6 +205,7 @@ def test_missing_files_are_all_named_with_their_addresses(tmp_path, monkeypatch)
             sources.require(domain, tmp_path)
         for s in sources.sources_of(domain):
             assert all(text in str(caught.value) for text in (s.name, str(tmp_path / s.name), *s.urls[:1])) or not s.required
+        assert set(re.findall(r"cfclip fetch (\S+?),", str(caught.value))) == {domain}
 
 
 def test_another_tools_copy_of_clip_is_found(tmp_path, monkeypatch):
