@@ -58,5 +58,61 @@ def reproduce(
         raise SystemExit(f"cfclip: {error}") from None
 
 
+Domain = Annotated[str, typer.Argument(help="ffhq, afhq-dog, afhq-cat or toonfaces")]
+Folder = Annotated[Path | None, typer.Option(help="where the files are; default: data/downloads")]
+
+
+def _report(rows: list) -> None:
+    """Print the rows of sources.check; exit with 1 if something required is missing or corrupt."""
+    from .sources import unmet
+    for row in rows:
+        typer.echo(f"{row.status:<11}{row.source.role + ('' if row.source.required else ' (optional)'):<27}{row.path}")
+        if row.status != "valid":
+            typer.echo(f"{'':<11}{row.detail}")
+    if roles := unmet(rows):
+        raise SystemExit(f"cfclip: not complete, no good file for: {', '.join(roles)}")
+
+
+@app.command()
+def fetch(
+    domain: Domain,
+    everything: Annotated[bool, typer.Option("--all", help="also what is optional")] = False,
+    folder: Folder = None,
+) -> None:
+    """Download a domain's files, as far as they have a URL, and say how to get the others. Stopped, the same command goes on."""
+    from . import sources
+    try:
+        rows = sources.fetch(domain, folder or sources.DOWNLOADS, optional=everything)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"cfclip: {error}") from None
+    _report(rows)
+
+
+@app.command()
+def check(domain: Domain, folder: Folder = None) -> None:
+    """List a domain's files: valid, unverified, missing or corrupt. Downloads nothing."""
+    from . import sources
+    try:
+        rows = sources.check(domain, folder or sources.DOWNLOADS)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"cfclip: {error}") from None
+    _report(rows)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="a generator or mapper in any format that is read here")],
+    out: Annotated[Path, typer.Argument(help="the .safetensors to write")],
+    kind: Annotated[str, typer.Option(help="auto, generator or mapper; a mapper's file holds a generator too")] = "auto",
+) -> None:
+    """Rewrite a generator or a mapper as safetensors: safe, small, quick to open. Never touches its input."""
+    from .checkpoints import convert as run
+    try:
+        what = run(source, out, kind)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"cfclip: {error}") from None
+    typer.echo(f"{out}: a {what}, {out.stat().st_size / 1e6:.1f} MB (from {source.stat().st_size / 1e6:.1f} MB)")
+
+
 if __name__ == "__main__":
     app()

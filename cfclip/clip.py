@@ -3,9 +3,15 @@
 Features are returned *raw* (not normalised) unless said otherwise; D is the embedding width, T = 79 templates.
 """
 
+import hashlib
+import os
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
+from zipfile import BadZipFile, ZipFile
 
+import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
@@ -13,6 +19,10 @@ from open_clip.tokenizer import SimpleTokenizer
 from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
 from torch import Tensor, nn
 
+from .checkpoints import about, describe, read_torch, sniff, state_dict
+
+OPENAI_SHA256 = "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"
+"""Of OpenAI's ``ViT-B-32.pt``."""
 TEMPLATES = tuple(t for t in OPENAI_IMAGENET_TEMPLATES if t("X") != "a photo of many X.")
 """The paper's 79 prompt templates: OpenAI's 80 without "a photo of many {}."."""
 
@@ -76,3 +86,43 @@ class ClipGuide(nn.Module):
         """Unit text features of ``prompt`` under the T templates, [T, D]."""
         self.tokenize(prompt)                                      # the error should quote the prompt, not a template
         return F.normalize(self.encode_text([template(prompt) for template in TEMPLATES]), dim=-1)
+
+
+def load_openai_clip(path: str | os.PathLike, model: str = "ViT-B-32-quickgelu") -> ClipGuide:
+    """The paper's CLIP from OpenAI's ``ViT-B-32.pt``, or from open_clip's copy of it (safetensors, or a torch state dict).
+
+    ``model`` is open_clip's name; plain "ViT-B-32" would silently use another GELU. Frozen, float32. Raises WeightsError.
+    """
+    path, kind = Path(path), sniff(path)
+    with about(path):
+        if kind == "safetensors":
+            from safetensors.torch import load_file
+            tensors = load_file(path)
+        elif kind == "torch-zip" and _is_torchscript(path):
+            with path.open("rb") as file:                          # TorchScript is a program: only the one that is known is opened
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != OPENAI_SHA256:
+                raise ValueError(f"it is a TorchScript archive, but not OpenAI's ViT-B-32.pt: its sha256 is {digest}")
+            with warnings.catch_warnings():                        # torch would rather forget TorchScript
+                warnings.simplefilter("ignore", FutureWarning)
+                tensors = torch.jit.load(path, map_location="cpu").state_dict()
+        else:
+            tree = read_torch(path)
+            tensors = state_dict(tree, "state_dict")
+            if "text_projection" not in tensors:
+                raise ValueError(f"it holds {describe(tree)}, where OpenAI's CLIP is needed")
+        with torch.random.fork_rng(devices=[]):                    # its random start is overwritten
+            network = open_clip.CLIP(**open_clip.get_model_config(model))
+        for name, tensor in network.state_dict().items():
+            if name not in tensors or tensors[name].shape != tensor.shape:
+                raise ValueError(f"it has no {name} of shape {list(tensor.shape)}: it is no {model}")
+        network.load_state_dict({name: tensors[name].float() for name in network.state_dict()})
+    return ClipGuide(network)
+
+
+def _is_torchscript(path: Path) -> bool:
+    try:
+        with ZipFile(path) as archive:
+            return any("/code/" in name for name in archive.namelist())
+    except BadZipFile:                                             # read_torch says what is wrong with it
+        return False

@@ -1,19 +1,21 @@
 """Domains by name: a generator, a CLIP, an identity network and prompts that belong together."""
 
-import os
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from . import weights
-from .clip import ClipGuide
+from . import latents, sources, weights
+from .checkpoints import load_generator, load_identity, load_latents
+from .clip import ClipGuide, load_openai_clip
 from .identity import IRSE, FaceIdentity
+from .perceptual import VGG19, load_vgg
+from .sources import DATA, DOWNLOADS
 from .stylegan2 import Generator
 from .toonfaces.readout import Readout
-
-DATA = Path(os.environ.get("CFCLIP_DATA", Path(__file__).resolve().parent.parent / "data"))
-"""Where weights live; the environment variable CFCLIP_DATA moves it."""
 
 
 @dataclass(frozen=True)
@@ -23,16 +25,29 @@ class Domain:
     name: str
     generator: Generator
     clip: ClipGuide
-    identity: FaceIdentity
+    identity: FaceIdentity | None   # None: nobody has trained one (dogs, cats)
     readout: Readout | None         # the judge, where there is a ground truth
     source_text: str                # what every picture of the domain shows
     prompts: tuple[str, ...]        # examples, counterfactual ones first
     truncation: float = 1.0         # psi of the latents that are edited
     device: torch.device = torch.device("cpu")
+    perceptual: VGG19 | None = None  # what keeps the rest of the picture where there is no identity
+    latent_files: Mapping[str, Path] = field(default_factory=dict)  # split -> codes of real photos; a split without is sampled
+
+    def latents(self, n: int, split: str = "train", seed: int = 0) -> Tensor:
+        """``n`` codes w_plus [n, L, D] to edit; fewer if ``latent_files`` has fewer. The same every time, other ones per seed.
+
+        Raises WeightsError if the file is damaged or belongs to another generator.
+        """
+        if split not in self.latent_files:
+            return latents.sample(self.generator, n, split, seed, self.truncation)
+        w = load_latents(self.latent_files[split], self.generator)
+        order = torch.randperm(len(w), generator=torch.Generator().manual_seed(seed))
+        return w[order[:n]].to(self.device)
 
     def to(self, device: str | torch.device) -> "Domain":
         """The same domain with its networks on ``device``."""
-        for network in (self.generator, self.clip, self.identity, self.readout):
+        for network in (self.generator, self.clip, self.identity, self.readout, self.perceptual):
             if network is not None:
                 network.to(device)
         return replace(self, device=torch.device(device))
@@ -58,7 +73,43 @@ def load_toonfaces(folder: Path = DATA / "toonfaces") -> Domain:
     )
 
 
-DOMAINS = {"toonfaces": load_toonfaces}
+def load_ffhq(folder: Path = DOWNLOADS) -> Domain:
+    """The paper's faces. Raises WeightsError that names every missing file, where it comes from and where to put it."""
+    files = sources.require("ffhq", folder)
+    return Domain(
+        name="ffhq",
+        generator=load_generator(files["generator"]),
+        clip=load_openai_clip(files["clip"]),
+        identity=load_identity(files["identity"]),
+        readout=None,
+        source_text="face",
+        prompts=("green lipstick", "purple eyebrows"),
+        latent_files={split: files[f"{split} latents"] for split in latents.SPLITS if f"{split} latents" in files},
+    )
+
+
+def load_afhq(animal: str, prompts: tuple[str, ...], folder: Path = DOWNLOADS) -> Domain:
+    """The paper's dogs or cats: W codes at psi = 0.7, and VGG19 in place of an identity. Raises WeightsError as :func:`load_ffhq`."""
+    files = sources.require(f"afhq-{animal}", folder)
+    return Domain(
+        name=f"afhq-{animal}",
+        generator=load_generator(files["generator"]),
+        clip=load_openai_clip(files["clip"]),
+        identity=None,
+        readout=None,
+        source_text=animal,
+        prompts=prompts,
+        truncation=0.7,
+        perceptual=load_vgg(files["perceptual"]),
+    )
+
+
+DOMAINS = {
+    "toonfaces": load_toonfaces,
+    "ffhq": load_ffhq,
+    "afhq-dog": partial(load_afhq, "dog", ("blue dog", "bald dog", "tiger stripes")),
+    "afhq-cat": partial(load_afhq, "cat", ("spotty cat", "mouse ears")),
+}
 
 
 def load_domain(name: str = "toonfaces", device: str | torch.device = "cpu") -> Domain:

@@ -9,10 +9,11 @@ import torch
 from pytorch_optimizer import Ranger
 from torch import Tensor
 
-from . import latents, weights
+from . import weights
 from .domains import Domain
 from .losses import clip_nce, identity_loss_from_features, latent_l2, perspective_views
 from .mapper import Mapper, MapperConfig
+from .perceptual import perceptual_loss
 from .training import Callback, fit
 
 
@@ -28,6 +29,7 @@ class CFCLIPConfig:
     lambda_id: float = 0.2
     lambda_l2: float = 0.8
     lambda_nce: float = 0.3
+    lambda_perc: float = 0.0                 # VGG19 distance to the source; the paper's for dogs and cats: 0.02, and no lambda_id
     temperature: float = 0.1                 # tau
     draws: int = 8                           # perspective views of every edited image
     positives: tuple[str, ...] = ("text", "target")
@@ -61,6 +63,10 @@ class CFCLIP:
 
     def __post_init__(self):
         domain, c = self.domain, self.config
+        for name, network, kind in (("lambda_id", domain.identity, "identity"), ("lambda_perc", domain.perceptual, "perceptual")):
+            if getattr(c, name) and network is None:
+                raise ValueError(f"{name} is {getattr(c, name):g}, but domain {domain.name} has no {kind} network: set {name}=0 "
+                                 f"(notebooks/presets/ has the paper's values)")
         self.text_feature = domain.clip.encode_text(c.prompt)                             # [1, E], raw
         self.target_text = domain.clip.template_features(c.prompt)                        # [T, E]
         self.source_text = domain.clip.template_features(c.source_text or domain.source_text)
@@ -70,10 +76,12 @@ class CFCLIP:
         self.optimizer = Ranger(self.mapper.parameters(), lr=c.lr, betas=(0.95, 0.999), eps=1e-5, k=6, alpha=0.5,
                                 degenerated_to_sgd=True)
         self.dtype = getattr(torch, c.dtype)
-        self.w = latents.sample(g, c.train_latents, "train", c.seed, domain.truncation)
+        self.w = domain.latents(c.train_latents, "train", c.seed)
+        at_once = max(1, min(64, 64 * 256 ** 2 // g.resolution ** 2))                     # 64 pictures of 1024² would be 50 GB
         with torch.no_grad():
-            pairs = [self._features(self._synthesise(w)) for w in self.w.split(64)]
-        self.source_clip, self.source_id = (torch.cat(x) for x in zip(*pairs, strict=True))
+            pairs = [self._features(self._synthesise(w)) for w in self.w.split(at_once)]
+        self.source_clip = torch.cat([clip for clip, _ in pairs])
+        self.source_id = None if domain.identity is None else torch.cat([identity for _, identity in pairs])
 
     def _synthesise(self, w: Tensor) -> Tensor:
         return self.domain.generator.synthesis(w, dtype=None if self.dtype == torch.float32 else self.dtype)
@@ -83,11 +91,11 @@ class CFCLIP:
             feature = self.domain.clip.encode_image(images)
         return torch.nn.functional.normalize(feature.float(), dim=-1)
 
-    def _features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self._clip(images), self.domain.identity(images)
+    def _features(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self._clip(images), None if self.domain.identity is None else self.domain.identity(images)
 
     def step(self, i: int) -> dict[str, float]:
-        """One step on a batch of training latents: ``lambda_id L_id + lambda_L2 L_2 + lambda_NCE L_NCE``."""
+        """One step on a batch of training latents: ``lambda_id L_id + lambda_perc L_perc + lambda_L2 L_2 + lambda_NCE L_NCE``."""
         c = self.config
         index = torch.randint(len(self.w), (c.batch,))
         w = self.w[index]
@@ -101,6 +109,11 @@ class CFCLIP:
         if c.lambda_id:
             logs["id"] = identity_loss_from_features(self.domain.identity(edited), self.source_id[index])
             loss = loss + c.lambda_id * logs["id"]
+        if c.lambda_perc:
+            with torch.no_grad():                                  # drawn again: all sources at once would not fit in memory
+                source = self._synthesise(w)
+            logs["perc"] = perceptual_loss(self.domain.perceptual, edited, source)
+            loss = loss + c.lambda_perc * logs["perc"]
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

@@ -82,7 +82,9 @@ def clip_direction(edit: Edit) -> dict[str, np.ndarray]:
 
 @metric
 def identity(edit: Edit) -> dict[str, np.ndarray]:
-    """Cosine similarity of the identity features of source and edit, 1 = the same person."""
+    """Cosine similarity of the identity features of source and edit, 1 = the same person. Only where the domain has the network."""
+    if edit.domain.identity is None:
+        return {}
     return {"identity": torch.cat([edit.domain.identity.similarity(a, b) for a, b in zip(edit.source.split(64), edit.edited.split(64), strict=True)])
             .cpu().numpy()}
 

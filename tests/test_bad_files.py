@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 
 from cfclip import weights
 from cfclip.checkpoints import load_generator, load_identity, load_latents, load_mapper
+from cfclip.clip import load_openai_clip
 from cfclip.e4e import load_e4e
 from cfclip.mapper import Mapper
 from cfclip.perceptual import load_vgg
 from cfclip.weights import WeightsError
 
 LOADERS = {"generator": load_generator, "mapper": load_mapper, "latents": load_latents, "identity": load_identity, "e4e": load_e4e,
-           "vgg": load_vgg}
+           "vgg": load_vgg, "clip": load_openai_clip}
 BAD = {"missing": (None, "does not exist"), "empty": (b"", "is empty"), "page": (b"<!DOCTYPE html><html>Quota exceeded", "web page"),
        "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"), "gzip": (b"\x1f\x8b\x08\0", "gzip"),
        "json": (b'{"error": "not found"}', "JSON"), "text": (b"hello", "no weight file"), 
