@@ -30,7 +30,7 @@ class Domain:
     source_text: str                # what every picture of the domain shows
     prompts: tuple[str, ...]        # examples, counterfactual ones first
     truncation: float = 1.0         # psi of the latents that are edited
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     perceptual: VGG19 | None = None  # what keeps the rest of the picture where there is no identity
     latent_files: Mapping[str, Path] = field(default_factory=dict)  # split -> codes of real photos; a split without is sampled
 

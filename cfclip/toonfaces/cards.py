@@ -126,5 +126,5 @@ def write_card(name: str, folder: Path = DATA / "toonfaces") -> Path:
     text = (f"# {NETWORKS[name].title}\n\n`{path.name}`: {parameters:,} values, {path.stat().st_size / 1e6:.1f} MB. "
             f"Data: toonfaces renders, drawn afresh; no other source. Licence: MIT, as the code.\n\n"
             f"Retrain: `cfclip toonfaces train {name}`. Measure again: `cfclip toonfaces measure {name}`.\n\n"
-            f"## Measured\n\n{NETWORKS[name].measure(folder)}\n## Training\n\n| setting | value |\n|---|---|\n{budget}\n")
+            f"## Measured\n\n{NETWORKS[name].measure(folder)}\n## Training\n\n{card.get('history', '')}| setting | value |\n|---|---|\n{budget}\n")
     return atomic_save(text, folder / f"{name}.md", lambda text, part: part.write_text(text))

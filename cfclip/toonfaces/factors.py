@@ -158,8 +158,8 @@ def _pick(rng: np.random.Generator, table: dict[str, RGB], amount: float = 0.07)
     return Colour(name, _jitter(rng, table[name], amount))
 
 
-def _any_hue(rng: np.random.Generator) -> RGB:
-    h, s, v = rng.uniform(0, 6), rng.uniform(0.15, 0.75), rng.uniform(0.45, 0.98)
+def _any_hue(rng: np.random.Generator, saturation: tuple[float, float] = (0.15, 0.75)) -> RGB:
+    h, s, v = rng.uniform(0, 6), rng.uniform(*saturation), rng.uniform(0.45, 0.98)
     r, g, b = (255 * v * (1 - s * np.clip(1 - np.abs((h - k) % 6 - 3) + 1, 0, 1)) for k in (3, 5, 1))
     return (float(r), float(g), float(b))
 
@@ -205,10 +205,12 @@ def sample_face(seed: int | tuple[int, ...] | LatentDraws, support: str = "natur
                 colour[part] = odd
             elif draw < 0.75:
                 colour[part] = independent
+    # "both" must cover what an edit may do to a background, or CLIP takes a vivid one for hair
+    saturation = (0.15, 0.75) if support == "natural" else (0.0, 1.0)
     style = HAIR_STYLES[rng.choice(5, p=(0.26, 0.24, 0.18, 0.18, 0.14))]
     u = rng.uniform
     return Face(
-        **colour, background=_any_hue(rng), shirt=_any_hue(rng), frame=_jitter(rng, (40, 34, 36), 0.15),
+        **colour, background=_any_hue(rng, saturation), shirt=_any_hue(rng, saturation), frame=_jitter(rng, (40, 34, 36), 0.15),
         hair_style=style, has_beard=bool(u() < (0.12 if style in ("long", "bob") else 0.4)),
         has_glasses=bool(u() < 0.25),
         shift=(u(-0.06, 0.06), u(-0.05, 0.05)), **{name: u(low, high) for name, (low, high) in _UNIT.items()},

@@ -37,6 +37,7 @@ class GANConfig:
     warm_lr: float = 0.01       # fifty times that for the mapping network, whose own lr_mul is 0.01
     steps: int = 1500
     lr: float = 0.0025
+    anchor: float = 4.0         # weight of the regression error beside the adversarial loss
     r1_gamma: float = 1.0       # on every r1_every-th step, weighted accordingly
     r1_every: int = 16
     mixing: float = 0.5         # probability of style mixing
@@ -139,7 +140,7 @@ class GANTraining:
         z, factors, pictures = self._pool()
         batch, many = torch.randint(len(z), (c.batch,)), torch.randint(len(z), (512,))
         w = self.factors_to_w(factors[batch])
-        error = self.g.synthesis(w[:, None].expand(-1, self.g.num_ws, -1), "random", self.dtype) - to_tensor(pictures[batch])
+        error = self.g.synthesis(w[:, None].expand(-1, self.g.num_ws, -1), "none", self.dtype) - to_tensor(pictures[batch])
         loss = error.abs().mean() + 0.5 * (error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean())
         with torch.no_grad():
             w_true = self.factors_to_w(factors[many])
@@ -200,14 +201,21 @@ class GANTraining:
         c = self.config
         return to_tensor([render_image(sample_face((c.seed, step, k)), c.resolution) for k in range(c.batch)])
 
-    def _fakes(self) -> Tensor:
-        c, g = self.config, self.g
-        w = g.map_one(torch.randn(2 * c.batch, c.w_dim))
-        g.w_avg.lerp_(w.detach().mean(0), 0.005)
-        w, other = w.chunk(2)
+    def _fakes(self) -> tuple[Tensor, Tensor]:
+        """Half a batch drawn from known factors, half from z with style mixing: (pictures, what the first half should show).
+
+        Without noise: toon faces have no stochastic detail, and a young generator hides behind it.
+        """
+        c, g, half = self.config, self.g, self.config.batch // 2
+        _, factors, pictures = self._pool()
+        index = torch.randint(len(factors), (half,))
+        with torch.no_grad():
+            known = self.factors_to_w(factors[index])[:, None].expand(-1, g.num_ws, -1)
+        w, other = g.map_one(torch.randn(2 * half, c.w_dim)).chunk(2)
         layer = torch.arange(g.num_ws)[None, :, None]
-        cut = torch.randint(1, g.num_ws, (c.batch, 1, 1)).where(torch.rand(c.batch, 1, 1) < c.mixing, torch.tensor(g.num_ws))
-        return g.synthesis(torch.where(layer < cut, w[:, None], other[:, None]), "random", self.dtype)
+        cut = torch.randint(1, g.num_ws, (half, 1, 1)).where(torch.rand(half, 1, 1) < c.mixing, torch.tensor(g.num_ws))
+        mixed = torch.where(layer < cut, w[:, None], other[:, None])
+        return g.synthesis(torch.cat([known, mixed]), "none", self.dtype), to_tensor(pictures[index])
 
     def load(self, state: dict) -> None:
         """Take up ``state``, as a checkpoint holds it."""
@@ -215,13 +223,14 @@ class GANTraining:
             thing.load_state_dict(state[name])
 
     def step(self, i: int) -> dict[str, float]:
-        """One step of StyleGAN2's adversarial training: logistic loss, lazy R1."""
+        """One step of StyleGAN2's adversarial training: logistic loss, lazy R1; regression stays as an anchor."""
         c = self.config
         self.d.requires_grad_(False)
-        fakes = self._fakes()
+        fakes, wanted = self._fakes()
         loss_g = F.softplus(-self.d(fakes, self.dtype)).mean()
+        error = (fakes[:len(wanted)] - wanted).abs().mean()
         self.opt_g.zero_grad()
-        loss_g.backward()
+        (loss_g + c.anchor * error).backward()
         self.opt_g.step()
 
         self.d.requires_grad_(True)
@@ -237,7 +246,7 @@ class GANTraining:
         self.opt_d.step()
 
         self._average(c.batch * (c.warm_steps + i + 1))
-        return {"loss_g": loss_g.item(), "loss_d": loss_d.item(), "real": logits_real.detach().sign().mean().item(),
+        return {"loss_g": loss_g.item(), "error": error.item(), "loss_d": loss_d.item(), "real": logits_real.detach().sign().mean().item(),
                 "fake": logits_fake.detach().sign().mean().item()}
 
 
