@@ -27,7 +27,7 @@ class CLIPConfig:
 
     model: str = "toonfaces-rn"   # a file of clip_configs/
     batch: int = 128
-    steps: int = 2700
+    steps: int = 3100
     pool: int = 40_000            # rendered once, warped and degraded afresh at every use
     lr: float = 1.5e-3
     warmup: int = 100

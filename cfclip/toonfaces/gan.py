@@ -35,7 +35,7 @@ class GANConfig:
     map_steps: int = 2500       # of adversarial training of the mapping network in W, see GANTraining.map_step
     warm_pool: int = 30_000
     warm_lr: float = 0.01       # fifty times that for the mapping network, whose own lr_mul is 0.01
-    steps: int = 1500
+    steps: int = 1000
     lr: float = 0.0025
     anchor: float = 4.0         # weight of the regression error beside the adversarial loss
     r1_gamma: float = 1.0       # on every r1_every-th step, weighted accordingly
