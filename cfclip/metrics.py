@@ -178,7 +178,7 @@ def lpips_note() -> str:
     if _alex() is not None:
         return "LPIPS: the lpips package with AlexNet."
     return (f"LPIPS: AlexNet's weights are not on this machine, so the same distance on the readout's encoder is used (column lpips_readout). "
-            f"For the published one download {ALEXNET_URL} to {DATA / 'downloads'}.")
+            f"For the published one download {ALEXNET_URL} to data/downloads.")
 
 
 def evaluate(edit: Edit) -> dict[str, np.ndarray]:
