@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from cfclip.toonfaces.factors import COUNTERFACTUAL, IDENTITY_FACTORS, NATURAL, PARTS, new_photo, sample_face
+from cfclip.toonfaces.factors import COUNTERFACTUAL, IDENTITY_FACTORS, LATENT_DRAWS, NATURAL, PARTS, LatentDraws, new_photo, sample_face
 from cfclip.toonfaces.render import MASKS, render, render_image
 
 
@@ -59,3 +59,11 @@ def test_another_photo_keeps_the_person():
 def test_an_unknown_support_is_named():
     with pytest.raises(ValueError, match="'odd'"):
         sample_face(0, "odd")
+
+
+def test_a_latent_code_says_what_is_drawn():
+    z = np.random.default_rng(0).standard_normal(LATENT_DRAWS)
+    face = sample_face(LatentDraws(z))
+    assert face == sample_face(LatentDraws(z)) != sample_face(LatentDraws(-z))
+    with pytest.raises(StopIteration):
+        sample_face(LatentDraws(z[:-1]))

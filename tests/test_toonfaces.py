@@ -1,16 +1,21 @@
 """The committed networks, quickly; the full numbers are on their cards."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 import cfclip
 from cfclip import metrics
+from cfclip.reporting import read_rows
 from cfclip.toonfaces import clip as toon_clip
 from cfclip.toonfaces import identity as toon_identity
 from cfclip.toonfaces import readout as toon_readout
+from cfclip.toonfaces.ceiling import ceiling
 from cfclip.toonfaces.factors import sample_face
-from cfclip.toonfaces.gan import GANConfig, GANTraining, to_tensor
+from cfclip.toonfaces.gan import GANConfig, to_tensor
+from cfclip.toonfaces.gan import train as train_generator
 from cfclip.toonfaces.render import render_image
 
 
@@ -55,9 +60,21 @@ def test_ground_truth_scores_the_true_counterfactual(toonfaces):
     assert right["clip_direction"].mean() > 20 and none["clip_direction"].max() < 1
 
 
-@pytest.mark.slow
-def test_gan_training_learns_and_resumes(tmp_path):
-    config = GANConfig(resolution=16, channels=(16, 16, 16), d_channels=(16, 16, 16), w_dim=16, mapping_layers=2, batch=4, dtype="float32")
-    training = GANTraining(config)
-    losses = [training.step(i) for i in range(20)]
-    assert all(np.isfinite(list(row.values())).all() for row in losses)
+def test_the_ceiling_is_measured_against_the_truth(toonfaces):
+    row = ceiling(toonfaces, "blue hair", n=2, steps=3)
+    assert row["n"] == 2 and row["success_before"] == 0 and 0 <= row["success_after"] <= 1
+    with pytest.raises(ValueError, match="names no colour"):
+        ceiling(toonfaces, "happy")
+
+
+def test_generator_training_passes_its_phases_and_resumes(tmp_path):
+    config = GANConfig(resolution=16, channels=(16, 16, 16), d_channels=(16, 16, 16), w_dim=80, mapping_layers=2, batch=4, dtype="float32",
+                       warm_steps=8, map_steps=3, steps=4, warm_pool=32)
+    whole = train_generator(config, tmp_path / "whole")
+    train_generator(dataclasses.replace(config, steps=2), tmp_path / "cut")
+    resumed = train_generator(config, tmp_path / "cut")
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True))
+    errors = [row["error"] for row in read_rows(tmp_path / "whole" / "1-regression" / "log.jsonl")]
+    assert np.isfinite(errors).all() and (tmp_path / "whole" / "samples" / "3-adversarial-000004.png").exists()
+    with pytest.raises(ValueError, match="w_dim"):
+        GANConfig(w_dim=16)

@@ -228,3 +228,6 @@ assert set(IDENTITY_FACTORS) < {f.name for f in fields(Face)}
 
 FACTORS: int = factor_vector(sample_face(0)).size
 """Length of :func:`factor_vector`."""
+
+LATENT_DRAWS = 71
+"""How many numbers of z a natural face takes (see :class:`LatentDraws`)."""

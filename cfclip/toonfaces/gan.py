@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ..ops import bias_act, setup_filter
 from ..stylegan2 import EqualLinear, Generator, pixel_norm
 from ..training import Callback, atomic_save, fit
-from .factors import FACTORS, LatentDraws, factor_vector, sample_face
+from .factors import FACTORS, LATENT_DRAWS, LatentDraws, factor_vector, sample_face
 from .render import render_image
 
 
@@ -44,6 +44,10 @@ class GANConfig:
     ema_images: int = 5_000    # half-life of the averaged generator
     seed: int = 0
     dtype: str = "bfloat16"     # of the convolutions; R1 and the RGB sums stay float32
+
+    def __post_init__(self):
+        if self.w_dim < LATENT_DRAWS:
+            raise ValueError(f"w_dim (= z_dim) must be at least {LATENT_DRAWS}, one number per factor of a face, not {self.w_dim}")
 
 
 class EqualConv(nn.Module):
