@@ -10,6 +10,7 @@ from pytorch_optimizer import Ranger
 from torch import Tensor
 
 from . import weights
+from .checkpoints import load_mapper
 from .domains import Domain
 from .losses import clip_nce, identity_loss_from_features, latent_l2, perspective_views
 from .mapper import Mapper, MapperConfig
@@ -143,8 +144,8 @@ def find_mappers(folder: str | os.PathLike, prompts: Sequence[str] = ()) -> dict
     """
     found = {}
     for path in sorted([*Path(folder).glob("*.safetensors"), *Path(folder).glob("*/mapper.safetensors")]):
-        tensors, config, card = weights.read(path, "mapper")
-        found[card.get("prompt", path.stem)] = weights.load_into(Mapper(MapperConfig(**config)), tensors, path)
+        _, _, card = weights.read(path, "mapper")
+        found[card.get("prompt", path.stem)] = load_mapper(path)
     if not found:
         raise ValueError(f"no mapper in {folder}: train one with 02_training, out=<a folder in there>")
     if missing := [prompt for prompt in prompts if prompt not in found]:

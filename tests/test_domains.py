@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from typer.testing import CliRunner
+from written_out import one_step
 
 import cfclip
 from cfclip import clip as clip_module
@@ -20,6 +21,7 @@ from cfclip.cli import app
 from cfclip.clip import load_openai_clip
 from cfclip.e4e import Encoder4Editing
 from cfclip.identity import IRSE
+from cfclip.losses import latent_l2
 from cfclip.mapper import Mapper, MapperConfig
 from cfclip.method import CFCLIP, CFCLIPConfig
 from cfclip.perceptual import VGG19, perceptual_loss
@@ -79,20 +81,8 @@ def test_afhq(animal, prompt, folder):
 
 def test_the_step_with_the_perceptual_term_is_the_published_loss(folder):
     """One step written out from images; the weights are large, so that no term hides behind another."""
-    from cfclip.losses import clip_nce, latent_l2, perspective_views
     d = domains.load_afhq("dog", ("blue dog",), folder)
-    run = CFCLIP(d, CFCLIPConfig("blue dog", lambda_id=0.0, lambda_perc=2.0, train_latents=6))
-    before = [p.clone() for p in run.mapper.parameters()]
-    torch.manual_seed(5)
-    logs = run.step(0)
-    for p, old in zip(run.mapper.parameters(), before, strict=True):
-        p.data.copy_(old)
-    torch.manual_seed(5)
-    w = run.w[torch.randint(len(run.w), (2,))]
-    w_edited = run.mapper.edit(w, d.clip.encode_text("blue dog"))
-    x, edited = d.generator.synthesis(w), d.generator.synthesis(w_edited)
-    unit = lambda images: torch.nn.functional.normalize(d.clip.encode_image(images), dim=-1)  # noqa: E731
-    nce = clip_nce(unit(perspective_views(edited, 8)), unit(x), d.clip.template_features("blue dog"), d.clip.template_features("dog"))
+    logs, w, w_edited, x, edited, nce = one_step(CFCLIP(d, CFCLIPConfig("blue dog", lambda_id=0.0, lambda_perc=2.0, train_latents=6)))
     perc = perceptual_loss(d.perceptual, edited, x)
     loss = 0.3 * nce + 2 * perc + 0.8 * latent_l2(w_edited, w)
     assert logs["loss"] == pytest.approx(loss.item(), rel=1e-5) and logs["perc"] == pytest.approx(perc.item(), rel=1e-5)
