@@ -152,8 +152,9 @@ class GANTraining:
     def warm_step(self, i: int) -> dict[str, float]:
         """One step of regression, on natural faces like all that the generator sees.
 
-        The synthesis network learns to draw a face from its factors (:meth:`_error`), through a linear layer ``factors -> w`` that is thrown away; the mapping network learns to give
-        that w for the z that stands for the face. A purely adversarial start took many times as long on a CPU.
+        The synthesis network learns to draw a face from its factors (:meth:`_error`), through a linear layer ``factors -> w``
+        that is thrown away; the mapping network learns to give that w for the z that stands for the face. A purely
+        adversarial start took many times as long on a CPU.
         """
         c = self.config
         for group in self.opt_warm.param_groups:
