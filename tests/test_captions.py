@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
 import torch
+from open_clip.tokenizer import SimpleTokenizer
 
 from cfclip.toonfaces.captions import FACTS, caption, claim_of, fact_vector, facts_of, matches, training_face
+from cfclip.toonfaces.clip import build
 from cfclip.toonfaces.factors import HELD_OUT, sample_face
 
 
@@ -34,3 +36,12 @@ def test_matches_by_hand():
     ("happy", None), ("green lips and red hair", None), ("evergreen lipsticks", None)])
 def test_what_a_prompt_asks_for(prompt, claim):
     assert claim_of(prompt) == claim
+
+
+def test_every_word_of_every_caption_has_a_row_of_its_own_and_a_strange_word_has_the_last():
+    words, tokenizer = build().token_embedding, SimpleTokenizer(context_length=32)
+    texts = [caption(training_face((3, k)), np.random.default_rng(k))[0] for k in range(300)]
+    assert (words.rows(tokenizer(texts)) < len(words.tokens)).all()
+    strange, known = words.rows(tokenizer(["a green zebra", "a green face"]))
+    assert (strange == len(words.tokens)).sum() == 1 and (known < len(words.tokens)).all()
+    assert words.weight.shape[0] == len(words.tokens) + 1 < 200

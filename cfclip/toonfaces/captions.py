@@ -115,6 +115,13 @@ def caption(face: Face, rng: np.random.Generator) -> tuple[str, set[Fact]]:
     return text, claims
 
 
+def vocabulary() -> list[str]:
+    """Texts that between them hold every word of every :func:`caption`."""
+    named = [text for part in PARTS for text in (*colours(part), *_NOUNS[part])] + [text for texts in _STYLES.values() for text in texts]
+    return [*named, *(template("a") for template in OPENAI_IMAGENET_TEMPLATES),
+            "glasses, a beard and a smile", "smiling bald face with", "person man woman"]
+
+
 def training_face(seed: tuple[int, ...]) -> Face:
     """A face of both supports in which no held-out (part, colour) pair can be seen."""
     for attempt in range(1000):

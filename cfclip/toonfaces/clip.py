@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..clip import ClipGuide
 from ..training import fit
-from .captions import FACTS, caption, fact_vector, facts_of, matches, phrase, training_face
+from .captions import FACTS, caption, fact_vector, facts_of, matches, phrase, training_face, vocabulary
 from .factors import HELD_OUT, NATURAL, PARTS, colours, sample_face
 from .gan import to_tensor
 from .render import render_image
@@ -27,7 +27,7 @@ class CLIPConfig:
 
     model: str = "toonfaces-rn"   # a file of clip_configs/
     batch: int = 128
-    steps: int = 3100
+    steps: int = 4000
     pool: int = 40_000            # rendered once, warped and degraded afresh at every use
     lr: float = 1.5e-3
     warmup: int = 100
@@ -38,11 +38,39 @@ class CLIPConfig:
     dtype: str = "bfloat16"       # autocast of the image and text towers
 
 
+class KnownWords(nn.Module):
+    """The embedding of the few tokens that captions hold, and one row for all others.
+
+    In place of open_clip's table, whose 49 408 rows would be most of the file, and noise but for these.
+    """
+
+    def __init__(self, tokens: Tensor, width: int):
+        super().__init__()
+        self.register_buffer("tokens", tokens)                     # [V], sorted
+        self.weight = nn.Parameter(0.02 * torch.randn(len(tokens) + 1, width))
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        """Token ids [...] -> row of ``weight``; V for a token that training never saw."""
+        row = torch.searchsorted(self.tokens, tokens).clamp(max=len(self.tokens) - 1)
+        return torch.where(self.tokens[row] == tokens, row, len(self.tokens))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        row = self.rows(tokens)
+        if self.training:                                          # a word in fifty goes unread, or the last row would stay noise
+            row = torch.where((torch.rand(row.shape) < 0.02) & (tokens < self.tokens[-2]), len(self.tokens), row)
+        return F.embedding(row, self.weight)
+
+
 def build(name: str = "toonfaces-rn") -> nn.Module:
-    """The untrained ``open_clip`` model of ``clip_configs/<name>.json``."""
+    """The untrained ``open_clip`` model of ``clip_configs/<name>.json``, reading the words of our captions (:class:`KnownWords`)."""
     if name not in open_clip.list_models():
         open_clip.add_model_config(CONFIGS)
-    return open_clip.create_model(name, load_weights=False)
+    model = open_clip.create_model(name, load_weights=False)
+    tokenizer = open_clip.tokenizer.SimpleTokenizer()
+    known = {token for text in vocabulary() for token in tokenizer.encode(text)}
+    ends = {0, tokenizer.sot_token_id, tokenizer.eot_token_id}     # padding, start, end: the two largest ids are the last two
+    model.token_embedding = KnownWords(torch.tensor(sorted(known | ends)), model.token_embedding.embedding_dim)
+    return model
 
 
 def random_warp(images: Tensor, share: float, strength: float = 0.5) -> Tensor:
