@@ -8,15 +8,16 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..clip import ClipGuide
 from ..training import fit
 from .captions import FACTS, caption, fact_vector, facts_of, matches, phrase, training_face, vocabulary
-from .factors import HELD_OUT, NATURAL, PARTS, colours, sample_face
+from .factors import HELD_OUT, NATURAL, PARTS, Face, colours, sample_face
 from .gan import to_tensor
-from .render import render_image
+from .render import MASKS, render, render_image
 
 CONFIGS = Path(__file__).parent / "clip_configs"
 
@@ -32,6 +33,7 @@ class CLIPConfig:
     lr: float = 1.5e-3
     warmup: int = 100
     weight_decay: float = 0.02
+    halos: float = 0.4            # share of pictures with_halo
     warped: float = 0.5           # share of images under a random perspective, as CF-CLIP will show them
     fact_weight: float = 1.0      # of the auxiliary loss, see FactHead
     seed: int = 0
@@ -93,11 +95,29 @@ def random_warp(images: Tensor, share: float, strength: float = 0.5) -> Tensor:
 
 
 def degrade(images: Tensor) -> Tensor:
-    """A little blur and noise on some images, so that the network does not depend on the renderer's exact edges."""
+    """Blur and noise on some images, so that the network does not depend on the renderer's exact edges; tints in soft patches on
+    some, or it would take a green glow about the mouth for green lips, and edits would make one."""
     n, r = len(images), images.shape[-1]
     soft = F.interpolate(F.interpolate(images, scale_factor=0.6, mode="bilinear", antialias=True), (r, r), mode="bilinear")
     images = torch.lerp(images, soft, torch.rand(n, 1, 1, 1) * (torch.rand(n, 1, 1, 1) < 0.5))
+    for cells in (4, 8):
+        tint = F.interpolate(torch.randn(n, 3, cells, cells), (r, r), mode="bicubic")
+        images = images + 0.2 * torch.rand(n, 1, 1, 1) * (torch.rand(n, 1, 1, 1) < 0.5) * tint
     return images + 0.06 * torch.rand(n, 1, 1, 1) * torch.randn_like(images)
+
+
+def with_halo(face: Face, rng: np.random.Generator, resolution: int = 64) -> np.ndarray:
+    """``face`` with a colour smeared *around* one of its parts, and not on it or another small one; uint8 [R, R, 3].
+
+    Its captions stay true. A CLIP that takes purple lids for purple eyebrows is one that edits will satisfy with purple lids.
+    """
+    drawn, part = render(face, resolution), PARTS[rng.integers(len(PARTS))]
+    mask = drawn.masks[MASKS.index(part)]
+    around = gaussian_filter(mask, rng.uniform(0.02, 0.06) * resolution)
+    kept = np.maximum(mask, sum(drawn.masks[MASKS.index(small)] for small in ("eyebrows", "eyes", "lipstick", "beard")))
+    alpha = (around / max(around.max(), 1e-6) * rng.uniform(0.5, 1.5)).clip(0, 1) * (1 - kept)
+    tint = np.array(list(colours(part).values())[rng.integers(len(colours(part)))])
+    return np.rint(drawn.image + alpha[..., None] * (tint - drawn.image)).astype(np.uint8)
 
 
 def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, true: Tensor) -> Tensor:
@@ -148,7 +168,9 @@ def train(config: CLIPConfig, out: Path) -> nn.Module:
                                   lr=config.lr, betas=(0.9, 0.98))
     normalise = ClipGuide(build(config.model)).preprocess
     people = [training_face((config.seed, 1, k)) for k in tqdm(range(config.pool), "faces", leave=False)]
-    pictures = np.stack([render_image(face) for face in tqdm(people, "pictures", leave=False)])
+    draws = np.random.default_rng((config.seed, 3))
+    pictures = np.stack([with_halo(face, draws) if draws.random() < config.halos else render_image(face)
+                         for face in tqdm(people, "pictures", leave=False)])
     known = torch.from_numpy(np.stack([fact_vector(facts_of(face)) for face in people]))
 
     def step(i: int) -> dict[str, float]:
