@@ -262,7 +262,8 @@ def run_notebook(notebook: str | os.PathLike, folder: str | os.PathLike, paramet
     path = Path(folder) / source.name
     path.parent.mkdir(parents=True, exist_ok=True)
     literal = [str(p).replace("{", "{{").replace("}", "}}") for p in (source, path)]  # papermill takes braces in a path for parameters
-    papermill.execute_notebook(*literal, dict(parameters), kernel_name="python3", language="python", progress_bar=False, start_timeout=300)
+    papermill.execute_notebook(*literal, dict(parameters), kernel_name="python3", language="python", progress_bar=False, start_timeout=300,
+                               extra_arguments=["--log-level=50"])  # a kernel warns of its own transport, once a run
     return path
 
 
