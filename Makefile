@@ -19,7 +19,7 @@ help:           ## what there is
 	@touch $@
 
 reproduce: .venv/installed  ## train the prompts, evaluate, rewrite reports/ (15 minutes on two cores)
-	$(BIN)/cfclip reproduce
+	$(BIN)/cfclip sweep notebooks/presets/paper-toonfaces.yaml --quick
 
 test: .venv/installed       ## unit tests, and the notebooks at their smoke defaults
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest

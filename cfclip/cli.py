@@ -67,17 +67,34 @@ def toonfaces_ceiling(
     typer.echo(atomic_save(text, out, lambda text, part: part.write_text(text)))
 
 
-@app.command()
-def reproduce(
+@app.command("sweep")
+def run_sweep(
+    spec: Annotated[Path, typer.Argument(help="what to run, e.g. notebooks/presets/paper-toonfaces.yaml")],
+    quick: Annotated[bool, typer.Option("--quick", help="the file's small version of itself")] = False,
+    out: Annotated[Path, typer.Option(help="a folder per run; what is finished there is not done again")] = Path("reports/runs"),
     reports: Annotated[Path, typer.Option(help="where tables and figures go")] = Path("reports"),
-    preset: Annotated[Path, typer.Option(help="papermill parameters")] = Path("notebooks/presets/toonfaces.yaml"),
+    workers: Annotated[int | None, typer.Option(min=1, help="processes on this machine; default: one per core")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="a dask cluster instead, tcp://…; it must see the same files under the same paths")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be done")] = False,
 ) -> None:
-    """Run the notebooks in order and rewrite the reports."""
-    from .reproduce import reproduce as run
+    """Run a grid of notebooks, then the ones that gather it. Stopped or failed, the same command does what is missing."""
+    from . import executors, sweep
     try:
-        run(reports, preset)
+        what = sweep.load_spec(spec, quick)
+        if dry_run:
+            runs, then = sweep.plan(what, out)
+            for run in runs:
+                typer.echo(f"{sweep.status(out / run.id) or 'to do':<10}{run.id}")
+            for run in then:
+                typer.echo(f"{'then':<10}{run.id}")
+            return
+        if scheduler and workers:
+            raise ValueError("--workers counts processes on this machine; a cluster has as many as were started there")
+        with executors.cluster_executor(scheduler) if scheduler else executors.LocalExecutor(workers) as executor:
+            runs = sweep.sweep(what, out, reports, executor)
     except (ValueError, OSError) as error:
         raise SystemExit(f"cfclip: {error}") from None
+    typer.echo(f"{len(runs)} runs are finished in {out}")
 
 
 Domain = Annotated[str, typer.Argument(help="ffhq, afhq-dog, afhq-cat or toonfaces")]
