@@ -2,11 +2,10 @@
 
 StyleCLIP (Patashnik et al. 2021) as a mapper, as an optimisation per picture and as a global direction of StyleSpace;
 StyleGAN-NADA (Gal et al. 2021) on a mapper and on the generator. All see pictures through the domain's CLIP guide.
-Shapes: N latents w [N, L, D]; C channels of StyleSpace without ToRGB; E the width of CLIP's embedding.
+Shapes: N latents w [N, L, D]; R the resolution.
 """
 
 import copy
-import hashlib
 import json
 import math
 import os
@@ -22,10 +21,11 @@ from torch import Tensor, nn
 from . import weights
 from .checkpoints import load_generator, load_mapper
 from .domains import Domain
-from .losses import direction, directional
+from .losses import directional
 from .mapper import Mapper
-from .method import CFCLIPConfig, at_once, check_networks, check_whole, train_mapper
+from .method import CFCLIPConfig, check_networks, check_whole, train_mapper
 from .stylegan2 import Generator
+from .stylespace import Direction, GlobalConfig, channel_statistics, convolutions, global_direction
 from .training import Callback, atomic_save
 from .training import fit as run_steps
 from .weights import WeightsError
@@ -74,23 +74,6 @@ class OptimizationConfig:
 
     def __post_init__(self):
         check_whole(self, steps=1, batch=1)
-
-
-@dataclass(frozen=True)
-class GlobalConfig:
-    """StyleCLIP's global direction in StyleSpace; alpha and beta are the published demo's."""
-
-    prompt: str
-    source_text: str | None = None           # default: the domain's
-    alpha: float = 4.1                       # how far to go at strength 1
-    beta: float = 0.15                       # channels of less relevance stay as they are
-    samples: int = 100                       # pictures in which every channel is tried
-    sigmas: float = 5.0                      # … this many standard deviations below and above its mean
-    style_samples: int = 100_000             # latents behind that mean and standard deviation
-    seed: int = 0
-
-    def __post_init__(self):
-        check_whole(self, samples=1, style_samples=2)
 
 
 @dataclass(frozen=True)
@@ -175,10 +158,7 @@ class OptimizationEditor(Editor):
     progress, callbacks = False, ()
 
     def edit(self, w: Tensor, strength: float = 1.0) -> Tensor:
-        if strength == 0:
-            shift = torch.zeros_like(w)
-        else:
-            shift = self.shift(w)
+        shift = torch.zeros_like(w) if strength == 0 else self.shift(w)
         with torch.no_grad():
             return self.domain.generator.synthesis(w + strength * shift)
 
@@ -188,6 +168,7 @@ class OptimizationEditor(Editor):
             self._last = w.clone(), torch.cat([self._optimise(part) for part in w.split(self.config.batch)])
         return self._last[1]
 
+    @torch.enable_grad()
     def _optimise(self, w: Tensor) -> Tensor:
         c, generator, clip, identity = self.config, self.domain.generator, self.domain.clip, self.domain.identity
         text = F.normalize(clip.encode_text(c.prompt), dim=-1)
@@ -230,92 +211,6 @@ def ramped(t: float, lr: float, rampdown: float = 0.25, rampup: float = 0.05) ->
     return lr * (0.5 - 0.5 * math.cos(math.pi * min(1.0, (1 - t) / rampdown))) * min(1.0, t / rampup)
 
 
-class Channels(nn.Module):
-    """What every channel of StyleSpace does to pictures in CLIP's space: ``effect`` [C, E] unit or 0, its ``mean`` and ``std`` [C]."""
-
-    def __init__(self, channels: int, embed_dim: int):
-        super().__init__()
-        self.register_buffer("effect", torch.zeros(channels, embed_dim))
-        self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("std", torch.zeros(channels))
-
-    def relevance(self, text: Tensor) -> Tensor:
-        """``R_c = cos(effect_c, text)`` [C] for a text direction [E]."""
-        return self.effect @ direction(text)
-
-
-class Direction(nn.Module):
-    """``step`` [C]: ``alpha * std_c * R_c / max |R|`` where ``|R_c| >= beta``, else 0; ``relevance`` [C]: R itself."""
-
-    def __init__(self, step: Tensor, relevance: Tensor):
-        super().__init__()
-        self.register_buffer("step", step)
-        self.register_buffer("relevance", relevance)
-
-
-def _convolutions(styles: Sequence[Tensor]) -> list[int]:
-    """Where the convolutions are in ``style_space``'s order (conv, rgb, then conv, conv, rgb …): ToRGB is left alone, as published."""
-    return [i for i in range(len(styles)) if i % 3 != 1]
-
-
-@torch.no_grad()
-def channel_statistics(domain: Domain, config: GlobalConfig, folder: Path | None = None, progress: bool = True,
-                       callbacks: Iterable[Callback] = ()) -> tuple[Channels, Rows]:
-    """Try every channel at its mean -/+ ``sigmas`` standard deviations on the same pictures (StyleCLIP, section 6.1).
-
-    ``effect_c`` is the mean over pictures of ``direction(E_I(above) - E_I(below))``, made unit again. With ``folder`` the
-    result is kept in ``folder/channels-<key>``, with a checkpoint to go on from; the key stands for the networks and settings,
-    so all prompts share it.
-    """
-    g, file = domain.generator, None
-    w = domain.latents(config.samples, "train", config.seed)
-    styles = g.style_space(w)
-    where = [(layer, c) for layer in _convolutions(styles) for c in range(styles[layer].shape[1])]
-    channels = Channels(len(where), domain.clip.embed_dim).to(domain.device)
-    if folder is not None:
-        folder = Path(folder) / f"channels-{_key(domain, config)}"
-        file = folder / "channels.safetensors"
-        if file.exists():
-            return weights.load_into(channels, weights.read(file, "channels")[0], file), []
-    moments, draw = torch.zeros(2, len(where), dtype=torch.float64), torch.Generator().manual_seed(config.seed)
-    for size in [1000] * (config.style_samples // 1000) + [config.style_samples % 1000]:
-        sample = g.style_space(g.mapping(torch.randn(size, g.z_dim, generator=draw).to(w), domain.truncation))
-        sample = torch.cat([sample[layer] for layer in _convolutions(sample)], 1).double().cpu()
-        moments += torch.stack([sample.sum(0), sample.square().sum(0)])
-    mean, square = moments / config.style_samples
-    channels.mean.copy_(mean)
-    channels.std.copy_((square - mean.square()).clamp(min=0).sqrt())
-
-    def features(layer: int, channel: int, value: Tensor) -> Tensor:
-        moved = list(styles)
-        moved[layer] = styles[layer].clone()
-        moved[layer][:, channel] = value
-        parts = zip(*(s.split(at_once(g)) for s in moved), strict=True)
-        return F.normalize(torch.cat([domain.clip.encode_image(g.synthesis_from_styles(part)) for part in parts]), dim=-1)
-
-    def step(i: int) -> dict[str, float]:
-        reach = config.sigmas * channels.std[i]
-        change = features(*where[i], channels.mean[i] + reach) - features(*where[i], channels.mean[i] - reach)
-        mean = direction(change).mean(0)
-        channels.effect[i] = direction(mean)
-        return {"agreement": mean.norm().item()}                   # 1: the channel does the same to every picture
-
-    rows = run_steps(step, len(where), state={"channels": channels}, out=folder, seed=config.seed, callbacks=callbacks,
-                     desc="channels", progress=progress)
-    if file is not None:
-        weights.save(channels, file, "channels", {}, domain=domain.name, **asdict(config))
-    return channels, rows
-
-
-def _key(domain: Domain, config: GlobalConfig) -> str:
-    """12 digits for all that channel statistics depend on: a file with the same key may be used."""
-    digest = hashlib.sha256(json.dumps([domain.name, domain.truncation, config.samples, config.sigmas, config.style_samples, config.seed]).encode())
-    for network in (domain.generator, domain.clip):
-        for name, tensor in network.state_dict().items():
-            digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:12]
-
-
 class GlobalEditor(Editor):
     """``x' = G(s + strength * step)`` in StyleSpace, the same step for every picture."""
 
@@ -325,28 +220,21 @@ class GlobalEditor(Editor):
     @torch.no_grad()
     def edit(self, w: Tensor, strength: float = 1.0) -> Tensor:
         styles = self.domain.generator.style_space(w)
-        where = _convolutions(styles)
+        where = convolutions(styles)
         for layer, step in zip(where, self.module.step.split([styles[i].shape[1] for i in where]), strict=True):
             styles[layer] = styles[layer] + strength * step
         return self.domain.generator.synthesis_from_styles(styles)
 
     @classmethod
     def fit(cls, method, domain, config, out, progress, callbacks) -> Editor:
-        target, source = (direction(domain.clip.template_features(text).mean(0)) for text in (config.prompt, config.source_text or domain.source_text))
         channels, rows = channel_statistics(domain, config, None if out is None else out.resolve().parent, progress, callbacks)
-        relevance = channels.relevance(target - source)
-        most = relevance.abs().max()
-        if most == 0 or most < config.beta:
-            raise ValueError(f"no channel of {domain.name} has a relevance of beta = {config.beta:g} for {config.prompt!r}, the most is "
-                             f"{most:.3f}: set beta lower")
-        step = config.alpha * channels.std * torch.where(relevance.abs() < config.beta, 0.0, relevance) / most
-        return cls(method, domain, config, Direction(step, relevance), rows)
+        return cls(method, domain, config, global_direction(domain, config, channels), rows)
 
     @classmethod
     def open(cls, path: Path, domain: Domain) -> nn.Module:
         tensors = weights.read(path, cls.KIND)[0]
         styles = domain.generator.style_space(domain.generator.w_avg.expand(1, domain.generator.num_ws, -1))
-        blank = torch.zeros(sum(styles[i].shape[1] for i in _convolutions(styles)))
+        blank = torch.zeros(sum(styles[i].shape[1] for i in convolutions(styles)))
         return weights.load_into(Direction(blank, blank.clone()), tensors, path).to(domain.device)
 
 
@@ -475,7 +363,7 @@ def load_editor(folder: str | os.PathLike, domain: Domain) -> Editor:
     if card.get("domain", domain.name) != domain.name:
         raise WeightsError(f"{path} was made for domain {card['domain']}, not {domain.name}: load that domain")
     method = card.get("method", "cfclip")                          # train_mapper's files do not say
-    if METHODS.get(method) is None or METHODS[method].editor.FILE != path.stem or "prompt" not in card:
+    if METHODS.get(method) is None or path.stem != METHODS[method].editor.FILE or "prompt" not in card:
         raise WeightsError(f"{path} does not say by which known method, or for which prompt, it was made: fit it again")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in accepted(method, card).items()}
     editor = METHODS[method].editor
