@@ -1,4 +1,4 @@
-"""The losses of CF-CLIP, as pure functions. Embeddings are unit vectors; N rows, D wide; T templates."""
+"""The losses of CF-CLIP and of the methods before it, as pure functions. Embeddings are unit vectors; N rows, D wide; T templates."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,6 +9,8 @@ from torchvision.transforms import RandomPerspective
 from torchvision.transforms.functional import perspective
 
 POSITIVES = ("text", "target")
+NEGATIVES = ("first", "per_image", "none")
+QUERIES = ("difference", "image")
 
 
 def direction(x: Tensor) -> Tensor:
@@ -19,7 +21,8 @@ def direction(x: Tensor) -> Tensor:
 
 
 def clip_nce(edited: Tensor, source: Tensor, target_text: Tensor, source_text: Tensor, temperature: float = 0.1, *,
-             positives: Sequence[str] = POSITIVES, negatives: str = "first", query: str = "difference") -> Tensor:
+             positives: Sequence[str] = POSITIVES, negatives: str = "first", query: str = "difference",
+             negative_templates: int | None = None) -> Tensor:
     """CLIP-NCE (eq. 5-8 of the paper): pulls the edit's direction to the text's, pushes it from the source description.
 
     Args:
@@ -30,6 +33,7 @@ def clip_nce(edited: Tensor, source: Tensor, target_text: Tensor, source_text: T
         negatives: "first" (``S_k - s_0``, the published one), "per_image" (``S_k - s``), "none" (no S_k, and then each
             positive of the other rows is not a negative either: the loss is ``-q p / tau``).
         query: "difference" (``q_img - s``) or "image" (``q_img``).
+        negative_templates: how many S_k are negatives, the first ones of ``source_text`` (default: all T). The positives keep all.
 
     Returns the mean over rows and positives. Finite, with zero gradient, where an edited image equals its source.
     """
@@ -37,16 +41,19 @@ def clip_nce(edited: Tensor, source: Tensor, target_text: Tensor, source_text: T
         raise ValueError(f"{len(edited)} edited features are not a multiple of {len(source)} source features")
     if not positives or set(positives) - set(POSITIVES):
         raise ValueError(f"positives must be some of {POSITIVES}, not {tuple(positives)}")
-    if query not in ("difference", "image"):
+    if query not in QUERIES:
         raise ValueError(f"query must be 'difference' or 'image', not {query!r}")
+    if negative_templates is not None and not 1 <= negative_templates <= len(source_text):
+        raise ValueError(f"negative_templates must be from 1 to {len(source_text)}, not {negative_templates!r}; negatives=\"none\" leaves all out")
     s = source.repeat(len(edited) // len(source), 1)
     q = direction(edited - s) if query == "difference" else direction(edited)
     target = target_text.mean(0, keepdim=True)
     p = {"text": direction((target_text - source_text).mean(0, keepdim=True)), "target": direction(target - s)}
+    described = source_text[:negative_templates]
     if negatives == "first":
-        against = q @ direction(source_text - s[:1]).t()                                    # [N, T]
+        against = q @ direction(described - s[:1]).t()                                      # [N, T]
     elif negatives == "per_image":
-        against = (q[:, None] * direction(source_text[None] - s[:, None])).sum(-1)
+        against = (q[:, None] * direction(described[None] - s[:, None])).sum(-1)
     elif negatives == "none":
         return -torch.stack([(q * p[name]).sum(-1).mean() for name in positives]).mean() / temperature
     else:
@@ -56,6 +63,28 @@ def clip_nce(edited: Tensor, source: Tensor, target_text: Tensor, source_text: T
         logits = torch.cat([(q * p[name]).sum(-1, keepdim=True), against], 1) / temperature
         rows.append(-F.log_softmax(logits, 1)[:, 0])
     return torch.cat(rows).mean()
+
+
+def clip_distance(edited: Tensor, text: Tensor) -> Tensor:
+    """StyleCLIP's loss (Patashnik et al. 2021): ``1 - mean cos(E_I(x'), E_T(t))``.
+
+    edited: [N, D]; text: the plain target prompt [1, D]. The published ``1 - logit / 100`` is the same number.
+    """
+    return 1 - (edited * text).sum(-1).mean()
+
+
+def directional(edited: Tensor, source: Tensor, target_text: Tensor, source_text: Tensor) -> Tensor:
+    """StyleGAN-NADA's loss (Gal et al. 2021, eq. 3): ``1 - mean cos(dI, dT)``, ``dI = q_img - s``, ``dT = mean_k T_k - S_k``.
+
+    Arguments as of :func:`clip_nce`. Where an edited image equals its source the loss is 1 and its gradient that of
+    ``-dI dT / |dT|``: fine-tuning starts from the source generator itself, where the cosine has no gradient.
+    """
+    if len(edited) % len(source):
+        raise ValueError(f"{len(edited)} edited features are not a multiple of {len(source)} source features")
+    moved = edited - source.repeat(len(edited) // len(source), 1)
+    size = moved.square().sum(-1, keepdim=True)
+    moved = moved / torch.where(size > 1e-12, size, 1.0).sqrt()
+    return 1 - (moved * direction((target_text - source_text).mean(0, keepdim=True))).sum(-1).mean()
 
 
 def latent_l2(w_edited: Tensor, w: Tensor) -> Tensor:
@@ -78,10 +107,12 @@ def identity_loss_from_features(edited: Tensor, source: Tensor) -> Tensor:
 def perspective_views(images: Tensor, draws: int = 8, distortion: float = 0.5, fill_mask: bool = False) -> Tensor:
     """The published augmentation: ``draws`` random perspectives, each one warp for the whole batch, mid-grey outside.
 
-    [N, 3, H, W] -> [draws * N, 3, H, W], draw-major. Consumes torch's random numbers exactly as torchvision's
-    ``RandomPerspective(distortion, p=1)`` does. ``fill_mask`` multiplies by today's torchvision border mask, which
+    [N, 3, H, W] -> [draws * N, 3, H, W], draw-major; the images themselves for ``draws=0``. Consumes torch's random
+    numbers exactly as torchvision's ``RandomPerspective(distortion, p=1)`` does. ``fill_mask`` multiplies by today's torchvision border mask, which
     the paper's torchvision did not have.
     """
+    if not draws:
+        return images
     height, width = images.shape[-2:]
     views = []
     for _ in range(draws):

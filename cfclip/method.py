@@ -12,10 +12,34 @@ from torch import Tensor
 from . import weights
 from .checkpoints import load_mapper
 from .domains import Domain
-from .losses import clip_nce, identity_loss_from_features, latent_l2, perspective_views
+from .losses import NEGATIVES, POSITIVES, QUERIES, clip_distance, clip_nce, directional, identity_loss_from_features, latent_l2, perspective_views
 from .mapper import Mapper, MapperConfig
 from .perceptual import perceptual_loss
+from .stylegan2 import Generator
 from .training import Callback, fit
+
+OBJECTIVES = ("nce", "clip", "directional")
+
+
+def check_whole(config: object, **least: int) -> None:
+    """ValueError that names the first setting of ``config`` that is no whole number from its least value."""
+    for name, minimum in least.items():
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < minimum:
+            raise ValueError(f"{name} must be a whole number from {minimum}, not {value!r}")
+
+
+def check_networks(domain: Domain, config: object) -> None:
+    """ValueError that names a loss of ``config`` for which ``domain`` has no network."""
+    for name, network, kind in (("lambda_id", domain.identity, "identity"), ("lambda_perc", domain.perceptual, "perceptual")):
+        if getattr(config, name, 0) and network is None:
+            raise ValueError(f"{name} is {getattr(config, name):g}, but domain {domain.name} has no {kind} network: set {name}=0 "
+                             f"(notebooks/presets/ has the paper's values)")
+
+
+def at_once(generator: Generator) -> int:
+    """How many pictures to draw together: 64 of 1024² would be 50 GB."""
+    return max(1, min(64, 64 * 256 ** 2 // generator.resolution ** 2))
 
 
 @dataclass(frozen=True)
@@ -29,13 +53,16 @@ class CFCLIPConfig:
     lr: float = 0.5                          # of Ranger
     lambda_id: float = 0.2
     lambda_l2: float = 0.8
-    lambda_nce: float = 0.3
+    lambda_nce: float = 0.3                  # of the objective, whichever it is
     lambda_perc: float = 0.0                 # VGG19 distance to the source; the paper's for dogs and cats: 0.02, and no lambda_id
     temperature: float = 0.1                 # tau
-    draws: int = 8                           # perspective views of every edited image
+    draws: int = 8                           # perspective views of every edited image; 0: the image itself
+    objective: str = "nce"                   # "clip": StyleCLIP's single loss; "directional": StyleGAN-NADA's
     positives: tuple[str, ...] = ("text", "target")
     negatives: str = "first"                 # see losses.clip_nce
+    negative_templates: int | None = None    # None: all 79
     query: str = "difference"
+    text_mapper: bool = True                 # False: StyleCLIP's mapper, which sees no text
     levels: tuple[str, ...] = ("coarse", "medium", "fine")
     norm_axis: str = "layer"                 # as published; "channel" lets more than the signs of the text through
     train_latents: int = 512
@@ -43,9 +70,14 @@ class CFCLIPConfig:
     dtype: str = "float32"                   # of the convolutions: "bfloat16" is faster where the processor has it
 
     def __post_init__(self):
-        for name in ("steps", "batch", "draws", "train_latents"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a whole number from 1, not {getattr(self, name)!r}")
+        check_whole(self, steps=1, batch=1, train_latents=1, draws=0)
+        for name, known in (("objective", OBJECTIVES), ("negatives", NEGATIVES), ("query", QUERIES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {known}, not {getattr(self, name)!r}")
+        if not self.positives or set(self.positives) - set(POSITIVES):
+            raise ValueError(f"positives must be some of {POSITIVES}, not {self.positives!r}")
+        if self.negative_templates is not None:
+            check_whole(self, negative_templates=1)
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be float32, bfloat16 or float16, not {self.dtype!r}")
 
@@ -64,23 +96,20 @@ class CFCLIP:
 
     def __post_init__(self):
         domain, c = self.domain, self.config
-        for name, network, kind in (("lambda_id", domain.identity, "identity"), ("lambda_perc", domain.perceptual, "perceptual")):
-            if getattr(c, name) and network is None:
-                raise ValueError(f"{name} is {getattr(c, name):g}, but domain {domain.name} has no {kind} network: set {name}=0 "
-                                 f"(notebooks/presets/ has the paper's values)")
+        check_networks(domain, c)
         self.text_feature = domain.clip.encode_text(c.prompt)                             # [1, E], raw
         self.target_text = domain.clip.template_features(c.prompt)                        # [T, E]
         self.source_text = domain.clip.template_features(c.source_text or domain.source_text)
         torch.manual_seed(c.seed)
         g = domain.generator
-        self.mapper = Mapper(MapperConfig(g.num_ws, g.w_dim, domain.clip.embed_dim, c.levels, c.norm_axis)).to(domain.device)
+        text_dim = domain.clip.embed_dim if c.text_mapper else None
+        self.mapper = Mapper(MapperConfig(g.num_ws, g.w_dim, text_dim, c.levels, c.norm_axis)).to(domain.device)
         self.optimizer = Ranger(self.mapper.parameters(), lr=c.lr, betas=(0.95, 0.999), eps=1e-5, k=6, alpha=0.5,
                                 degenerated_to_sgd=True)
         self.dtype = getattr(torch, c.dtype)
         self.w = domain.latents(c.train_latents, "train", c.seed)
-        at_once = max(1, min(64, 64 * 256 ** 2 // g.resolution ** 2))                     # 64 pictures of 1024² would be 50 GB
         with torch.no_grad():
-            pairs = [self._features(self._synthesise(w)) for w in self.w.split(at_once)]
+            pairs = [self._features(self._synthesise(w)) for w in self.w.split(at_once(g))]
         self.source_clip = torch.cat([clip for clip, _ in pairs])
         self.source_id = None if domain.identity is None else torch.cat([identity for _, identity in pairs])
 
@@ -95,18 +124,30 @@ class CFCLIP:
     def _features(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         return self._clip(images), None if self.domain.identity is None else self.domain.identity(images)
 
+    def objective(self, edited: Tensor, source: Tensor) -> Tensor:
+        """The loss that pulls towards the prompt. Unit CLIP features of the views of the edited pictures [draws * B, E], of the sources [B, E]."""
+        c = self.config
+        if c.objective == "clip":
+            return clip_distance(edited, torch.nn.functional.normalize(self.text_feature, dim=-1))
+        if c.objective == "directional":
+            return directional(edited, source, self.target_text, self.source_text)
+        return clip_nce(edited, source, self.target_text, self.source_text, c.temperature, positives=c.positives, negatives=c.negatives,
+                        query=c.query, negative_templates=c.negative_templates)
+
     def step(self, i: int) -> dict[str, float]:
-        """One step on a batch of training latents: ``lambda_id L_id + lambda_perc L_perc + lambda_L2 L_2 + lambda_NCE L_NCE``."""
+        """One step on a batch of training latents: ``lambda_id L_id + lambda_perc L_perc + lambda_L2 L_2 + lambda_NCE L_NCE``.
+
+        With another ``objective`` its loss stands in the place of L_NCE, and in the log under its name.
+        """
         c = self.config
         index = torch.randint(len(self.w), (c.batch,))
         w = self.w[index]
         w_edited = self.mapper.edit(w, self.text_feature)
         edited = self._synthesise(w_edited)
-        nce = clip_nce(self._clip(perspective_views(edited, c.draws)), self.source_clip[index], self.target_text, self.source_text,
-                       c.temperature, positives=c.positives, negatives=c.negatives, query=c.query)
+        towards = self.objective(self._clip(perspective_views(edited, c.draws)), self.source_clip[index])
         l2 = latent_l2(w_edited, w)
-        loss = c.lambda_nce * nce + c.lambda_l2 * l2
-        logs = {"nce": nce, "l2": l2}
+        loss = c.lambda_nce * towards + c.lambda_l2 * l2
+        logs = {c.objective: towards, "l2": l2}
         if c.lambda_id:
             logs["id"] = identity_loss_from_features(self.domain.identity(edited), self.source_id[index])
             loss = loss + c.lambda_id * logs["id"]

@@ -1,10 +1,11 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from cfclip.losses import clip_nce, identity_loss, latent_l2, perspective_views
+from cfclip.losses import clip_distance, clip_nce, directional, identity_loss, latent_l2, perspective_views
 
 
 def unit(*shape, seed=0):
@@ -61,3 +62,56 @@ def test_views_are_draw_major_and_share_a_warp():
     for draw in range(3):
         torch.testing.assert_close(views[2 * draw], views[2 * draw + 1])
     assert not torch.allclose(views[0], views[2])
+
+
+def test_no_views_are_the_images_and_cost_no_random_number():
+    image = torch.rand(2, 3, 8, 8)
+    state = torch.get_rng_state()
+    assert torch.equal(perspective_views(image, draws=0), image)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("negatives", ["first", "per_image"])
+@pytest.mark.parametrize("query", ["difference", "image"])
+@pytest.mark.parametrize("count", [None, 1, 3])
+def test_clip_nce_variants_against_numpy(negatives, query, count):
+    """Row by row, from the equations of the method."""
+    edited, source, target, described = unit(6, 8), unit(2, 8, seed=1), unit(5, 8, seed=2), unit(5, 8, seed=3)
+    normal = lambda v: v / np.linalg.norm(v)  # noqa: E731
+    e, s, t, d = (x.numpy() for x in (edited, source, target, described))
+    rows = []
+    for positive in ("text", "target"):
+        for i in range(6):
+            q = normal(e[i] - s[i % 2]) if query == "difference" else e[i]
+            p = normal((t - d).mean(0)) if positive == "text" else normal(t.mean(0) - s[i % 2])
+            against = [np.exp(q @ normal(d[k] - s[0 if negatives == "first" else i % 2]) / 0.07) for k in range(count or 5)]
+            rows.append(-np.log(np.exp(q @ p / 0.07) / (np.exp(q @ p / 0.07) + sum(against))))
+    loss = clip_nce(edited, source, target, described, 0.07, negatives=negatives, query=query, negative_templates=count)
+    assert loss.item() == pytest.approx(np.mean(rows), rel=1e-9)
+
+
+@pytest.mark.parametrize("count", [0, 6])
+def test_a_number_of_negatives_that_there_are_not(count):
+    with pytest.raises(ValueError, match="from 1 to 5"):
+        clip_nce(unit(2, 8), unit(2, 8), unit(5, 8), unit(5, 8), negative_templates=count)
+
+
+def test_the_losses_of_the_methods_before_against_numpy():
+    edited, source, target, described = unit(6, 8), unit(2, 8, seed=1), unit(5, 8, seed=2), unit(5, 8, seed=3)
+    assert clip_distance(edited, target[:1]).item() == pytest.approx(np.mean([1 - e @ target[0].numpy() for e in edited.numpy()]), rel=1e-9)
+    text = (target.mean(0) - described.mean(0)).numpy()
+    moves = [e - source[i % 2].numpy() for i, e in enumerate(edited.numpy())]
+    expected = np.mean([1 - m @ text / np.linalg.norm(m) / np.linalg.norm(text) for m in moves])
+    assert directional(edited, source, target, described).item() == pytest.approx(expected, rel=1e-9)
+    with pytest.raises(ValueError, match="5 edited features"):
+        directional(edited[:5], source, target, described)
+
+
+def test_directional_has_a_way_to_go_from_the_source_itself():
+    source, target, described = unit(2, 8), unit(5, 8, seed=2), unit(5, 8, seed=3)
+    edited = source.clone().requires_grad_()
+    loss = directional(edited, source, target, described)
+    loss.backward()
+    assert loss.item() == 1
+    text = F.normalize((target - described).mean(0), dim=-1)
+    torch.testing.assert_close(edited.grad, -text.expand(2, -1) / 2)

@@ -48,10 +48,25 @@ def test_train_and_test_latents_are_disjoint(generator):
         latents.sample(generator, 1, "all")
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"batch": 1.5}, {"dtype": "int8"}])
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"batch": 1.5}, {"dtype": "int8"}, {"draws": -1}, {"objective": "gan"}, {"negatives": "all"},
+                                   {"query": "text"}, {"positives": ()}, {"positives": ("image",)}, {"negative_templates": 0}])
 def test_wrong_settings_are_named(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         CFCLIPConfig("x", **wrong)
+
+
+@pytest.mark.parametrize(("change", "term"), [
+    ({"draws": 0}, "nce"), ({"negative_templates": 3}, "nce"), ({"text_mapper": False}, "nce"), ({"query": "image"}, "nce"),
+    ({"negatives": "none"}, "nce"), ({"objective": "clip"}, "clip"), ({"objective": "directional"}, "directional")])
+def test_every_switch_reaches_the_step(change, term, domain):
+    run, published = CFCLIP(domain, dataclasses.replace(CONFIG, **change)), CFCLIP(domain, CONFIG)
+    torch.manual_seed(5)
+    logs = run.step(0)
+    torch.manual_seed(5)
+    default = published.step(0)
+    assert set(logs) == {"loss", term, "l2", "id"}
+    assert logs["loss"] != default["loss"]
+    assert (run.mapper.config.text_dim is None) == (not run.config.text_mapper)
 
 
 def test_a_setting_that_does_not_exist():

@@ -1,0 +1,125 @@
+"""The ablation of CF-CLIP's directions: rows that change one thing each, and their means with an interval over training seeds."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib.figure import Figure
+from scipy import stats
+
+from . import baselines, metrics, reporting
+from .domains import Domain
+from .method import at_once
+from .training import atomic_save
+
+ROWS: dict[str, dict[str, Any]] = {
+    "CF-CLIP": {},
+    "positive: text direction only": {"positives": ("text",)},
+    "positive: target only": {"positives": ("target",)},
+    "negatives: none": {"negatives": "none"},
+    "negatives: per image": {"negatives": "per_image"},
+    "negatives: 1 template": {"negative_templates": 1},
+    "negatives: 8 templates": {"negative_templates": 8},
+    "query: image": {"query": "image"},
+    "temperature 0.03": {"temperature": 0.03},
+    "temperature 0.3": {"temperature": 0.3},
+    "views: none": {"draws": 0},
+    "views: 1": {"draws": 1},
+    "no text mapper": {"text_mapper": False},
+    "PixelNorm over channels": {"norm_axis": "channel"},
+    "loss: StyleCLIP": {"objective": "clip", "lambda_nce": 1.0},
+    "loss: directional": {"objective": "directional", "lambda_nce": 1.0},
+}
+"""name -> what it changes in CFCLIPConfig. The two other losses come with the weight that their papers give them."""
+KEYS = ["row", "prompt", "seed", "index"]
+
+
+def choose(rows: Sequence[str] = ()) -> list[str]:
+    """``rows`` themselves, or all for none. ValueError that names an unknown one."""
+    if unknown := set(rows) - set(ROWS):
+        raise ValueError(f"unknown rows {sorted(unknown)}; there are: {list(ROWS)}")
+    return list(rows) or list(ROWS)
+
+
+def run_row(domain: Domain, row: str, prompt: str, *, seed: int = 0, n: int = 64, out: str | os.PathLike | None = None,
+            progress: bool = False, **settings: Any) -> pd.DataFrame:
+    """Train one row with one seed and score it: a line a held-out face, with every metric.
+
+    ``settings`` are those of CFCLIPConfig that all rows share; the row's own win. The faces are the same for every row and seed.
+    """
+    choose([row])
+    editor = baselines.fit("cfclip", domain, prompt, out=out, progress=progress, **(settings | ROWS[row] | {"seed": seed}))
+    return pd.DataFrame({"row": row, "prompt": prompt, "seed": seed} | score(editor, n))
+
+
+def score(editor: baselines.Editor, n: int = 64, strength: float = 1.0) -> dict[str, np.ndarray]:
+    """Every metric of any method's editor on the first ``n`` held-out faces: column -> [n]."""
+    domain = editor.domain
+    w = domain.latents(n, "test")
+    parts = w.split(at_once(domain.generator))
+    with torch.no_grad():
+        source = torch.cat([domain.generator.synthesis(part) for part in parts])
+    edited = torch.cat([editor.edit(part, strength) for part in parts])
+    return {"index": np.arange(len(w))} | metrics.evaluate(metrics.Edit(domain, editor.config.prompt, source, edited))
+
+
+def half_width(values: Sequence[float], confidence: float = 0.95) -> float:
+    """``t_{(1 + confidence) / 2, k - 1} s / sqrt(k)`` of k values; NaN for less than two: one training says nothing about others."""
+    k = len(values)
+    if k < 2:
+        return float("nan")
+    return float(stats.t.ppf((1 + confidence) / 2, k - 1) * np.std(values, ddof=1) / np.sqrt(k))
+
+
+def runs(table: pd.DataFrame) -> pd.DataFrame:
+    """The mean over faces of every metric: a line a training. The faces of one training are no independent tries of it."""
+    return table.drop(columns="index").groupby(["row", "prompt", "seed"], sort=False).mean(numeric_only=True).reset_index()
+
+
+def summarise(table: pd.DataFrame) -> pd.DataFrame:
+    """-> row, metric, mean, half (of the 95 % interval over trainings), trainings; in the order of appearance."""
+    each = runs(table)
+    names = [name for name in each.columns if name not in KEYS]
+    return pd.DataFrame([{"row": row, "metric": name, "mean": group[name].mean(), "half": half_width(group[name]), "trainings": len(group)}
+                         for row, group in each.groupby("row", sort=False) for name in names])
+
+
+def pretty(summary: pd.DataFrame) -> pd.DataFrame:
+    """A row a row, a column a metric, cells "mean ± half"."""
+    def cell(mean: float, half: float, scale: int) -> str:
+        return f"{scale * mean:.3g}" + ("" if np.isnan(half) else f" ± {scale * half:.2g}")
+    shown = summary.assign(cell=[cell(s.mean, s.half, 100 if s.metric in reporting.PERCENT else 1) for s in summary.itertuples(index=False)],
+                           metric=[m.replace("_", " ") + (" %" if m in reporting.PERCENT else "") for m in summary.metric])
+    wide = shown.pivot(index="row", columns="metric", values="cell")
+    return wide.loc[shown.row.unique(), shown.metric.unique()].rename_axis(columns=None).reset_index()
+
+
+def figure(table: pd.DataFrame) -> Figure:
+    """One panel a metric: every training a dot, the mean with its 95 % interval, the first row's mean as a line."""
+    each = runs(table)
+    names = [name for name in each.columns if name not in KEYS and not name.endswith("_before")]
+    drawn, axes = reporting.plt.subplots(1, len(names), figsize=(2.4 * len(names) + 1.5, 0.9 + 0.35 * each.row.nunique()), sharey=True,
+                                         squeeze=False, layout="constrained")
+    for axis, name in zip(axes[0], names, strict=True):
+        sns.stripplot(each, x=name, y="row", ax=axis, color="0.7", size=4, jitter=False)
+        sns.pointplot(each, x=name, y="row", ax=axis, linestyle="none", color="C0", markersize=5, capsize=0.3, err_kws={"linewidth": 1.5},
+                      errorbar=lambda v: (v.mean() - half_width(v), v.mean() + half_width(v)))
+        axis.axvline(each.loc[each.row == each.row.iloc[0], name].mean(), color="0.5", linewidth=0.8, zorder=0)
+        axis.set(xlabel=name.replace("_", " "), ylabel="")
+    return drawn
+
+
+def write(folder: str | os.PathLike, table: pd.DataFrame, drawn: Figure, note: str) -> Path:
+    """``ablation.csv`` (a row a face), ``ablation.jsonl`` (the summary), ``ablation.png``, and ``ablation.md`` with the table."""
+    folder, summary = reporting.writable(folder), summarise(table)
+    atomic_save(table, folder / "ablation.csv", lambda table, part: table.to_csv(part, index=False, float_format="%.6g"))
+    reporting.write_rows(summary.astype(object).where(summary.notna(), None).to_dict("records"), folder / "ablation.jsonl")
+    reporting.save_figure(drawn, folder / "ablation.png")
+    text = (f"# Ablation of the directions\n\nWritten by `notebooks/03_ablation_directions.ipynb`; a row a face in `ablation.csv`.\n\n"
+            f"{reporting.markdown(pretty(summary), note)}\n![ablation](ablation.png)\n")
+    return atomic_save(text, folder / "ablation.md", lambda text, part: part.write_text(text))

@@ -1,0 +1,370 @@
+"""The methods before CF-CLIP, and CF-CLIP, behind one interface: ``fit(method, domain, prompt) -> editor``.
+
+StyleCLIP (Patashnik et al. 2021) as a mapper, as an optimisation per picture and as a global direction of StyleSpace;
+StyleGAN-NADA (Gal et al. 2021) on a mapper and on the generator. All see pictures through the domain's CLIP guide.
+Shapes: N latents w [N, L, D]; R the resolution.
+"""
+
+import copy
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import weights
+from .checkpoints import load_generator, load_mapper
+from .domains import Domain
+from .losses import directional
+from .mapper import Mapper
+from .method import CFCLIPConfig, check_networks, check_whole, train_mapper
+from .stylegan2 import Generator
+from .stylespace import Direction, GlobalConfig, channel_statistics, convolutions, global_direction
+from .training import Callback, atomic_save
+from .training import fit as run_steps
+from .weights import WeightsError
+
+Rows = list[dict[str, float]]
+
+
+def _fixed(value: Any) -> Any:
+    """A setting that is part of the method, or that its loss does not have: no override can name it."""
+    return field(default=value, init=False)
+
+
+@dataclass(frozen=True)
+class StyleCLIPMapperConfig(CFCLIPConfig):
+    """StyleCLIP's latent mapper: no text mapper, ``lambda_nce (1 - cos(E_I(x'), E_T(t))) + lambda_L2 MSE(w', w) + lambda_id L_id``."""
+
+    lambda_id: float = 0.1
+    lambda_nce: float = 1.0                  # published as clip_lambda
+    draws: int = 0
+    objective: str = _fixed("clip")
+    text_mapper: bool = _fixed(False)
+    temperature: float = _fixed(0.1)
+    positives: tuple[str, ...] = _fixed(("text", "target"))
+    negatives: str = _fixed("first")
+    negative_templates: int | None = _fixed(None)
+    query: str = _fixed("difference")
+
+
+@dataclass(frozen=True)
+class NADAConfig(StyleCLIPMapperConfig):
+    """StyleGAN-NADA's directional loss on StyleCLIP's mapper; all else as there."""
+
+    objective: str = _fixed("directional")
+
+
+@dataclass(frozen=True)
+class OptimizationConfig:
+    """StyleCLIP's latent optimisation, per picture: ``1 - cos(E_I(x'), E_T(t)) + lambda_L2 |w' - w|^2 + lambda_id L_id``."""
+
+    prompt: str
+    steps: int = 300
+    lr: float = 0.1                          # of Adam, at the top of its ramp
+    lambda_id: float = 0.005
+    lambda_l2: float = 0.008                 # of the sum of squares, not their mean
+    batch: int = 4                           # pictures at a time; they do not touch each other
+
+    def __post_init__(self):
+        check_whole(self, steps=1, batch=1)
+
+
+@dataclass(frozen=True)
+class NADAGeneratorConfig:
+    """StyleGAN-NADA itself: the generator is fine-tuned, all but mapping and ToRGB."""
+
+    prompt: str
+    source_text: str | None = None           # default: the domain's
+    steps: int = 300
+    batch: int = 2
+    lr: float = 0.002                        # of Adam; less a fifth, as StyleGAN2's lazy regularisation has it
+    train_latents: int = 512
+    seed: int = 0
+
+    def __post_init__(self):
+        check_whole(self, steps=1, batch=1, train_latents=1)
+
+
+class Editor:
+    """What :func:`fit` returns. ``rows``: what was logged on the way."""
+
+    FILE: ClassVar[str]                      # <FILE>.safetensors of kind KIND holds all there is to it
+    KIND: ClassVar[str]
+    STORE_AS: ClassVar[torch.dtype | None] = None
+
+    def __init__(self, method: str, domain: Domain, config: Any, module: nn.Module, rows: Rows | None = None):
+        self.method, self.domain, self.config, self.module, self.rows = method, domain, config, module, rows or []
+
+    def edit(self, w: Tensor, strength: float = 1.0) -> Tensor:
+        """w [N, L, D] -> edited pictures [N, 3, R, R]; ``strength=0`` is the source picture, to the bit."""
+        raise NotImplementedError
+
+    @property
+    def sizes(self) -> Mapping[str, Any]:
+        """The constructor arguments of ``module``."""
+        return {}
+
+    def save(self, out: str | os.PathLike) -> Path:
+        """Write the editor into the folder ``out``, atomically; :func:`load_editor` reads it to the bit."""
+        return weights.save(self.module, Path(out) / f"{self.FILE}.safetensors", self.KIND, self.sizes, store_as=self.STORE_AS,
+                            method=self.method, domain=self.domain.name, **asdict(self.config))
+
+    @classmethod
+    def fit(cls, method: str, domain: Domain, config: Any, out: Path | None, progress: bool, callbacks: Sequence[Callback]) -> "Editor":
+        raise NotImplementedError
+
+    @classmethod
+    def open(cls, path: Path, domain: Domain) -> nn.Module:
+        """``module`` from its file."""
+        raise NotImplementedError
+
+
+class MapperEditor(Editor):
+    """``x' = G(w + strength * 0.1 * delta(w, t))``. It holds half floats, as its file does, so what was saved is what edits."""
+
+    FILE, KIND, STORE_AS = "mapper", "mapper", torch.float16
+    module: Mapper
+
+    @property
+    def sizes(self) -> Mapping[str, Any]:
+        return self.module.metadata
+
+    @torch.no_grad()
+    def edit(self, w: Tensor, strength: float = 1.0) -> Tensor:
+        return self.domain.generator.synthesis(self.module.edit(w, self.domain.clip.encode_text(self.config.prompt), strength))
+
+    @classmethod
+    def fit(cls, method, domain, config, out, progress, callbacks) -> Editor:
+        mapper, rows = train_mapper(domain, config, out, callbacks, progress)
+        return cls(method, domain, config, mapper.half().float(), rows)
+
+    @classmethod
+    def open(cls, path: Path, domain: Domain) -> nn.Module:
+        return load_mapper(path).to(domain.device)
+
+
+class OptimizationEditor(Editor):
+    """``x' = G(w + strength * d)``, with d optimised for every w that :meth:`edit` is given: nothing to fit, everything to wait for."""
+
+    FILE, KIND = "optimization", "optimization"
+    _last: tuple[Tensor, Tensor] | None = None
+    progress, callbacks = False, ()
+
+    def edit(self, w: Tensor, strength: float = 1.0) -> Tensor:
+        shift = torch.zeros_like(w) if strength == 0 else self.shift(w)
+        with torch.no_grad():
+            return self.domain.generator.synthesis(w + strength * shift)
+
+    def shift(self, w: Tensor) -> Tensor:
+        """d [N, L, D]. The last one is kept: another strength on the same w costs no second optimisation."""
+        if self._last is None or not torch.equal(self._last[0], w):
+            self._last = w.clone(), torch.cat([self._optimise(part) for part in w.split(self.config.batch)])
+        return self._last[1]
+
+    @torch.enable_grad()
+    def _optimise(self, w: Tensor) -> Tensor:
+        c, generator, clip, identity = self.config, self.domain.generator, self.domain.clip, self.domain.identity
+        text = F.normalize(clip.encode_text(c.prompt), dim=-1)
+        with torch.no_grad():
+            source = identity(generator.synthesis(w)) if c.lambda_id else None
+        shift = torch.zeros_like(w).requires_grad_()
+        optimizer = torch.optim.Adam([shift], lr=c.lr)
+
+        def step(i: int) -> dict[str, float]:
+            optimizer.param_groups[0]["lr"] = ramped(i / c.steps, c.lr)
+            images = generator.synthesis(w + shift)
+            losses = {"clip": 1 - F.normalize(clip.encode_image(images), dim=-1) @ text[0], "l2": shift.square().sum((1, 2))}     # [N] each
+            loss = losses["clip"] + c.lambda_l2 * losses["l2"]
+            if source is not None:
+                losses["id"] = 1 - (identity(images) * source).sum(1)
+                loss = loss + c.lambda_id * losses["id"]
+            optimizer.zero_grad()
+            loss.sum().backward()                                  # a sum, so that no picture's gradient knows of the others
+            optimizer.step()
+            return {"loss": loss.mean().item()} | {name: value.mean().item() for name, value in losses.items()}
+
+        with torch.random.fork_rng():                              # the loop seeds its steps; an edit leaves no trace of that
+            self.rows = run_steps(step, c.steps, state={}, callbacks=self.callbacks, desc=c.prompt, progress=self.progress)
+        return shift.detach()
+
+    @classmethod
+    def fit(cls, method, domain, config, out, progress, callbacks) -> Editor:
+        check_networks(domain, config)
+        editor = cls(method, domain, config, nn.Module())
+        editor.progress, editor.callbacks = progress, tuple(callbacks)
+        return editor
+
+    @classmethod
+    def open(cls, path: Path, domain: Domain) -> nn.Module:
+        return nn.Module()
+
+
+def ramped(t: float, lr: float, rampdown: float = 0.25, rampup: float = 0.05) -> float:
+    """StyleCLIP's (and StyleGAN2's projector's) learning rate at the fraction t of all steps: linear up, cosine down."""
+    return lr * (0.5 - 0.5 * math.cos(math.pi * min(1.0, (1 - t) / rampdown))) * min(1.0, t / rampup)
+
+
+class GlobalEditor(Editor):
+    """``x' = G(s + strength * step)`` in StyleSpace, the same step for every picture."""
+
+    FILE, KIND = "direction", "direction"
+    module: Direction
+
+    @torch.no_grad()
+    def edit(self, w: Tensor, strength: float = 1.0) -> Tensor:
+        styles = self.domain.generator.style_space(w)
+        where = convolutions(styles)
+        for layer, step in zip(where, self.module.step.split([styles[i].shape[1] for i in where]), strict=True):
+            styles[layer] = styles[layer] + strength * step
+        return self.domain.generator.synthesis_from_styles(styles)
+
+    @classmethod
+    def fit(cls, method, domain, config, out, progress, callbacks) -> Editor:
+        channels, rows = channel_statistics(domain, config, None if out is None else out.resolve().parent, progress, callbacks)
+        return cls(method, domain, config, global_direction(domain, config, channels), rows)
+
+    @classmethod
+    def open(cls, path: Path, domain: Domain) -> nn.Module:
+        tensors = weights.read(path, cls.KIND)[0]
+        styles = domain.generator.style_space(domain.generator.w_avg.expand(1, domain.generator.num_ws, -1))
+        blank = torch.zeros(sum(styles[i].shape[1] for i in convolutions(styles)))
+        return weights.load_into(Direction(blank, blank.clone()), tensors, path).to(domain.device)
+
+
+class GeneratorEditor(Editor):
+    """``x' = G'(w)``, the weights of G' between the source's (strength 0) and the fine-tuned ones (strength 1), or beyond."""
+
+    FILE, KIND = "generator", "generator"
+    module: Generator
+
+    @property
+    def sizes(self) -> Mapping[str, Any]:
+        return self.module.config
+
+    @torch.no_grad()
+    def edit(self, w: Tensor, strength: float = 1.0) -> Tensor:
+        source, tuned = self.domain.generator.state_dict(), self.module.state_dict()
+        between = copy.deepcopy(self.module)
+        between.load_state_dict({name: source[name] + strength * (tuned[name] - source[name]) for name in tuned})
+        return between.synthesis(w)
+
+    @classmethod
+    def fit(cls, method, domain, config, out, progress, callbacks) -> Editor:
+        c, clip = config, domain.clip
+        target, source_text = clip.template_features(c.prompt), clip.template_features(c.source_text or domain.source_text)
+        latents = domain.latents(c.train_latents, "train", c.seed)
+        tuned = copy.deepcopy(domain.generator).requires_grad_(False)
+        tuned.convs.requires_grad_(True)
+        tuned.const.requires_grad_(True)
+        lazy = 4 / 5
+        optimizer = torch.optim.Adam([p for p in tuned.parameters() if p.requires_grad], lr=c.lr * lazy, betas=(0.0, 0.99 ** lazy))
+
+        def step(i: int) -> dict[str, float]:
+            w = latents[torch.randint(len(latents), (c.batch,))]
+            with torch.no_grad():
+                source = F.normalize(clip.encode_image(domain.generator.synthesis(w)), dim=-1)
+            loss = directional(F.normalize(clip.encode_image(tuned.synthesis(w)), dim=-1), source, target, source_text)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return {"directional": loss.item()}
+
+        rows = run_steps(step, c.steps, state={"generator": tuned, "optimizer": optimizer}, out=out, seed=c.seed, callbacks=callbacks,
+                         checkpoint_every=100, desc=c.prompt, progress=progress)
+        return cls(method, domain, config, tuned.requires_grad_(False), rows)
+
+    @classmethod
+    def open(cls, path: Path, domain: Domain) -> nn.Module:
+        return load_generator(path, domain.device)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A configuration, whose defaults are its paper's, and the editor that is fitted from it."""
+
+    config: Callable[..., Any]
+    editor: type[Editor]
+
+
+METHODS: dict[str, Method] = {
+    "cfclip": Method(CFCLIPConfig, MapperEditor),
+    "styleclip-mapper": Method(StyleCLIPMapperConfig, MapperEditor),
+    "styleclip-optimization": Method(OptimizationConfig, OptimizationEditor),
+    "styleclip-global": Method(GlobalConfig, GlobalEditor),
+    "nada": Method(NADAConfig, MapperEditor),
+    "nada-generator": Method(NADAGeneratorConfig, GeneratorEditor),
+}
+
+
+def settings(method: str) -> dict[str, Any]:
+    """What can be overridden in ``method``: name -> default. ValueError for an unknown method."""
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; there are: {', '.join(METHODS)}")
+    return {f.name: f.default for f in fields(METHODS[method].config) if f.init and f.name != "prompt"}
+
+
+def accepted(method: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``values`` that are settings of ``method``."""
+    return {name: value for name, value in values.items() if name in settings(method)}
+
+
+def configure(method: str, prompt: str, **overrides: Any) -> Any:
+    """The configuration of ``method`` for ``prompt``. ValueError that names a setting it does not have."""
+    if unknown := set(overrides) - set(known := settings(method)):
+        raise ValueError(f"{method} has no setting {', '.join(map(repr, sorted(unknown)))}; it has: {', '.join(known)}")
+    return METHODS[method].config(prompt, **overrides)
+
+
+def fit(method: str, domain: Domain, prompt: str, *, out: str | os.PathLike | None = None, progress: bool = True,
+        callbacks: Iterable[Callback] = (), **overrides: Any) -> Editor:
+    """Fit ``method`` to ``prompt``; ``overrides`` are settings of its configuration.
+
+    With ``out`` the folder holds the editor at the end (:func:`load_editor`), and the log and checkpoint that a stopped run goes on
+    from; channel statistics lie beside it, for other prompts. ValueError if ``out`` holds another run.
+    """
+    config = configure(method, prompt, **overrides)
+    domain.clip.tokenize(prompt)                                   # a prompt that cannot be read is no reason to wait
+    if out is not None:
+        out = Path(out)
+        _claim(out, {"method": method, "domain": domain.name} | {k: v for k, v in asdict(config).items() if k != "steps"})
+    editor = METHODS[method].editor.fit(method, domain, config, out, progress, tuple(callbacks))
+    if out is not None:
+        editor.save(out)
+    return editor
+
+
+def _claim(out: Path, run: dict[str, Any]) -> None:
+    """Write down what is run in ``out``. A checkpoint of other settings would be gone on with, and called these."""
+    path, run = out / "run.json", json.loads(json.dumps(run))
+    if path.exists():
+        before = json.loads(path.read_text())
+        if differ := [name for name in {**before, **run} if before.get(name) != run.get(name)]:
+            raise ValueError(f"{out} holds a run with another {', '.join(differ)}: choose another folder, or delete this one")
+    atomic_save(run, path, lambda run, part: part.write_text(json.dumps(run, indent=1, ensure_ascii=False)))
+
+
+def load_editor(folder: str | os.PathLike, domain: Domain) -> Editor:
+    """What :meth:`Editor.save` wrote into ``folder``. Raises WeightsError if nothing did, or if it belongs to another domain."""
+    folder = Path(folder)
+    found = sorted({path for m in METHODS.values() if (path := folder / f"{m.editor.FILE}.safetensors").exists()})
+    if len(found) != 1:
+        what = "no editor" if not found else f"several editors ({', '.join(path.name for path in found)})"
+        raise WeightsError(f"{folder} holds {what}: give the folder that one cfclip.baselines.fit(…, out=<folder>) wrote to")
+    path = found[0]
+    editors = {m.editor.FILE: m.editor for m in METHODS.values()}
+    card = weights.read(path, editors[path.stem].KIND)[2]
+    if card.get("domain", domain.name) != domain.name:
+        raise WeightsError(f"{path} was made for domain {card['domain']}, not {domain.name}: load that domain")
+    method = card.get("method", "cfclip")                          # train_mapper's files do not say
+    if METHODS.get(method) is None or path.stem != METHODS[method].editor.FILE or "prompt" not in card:
+        raise WeightsError(f"{path} does not say by which known method, or for which prompt, it was made: fit it again")
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in accepted(method, card).items()}
+    editor = METHODS[method].editor
+    return editor(method, domain, configure(method, card["prompt"], **values), editor.open(path, domain))
