@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from cfclip import inversion, metrics
+from cfclip import domains, inversion, metrics, weights
 from cfclip.inversion import InversionConfig, invert
 from cfclip.mapper import Mapper, MapperConfig
 from cfclip.reporting import read_rows, tradeoff_curves
@@ -221,6 +221,29 @@ def test_the_offsets_are_unlocked_layer_by_layer(still):
     assert torch.equal(three[:, 3:], one[:, 3:]) and torch.equal(three[:, 0], one[:, 0]) and torch.equal(model(images)[:, :3], three[:, :3])
     with pytest.raises(ValueError, match=r"\[N, 3, 16, 16\]"):
         model(torch.zeros(1, 3, 8, 8))
+
+
+def test_the_domain_takes_the_encoder_of_its_generator_only(tmp_path, monkeypatch):
+    for path in (domains.DATA / "toonfaces").glob("*.safetensors"):
+        if path.stem != "encoder":
+            (tmp_path / path.name).symlink_to(path)
+    d = domains.load_toonfaces(tmp_path)
+    assert d.encoder is None
+    g, c = d.generator, EncoderConfig()
+    model = encoder.ToonEncoder(g.resolution, g.num_ws, g.w_dim, c.stages, c.width)
+    model.w_avg.copy_(g.w_avg)
+    model.w_spread.fill_(inversion.w_spread(g))
+    weights.save(model, tmp_path / "encoder.safetensors", "encoder", model.metadata, store_as=torch.float16)
+    d = domains.load_toonfaces(tmp_path)
+    assert inversion.encode(d, inversion.held_out(d, 2)).shape == (2, g.num_ws, g.w_dim)
+    measure = encoder.refinement
+    monkeypatch.setattr(encoder, "refinement", lambda domain: measure(domain, n=2, steps=1))
+    card = cards.write_card("encoder", tmp_path).read_text()
+    assert all(words in card for words in ("encoder, then 1 steps", "psnr", "±", "train encoder"))
+    model.w_avg += inversion.w_spread(g)
+    weights.save(model, tmp_path / "encoder.safetensors", "encoder", model.metadata, store_as=torch.float16)
+    with pytest.warns(UserWarning, match=r"encoder\.safetensors was trained for another generator"):
+        assert domains.load_toonfaces(tmp_path).encoder is None
 
 
 def test_mean_interval_by_hand():
