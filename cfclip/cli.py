@@ -11,7 +11,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 toonfaces = typer.Typer(no_args_is_help=True, help="The embedded domain's networks.")
 app.add_typer(toonfaces, name="toonfaces")
 
-Name = Annotated[str, typer.Argument(help="generator, clip, identity or readout")]
+Name = Annotated[str, typer.Argument(help="generator, clip, identity, readout or encoder")]
 
 
 def _check(name: str) -> None:
@@ -40,7 +40,7 @@ def toonfaces_train(
 def toonfaces_measure(name: Annotated[str | None, typer.Argument(help="one network; default: all")] = None) -> None:
     """Measure the committed networks again and rewrite their cards."""
     from .toonfaces import cards
-    for one in [name] if name else list(cards.NETWORKS):
+    for one in [name] if name else [known for known in cards.NETWORKS if (DATA / "toonfaces" / f"{known}.safetensors").exists()]:
         _check(one)
         typer.echo(cards.write_card(one))
 

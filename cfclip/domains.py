@@ -1,16 +1,18 @@
 """Domains by name: a generator, a CLIP, an identity network and prompts that belong together."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import latents, sources, weights
 from .checkpoints import load_generator, load_identity, load_latents
 from .clip import ClipGuide, load_openai_clip
+from .e4e import load_e4e
 from .identity import IRSE, FaceIdentity
 from .perceptual import VGG19, load_vgg
 from .sources import DATA, DOWNLOADS
@@ -32,6 +34,7 @@ class Domain:
     truncation: float = 1.0         # psi of the latents that are edited
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     perceptual: VGG19 | None = None  # what keeps the rest of the picture where there is no identity
+    encoder: nn.Module | None = None  # photos -> W+, see cfclip.inversion.encode; None: no file
     latent_files: Mapping[str, Path] = field(default_factory=dict)  # split -> codes of real photos; a split without is sampled
 
     def latents(self, n: int, split: str = "train", seed: int = 0) -> Tensor:
@@ -47,7 +50,7 @@ class Domain:
 
     def to(self, device: str | torch.device) -> "Domain":
         """The same domain with its networks on ``device``."""
-        for network in (self.generator, self.clip, self.identity, self.readout, self.perceptual):
+        for network in (self.generator, self.clip, self.identity, self.readout, self.perceptual, self.encoder):
             if network is not None:
                 network.to(device)
         return replace(self, device=torch.device(device))
@@ -56,20 +59,29 @@ class Domain:
 def load_toonfaces(folder: Path = DATA / "toonfaces") -> Domain:
     """The embedded domain, from the weights committed in ``data/toonfaces``."""
     from .toonfaces.clip import build
+    from .toonfaces.encoder import ToonEncoder
 
     def module(name: str, make):
         path = folder / f"{name}.safetensors"
         tensors, config, _ = weights.read(path, name)
         return weights.load_into(make(config), tensors, path)
 
+    generator, encoder = module("generator", lambda c: Generator(**c)), None
+    if (folder / "encoder.safetensors").exists():
+        encoder = module("encoder", lambda c: ToonEncoder(**c))
+        if not encoder.fits(generator):
+            warnings.warn(f"{folder / 'encoder.safetensors'} was trained for another generator than the one beside it, and is left out: "
+                          "cfclip toonfaces train encoder", stacklevel=2)
+            encoder = None
     return Domain(
         name="toonfaces",
-        generator=module("generator", lambda c: Generator(**c)),
+        generator=generator,
         clip=ClipGuide(module("clip", lambda c: build(c["model"]))),
         identity=FaceIdentity(module("identity", lambda c: IRSE(**c)), crop=False),
         readout=module("readout", lambda c: Readout(**c)),
         source_text="face",
         prompts=("green lipstick", "purple eyebrows", "blue hair", "blue skin", "red lipstick", "blonde hair"),
+        encoder=encoder,
     )
 
 
@@ -84,6 +96,7 @@ def load_ffhq(folder: Path = DOWNLOADS) -> Domain:
         readout=None,
         source_text="face",
         prompts=("green lipstick", "purple eyebrows"),
+        encoder=load_e4e(files["encoder"]) if "encoder" in files else None,
         latent_files={split: files[f"{split} latents"] for split in latents.SPLITS if f"{split} latents" in files},
     )
 

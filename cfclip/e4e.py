@@ -43,6 +43,8 @@ class Encoder4Editing(nn.Module):
         dim: D, the width of the last stage of IR-SE50.
     """
 
+    image_size = IMAGE_SIZE
+
     def __init__(self, num_ws: int = 18, dim: int = 512):
         super().__init__()
         self.input_layer = nn.Sequential(nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.PReLU(64))

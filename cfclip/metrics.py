@@ -89,17 +89,27 @@ def identity(edit: Edit) -> dict[str, np.ndarray]:
             .cpu().numpy()}
 
 
-@metric
-def perceptual(edit: Edit) -> dict[str, np.ndarray]:
-    """LPIPS (AlexNet) where its weights are on this machine, else the same distance on the readout's encoder.
+def perceptual_distance(domain: Domain) -> tuple[str, Callable[[Tensor, Tensor], Tensor]] | None:
+    """(name, distance): LPIPS (AlexNet) where its weights are on this machine, else the same distance on the readout's encoder.
 
-    The column's name says which: ``lpips_alex`` or ``lpips_readout``. 0 = the same picture.
+    The name, ``lpips_alex`` or ``lpips_readout``, says which. The distance takes pictures [N, 3, R, R] in [-1, 1], gives [N]
+    (0 = the same picture) and is differentiable. None in a domain without a readout where there is no AlexNet either.
     """
     network = _alex()
-    if network is None and edit.domain.readout is None:
+    if network is not None:
+        network = network.to(domain.device)
+        return "lpips_alex", lambda a, b: network(a, b).flatten()
+    if domain.readout is None:
+        return None
+    return "lpips_readout", lambda a, b: readout_distance(domain.readout, a, b)
+
+
+@metric
+def perceptual(edit: Edit) -> dict[str, np.ndarray]:
+    """:func:`perceptual_distance` of edit and source; the column's name says which it is."""
+    if (found := perceptual_distance(edit.domain)) is None:
         return {}
-    name = "lpips_readout" if network is None else "lpips_alex"
-    distance = (lambda a, b: _readout_distance(edit.domain.readout, a, b)) if network is None else (lambda a, b: network(a, b).flatten())
+    name, distance = found
     with torch.no_grad():
         return {name: torch.cat([distance(a, b) for a, b in zip(edit.source.split(64), edit.edited.split(64), strict=True)]).cpu().numpy()}
 
@@ -145,8 +155,8 @@ def _natural_spread(readout: Readout, resolution: int, device: torch.device, n: 
     return np.nanmedian(colour, 0), np.nanmedian(shape, 0)
 
 
-def _readout_distance(readout: Readout, a: Tensor, b: Tensor) -> Tensor:
-    """LPIPS' formula with unit weights on the readout's four encoder stages; [N]."""
+def readout_distance(readout: Readout, a: Tensor, b: Tensor) -> Tensor:
+    """LPIPS' formula with unit weights on the readout's four encoder stages; differentiable. a, b: [N, 3, R, R] -> [N]."""
     total = torch.zeros(len(a), device=a.device)
     for block in readout.down:
         a, b = block(a), block(b)

@@ -116,6 +116,21 @@ def distributions(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def tradeoff_curves(table: pd.DataFrame, label: str = "varied", value: str = "value", x: str = "centre_distance") -> Figure:
+    """Every number of ``table`` (:func:`cfclip.inversion.tradeoff`) against ``x``: a line per ``label``, a point per ``value``, means over photos."""
+    means = table.drop(columns="index", errors="ignore").groupby([label, value], sort=False).mean(numeric_only=True).reset_index()
+    names = [c for c in means.columns if c not in (label, value, x)]
+    figure, axes = plt.subplots(1, len(names), figsize=(2.8 * len(names), 2.6), squeeze=False, layout="constrained")
+    for axis, name in zip(axes[0], names, strict=True):
+        for what, line in means.groupby(label, sort=False):
+            axis.plot(line[x], line[name], marker="o", label=what)
+            for _, point in line.iterrows():
+                axis.annotate(f"{point[value]:g}", (point[x], point[name]), textcoords="offset points", xytext=(3, 3), fontsize=7)
+        axis.set(title=name.replace("_", " "), xlabel=x.replace("_", " "))
+    axes[0, 0].legend(fontsize=7)
+    return figure
+
+
 def write_report(folder: str | os.PathLike, table: pd.DataFrame, summary: pd.DataFrame, figures: Mapping[str, Figure], note: str) -> Path:
     """``table.csv`` (a row a picture), ``metrics.jsonl`` (a row a prompt), ``README.md`` with the table, and the figures."""
     folder = writable(folder)

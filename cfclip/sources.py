@@ -16,7 +16,7 @@ import pooch
 import requests
 from tqdm.auto import tqdm
 
-from .checkpoints import load_generator, load_identity, load_latents, load_mapper, read_torch
+from .checkpoints import load_generator, load_identity, load_latents, load_mapper, read_torch, sniff
 from .clip import OPENAI_SHA256, load_openai_clip
 from .e4e import load_e4e
 from .perceptual import load_vgg
@@ -103,6 +103,11 @@ SOURCES = (
            page=_drive("1cUv_reLE6k3604or78EranS7XzuVMWeO"),
            sha256="2ace1d9a8c05c10a399bcd500b8dda118f759ff1aac89dbdab7435f2136a0999",
            sha256_from="two independent copies agree", exact=False, required=False),
+    Source("face_detection_yunet_2023mar.onnx", "detector", "OpenCV's YuNet: finds the five points that a photo is aligned by", (FFHQ,),
+           ("https://github.com/opencv/opencv_zoo/raw/main/models/face_detection_yunet/face_detection_yunet_2023mar.onnx",
+            "https://huggingface.co/opencv/face_detection_yunet/resolve/main/face_detection_yunet_2023mar.onnx"),
+           sha256="8f2383e4dd3cfbb4553ea8718107fc0423210dc964f9f4280604804ed2552fa4",
+           sha256_from="OpenCV's repository, in the file's Git LFS pointer", required=False),
     Source("green_lipstick.pt", "mapper", "one of the paper's trained mappers; the others are in the same folder", (FFHQ,),
            page="https://drive.google.com/drive/folders/1GxwCtTCgVG9nUkkVTOTyES7lWw5zhHQ7", required=False),
     Source("tiger_stripes.pt", "mapper", "one of the paper's trained mappers for dogs", (DOG,),
@@ -111,9 +116,19 @@ SOURCES = (
            ("toonfaces", *PAPER), ("https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",), required=False),
 )
 
+
+def check_onnx(path: Path) -> None:
+    """WeightsError unless it begins as ONNX does (a protobuf whose first field is the version); nothing is parsed."""
+    with path.open("rb") as file:
+        head = file.read(1)
+    if head != b"\x08":
+        raise WeightsError(f"{path} holds {sniff(path)}, where an ONNX network is needed")
+
+
 OPENERS: dict[str, Callable[[Path], object]] = {
     "generator": load_generator, "clip": load_openai_clip, "identity": load_identity, "perceptual": load_vgg, "encoder": load_e4e,
-    "train latents": load_latents, "test latents": load_latents, "mapper": load_mapper, "lpips": read_torch}
+    "train latents": load_latents, "test latents": load_latents, "mapper": load_mapper, "lpips": read_torch,
+    "detector": check_onnx}
 """role -> what opens such a file, safely; raises WeightsError for any other file."""
 
 

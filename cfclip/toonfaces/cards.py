@@ -14,7 +14,7 @@ from .. import weights
 from ..domains import DATA, load_toonfaces
 from ..reporting import markdown
 from ..training import atomic_save
-from . import clip, gan, identity, readout
+from . import clip, encoder, gan, identity, readout
 from .factors import NATURAL, PARTS, sample_face
 from .gan import to_tensor
 from .render import render_image
@@ -85,6 +85,16 @@ def measure_readout(folder: Path) -> str:
     return markdown(table, f"Held-out renders of both supports; colours over parts larger than {readout.VISIBLE:g} pixels. Seed 20000.")
 
 
+def measure_encoder(folder: Path) -> str:
+    """Reconstruction of held-out renders, before and after optimisation."""
+    domain = load_toonfaces(folder)
+    if domain.encoder is None:
+        raise weights.WeightsError(f"{folder / 'encoder.safetensors'} does not fit {folder / 'generator.safetensors'}: cfclip toonfaces train encoder")
+    return markdown(pd.DataFrame(encoder.refinement(domain)), "Held-out natural renders against G(w), mean ± half of the 95 % interval over the renders. "
+                    "PSNR in dB; perceptual distance under its name (0 = the same picture); centre distance: of w from W's centre, 1 = as a sample. "
+                    "Settings of `InversionConfig`. Seed 70000.")
+
+
 @dataclass(frozen=True)
 class Network:
     """How one of the embedded networks is trained, stored and measured."""
@@ -106,6 +116,8 @@ NETWORKS: dict[str, Network] = {
                     "CLIP: open_clip model, convolutional image tower, open_clip's tokenizer"),
     "generator": Network(gan.GANConfig, gan.train, lambda c, m: m.config, measure_generator,
                          "Generator: StyleGAN2 that has seen natural colours only", dtype=torch.float32),
+    "encoder": Network(encoder.EncoderConfig, encoder.train, lambda c, m: m.metadata, measure_encoder,
+                       "Encoder: a photo to W+, trained for the generator beside it"),
 }
 
 
