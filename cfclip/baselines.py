@@ -342,7 +342,7 @@ def fit(method: str, domain: Domain, prompt: str, *, out: str | os.PathLike | No
 
 def _claim(out: Path, run: dict[str, Any]) -> None:
     """Write down what is run in ``out``. A checkpoint of other settings would be gone on with, and called these."""
-    path, run = out / "run.json", json.loads(json.dumps(run))
+    path, run = out / "settings.json", json.loads(json.dumps(run))
     if path.exists():
         before = json.loads(path.read_text())
         if differ := [name for name in {**before, **run} if before.get(name) != run.get(name)]:
