@@ -108,8 +108,8 @@ def channel_statistics(domain: Domain, config: GlobalConfig, folder: str | os.Pa
         channels.effect[i] = direction(mean)
         return {"agreement": mean.norm().item()}                   # 1: the channel does the same to every picture
 
-    rows = fit(step, len(where), state={"channels": channels}, out=folder, seed=config.seed, callbacks=callbacks, desc="channels",
-               progress=progress)
+    rows = fit(step, len(where), state={"channels": channels}, out=folder, seed=config.seed, callbacks=callbacks, checkpoint_every=50,
+               desc="channels", progress=progress)
     if file is not None:
         weights.save(channels, file, "channels", {}, domain=domain.name, samples=config.samples, sigmas=config.sigmas,
                      style_samples=config.style_samples, seed=config.seed)
