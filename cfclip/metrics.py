@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -143,6 +143,14 @@ def movement(before: Measurement, after: Measurement) -> tuple[np.ndarray, np.nd
     return colour, np.where(seen, 1 - overlap, np.nan)
 
 
+def leakage_by_part(edit: Edit) -> dict[str, float]:
+    """part -> how far it moved, mean over the pictures and over colour and shape, 1 = as far apart as two random faces; {} without a readout."""
+    if edit.before is None:
+        return {}
+    moved = [values / spread for values, spread in zip(movement(edit.before, edit.after), natural_spread(edit.domain), strict=True)]
+    return dict(zip(MASKS, np.nanmean(np.concatenate(moved), 0).tolist(), strict=True))
+
+
 def natural_spread(domain: Domain, n: int = 256, seed: int = 40_000) -> tuple[np.ndarray, np.ndarray]:
     """Median :func:`movement` between two random natural renders, per part: ([P], [P])."""
     return _natural_spread(domain.readout, domain.generator.resolution, domain.device, n, seed)
@@ -194,3 +202,17 @@ def lpips_note() -> str:
 def evaluate(edit: Edit) -> dict[str, np.ndarray]:
     """Every registered metric of ``edit``: column -> [N]."""
     return {column: values for function in METRICS.values() for column, values in function(edit).items()}
+
+
+def over_strengths(domain: Domain, prompt: str, edit: Callable[[Tensor, float], Tensor], w: Tensor, strengths: Sequence[float]) -> list[dict]:
+    """:func:`evaluate` at every strength: a row per strength and picture.
+
+    edit: (w [N, L, D], strength) -> pictures [N, 3, R, R], as an editor's ``edit``.
+    """
+    with torch.no_grad():
+        source = domain.generator.synthesis(w)
+    rows = []
+    for strength in strengths:
+        columns = evaluate(Edit(domain, prompt, source, edit(w, strength)))
+        rows += [{"strength": strength, "index": i} | {name: float(values[i]) for name, values in columns.items()} for i in range(len(w))]
+    return rows

@@ -131,6 +131,24 @@ def tradeoff_curves(table: pd.DataFrame, label: str = "varied", value: str = "va
     return figure
 
 
+def strength_curves(table: pd.DataFrame) -> Figure:
+    """Success, identity and leakage (as far as they are there) against the strength, a line a prompt, with 95 % intervals over the pictures."""
+    names = [c for c in ("success_after", "clip_after", "identity", "leakage") if c in table]
+    figure, axes = plt.subplots(1, len(names), figsize=(3.2 * len(names), 2.8), squeeze=False, layout="constrained")
+    for axis, name in zip(axes[0], names, strict=True):
+        sns.lineplot(table, x="strength", y=name, hue="prompt", marker="o", ax=axis, legend=axis is axes[0][0], seed=0)
+        axis.set(title=name.removesuffix("_after").replace("_", " "), ylabel="")
+    return figure
+
+
+def leakage_matrix(table: pd.DataFrame) -> Figure:
+    """Prompts [rows] x parts [columns]: how far each part moved."""
+    figure, axis = plt.subplots(figsize=(0.75 * len(table.columns) + 2, 0.45 * len(table) + 1.2), layout="constrained")
+    sns.heatmap(table, annot=True, fmt=".2f", vmin=0, vmax=1, cmap="rocket_r", linewidths=0.5, ax=axis)
+    axis.set_xticklabels([label.get_text().replace("_", " ") for label in axis.get_xticklabels()], rotation=40, ha="right")
+    return figure
+
+
 def write_report(folder: str | os.PathLike, table: pd.DataFrame, summary: pd.DataFrame, figures: Mapping[str, Figure], note: str) -> Path:
     """``table.csv`` (a row a picture), ``metrics.jsonl`` (a row a prompt), ``README.md`` with the table, and the figures."""
     folder = writable(folder)
