@@ -138,6 +138,9 @@ def strength_curves(table: pd.DataFrame) -> Figure:
     for axis, name in zip(axes[0], names, strict=True):
         sns.lineplot(table, x="strength", y=name, hue="prompt", marker="o", ax=axis, legend=axis is axes[0][0], seed=0)
         axis.set(title=name.removesuffix("_after").replace("_", " "), ylabel="")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    axes[0][0].get_legend().remove()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
