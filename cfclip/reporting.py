@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -30,9 +31,8 @@ def writable(folder: str | os.PathLike) -> Path:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-test-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        with tempfile.NamedTemporaryFile(dir=folder):          # a name of its own: others may be looking at the same moment
+            pass
     except OSError as error:
         raise PermissionError(f"cannot write to {folder} ({error.strerror}): choose another folder or change its permissions") from None
     return folder

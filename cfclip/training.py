@@ -6,6 +6,7 @@ Every step seeds its own randomness from (seed, step), so a resumed run takes th
 import json
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ def atomic_save(obj: Any, path: str | os.PathLike, save: Callable[[Any, Path], A
     """``save(obj, path)``, but a reader (or a crash) never sees half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.part")     # no pid: threads share one, and so do machines
     try:
         save(obj, part)
         os.replace(part, path)

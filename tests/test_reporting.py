@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pandas as pd
 import pytest
 import torch
@@ -23,6 +25,16 @@ def test_a_report_is_written_and_the_same_twice(tmp_path):
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
     assert reporting.read_rows(tmp_path / "a" / "metrics.jsonl") == [{"prompt": "x", "n": 2, "identity": 0.5}]
+
+
+def test_many_may_look_at_a_folder_at_once(tmp_path):
+    def look(i: int) -> None:
+        reporting.writable(tmp_path)
+        reporting.write_rows([{"i": i}], tmp_path / "rows.jsonl")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(look, range(400)))
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"] and len(reporting.read_rows(tmp_path / "rows.jsonl")) == 1
 
 
 def test_reports_that_cannot_be_written(tmp_path):
