@@ -8,13 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import seaborn as sns
-import torch
 from matplotlib.figure import Figure
-from scipy import stats
 
 from . import baselines, metrics, reporting
 from .domains import Domain
-from .method import at_once
+from .reporting import half_width
 from .training import atomic_save
 
 ROWS: dict[str, dict[str, Any]] = {
@@ -54,26 +52,8 @@ def run_row(domain: Domain, row: str, prompt: str, *, seed: int = 0, n: int = 64
     """
     choose([row])
     editor = baselines.fit("cfclip", domain, prompt, out=out, progress=progress, **(settings | ROWS[row] | {"seed": seed}))
-    return pd.DataFrame({"row": row, "prompt": prompt, "seed": seed} | score(editor, n))
-
-
-def score(editor: baselines.Editor, n: int = 64, strength: float = 1.0) -> dict[str, np.ndarray]:
-    """Every metric of any method's editor on the first ``n`` held-out faces: column -> [n]."""
-    domain = editor.domain
-    w = domain.latents(n, "test")
-    parts = w.split(at_once(domain.generator))
-    with torch.no_grad():
-        source = torch.cat([domain.generator.synthesis(part) for part in parts])
-    edited = torch.cat([editor.edit(part, strength) for part in parts])
-    return {"index": np.arange(len(w))} | metrics.evaluate(metrics.Edit(domain, editor.config.prompt, source, edited))
-
-
-def half_width(values: Sequence[float], confidence: float = 0.95) -> float:
-    """``t_{(1 + confidence) / 2, k - 1} s / sqrt(k)`` of k values; NaN for less than two: one training says nothing about others."""
-    k = len(values)
-    if k < 2:
-        return float("nan")
-    return float(stats.t.ppf((1 + confidence) / 2, k - 1) * np.std(values, ddof=1) / np.sqrt(k))
+    scored = pd.DataFrame(metrics.over_strengths(domain, prompt, editor.edit, domain.latents(n, "test"), [1.0])).drop(columns="strength")
+    return pd.concat([pd.DataFrame({"row": row, "prompt": prompt, "seed": seed}, index=scored.index), scored], axis=1)
 
 
 def runs(table: pd.DataFrame) -> pd.DataFrame:

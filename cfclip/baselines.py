@@ -7,7 +7,6 @@ Shapes: N latents w [N, L, D]; R the resolution.
 
 import copy
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -26,7 +25,7 @@ from .mapper import Mapper
 from .method import CFCLIPConfig, check_networks, check_whole, train_mapper
 from .stylegan2 import Generator
 from .stylespace import Direction, GlobalConfig, channel_statistics, convolutions, global_direction
-from .training import Callback, atomic_save
+from .training import Callback, atomic_save, learning_rate
 from .training import fit as run_steps
 from .weights import WeightsError
 
@@ -178,7 +177,7 @@ class OptimizationEditor(Editor):
         optimizer = torch.optim.Adam([shift], lr=c.lr)
 
         def step(i: int) -> dict[str, float]:
-            optimizer.param_groups[0]["lr"] = ramped(i / c.steps, c.lr)
+            optimizer.param_groups[0]["lr"] = c.lr * learning_rate(i / c.steps)
             images = generator.synthesis(w + shift)
             losses = {"clip": 1 - F.normalize(clip.encode_image(images), dim=-1) @ text[0], "l2": shift.square().sum((1, 2))}     # [N] each
             loss = losses["clip"] + c.lambda_l2 * losses["l2"]
@@ -204,11 +203,6 @@ class OptimizationEditor(Editor):
     @classmethod
     def open(cls, path: Path, domain: Domain) -> nn.Module:
         return nn.Module()
-
-
-def ramped(t: float, lr: float, rampdown: float = 0.25, rampup: float = 0.05) -> float:
-    """StyleCLIP's (and StyleGAN2's projector's) learning rate at the fraction t of all steps: linear up, cosine down."""
-    return lr * (0.5 - 0.5 * math.cos(math.pi * min(1.0, (1 - t) / rampdown))) * min(1.0, t / rampup)
 
 
 class GlobalEditor(Editor):

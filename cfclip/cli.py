@@ -11,7 +11,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 toonfaces = typer.Typer(no_args_is_help=True, help="The embedded domain's networks.")
 app.add_typer(toonfaces, name="toonfaces")
 
-Name = Annotated[str, typer.Argument(help="generator, clip, identity, readout or encoder")]
+Name = Annotated[str, typer.Argument(help="generator, clip, heldout_clip, identity, readout or encoder")]
 
 
 def _check(name: str) -> None:
@@ -24,14 +24,14 @@ def _check(name: str) -> None:
 def toonfaces_train(
     name: Name,
     steps: Annotated[int | None, typer.Option(help="optimisation steps; default: the committed weights' recipe")] = None,
-    seed: int = 0,
+    seed: Annotated[int | None, typer.Option(help="default: the recipe's")] = None,
     out: Annotated[Path | None, typer.Option(help="checkpoints and logs; a stopped run goes on from here")] = None,
     weights: Annotated[Path, typer.Option(help="where the trained file goes")] = DATA / "toonfaces",
 ) -> None:
     """Train one network, store it with its card. Stop it at any time: the same command goes on."""
     from .toonfaces import cards
     _check(name)
-    overrides = {"seed": seed} | ({} if steps is None else {"steps": steps})
+    overrides = {key: value for key, value in {"seed": seed, "steps": steps}.items() if value is not None}
     cards.train(name, out or Path("reports/runs/toonfaces") / name, weights, **overrides)
     typer.echo(cards.write_card(name, weights))
 

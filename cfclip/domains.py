@@ -35,6 +35,7 @@ class Domain:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     perceptual: VGG19 | None = None  # what keeps the rest of the picture where there is no identity
     encoder: nn.Module | None = None  # photos -> W+, see cfclip.inversion.encode; None: no file
+    heldout_clip: ClipGuide | None = None  # judges edits, and no training looks at it
     latent_files: Mapping[str, Path] = field(default_factory=dict)  # split -> codes of real photos; a split without is sampled
 
     def latents(self, n: int, split: str = "train", seed: int = 0) -> Tensor:
@@ -50,7 +51,7 @@ class Domain:
 
     def to(self, device: str | torch.device) -> "Domain":
         """The same domain with its networks on ``device``."""
-        for network in (self.generator, self.clip, self.identity, self.readout, self.perceptual, self.encoder):
+        for network in (self.generator, self.clip, self.identity, self.readout, self.perceptual, self.encoder, self.heldout_clip):
             if network is not None:
                 network.to(device)
         return replace(self, device=torch.device(device))
@@ -73,15 +74,18 @@ def load_toonfaces(folder: Path = DATA / "toonfaces") -> Domain:
             warnings.warn(f"{folder / 'encoder.safetensors'} was trained for another generator than the one beside it, and is left out: "
                           "cfclip toonfaces train encoder", stacklevel=2)
             encoder = None
+    clip, *heldout = (ClipGuide(module(name, lambda c: build(c["model"]))) for name in ("clip", "heldout_clip")
+                      if name == "clip" or (folder / f"{name}.safetensors").exists())
     return Domain(
         name="toonfaces",
         generator=generator,
-        clip=ClipGuide(module("clip", lambda c: build(c["model"]))),
+        clip=clip,
         identity=FaceIdentity(module("identity", lambda c: IRSE(**c)), crop=False),
         readout=module("readout", lambda c: Readout(**c)),
         source_text="face",
         prompts=("green lipstick", "purple eyebrows", "blue hair", "blue skin", "red lipstick", "blonde hair"),
         encoder=encoder,
+        heldout_clip=heldout[0] if heldout else None,
     )
 
 

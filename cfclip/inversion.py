@@ -19,11 +19,12 @@ from torch import Tensor
 from . import metrics
 from .domains import Domain
 from .mapper import Mapper
+from .method import check_whole
 from .stylegan2 import Generator
 from .toonfaces.factors import sample_face
 from .toonfaces.gan import to_tensor
 from .toonfaces.render import render_image
-from .training import fit
+from .training import fit, learning_rate
 
 SPACES = ("w", "w_plus")
 PERCEPTUAL_SIZE = 256
@@ -51,8 +52,7 @@ class InversionConfig:
     def __post_init__(self):
         if self.space not in SPACES:
             raise ValueError(f"space must be one of {list(SPACES)}, not {self.space!r}")
-        if not isinstance(self.steps, int) or self.steps < 0:
-            raise ValueError(f"steps must be a whole number from 0, not {self.steps!r}")
+        check_whole(self, steps=0)
         for name in ("lr", "w_noise", "noise_weight", "perceptual", "mse", "w_centre"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, as {getattr(self, name)!r} is")
@@ -217,12 +217,6 @@ def _invert(domain: Domain, photos: Tensor, c: InversionConfig, start: Tensor | 
 
     log = fit(step, c.steps, state={}, seed=c.seed, log_every=max(1, c.steps // 20), desc="inversion", progress=progress)
     return codes().detach().clone(), tuple(x.detach() for x in maps) or None, log
-
-
-def learning_rate(t: float, ramp_up: float, ramp_down: float) -> float:
-    """The projector's schedule at share ``t`` of the steps: linear up, cosine down, in [0, 1]."""
-    down = min(1.0, (1 - t) / ramp_down) if ramp_down else 1.0
-    return (0.5 - 0.5 * math.cos(math.pi * down)) * (min(1.0, t / ramp_up) if ramp_up else 1.0)
 
 
 def _pool(images: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .domains import DATA, Domain
+from .method import at_once
 from .toonfaces.captions import claim_of
 from .toonfaces.factors import sample_face
 from .toonfaces.gan import to_tensor
@@ -209,10 +210,10 @@ def over_strengths(domain: Domain, prompt: str, edit: Callable[[Tensor, float], 
 
     edit: (w [N, L, D], strength) -> pictures [N, 3, R, R], as an editor's ``edit``.
     """
+    parts, rows = w.split(at_once(domain.generator)), []
     with torch.no_grad():
-        source = domain.generator.synthesis(w)
-    rows = []
+        source = torch.cat([domain.generator.synthesis(part) for part in parts])
     for strength in strengths:
-        columns = evaluate(Edit(domain, prompt, source, edit(w, strength)))
+        columns = evaluate(Edit(domain, prompt, source, torch.cat([edit(part, strength) for part in parts])))
         rows += [{"strength": strength, "index": i} | {name: float(values[i]) for name, values in columns.items()} for i in range(len(w))]
     return rows

@@ -14,6 +14,7 @@ import pandas as pd
 import seaborn as sns
 import torch
 from matplotlib.figure import Figure
+from scipy import stats
 from torch import Tensor
 
 from .training import atomic_save
@@ -54,6 +55,14 @@ def summary(table: pd.DataFrame, by: str = "prompt") -> pd.DataFrame:
     means = grouped.mean(numeric_only=True).drop(columns=["index", "seed"], errors="ignore")
     means.insert(0, "n", grouped.size())
     return means.reset_index()
+
+
+def half_width(values: Sequence[float], confidence: float = 0.95) -> float:
+    """``t_{(1 + confidence) / 2, k - 1} s / sqrt(k)`` of k values; NaN for less than two: one training says nothing about others."""
+    k = len(values)
+    if k < 2:
+        return float("nan")
+    return float(stats.t.ppf((1 + confidence) / 2, k - 1) * np.std(values, ddof=1) / np.sqrt(k))
 
 
 def markdown(table: pd.DataFrame, note: str = "") -> str:

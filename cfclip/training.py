@@ -4,6 +4,7 @@ Every step seeds its own randomness from (seed, step), so a resumed run takes th
 """
 
 import json
+import math
 import os
 import time
 import uuid
@@ -35,6 +36,12 @@ def atomic_save(obj: Any, path: str | os.PathLike, save: Callable[[Any, Path], A
     finally:
         part.unlink(missing_ok=True)
     return path
+
+
+def learning_rate(t: float, ramp_up: float = 0.05, ramp_down: float = 0.25) -> float:
+    """StyleGAN2's projector's (and StyleCLIP's) schedule at share ``t`` of the steps: linear up, cosine down, in [0, 1]."""
+    down = min(1.0, (1 - t) / ramp_down) if ramp_down else 1.0
+    return (0.5 - 0.5 * math.cos(math.pi * down)) * (min(1.0, t / ramp_up) if ramp_up else 1.0)
 
 
 def seed_step(seed: int, step: int) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,9 @@ def measure_generator(folder: Path) -> str:
             + "\n![64 uncurated samples, psi = 1](generator.png)\n")
 
 
-def measure_clip(folder: Path) -> str:
+def measure_clip(folder: Path, which: str = "clip") -> str:
     """Zero-shot colour naming on held-out renders."""
-    table = pd.DataFrame(clip.colour_accuracy(load_toonfaces(folder).clip))
+    table = pd.DataFrame(clip.colour_accuracy(getattr(load_toonfaces(folder), which)))
     return markdown(table, "Share of held-out renders whose colour is named rightly among *all* colours of the part, by \"face with <colour> <part>\" "
                     "under the 79 templates. accuracy: counterfactual colours; natural: natural ones; held_out: (part, colour) pairs never "
                     "shown in training. Seed 10000.")
@@ -114,6 +115,8 @@ NETWORKS: dict[str, Network] = {
                         "Identity: a small ArcFace IR-SE"),
     "clip": Network(clip.CLIPConfig, clip.train, lambda c, m: {"model": c.model}, measure_clip,
                     "CLIP: open_clip model, convolutional image tower, open_clip's tokenizer"),
+    "heldout_clip": Network(clip.HeldOutConfig, clip.train, lambda c, m: {"model": c.model}, partial(measure_clip, which="heldout_clip"),
+                            "Held-out CLIP: the judge that no edit was optimised for; a ConvNeXt image tower"),
     "generator": Network(gan.GANConfig, gan.train, lambda c, m: m.config, measure_generator,
                          "Generator: StyleGAN2 that has seen natural colours only", dtype=torch.float32),
     "encoder": Network(encoder.EncoderConfig, encoder.train, lambda c, m: m.metadata, measure_encoder,

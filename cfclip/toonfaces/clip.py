@@ -40,6 +40,14 @@ class CLIPConfig:
     dtype: str = "bfloat16"       # autocast of the image and text towers
 
 
+@dataclass(frozen=True)
+class HeldOutConfig(CLIPConfig):
+    """How the CLIP that only judges was trained: another architecture, another width of text tower, other faces and captions."""
+
+    model: str = "toonfaces-convnext"
+    seed: int = 1
+
+
 class KnownWords(nn.Module):
     """The embedding of the few tokens that captions hold, and one row for all others.
 

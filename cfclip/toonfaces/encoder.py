@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import t as student_t
 from torch import Tensor, nn
 
 from ..identity import Unit
+from ..reporting import half_width
 from ..stylegan2 import Generator
 from ..training import fit
 from .factors import sample_face
@@ -86,6 +86,7 @@ class EncoderConfig:
     delta_weight: float = 0.02  # of the squared offsets
     unlock: tuple[float, float] = (0.2, 0.5)  # shares of the steps between which the layers' offsets are unlocked one by one
     seed: int = 0
+    dtype: str = "bfloat16"     # of the convolutions: autocast of the encoder, and the generator's own
 
 
 def unlocked_layers(config: EncoderConfig, step: int, num_ws: int) -> int:
@@ -108,15 +109,17 @@ def train(config: EncoderConfig, out: Path, domain=None) -> ToonEncoder:
     model = model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), config.lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, config.steps)
+    half = None if config.dtype == "float32" else getattr(torch, config.dtype)
 
     def step(i: int) -> dict[str, float]:
         with torch.no_grad():
             w = g.map_one(torch.randn(config.batch, g.z_dim))[:, None].expand(-1, g.num_ws, -1)
-            samples = g.synthesis(w).clamp(-1, 1)
+            samples = g.synthesis(w, dtype=half).clamp(-1, 1)
         renders = to_tensor([render_image(sample_face((config.seed, 7, i, k)), g.resolution) for k in range(config.batch)])
-        guess, offsets = model.unlocked(torch.cat([samples, renders]).contiguous(memory_format=torch.channels_last),
-                                        unlocked_layers(config, i, g.num_ws))
-        images = g.synthesis(guess[config.batch:])
+        photos = torch.cat([samples, renders]).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", half, enabled=half is not None):
+            guess, offsets = (x.float() for x in model.unlocked(photos, unlocked_layers(config, i, g.num_ws)))
+        images = g.synthesis(guess[config.batch:], dtype=half)
         terms = {"w": config.w_weight * (guess[:config.batch] - w).square().mean() / spread ** 2,
                  "pixel": config.pixel_weight * F.mse_loss(images, renders),
                  "feature": config.feature_weight * readout_distance(domain.readout, images, renders).mean(),
@@ -133,10 +136,8 @@ def train(config: EncoderConfig, out: Path, domain=None) -> ToonEncoder:
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half-width of its 95 % interval (Student's t); the half-width of one value is infinite."""
-    x = np.asarray(values, dtype=float)
-    half = student_t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)) if len(x) > 1 else np.inf
-    return float(x.mean()), float(half)
+    """Mean and half-width of its 95 % interval (Student's t); the half-width of one value is NaN."""
+    return float(np.mean(values)), half_width(values)
 
 
 def refinement(domain, n: int = 64, steps: int = 100, seed: int = 1) -> list[dict]:
