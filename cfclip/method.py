@@ -107,6 +107,7 @@ class CFCLIP:
         self.optimizer = Ranger(self.mapper.parameters(), lr=c.lr, betas=(0.95, 0.999), eps=1e-5, k=6, alpha=0.5,
                                 degenerated_to_sgd=True)
         self.dtype = getattr(torch, c.dtype)
+        self.clip = domain.clip.in_dtype(self.dtype)
         self.w = domain.latents(c.train_latents, "train", c.seed)
         with torch.no_grad():
             pairs = [self._features(self._synthesise(w)) for w in self.w.split(at_once(g))]
@@ -118,7 +119,7 @@ class CFCLIP:
 
     def _clip(self, images: Tensor) -> Tensor:
         with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            feature = self.domain.clip.encode_image(images)
+            feature = self.clip.encode_image(images)
         return torch.nn.functional.normalize(feature.float(), dim=-1)
 
     def _features(self, images: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .ops import bias_act, modulated_conv2d, setup_filter, upfirdn2d
+from .ops import bias_act, modulated_conv2d, prepare, setup_filter, upfirdn2d
 
 
 class EqualLinear(nn.Module):
@@ -32,7 +32,24 @@ def pixel_norm(x: Tensor, dim: int = 1) -> Tensor:
     return x * torch.rsqrt(x.square().mean(dim, keepdim=True) + 1e-8)
 
 
-class StyledConv(nn.Module):
+class ModulatedConv(nn.Module):
+    """The weights of a modulated convolution, ready to slide: made once while they are frozen, at every call while they are trained."""
+
+    weight: nn.Parameter
+    scale: float
+    _kept: tuple | None = None
+
+    def convolve(self, x: Tensor, style: Tensor, demodulate: bool = True, fir: Tensor | None = None) -> Tensor:
+        weight = self.weight * self.scale
+        if self.weight.requires_grad:
+            return modulated_conv2d(x, weight, style, demodulate, fir)
+        state = (self.weight.data_ptr(), self.weight._version, self.weight.device, x.dtype)
+        if self._kept is None or self._kept[0] != state:
+            self._kept = state, prepare(weight, fir, x.dtype)
+        return modulated_conv2d(x, weight, style, demodulate, fir, self._kept[1])
+
+
+class StyledConv(ModulatedConv):
     """Modulated 3x3 convolution (up-sampling if ``up``), noise, bias, leaky ReLU."""
 
     def __init__(self, in_ch: int, out_ch: int, w_dim: int, resolution: int, up: bool):
@@ -45,13 +62,13 @@ class StyledConv(nn.Module):
         self.scale, self.up = 1 / math.sqrt(in_ch * 9), up
 
     def forward(self, x: Tensor, style: Tensor, noise: Tensor | None, fir: Tensor, clamp: float | None) -> Tensor:
-        x = modulated_conv2d(x, self.weight * self.scale, style, f=fir if self.up else None)
+        x = self.convolve(x, style, fir=fir if self.up else None)
         if noise is not None:
             x = x + (noise * self.noise_strength).to(x.dtype)
         return bias_act(x, self.bias, clamp=clamp)
 
 
-class ToRGB(nn.Module):
+class ToRGB(ModulatedConv):
     """Modulated 1x1 convolution to RGB, without demodulation."""
 
     def __init__(self, in_ch: int, w_dim: int):
@@ -62,7 +79,7 @@ class ToRGB(nn.Module):
         self.scale = 1 / math.sqrt(in_ch)
 
     def forward(self, x: Tensor, style: Tensor, clamp: float | None) -> Tensor:
-        x = modulated_conv2d(x, self.weight * self.scale, style, demodulate=False)
+        x = self.convolve(x, style, demodulate=False)
         return bias_act(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x, self.bias, slope=1, gain=1, clamp=clamp)
 
 

@@ -60,24 +60,39 @@ def _upsampling_phases(weight: Tensor, f: Tensor) -> Tensor:
     return phases.permute(0, 3, 5, 1, 2, 4).reshape(4 * o, i, 3, 3)
 
 
-def modulated_conv2d(x: Tensor, weight: Tensor, style: Tensor, demodulate: bool = True, f: Tensor | None = None) -> Tensor:
+def prepare(weight: Tensor, f: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What :func:`modulated_conv2d` needs of its weights alone, to be kept while they are frozen: the kernel that slides and sum w^2 [O, I].
+
+    Making the phases of an up-sampling kernel costs more than the convolution of a few small pictures.
+    """
+    phased = f is not None and weight.shape[-1] == 3 and f.shape[-1] == 4
+    kernel = (_upsampling_phases(weight, f) if phased else weight).to(dtype)
+    if dtype in (torch.float16, torch.bfloat16):                   # as the activations are laid out there
+        kernel = kernel.contiguous(memory_format=torch.channels_last)
+    return kernel, weight.square().sum((2, 3))
+
+
+def modulated_conv2d(x: Tensor, weight: Tensor, style: Tensor, demodulate: bool = True, f: Tensor | None = None,
+                     prepared: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Modulated convolution, "same" padding; with a FIR filter ``f`` [n, n] it doubles the resolution.
 
-    x: [N, I, H, W] in the dtype to compute in; weight: [O, I, k, k] fp32, equalised already; style: [N, I] fp32.
+    x: [N, I, H, W] in the dtype to compute in; weight: [O, I, k, k] fp32, equalised already; style: [N, I] fp32;
+    prepared: :func:`prepare` of the same weight, f and dtype.
     StyleGAN2 eq. 1-3: ``w' = s_i w``, ``w'' = w' / sqrt(sum w'^2 + 1e-8)``.
     """
     dtype = x.dtype
+    kernel, squares = prepared or prepare(weight, f, dtype)
     x = x * style.to(dtype)[:, :, None, None]
     if f is None:
-        x = F.conv2d(x, weight.to(dtype), padding=weight.shape[-1] // 2)
-    elif weight.shape[-1] == 3 and f.shape[-1] == 4:
-        x = F.pixel_shuffle(F.conv2d(x, _upsampling_phases(weight, f).to(dtype), padding=1), 2)
+        x = F.conv2d(x, kernel, padding=kernel.shape[-1] // 2)
+    elif kernel.shape[0] == 4 * weight.shape[0]:
+        x = F.pixel_shuffle(F.conv2d(x, kernel, padding=1), 2)
     else:                                                          # a filter of another length: convolve, then filter
-        x = F.conv_transpose2d(x, weight.to(dtype).transpose(0, 1), stride=2)
-        n, k = f.shape[-1], weight.shape[-1]                       # pads as NVIDIA's conv2d_resample and rosinality's Blur do
+        x = F.conv_transpose2d(x, kernel.transpose(0, 1), stride=2)
+        n, k = f.shape[-1], kernel.shape[-1]                       # pads as NVIDIA's conv2d_resample and rosinality's Blur do
         before, after = (n + 1) // 2 + k // 2 - (k - 1), (n - 2) // 2 + k // 2 - (k - 2)
         x = upfirdn2d(x, f, pad=(before, after, before, after), gain=4.0)
     if demodulate:
-        d = (style.square() @ weight.square().sum((2, 3)).t() + 1e-8).rsqrt()
+        d = (style.square() @ squares.t() + 1e-8).rsqrt()
         x = x * d.to(dtype)[:, :, None, None]
     return x
