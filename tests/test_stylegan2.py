@@ -71,3 +71,27 @@ def test_wrong_shapes_are_named(generator):
         generator.synthesis(generator.mapping(torch.randn(1, 12)), "loud")
     with pytest.raises(ValueError, match="power of two"):
         Generator(48, (8, 8, 8))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_kept_kernels_follow_the_weights(dtype):
+    """Frozen weights are prepared once: never again for another picture, always after they changed."""
+    def drawn() -> torch.Tensor:
+        with torch.no_grad():
+            return g.synthesis(w, dtype=dtype)
+
+    torch.manual_seed(0)
+    g = Generator(16, [8, 8, 8], 16, 16, 2)
+    w = torch.randn(2, g.num_ws, 16)
+    fresh = drawn()                                                # trained weights: nothing is kept
+    assert all(layer._kept is None for layer in [*g.convs, *g.rgbs])
+    g.requires_grad_(False)
+    assert torch.equal(drawn(), fresh)
+    kept = [layer._kept[1][0] for layer in [*g.convs, *g.rgbs]]
+    assert torch.equal(drawn(), fresh)
+    assert all(layer._kept[1][0] is kernel for layer, kernel in zip([*g.convs, *g.rgbs], kept, strict=True))
+    g.convs[1].weight.mul_(1.5)
+    g.rgbs[0].weight.data = g.rgbs[0].weight.data * 2
+    other = drawn()
+    assert not torch.equal(other, fresh)
+    assert torch.equal(other, Generator.synthesis(g.requires_grad_(True), w, dtype=dtype).detach())
