@@ -105,6 +105,13 @@ class Editor:
         """w [N, L, D] -> edited pictures [N, 3, R, R]; ``strength=0`` is the source picture, to the bit."""
         raise NotImplementedError
 
+    def round_trip(self, w: Tensor, strength: float = 1.0) -> Tensor | None:
+        """Pictures [N, 3, R, R] after the edit and then its reverse; None where it has none.
+
+        Here the source pictures: a step that is the same for every picture is undone exactly.
+        """
+        return self.edit(w, 0.0)
+
     @property
     def sizes(self) -> Mapping[str, Any]:
         """The constructor arguments of ``module``."""
@@ -139,6 +146,12 @@ class MapperEditor(Editor):
     def edit(self, w: Tensor, strength: float = 1.0) -> Tensor:
         return self.domain.generator.synthesis(self.module.edit(w, self.domain.clip.encode_text(self.config.prompt), strength))
 
+    @torch.no_grad()
+    def round_trip(self, w: Tensor, strength: float = 1.0) -> Tensor:
+        """``G(w' - strength * 0.1 * delta(w', t))``: the mapper is asked again at w', and another residual than at w does not lead back."""
+        text = self.domain.clip.encode_text(self.config.prompt)
+        return self.domain.generator.synthesis(self.module.edit(self.module.edit(w, text, strength), text, -strength))
+
     @classmethod
     def fit(cls, method, domain, config, out, progress, callbacks) -> Editor:
         mapper, rows = train_mapper(domain, config, out, callbacks, progress)
@@ -153,19 +166,27 @@ class OptimizationEditor(Editor):
     """``x' = G(w + strength * d)``, with d optimised for every w that :meth:`edit` is given: nothing to fit, everything to wait for."""
 
     FILE, KIND = "optimization", "optimization"
-    _last: tuple[Tensor, Tensor] | None = None
     progress, callbacks = False, ()
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self._found: dict[bytes, Tensor] = {}
 
     def edit(self, w: Tensor, strength: float = 1.0) -> Tensor:
         shift = torch.zeros_like(w) if strength == 0 else self.shift(w)
         with torch.no_grad():
             return self.domain.generator.synthesis(w + strength * shift)
 
+    def round_trip(self, w: Tensor, strength: float = 1.0) -> None:
+        """None: there is no reverse, only a second optimisation, which costs as much as the first and is of another prompt."""
+
     def shift(self, w: Tensor) -> Tensor:
-        """d [N, L, D]. The last one is kept: another strength on the same w costs no second optimisation."""
-        if self._last is None or not torch.equal(self._last[0], w):
-            self._last = w.clone(), torch.cat([self._optimise(part) for part in w.split(self.config.batch)])
-        return self._last[1]
+        """d [N, L, D]. What was found for a picture is kept: another strength costs no second optimisation."""
+        keys = [one.cpu().numpy().tobytes() for one in w]
+        if new := [i for i, key in enumerate(keys) if key not in self._found]:
+            shifts = torch.cat([self._optimise(part) for part in w[new].split(self.config.batch)])
+            self._found |= {keys[i]: shift for i, shift in zip(new, shifts, strict=True)}
+        return torch.stack([self._found[key] for key in keys])
 
     @torch.enable_grad()
     def _optimise(self, w: Tensor) -> Tensor:
@@ -347,18 +368,48 @@ def _claim(out: Path, run: dict[str, Any]) -> None:
 def load_editor(folder: str | os.PathLike, domain: Domain) -> Editor:
     """What :meth:`Editor.save` wrote into ``folder``. Raises WeightsError if nothing did, or if it belongs to another domain."""
     folder = Path(folder)
-    found = sorted({path for m in METHODS.values() if (path := folder / f"{m.editor.FILE}.safetensors").exists()})
+    found = _editors_in(folder)
     if len(found) != 1:
         what = "no editor" if not found else f"several editors ({', '.join(path.name for path in found)})"
         raise WeightsError(f"{folder} holds {what}: give the folder that one cfclip.baselines.fit(…, out=<folder>) wrote to")
-    path = found[0]
-    editors = {m.editor.FILE: m.editor for m in METHODS.values()}
-    card = weights.read(path, editors[path.stem].KIND)[2]
+    return _open(found[0], domain)
+
+
+def _editors_in(folder: Path) -> list[Path]:
+    return sorted({path for m in METHODS.values() if (path := folder / f"{m.editor.FILE}.safetensors").exists()})
+
+
+def _open(path: Path, domain: Domain) -> Editor:
+    kinds = {m.editor.FILE: m.editor for m in METHODS.values()}
+    kind = kinds.get(path.stem, MapperEditor)                      # committed mappers are called as their prompts
+    card = weights.read(path, kind.KIND)[2]
     if card.get("domain", domain.name) != domain.name:
         raise WeightsError(f"{path} was made for domain {card['domain']}, not {domain.name}: load that domain")
     method = card.get("method", "cfclip")                          # train_mapper's files do not say
-    if METHODS.get(method) is None or path.stem != METHODS[method].editor.FILE or "prompt" not in card:
+    if METHODS.get(method) is None or METHODS[method].editor is not kind or "prompt" not in card:
         raise WeightsError(f"{path} does not say by which known method, or for which prompt, it was made: fit it again")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in accepted(method, card).items()}
-    editor = METHODS[method].editor
-    return editor(method, domain, configure(method, card["prompt"], **values), editor.open(path, domain))
+    return kind(method, domain, configure(method, card["prompt"], **values), kind.open(path, domain))
+
+
+def find_editors(folder: str | os.PathLike, domain: Domain, prompts: Sequence[str] = ()) -> dict[str, Editor]:
+    """label -> editor, for every one in a folder of ``folder``, and every mapper file in ``folder``; ``prompts`` chooses and orders.
+
+    The label is the prompt; with the method where there are several, and with the seed where there are several.
+    Raises ValueError if there is none, none for one of ``prompts``, or two of one label.
+    """
+    folder = Path(folder)
+    files = sorted({*folder.glob("*.safetensors"), *(path for one in folder.glob("*/") for path in _editors_in(one))})
+    editors = [_open(path, domain) for path in files]
+    if not editors:
+        raise ValueError(f"no editor in {folder}: fit one with 02_training, out=<a folder in there>")
+    there = list(dict.fromkeys(editor.config.prompt for editor in editors))
+    if missing := [prompt for prompt in prompts if prompt not in there]:
+        raise ValueError(f"no editor for {missing} in {folder}; there are editors for {there}")
+    editors = [editor for prompt in prompts or there for editor in editors if editor.config.prompt == prompt]
+    parts = [(editor.config.prompt, editor.method, f"seed {getattr(editor.config, 'seed', 0)}") for editor in editors]
+    telling = [k for k in range(3) if k == 0 or len({part[k] for part in parts}) > 1]
+    labels = [", ".join(part[k] for k in telling) for part in parts]
+    if twice := {label for label in labels if labels.count(label) > 1}:
+        raise ValueError(f"{folder} holds several runs of {sorted(twice)}, which differ in other settings: give a folder with one of each")
+    return dict(zip(labels, editors, strict=True))

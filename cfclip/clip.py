@@ -23,8 +23,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .checkpoints import about, describe, read_torch, sniff, state_dict
 
-OPENAI_SHA256 = "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"
-"""Of OpenAI's ``ViT-B-32.pt``."""
+OPENAI_SHA256 = {"ViT-B-32-quickgelu": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
+                 "ViT-B-16-quickgelu": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"}
+"""open_clip's name of a model -> sha256 of OpenAI's file of it, ``ViT-B-32.pt`` and ``ViT-B-16.pt``."""
 TEMPLATES = tuple(t for t in OPENAI_IMAGENET_TEMPLATES if t("X") != "a photo of many X.")
 """The paper's 79 prompt templates: OpenAI's 80 without "a photo of many {}."."""
 
@@ -118,7 +119,7 @@ def fold_batch_norms(module: nn.Module) -> nn.Module:
 
 
 def load_openai_clip(path: str | os.PathLike, model: str = "ViT-B-32-quickgelu") -> ClipGuide:
-    """The paper's CLIP from OpenAI's ``ViT-B-32.pt``, or from open_clip's copy of it (safetensors, or a torch state dict).
+    """OpenAI's CLIP from its own file (the paper's is ``ViT-B-32.pt``), or from open_clip's copy of it (safetensors, or a torch state dict).
 
     ``model`` is open_clip's name; plain "ViT-B-32" would silently use another GELU. Frozen, float32. Raises WeightsError.
     """
@@ -130,8 +131,8 @@ def load_openai_clip(path: str | os.PathLike, model: str = "ViT-B-32-quickgelu")
         elif kind == "torch-zip" and _is_torchscript(path):
             with path.open("rb") as file:                          # TorchScript is a program: only the one that is known is opened
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if digest != OPENAI_SHA256:
-                raise ValueError(f"it is a TorchScript archive, but not OpenAI's ViT-B-32.pt: its sha256 is {digest}")
+            if digest != OPENAI_SHA256.get(model):
+                raise ValueError(f"it is a TorchScript archive, but not OpenAI's {model.removesuffix('-quickgelu')}.pt: its sha256 is {digest}")
             with warnings.catch_warnings():                        # torch would rather forget TorchScript
                 warnings.simplefilter("ignore", FutureWarning)
                 tensors = torch.jit.load(path, map_location="cpu").state_dict()

@@ -2,16 +2,18 @@
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .clip import ClipGuide
 from .domains import DATA, Domain
 from .method import at_once
 from .toonfaces.captions import claim_of
@@ -21,39 +23,54 @@ from .toonfaces.readout import Measurement, Readout
 from .toonfaces.render import MASKS, render_image
 
 
-@dataclass(frozen=True)
-class Edit:
-    """Source and edited pictures [N, 3, R, R] in [-1, 1], and the prompt that was asked for."""
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """Pictures [N, 3, R, R] in [-1, 1], and what the domain's networks see in them: each is asked at first need, and once."""
 
     domain: Domain
-    prompt: str
-    source: Tensor
-    edited: Tensor
+    images: Tensor
+
+    @torch.no_grad()
+    def _ask(self, network: Callable[[Tensor], Tensor]) -> Tensor:
+        return torch.cat([network(batch) for batch in self.images.split(64)])
 
     @cached_property
-    def source_feature(self) -> Tensor:
-        """Unit CLIP features of the sources [N, E]."""
-        return _clip(self.domain, self.source)
+    def clip(self) -> Tensor:
+        """Unit CLIP features [N, E]."""
+        return F.normalize(self._ask(self.domain.clip.encode_image), dim=-1)
 
     @cached_property
-    def edited_feature(self) -> Tensor:
-        """Unit CLIP features of the edits [N, E]."""
-        return _clip(self.domain, self.edited)
+    def heldout_clip(self) -> Tensor:
+        """Unit features [N, E'] of the CLIP that no edit was optimised for."""
+        return F.normalize(self._ask(self.domain.heldout_clip.encode_image), dim=-1)
 
     @cached_property
-    def before(self) -> Measurement | None:
-        """What the readout sees in the sources; None in a domain without one."""
-        return self.domain.readout and self.domain.readout.measure(self.source)
+    def identity(self) -> Tensor:
+        """Unit identity features [N, D]."""
+        return self._ask(self.domain.identity)
 
     @cached_property
-    def after(self) -> Measurement | None:
-        """What the readout sees in the edits."""
-        return self.domain.readout and self.domain.readout.measure(self.edited)
+    def seen(self) -> Measurement:
+        """What the readout sees."""
+        return self.domain.readout.measure(self.images)
 
 
-@torch.no_grad()
-def _clip(domain: Domain, images: Tensor) -> Tensor:
-    return F.normalize(torch.cat([domain.clip.encode_image(batch) for batch in images.split(64)]), dim=-1)
+class Edit:
+    """Pictures ``before`` and ``after``, and the ``prompt`` that was asked for.
+
+    source, edited: [N, 3, R, R] in [-1, 1]. Where ``source`` is the :class:`Pictures` of another edit, its measurements are not made again.
+    """
+
+    def __init__(self, domain: Domain, prompt: str, source: Tensor | Pictures, edited: Tensor):
+        self.domain, self.prompt = domain, prompt
+        self.before = source if isinstance(source, Pictures) else Pictures(domain, source)
+        self.after = Pictures(domain, edited)
+
+    @cached_property
+    def moved(self) -> np.ndarray:
+        """:func:`movement`, colours then shapes [N, 2 P], in units of :func:`natural_spread`."""
+        moved = movement(self.before.seen, self.after.seen)
+        return np.concatenate([values / spread for values, spread in zip(moved, natural_spread(self.domain), strict=True)], 1)
 
 
 METRICS: dict[str, Callable[[Edit], dict[str, np.ndarray]]] = {}
@@ -66,19 +83,36 @@ def metric(function: Callable[[Edit], dict[str, np.ndarray]]) -> Callable[[Edit]
     return function
 
 
+def _clip_score(guide: ClipGuide, prompt: str, feature: Tensor) -> np.ndarray:
+    return (100 * feature @ F.normalize(guide.template_features(prompt).mean(0), dim=-1)).cpu().numpy()
+
+
+def _clip_direction(guide: ClipGuide, edit: Edit, before: Tensor, after: Tensor) -> np.ndarray:
+    text = (guide.template_features(edit.prompt) - guide.template_features(edit.domain.source_text)).mean(0)
+    return (100 * F.cosine_similarity(after - before, text[None])).cpu().numpy()
+
+
 @metric
 def clip_score(edit: Edit) -> dict[str, np.ndarray]:
     """100 cos(image, text), text = mean of the unit template features; before and after."""
-    text = F.normalize(edit.domain.clip.template_features(edit.prompt).mean(0), dim=-1)
-    return {"clip_before": (100 * edit.source_feature @ text).cpu().numpy(), "clip_after": (100 * edit.edited_feature @ text).cpu().numpy()}
+    return {f"clip_{when}": _clip_score(edit.domain.clip, edit.prompt, pictures.clip)
+            for when, pictures in (("before", edit.before), ("after", edit.after))}
 
 
 @metric
 def clip_direction(edit: Edit) -> dict[str, np.ndarray]:
-    """100 cos(edited - source image, target - source text), the directional CLIP score."""
-    clip = edit.domain.clip
-    text = (clip.template_features(edit.prompt) - clip.template_features(edit.domain.source_text)).mean(0)
-    return {"clip_direction": (100 * F.cosine_similarity(edit.edited_feature - edit.source_feature, text[None])).cpu().numpy()}
+    """100 cos(edited - source image, target - source text), the directional CLIP score; 0 for a null edit."""
+    return {"clip_direction": _clip_direction(edit.domain.clip, edit, edit.before.clip, edit.after.clip)}
+
+
+@metric
+def heldout_clip(edit: Edit) -> dict[str, np.ndarray]:
+    """The same three of the held-out CLIP: a score under the CLIP that was optimised is suspect. Only where the domain has one."""
+    if (guide := edit.domain.heldout_clip) is None:
+        return {}
+    before, after = edit.before.heldout_clip, edit.after.heldout_clip
+    return {"heldout_clip_before": _clip_score(guide, edit.prompt, before), "heldout_clip_after": _clip_score(guide, edit.prompt, after),
+            "heldout_direction": _clip_direction(guide, edit, before, after)}
 
 
 @metric
@@ -86,8 +120,7 @@ def identity(edit: Edit) -> dict[str, np.ndarray]:
     """Cosine similarity of the identity features of source and edit, 1 = the same person. Only where the domain has the network."""
     if edit.domain.identity is None:
         return {}
-    return {"identity": torch.cat([edit.domain.identity.similarity(a, b) for a, b in zip(edit.source.split(64), edit.edited.split(64), strict=True)])
-            .cpu().numpy()}
+    return {"identity": (edit.before.identity * edit.after.identity).sum(1).cpu().numpy()}
 
 
 def perceptual_distance(domain: Domain) -> tuple[str, Callable[[Tensor, Tensor], Tensor]] | None:
@@ -105,35 +138,46 @@ def perceptual_distance(domain: Domain) -> tuple[str, Callable[[Tensor, Tensor],
     return "lpips_readout", lambda a, b: readout_distance(domain.readout, a, b)
 
 
+@torch.no_grad()
+def distances(domain: Domain, a: Tensor, b: Tensor) -> tuple[str, np.ndarray] | None:
+    """:func:`perceptual_distance` of pictures a and b [N, 3, R, R]: (name, [N])."""
+    if (found := perceptual_distance(domain)) is None:
+        return None
+    return found[0], torch.cat([found[1](x, y) for x, y in zip(a.split(64), b.split(64), strict=True)]).cpu().numpy()
+
+
 @metric
 def perceptual(edit: Edit) -> dict[str, np.ndarray]:
     """:func:`perceptual_distance` of edit and source; the column's name says which it is."""
-    if (found := perceptual_distance(edit.domain)) is None:
-        return {}
-    name, distance = found
-    with torch.no_grad():
-        return {name: torch.cat([distance(a, b) for a, b in zip(edit.source.split(64), edit.edited.split(64), strict=True)]).cpu().numpy()}
+    found = distances(edit.domain, edit.before.images, edit.after.images)
+    return {} if found is None else dict([found])
 
 
 @metric
 def ground_truth(edit: Edit) -> dict[str, np.ndarray]:
-    """Success, leakage and target colour against the readout, which knows no CLIP. Only where the prompt names a part's colour.
+    """Success, leakage and target colour against the readout, which knows no CLIP. Only where the prompt names a part's colour, or nothing at all.
 
     success: the target part is visible and its measured colour is nearest, in CIELAB, to the one asked for.
     leakage: how far every *other* part moved, mean over parts of colour (CIELAB distance) and shape (1 - soft Dice),
     each divided by its median between two random natural faces: 0 = untouched, 1 = another person's.
+    A null edit (the prompt is the domain's source text) cannot succeed, and leaks wherever it moves: mean over all parts.
     """
     claim = claim_of(edit.prompt)
-    if edit.before is None or claim is None:
+    if edit.domain.readout is None or (claim is None and edit.prompt != edit.domain.source_text):
         return {}
-    part, colour = claim
-    success = {f"success_{when}": np.array([c == colour for c in measured.colour(part)], dtype=float)
-               for when, measured in (("before", edit.before), ("after", edit.after))}
-    colour_moved, shape_moved = movement(edit.before, edit.after)
-    spread_colour, spread_shape = natural_spread(edit.domain)
-    leak = np.concatenate([colour_moved / spread_colour, shape_moved / spread_shape], 1)
+    part, colour = claim or (None, None)
+    success = {f"success_{when}": np.array([c == colour for c in pictures.seen.colour(part)], dtype=float)
+               for when, pictures in (("before", edit.before), ("after", edit.after))} if claim else {}
     others = np.array([m != part for m in MASKS] * 2)
-    return success | {"leakage": np.nanmean(leak[:, others], 1)}
+    return success | {"leakage": np.nanmean(edit.moved[:, others], 1)}
+
+
+def leakage_by_part(edit: Edit) -> dict[str, np.ndarray]:
+    """part -> how far it moved [N], mean of colour and shape as in :func:`ground_truth`, NaN where it is not seen; {} without a readout."""
+    if edit.domain.readout is None:
+        return {}
+    colour, shape = np.split(edit.moved, 2, 1)
+    return dict(zip(MASKS, np.where(np.isnan(colour), shape, np.where(np.isnan(shape), colour, (colour + shape) / 2)).T, strict=True))
 
 
 def movement(before: Measurement, after: Measurement) -> tuple[np.ndarray, np.ndarray]:
@@ -144,14 +188,6 @@ def movement(before: Measurement, after: Measurement) -> tuple[np.ndarray, np.nd
     return colour, np.where(seen, 1 - overlap, np.nan)
 
 
-def leakage_by_part(edit: Edit) -> dict[str, float]:
-    """part -> how far it moved, mean over the pictures and over colour and shape, 1 = as far apart as two random faces; {} without a readout."""
-    if edit.before is None:
-        return {}
-    moved = [values / spread for values, spread in zip(movement(edit.before, edit.after), natural_spread(edit.domain), strict=True)]
-    return dict(zip(MASKS, np.nanmean(np.concatenate(moved), 0).tolist(), strict=True))
-
-
 def natural_spread(domain: Domain, n: int = 256, seed: int = 40_000) -> tuple[np.ndarray, np.ndarray]:
     """Median :func:`movement` between two random natural renders, per part: ([P], [P])."""
     return _natural_spread(domain.readout, domain.generator.resolution, domain.device, n, seed)
@@ -159,9 +195,57 @@ def natural_spread(domain: Domain, n: int = 256, seed: int = 40_000) -> tuple[np
 
 @lru_cache(maxsize=4)
 def _natural_spread(readout: Readout, resolution: int, device: torch.device, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    images = to_tensor([render_image(sample_face((seed, k)), resolution) for k in range(2 * n)]).to(device)
+    images = natural_renders(resolution, 2 * n, seed).to(device)
     colour, shape = movement(readout.measure(images[:n]), readout.measure(images[n:]))
     return np.nanmedian(colour, 0), np.nanmedian(shape, 0)
+
+
+@lru_cache(maxsize=4)
+def natural_renders(resolution: int, n: int, seed: int = 40_000, claim: tuple[str, str] | None = None) -> Tensor:
+    """Renders of ``n`` natural faces [n, 3, R, R]; with ``claim`` the same faces, that part in that colour."""
+    faces = [sample_face((seed, k)) for k in range(n)]
+    return to_tensor([render_image(face.with_colour(*claim) if claim else face, resolution) for face in faces])
+
+
+@torch.no_grad()
+def kid_features(judge: Readout, images: Tensor) -> np.ndarray:
+    """Means of the readout's four encoder stages over the picture, [N, 176]."""
+    features = []
+    for batch in images.split(100):
+        stages = []
+        for block in judge.down:
+            batch = block(batch)
+            stages.append(batch.mean((2, 3)))
+        features.append(torch.cat(stages, 1))
+    return torch.cat(features).double().cpu().numpy()
+
+
+def kid(a: np.ndarray, b: np.ndarray) -> float:
+    """Kernel inception distance (Binkowski et al. 2018): unbiased MMD^2 under ``(x y / d + 1)^3``, features standardised by b."""
+    mean, std = b.mean(0), b.std(0) + 1e-9
+    a, b = (a - mean) / std, (b - mean) / std
+    kaa, kbb, kab = ((x @ y.T / a.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
+    n, m = len(a), len(b)
+    return float((kaa.sum() - np.trace(kaa)) / (n * (n - 1)) + (kbb.sum() - np.trace(kbb)) / (m * (m - 1)) - 2 * kab.mean())
+
+
+def kid_to_renders(edit: Edit, n: int = 256) -> dict[str, float]:
+    """KID of the edits, one number for the set, to ``n`` natural renders and (where the prompt names a part's colour) to the same recoloured.
+
+    kid_natural: how far from faces that exist; kid_counterfactual: from the faces that were asked for. {} without a readout, or for one picture.
+    """
+    domain, claim = edit.domain, claim_of(edit.prompt)
+    if domain.readout is None or len(edit.after.images) < 2:
+        return {}
+    features = kid_features(domain.readout, edit.after.images.clamp(-1, 1))
+    wanted = {"kid_natural": None} | ({"kid_counterfactual": claim} if claim else {})
+    return {name: kid(features, _references(domain.readout, domain.generator.resolution, domain.device, n, one)) for name, one in wanted.items()}
+
+
+@lru_cache(maxsize=64)
+def _references(readout: Readout, resolution: int, device: torch.device, n: int, claim: tuple[str, str] | None) -> np.ndarray:
+    images = natural_renders(resolution, n, claim=claim) if claim else natural_renders(resolution, 2 * n)[:n]   # the renders of natural_spread
+    return kid_features(readout, images.to(device))
 
 
 def readout_distance(readout: Readout, a: Tensor, b: Tensor) -> Tensor:
@@ -205,15 +289,24 @@ def evaluate(edit: Edit) -> dict[str, np.ndarray]:
     return {column: values for function in METRICS.values() for column, values in function(edit).items()}
 
 
-def over_strengths(domain: Domain, prompt: str, edit: Callable[[Tensor, float], Tensor], w: Tensor, strengths: Sequence[float]) -> list[dict]:
-    """:func:`evaluate` at every strength: a row per strength and picture.
+def edits(domain: Domain, prompt: str, edit: Callable[[Tensor, float], Tensor], w: Tensor, strengths: Sequence[float]) -> Iterator[tuple[float, Edit]]:
+    """(strength, the edit at it); all share what is measured of the sources.
 
     edit: (w [N, L, D], strength) -> pictures [N, 3, R, R], as an editor's ``edit``.
     """
-    parts, rows = w.split(at_once(domain.generator)), []
+    parts = w.split(at_once(domain.generator))
     with torch.no_grad():
-        source = torch.cat([domain.generator.synthesis(part) for part in parts])
+        source = Pictures(domain, torch.cat([domain.generator.synthesis(part) for part in parts]))
     for strength in strengths:
-        columns = evaluate(Edit(domain, prompt, source, torch.cat([edit(part, strength) for part in parts])))
-        rows += [{"strength": strength, "index": i} | {name: float(values[i]) for name, values in columns.items()} for i in range(len(w))]
-    return rows
+        yield strength, Edit(domain, prompt, source, torch.cat([edit(part, strength) for part in parts]))
+
+
+def rows(columns: Mapping[str, np.ndarray], **labels: Any) -> list[dict]:
+    """column -> [N] as N rows, which begin with ``labels`` and their ``index``; NaN is left out."""
+    return [labels | {"index": i} | {name: float(value) for name, value in zip(columns, values, strict=True) if not np.isnan(value)}
+            for i, values in enumerate(zip(*columns.values(), strict=True))]
+
+
+def over_strengths(domain: Domain, prompt: str, edit: Callable[[Tensor, float], Tensor], w: Tensor, strengths: Sequence[float]) -> list[dict]:
+    """:func:`evaluate` of :func:`edits`: a row per strength and picture. For all there is to know of an editor see :func:`cfclip.evaluation.measure`."""
+    return [row for strength, one in edits(domain, prompt, edit, w, strengths) for row in rows(evaluate(one), strength=strength)]

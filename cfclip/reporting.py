@@ -19,7 +19,10 @@ from torch import Tensor
 
 from .training import atomic_save
 
-PERCENT = ("success_before", "success_after")
+PERCENT = ("success_before", "success_after", "success_inverted")
+MAIN = ("prompt", "group", "n", "success_before", "success_after", "success_inverted", "leakage", "clip_before", "clip_after", "heldout_clip_after",
+        "clip_direction", "heldout_direction", "identity", "lpips_alex", "lpips_readout", "kid_counterfactual", "truth_distance", "round_trip_identity")
+"""The columns of a report that people read, in order; its files hold all."""
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -49,7 +52,7 @@ def read_rows(path: str | os.PathLike) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-def summary(table: pd.DataFrame, by: str = "prompt") -> pd.DataFrame:
+def summary(table: pd.DataFrame, by: str | list[str] = "prompt") -> pd.DataFrame:
     """Mean of every number per group, in the groups' order of appearance, with n = pictures."""
     grouped = table.groupby(by, sort=False)
     means = grouped.mean(numeric_only=True).drop(columns=["index", "seed"], errors="ignore")
@@ -66,13 +69,13 @@ def half_width(values: Sequence[float], confidence: float = 0.95) -> float:
 
 
 def markdown(table: pd.DataFrame, note: str = "") -> str:
-    """A Markdown table: success in per cent, the rest to three digits."""
+    """A Markdown table: success in per cent, the rest to three digits, a dash where there is no number."""
     shown = table.copy()
     for column in shown.columns:
         if column in PERCENT:
-            shown[column] = [f"{100 * v:.1f} %" for v in shown[column]]
+            shown[column] = ["–" if np.isnan(v) else f"{100 * v:.1f} %" for v in shown[column]]
         elif shown[column].dtype.kind == "f":
-            shown[column] = [f"{v:.3f}" if abs(v) < 10 else f"{v:.1f}" for v in shown[column]]
+            shown[column] = ["–" if np.isnan(v) else f"{v:.3f}" if abs(v) < 10 else f"{v:.1f}" for v in shown[column]]
     text = shown.rename(columns=lambda c: str(c).replace("_", " ")).to_markdown(index=False, disable_numparse=True)
     return text + "\n" + (f"\n{note}\n" if note else "")
 
@@ -116,7 +119,7 @@ def loss_curves(log: pd.DataFrame) -> Figure:
 
 def distributions(table: pd.DataFrame) -> Figure:
     """How each metric is spread over the pictures, per prompt."""
-    names = [c for c in table.columns if table[c].dtype.kind == "f" and not c.startswith("success")]
+    names = [c for c in MAIN if c in table and table[c].dtype.kind == "f" and not c.startswith(("success", "kid"))]
     figure, axes = plt.subplots(1, len(names), figsize=(2.6 * len(names), 0.7 + 0.45 * table.prompt.nunique()), sharey=True, squeeze=False,
                                 layout="constrained")
     for axis, name in zip(axes[0], names, strict=True):
@@ -141,8 +144,8 @@ def tradeoff_curves(table: pd.DataFrame, label: str = "varied", value: str = "va
 
 
 def strength_curves(table: pd.DataFrame) -> Figure:
-    """Success, identity and leakage (as far as they are there) against the strength, a line a prompt, with 95 % intervals over the pictures."""
-    names = [c for c in ("success_after", "clip_after", "identity", "leakage") if c in table]
+    """What an edit gains and costs (as far as it is there) against the strength, a line a prompt, with 95 % intervals over the pictures."""
+    names = [c for c in ("success_after", "clip_after", "heldout_clip_after", "identity", "leakage", "truth_distance") if c in table]
     figure, axes = plt.subplots(1, len(names), figsize=(3.2 * len(names), 2.8), squeeze=False, layout="constrained")
     for axis, name in zip(axes[0], names, strict=True):
         sns.lineplot(table, x="strength", y=name, hue="prompt", marker="o", ax=axis, legend=axis is axes[0][0], seed=0)
@@ -162,13 +165,14 @@ def leakage_matrix(table: pd.DataFrame) -> Figure:
 
 
 def write_report(folder: str | os.PathLike, table: pd.DataFrame, summary: pd.DataFrame, figures: Mapping[str, Figure], note: str) -> Path:
-    """``table.csv`` (a row a picture), ``metrics.jsonl`` (a row a prompt), ``README.md`` with the table, and the figures."""
+    """``table.csv`` (a row a picture), ``metrics.jsonl`` (a row a prompt), ``README.md`` with the :data:`MAIN` columns, and the figures."""
     folder = writable(folder)
     atomic_save(table, folder / "table.csv", lambda table, part: table.to_csv(part, index=False, float_format="%.6g"))
-    write_rows(summary.to_dict("records"), folder / "metrics.jsonl")
+    write_rows(summary.astype(object).where(summary.notna(), None).to_dict("records"), folder / "metrics.jsonl")
     for name, figure in figures.items():
         save_figure(figure, folder / f"{name}.png")
     pictures = "\n".join(f"![{name}]({name}.png)\n" for name in figures)
     where = ", ".join(f"{name} {value}" for name, value in versions().items())
-    text = f"# Results\n\nRewritten by `make reproduce`; a row a picture in `table.csv`.\n\n{markdown(summary, note)}\n{where}.\n\n{pictures}"
+    main = markdown(summary[[c for c in MAIN if c in summary]], note)
+    text = f"# Results\n\nRewritten by `make reproduce`; a row a picture in `table.csv`.\n\n{main}\n{where}.\n\n{pictures}"
     return atomic_save(text, folder / "README.md", lambda text, part: part.write_text(text))

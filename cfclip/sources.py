@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pooch
@@ -60,6 +61,10 @@ def _drive(key: str) -> str:
     return f"https://drive.google.com/file/d/{key}/view"
 
 
+def _openai(model: str) -> str:
+    return f"https://openaipublic.azureedge.net/clip/models/{OPENAI_SHA256[f'{model}-quickgelu']}/{model}.pt"
+
+
 def _afhq(animal: str) -> Source:
     return Source(
         f"afhq{animal}.pkl", "generator", f"StyleGAN2-ADA, AFHQ {animal}s, 512²; after the paper's TensorFlow file NVIDIA's PyTorch ones",
@@ -69,6 +74,7 @@ def _afhq(animal: str) -> Source:
                               f"stylegan2-afhq{animal}-512x512.pkl"))
 
 
+IN_ADDRESS = "OpenAI: it is part of the address"
 SOURCES = (
     Source("stylegan2-ffhq-config-f.pkl", "generator", "StyleGAN2 config-f, FFHQ, 1024² (TensorFlow)", (FFHQ,),
            ("https://nvlabs-fi-cdn.nvidia.com/stylegan2/networks/stylegan2-ffhq-config-f.pkl",
@@ -82,10 +88,11 @@ SOURCES = (
     _afhq("dog"),
     _afhq("cat"),
     Source("ViT-B-32.pt", "clip", "OpenAI's CLIP ViT-B/32 (354 MB)", PAPER,
-           (f"https://openaipublic.azureedge.net/clip/models/{OPENAI_SHA256}/ViT-B-32.pt",), sha256=OPENAI_SHA256,
-           sha256_from="OpenAI: it is part of the address"),
+           (_openai("ViT-B-32"),), sha256=OPENAI_SHA256["ViT-B-32-quickgelu"], sha256_from=IN_ADDRESS),
     Source("ViT-B-32-openai.safetensors", "clip", "the same network as open_clip stores it", PAPER,
            ("https://huggingface.co/timm/vit_base_patch32_clip_224.openai/resolve/main/open_clip_model.safetensors",)),
+    Source("ViT-B-16.pt", "held-out clip", "OpenAI's CLIP ViT-B/16 (351 MB): a judge that no edit was optimised for", PAPER,
+           (_openai("ViT-B-16"),), sha256=OPENAI_SHA256["ViT-B-16-quickgelu"], sha256_from=IN_ADDRESS, required=False),
     Source("model_ir_se50.pth", "identity", "ArcFace IR-SE50, the identity loss", (FFHQ,),
            ("https://github.com/xinntao/facexlib/releases/download/v0.1.0/recognition_arcface_ir_se50.pth",
             "https://www.dropbox.com/s/kzo52d9neybjxsb/model_ir_se50.pth?dl=1"),
@@ -126,7 +133,8 @@ def check_onnx(path: Path) -> None:
 
 
 OPENERS: dict[str, Callable[[Path], object]] = {
-    "generator": load_generator, "clip": load_openai_clip, "identity": load_identity, "perceptual": load_vgg, "encoder": load_e4e,
+    "generator": load_generator, "clip": load_openai_clip, "held-out clip": partial(load_openai_clip, model="ViT-B-16-quickgelu"),
+    "identity": load_identity, "perceptual": load_vgg, "encoder": load_e4e,
     "train latents": load_latents, "test latents": load_latents, "mapper": load_mapper, "lpips": read_torch,
     "detector": check_onnx}
 """role -> what opens such a file, safely; raises WeightsError for any other file."""
@@ -168,9 +176,9 @@ def roles_of(domain: str) -> dict[str, list[Source]]:
 
 def elsewhere(source: Source) -> Path | None:
     """A copy that open_clip or OpenAI's clip package downloaded before."""
-    if source.role != "clip":
+    if source.role not in ("clip", "held-out clip"):
         return None
-    if source.name == "ViT-B-32.pt":
+    if source.name in ("ViT-B-32.pt", "ViT-B-16.pt"):
         path = Path.home() / ".cache" / "clip" / source.name
         return path if path.is_file() else None
     from huggingface_hub import try_to_load_from_cache

@@ -126,10 +126,13 @@ def _key(domain: Domain, config: GlobalConfig) -> str:
 
 
 def global_direction(domain: Domain, config: GlobalConfig, channels: Channels) -> Direction:
-    """The direction of ``config.prompt``. ValueError if no channel is relevant enough."""
-    target, source = (direction(domain.clip.template_features(text).mean(0)) for text in (config.prompt, config.source_text or domain.source_text))
+    """The direction of ``config.prompt``; no step at all if that is the source text. ValueError if no channel is relevant enough."""
+    described = config.source_text or domain.source_text
+    target, source = (direction(domain.clip.template_features(text).mean(0)) for text in (config.prompt, described))
     relevance = channels.relevance(target - source)
     most = relevance.abs().max()
+    if config.prompt == described:
+        return Direction(torch.zeros_like(relevance), relevance)
     if most == 0 or most < config.beta:
         raise ValueError(f"no channel of {domain.name} has a relevance of beta = {config.beta:g} for {config.prompt!r}, the most is {most:.3f}: "
                          "set beta lower")

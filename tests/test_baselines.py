@@ -48,6 +48,30 @@ def test_strength_and_files(method, domain, tmp_path):
 
 
 @every
+def test_there_and_back(method, domain):
+    editor, w = quick(method, domain), latents.sample(domain.generator, 2, "test")
+    back, g = editor.round_trip(w, 0.7), domain.generator
+    if method == "styleclip-optimization":
+        assert back is None
+    elif isinstance(editor, baselines.MapperEditor):
+        residual = lambda w: 0.07 * editor.module.residual(w, domain.clip.encode_text("green lipstick"))  # noqa: E731
+        moved = w + residual(w)
+        torch.testing.assert_close(back, g.synthesis(moved - residual(moved)))
+    else:
+        assert torch.equal(back, g.synthesis(w))
+
+
+@every
+def test_a_null_edit_asks_for_nothing(method, domain):
+    """The prompt is the source text: no direction to go in, and nothing that is not a number."""
+    editor = fit(method, domain, "face", progress=False, **accepted(method, SMALL | {"steps": 3, "beta": 0.15}))
+    w = latents.sample(domain.generator, 2, "test")
+    assert editor.edit(w).isfinite().all() and all(math.isfinite(value) for row in editor.rows for value in row.values())
+    if method in ("styleclip-global", "nada-generator"):
+        assert torch.equal(editor.edit(w), domain.generator.synthesis(w))
+
+
+@every
 def test_an_edit_leaves_the_networks_and_the_random_numbers_alone(method, domain):
     editor, w = quick(method, domain), latents.sample(domain.generator, 2, "test")
     before = {name: t.clone() for name, t in domain.generator.state_dict().items()}
@@ -181,6 +205,9 @@ def test_another_strength_is_no_second_optimisation(domain):
     assert seen == [6]
     editor.edit(w + 1)
     assert seen == [6, 6]
+    both = editor.edit(torch.cat([w, w + 1]))                      # nor is the same picture among others
+    assert seen == [6, 6]
+    torch.testing.assert_close(both[:1], editor.edit(w))
 
 
 # --- global directions
@@ -351,3 +378,36 @@ def test_folders_that_hold_no_editor(domain, tmp_path):
     weights.save(domain.generator, tmp_path / "b" / "generator.safetensors", "generator", domain.generator.config)
     with pytest.raises(weights.WeightsError, match="does not say by which"):
         load_editor(tmp_path / "b", domain)
+
+
+# --- many runs
+
+def test_editors_are_found_by_prompt_method_and_seed(domain, tmp_path):
+    def run(name, method, prompt, seed=0):
+        fit(method, domain, prompt, out=tmp_path / name, progress=False, **accepted(method, SMALL | {"seed": seed}))
+
+    run("1", "nada", "green lipstick")
+    run("2", "nada", "blue hair")
+    assert list(baselines.find_editors(tmp_path, domain)) == ["green lipstick", "blue hair"]
+    run("3", "styleclip-global", "blue hair")                      # leaves channel statistics in the folder: no editor
+    found = baselines.find_editors(tmp_path, domain, ["blue hair", "green lipstick"])
+    assert list(found) == ["blue hair, nada", "blue hair, styleclip-global", "green lipstick, nada"]
+    assert {label: editor.method for label, editor in found.items()}["blue hair, styleclip-global"] == "styleclip-global"
+    run("4", "nada", "blue hair", seed=1)
+    assert list(baselines.find_editors(tmp_path, domain, ["green lipstick"])) == ["green lipstick"]
+    assert "blue hair, nada, seed 1" in baselines.find_editors(tmp_path, domain)
+    with pytest.raises(ValueError, match=r"no editor for \['red skin'\].*'green lipstick', 'blue hair'"):
+        baselines.find_editors(tmp_path, domain, ["red skin"])
+    with pytest.raises(ValueError, match="no editor in"):
+        baselines.find_editors(tmp_path / "1" / "nothing", domain)
+    fit("nada", domain, "blue hair", out=tmp_path / "5", progress=False, **accepted("nada", SMALL), lambda_id=0.0)
+    with pytest.raises(ValueError, match=r"several runs of \['blue hair, nada, seed 0'\]"):
+        baselines.find_editors(tmp_path, domain)
+
+
+def test_mapper_files_are_editors_too(domain, tmp_path):
+    quick("cfclip", domain, tmp_path / "run")
+    (tmp_path / "run" / "mapper.safetensors").rename(tmp_path / "green-lipstick.safetensors")
+    found = baselines.find_editors(tmp_path, domain)
+    w = latents.sample(domain.generator, 1, "test")
+    assert torch.equal(found["green lipstick"].edit(w), quick("cfclip", domain).edit(w))

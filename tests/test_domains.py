@@ -38,7 +38,7 @@ def shapes(make) -> dict:
 def folder(tmp_path, domain, monkeypatch):
     """data/downloads with small networks under the official names; CLIP is the tests' own."""
     monkeypatch.setattr(sources, "elsewhere", lambda source: None)
-    monkeypatch.setattr(domains, "load_openai_clip", lambda path: domain.clip)
+    monkeypatch.setattr(domains, "load_openai_clip", lambda path, *model: domain.clip)
     g = official.random_generator(16, (6, 5, 4))
     for name in ("stylegan2-ffhq-config-f.pkl", "afhqdog.pkl", "afhqcat.pkl"):
         official.tensorflow(g, tmp_path / name)
@@ -53,6 +53,15 @@ def test_ffhq(folder):
     assert (d.name, d.source_text, d.truncation, d.perceptual, d.readout) == ("ffhq", "face", 1.0, None, None)
     assert d.identity.crop and d.prompts[0] == "green lipstick"
     assert torch.equal(d.latents(3), latents.sample(d.generator, 3))
+
+
+def test_a_held_out_clip_is_taken_where_it_is(folder, monkeypatch):
+    assert domains.load_ffhq(folder).heldout_clip is None
+    monkeypatch.setattr(domains, "load_openai_clip", lambda *asked: asked)
+    (folder / "ViT-B-16.pt").touch()
+    for load in (domains.load_ffhq, domains.DOMAINS["afhq-dog"]):
+        d = load(folder=folder)
+        assert d.heldout_clip == (folder / "ViT-B-16.pt", "ViT-B-16-quickgelu") and d.clip == (folder / "ViT-B-32.pt",)
 
 
 def test_ffhq_takes_the_photos_codes(folder):
@@ -154,9 +163,11 @@ def test_only_the_known_torchscript_archive_is_opened(tmp_path, monkeypatch):
     with pytest.raises(WeightsError, match=r"ViT-B-32\.pt.*TorchScript archive, but not OpenAI's"):
         load_openai_clip(path)
     monkeypatch.undo()
-    monkeypatch.setattr(clip_module, "OPENAI_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
-    with pytest.raises(WeightsError, match="it has no positional_embedding"):      # opened, and found to be something else
+    monkeypatch.setitem(clip_module.OPENAI_SHA256, "ViT-B-16-quickgelu", hashlib.sha256(path.read_bytes()).hexdigest())
+    with pytest.raises(WeightsError, match=r"not OpenAI's ViT-B-32\.pt"):          # the checksum of one model opens no other
         load_openai_clip(path)
+    with pytest.raises(WeightsError, match="it has no positional_embedding"):      # opened, and found to be something else
+        load_openai_clip(path, "ViT-B-16-quickgelu")
 
 
 # ---- convert ------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,22 @@ def test_summary_and_markdown_by_hand():
     assert "50.0 %" in text and "| 25.0" in text and text.endswith("a note\n")
 
 
+def test_groups_and_numbers_that_are_not_there():
+    table = pd.DataFrame({"prompt": ["a", "a", "face"], "group": ["x", "x", "y"], "index": [0, 1, 0],
+                          "success_inverted": [1.0, 0.0, None], "kid_natural": 1.0})
+    summary = reporting.summary(table, by=["prompt", "group"])
+    assert summary[["prompt", "group", "n"]].to_numpy().tolist() == [["a", "x", 2], ["face", "y", 1]] and summary.success_inverted[0] == 0.5
+    shown = [[cell.strip() for cell in line.split("|")[4:6]] for line in reporting.markdown(summary).splitlines()[2:]]
+    assert shown == [["50.0 %", "1.000"], ["–", "1.000"]]
+
+
+def test_a_report_shows_its_main_columns_and_keeps_all(tmp_path):
+    table = pd.DataFrame({"prompt": ["x"], "index": [0], "leakage_nose": [0.5], "leakage": [0.25], "success_after": [float("nan")]})
+    reporting.write_report(tmp_path, table, reporting.summary(table), {}, "")
+    assert "leakage_nose" in (tmp_path / "table.csv").read_text() and "nose" not in (tmp_path / "README.md").read_text()
+    assert reporting.read_rows(tmp_path / "metrics.jsonl") == [{"prompt": "x", "n": 1, "leakage_nose": 0.5, "leakage": 0.25, "success_after": None}]
+
+
 def test_a_report_is_written_and_the_same_twice(tmp_path):
     table = pd.DataFrame({"prompt": ["x", "x"], "index": [0, 1], "seed": 0, "identity": [0.25, 0.75]})
     figures = {"grid": reporting.image_grid({"source": torch.zeros(2, 3, 8, 8)}, columns=2)}

@@ -211,11 +211,14 @@ def test_missing_files_are_all_named_with_their_addresses(tmp_path, monkeypatch)
 def test_another_tools_copy_of_clip_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     openai, = (s for s in sources.SOURCES if s.name == "ViT-B-32.pt")
-    assert sources.locate(openai, tmp_path) is None
+    heldout, = (s for s in sources.SOURCES if s.role == "held-out clip")
+    assert sources.locate(openai, tmp_path) is None and sources.locate(heldout, tmp_path) is None
+    assert heldout.sha256 in heldout.urls[0] and not heldout.required
     cached = tmp_path / ".cache" / "clip" / "ViT-B-32.pt"
     cached.parent.mkdir(parents=True)
     cached.write_bytes(PAGE)
     assert sources.locate(openai, tmp_path) == cached
+    assert sources.locate(heldout, tmp_path) is None               # another model is no copy of it
     row = sources.inspect(openai, tmp_path)
     assert row.status == "corrupt" and "web page" in row.detail
 

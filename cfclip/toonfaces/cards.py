@@ -9,38 +9,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import weights
 from ..domains import DATA, load_toonfaces
+from ..metrics import kid, kid_features
 from ..reporting import markdown
 from ..training import atomic_save
 from . import clip, encoder, gan, identity, readout
 from .factors import NATURAL, PARTS, sample_face
 from .gan import to_tensor
 from .render import render_image
-
-
-@torch.no_grad()
-def kid_features(judge: readout.Readout, images: Tensor) -> np.ndarray:
-    """Means of the readout's four encoder stages over the picture, [N, 176]."""
-    features = []
-    for batch in images.split(100):
-        stages = []
-        for block in judge.down:
-            batch = block(batch)
-            stages.append(batch.mean((2, 3)))
-        features.append(torch.cat(stages, 1))
-    return torch.cat(features).double().numpy()
-
-
-def kid(a: np.ndarray, b: np.ndarray) -> float:
-    """Kernel inception distance (Binkowski et al. 2018): unbiased MMD^2 under ``(x y / d + 1)^3``, features standardised by b."""
-    mean, std = b.mean(0), b.std(0) + 1e-9
-    a, b = (a - mean) / std, (b - mean) / std
-    kaa, kbb, kab = ((x @ y.T / a.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
-    n, m = len(a), len(b)
-    return float((kaa.sum() - np.trace(kaa)) / (n * (n - 1)) + (kbb.sum() - np.trace(kbb)) / (m * (m - 1)) - 2 * kab.mean())
 
 
 def measure_generator(folder: Path) -> str:
