@@ -39,7 +39,7 @@ def compare(values: pd.DataFrame, ours: str, other: str, column: str) -> dict[st
         if method not in set(values.method):
             return {"verdict": UNTESTED, "why": f"no runs of {method}"}
     if column not in columns_of(values):
-        return {"verdict": UNTESTED, "why": "not measured in these runs"}
+        return {"verdict": UNTESTED, "why": "undefined in every training"}
     a, b = (values[values.method == method].set_index(["prompt", "seed"])[column] for method in (ours, other))
     pairs = pd.DataFrame({"a": a, "b": b}).dropna()
     if pairs.empty:

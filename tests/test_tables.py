@@ -68,6 +68,12 @@ def test_one_seed_has_no_interval():
     assert claims.decide(pd.Series([0.3]))[0] == claims.UNDECIDED
 
 
+def test_what_nobody_reaches_is_not_compared():
+    judged = claims.panel(each_of(rows("cfclip"), rows("nada")), each_of(rows("x")).iloc[:0], success_at=0.9).set_index(["claim", "measure"])
+    line = judged.loc["CF-CLIP keeps identity better than nada", "identity at success ≥ 90 %"]
+    assert (line.verdict, line.why) == (claims.UNTESTED, "undefined in every training")
+
+
 def test_two_settings_of_one_training_are_no_training():
     with pytest.raises(ValueError, match=r"2 runs of cfclip, green lipstick, 0 differ in other parameters"):
         each_of(rows("cfclip"), rows("cfclip", run="another"))
