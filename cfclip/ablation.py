@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
@@ -34,7 +33,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "loss: directional": {"objective": "directional", "lambda_nce": 1.0},
 }
 """name -> what it changes in CFCLIPConfig. The two other losses come with the weight that their papers give them."""
-KEYS = ["row", "prompt", "seed", "index"]
+KEYS = ["row", "prompt", "seed", "strength", "index"]
 
 
 def choose(rows: Sequence[str] = ()) -> list[str]:
@@ -44,21 +43,23 @@ def choose(rows: Sequence[str] = ()) -> list[str]:
     return list(rows) or list(ROWS)
 
 
-def run_row(domain: Domain, row: str, prompt: str, *, seed: int = 0, n: int = 64, out: str | os.PathLike | None = None,
-            progress: bool = False, **settings: Any) -> pd.DataFrame:
-    """Train one row with one seed and score it: a line a held-out face, with every metric.
+def run_row(domain: Domain, row: str, prompt: str, *, seed: int = 0, n: int = 64, strengths: Sequence[float] = (1.0,),
+            out: str | os.PathLike | None = None, progress: bool = False, **settings: Any) -> pd.DataFrame:
+    """Train one row with one seed and score it: a line a strength and held-out face, with every metric.
 
     ``settings`` are those of CFCLIPConfig that all rows share; the row's own win. The faces are the same for every row and seed.
     """
     choose([row])
     editor = baselines.fit("cfclip", domain, prompt, out=out, progress=progress, **(settings | ROWS[row] | {"seed": seed}))
-    scored = pd.DataFrame(metrics.over_strengths(domain, prompt, editor.edit, domain.latents(n, "test"), [1.0])).drop(columns="strength")
+    scored = pd.DataFrame(metrics.over_strengths(domain, prompt, editor.edit, domain.latents(n, "test"), strengths))
     return pd.concat([pd.DataFrame({"row": row, "prompt": prompt, "seed": seed}, index=scored.index), scored], axis=1)
 
 
 def runs(table: pd.DataFrame) -> pd.DataFrame:
-    """The mean over faces of every metric: a line a training. The faces of one training are no independent tries of it."""
-    return table.drop(columns="index").groupby(["row", "prompt", "seed"], sort=False).mean(numeric_only=True).reset_index()
+    """The mean over faces, at one strength, of every metric: a line a training. The faces of one training are no independent tries of it."""
+    if "strength" in table and table.strength.nunique() > 1:
+        raise ValueError(f"choose one strength of {sorted(table.strength.unique())}: table[table.strength == …]")
+    return table.drop(columns=["index", "strength"], errors="ignore").groupby(["row", "prompt", "seed"], sort=False).mean(numeric_only=True).reset_index()
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
@@ -71,9 +72,8 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 
 def pretty(summary: pd.DataFrame) -> pd.DataFrame:
     """A row a row, a column a metric, cells "mean ± half"."""
-    def cell(mean: float, half: float, scale: int) -> str:
-        return f"{scale * mean:.3g}" + ("" if np.isnan(half) else f" ± {scale * half:.2g}")
-    shown = summary.assign(cell=[cell(s.mean, s.half, 100 if s.metric in reporting.PERCENT else 1) for s in summary.itertuples(index=False)],
+    shown = summary.assign(cell=[reporting.plus_minus(s.mean, s.half, 100 if s.metric in reporting.PERCENT else 1)
+                                 for s in summary.itertuples(index=False)],
                            metric=[m.replace("_", " ") + (" %" if m in reporting.PERCENT else "") for m in summary.metric])
     wide = shown.pivot(index="row", columns="metric", values="cell")
     return wide.loc[shown.row.unique(), shown.metric.unique()].rename_axis(columns=None).reset_index()

@@ -68,6 +68,12 @@ def half_width(values: Sequence[float], confidence: float = 0.95) -> float:
     return float(stats.t.ppf((1 + confidence) / 2, k - 1) * np.std(values, ddof=1) / np.sqrt(k))
 
 
+def plus_minus(mean: float, half: float, scale: float = 1) -> str:
+    """"12 ± 3", or "12" where no interval is known, or "–" where there is no number."""
+    half = 0.0 if half < 1e-9 * abs(mean) else half          # equal numbers whose mean was rounded
+    return "–" if np.isnan(mean) else f"{scale * mean:.3g}" + ("" if np.isnan(half) else f" ± {scale * half:.2g}")
+
+
 def markdown(table: pd.DataFrame, note: str = "") -> str:
     """A Markdown table: success in per cent, the rest to three digits, a dash where there is no number."""
     shown = table.copy()
@@ -86,25 +92,38 @@ def versions() -> dict[str, str]:
             "threads": str(torch.get_num_threads())} | {name: version(name) for name in ("torch", "torchvision", "open_clip_torch", "numpy")}
 
 
-def image_grid(rows: Mapping[str, Tensor], columns: int = 8, cell: float = 1.0, title: str = "") -> Figure:
-    """One labelled row of pictures per entry, label -> [N, 3, R, R] in [-1, 1]."""
-    figure, axes = plt.subplots(len(rows), columns, figsize=(cell * columns + 1.6, cell * len(rows) + (0.4 if title else 0)), squeeze=False)
+def machine() -> str:
+    """The processor's name and how many cores there are."""
+    names = [line.split(":", 1)[1].strip() for path in (Path("/proc/cpuinfo"),) if path.exists()
+             for line in path.read_text().splitlines() if line.startswith("model name")]
+    return f"{(names or [platform.processor() or platform.machine()])[0]}, {os.cpu_count()} cores"
+
+
+def image_grid(rows: Mapping[str, Tensor], columns: int = 8, cell: float = 1.0, title: str = "", headers: Sequence[str] = ()) -> Figure:
+    """One labelled row of pictures per entry, label -> [N, 3, R, R] in [-1, 1]; ``headers`` stand above the columns."""
+    above = (0.4 if title else 0) + (0.45 if headers else 0)
+    height = cell * len(rows) + above
+    figure, axes = plt.subplots(len(rows), columns, figsize=(cell * columns + 1.6, height), squeeze=False)
     for row, (label, images) in zip(axes, rows.items(), strict=True):
         for axis, picture in zip(row, to_uint8(images[:columns]), strict=False):
             axis.imshow(picture, interpolation="lanczos")
         for axis in row:
             axis.axis("off")
         row[0].text(-0.12, 0.5, label, transform=row[0].transAxes, ha="right", va="center", fontsize=11)
+    for axis, header in zip(axes[0], headers, strict=False):
+        axis.set_title(header, fontsize=8)
     if title:
         figure.suptitle(title, fontsize=13)
-    figure.subplots_adjust(left=1.5 / (cell * columns + 1.6), right=1, bottom=0, top=1 if not title else 1 - 0.35 / (cell * len(rows) + 0.4),
+    figure.subplots_adjust(left=1.5 / (cell * columns + 1.6), right=1, bottom=0, top=1 if not above else 1 - (above - 0.05) / height,
                            wspace=0.03, hspace=0.03)
     return figure
 
 
 def save_figure(figure: Figure, path: str | os.PathLike, dpi: int = 120) -> Path:
-    """PNG, atomically, without a time stamp inside, so that the same run writes the same file."""
-    return atomic_save(figure, path, lambda figure, part: figure.savefig(part, dpi=dpi, format="png", metadata={"Software": None}))
+    """PNG or PDF, as the suffix says, atomically, without a time stamp inside, so that the same run writes the same file."""
+    kind = Path(path).suffix.removeprefix(".")
+    return atomic_save(figure, path, lambda figure, part: figure.savefig(part, dpi=dpi, format=kind,
+                                                                         metadata={"CreationDate" if kind == "pdf" else "Software": None}))
 
 
 def loss_curves(log: pd.DataFrame) -> Figure:

@@ -45,7 +45,7 @@ KERNEL_ENVIRONMENT = {
 }
 TEXT = ("prompt", "prompts")                   # keys under which YAML's `no` and `1e3` are words
 PLACES = ("out", "runs", "reports")            # parameters that the sweep sets, and that make no run another one
-OUTSIDE = ("sweep.py", "executors.py", "cli.py")               # code that no number depends on
+OUTSIDE = ("sweep.py", "executors.py", "cli.py", "tables.py", "claims.py")  # code that no run of a grid depends on
 KEYS = ("preset", "parameters", "grid", "then")
 ATTEMPTS = 3                                   # workers that one run may take with it
 
@@ -142,7 +142,13 @@ def _cells(block: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
         for _, overrides in choice:
             cell |= overrides or {}
         told = [name for name in axes if name in ("notebook", "prompt") or len(axes[name]) > 1]
-        yield cell, "-".join(slug(Path(cell[name]).stem if name == "notebook" else str(cell[name])) for name in told)[:60]
+        parts = [slug(Path(cell[name]).stem if name == "notebook" else str(cell[name])) for name in told]
+        yield cell, _cut("-".join(_cut(part, 40) for part in parts), 160)
+
+
+def _cut(text: str, limit: int) -> str:
+    """As much of ``text`` as ``limit`` bytes hold: a file system counts those."""
+    return text.encode()[:limit].decode(errors="ignore")
 
 
 # ---- what a run is: its content ----
@@ -273,7 +279,7 @@ def status(folder: Path) -> str:
     return json.loads(path.read_text(encoding="utf-8"))["status"] if path.exists() else ""
 
 
-def _record(run: Run, folder: Path, status: str, error: str = "", seconds: float = 0.0) -> dict[str, str]:
+def write_record(run: Run, folder: Path, status: str, error: str = "", seconds: float = 0.0) -> dict[str, str]:
     """Write run.json, which makes a run finished (or failed); the last thing that happens in its folder."""
     record = {"run": run.id, "notebook": run.notebook.stem, "status": status, "error": error, "seconds": round(seconds, 2),
               "seed": run.parameters.get("seed"), "parameters": run.parameters, "content": run.content, "gathers": run.gathers,
@@ -323,8 +329,8 @@ def execute(run: Run, out: str, reports: str, patient: bool = False) -> dict[str
             if str(error).startswith("Kernel died"):         # as out of memory ends it; papermill has no class for all of these
                 return {"status": "lost", "error": "its kernel died"}
             text = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-            return _record(run, folder, "failed", text[-1].strip(), time.perf_counter() - start)
-        return _record(run, folder, "finished", seconds=time.perf_counter() - start)
+            return write_record(run, folder, "failed", text[-1].strip(), time.perf_counter() - start)
+        return write_record(run, folder, "finished", seconds=time.perf_counter() - start)
 
 
 def _view(folder: Path, ids: Sequence[str]) -> None:
@@ -388,7 +394,7 @@ def _drive(runs: Sequence[Run], out: Path, reports: Path, executor: Executor, ba
                         continue
                     result = {"status": "failed", "error": f"{result['error']}, {ATTEMPTS} times"}
                     with suppress(OSError):
-                        _record(run, out / run.id, **result)
+                        write_record(run, out / run.id, **result)
                 if result["status"] == "failed":
                     failed[run.id] = result["error"]
                 bar.update()
@@ -412,18 +418,21 @@ def _outcome(future: Future) -> dict[str, str]:
         return {"status": "failed", "error": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"}
 
 
+def records(out: str | os.PathLike) -> list[dict[str, Any]]:
+    """What run.json says of every finished run of a grid in ``out``, ordered by run: parameters, seconds, versions, …"""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(out).glob("*/run.json"))]
+    return [record for record in found if record["status"] == "finished" and record["gathers"] is None]
+
+
 def gather(out: str | os.PathLike) -> pd.DataFrame:
     """Every finished run in ``out``: its parameters and, a row each, the rows of its ``metrics.jsonl``; ordered by run.
 
     A metric that is named as a parameter and differs from it gets the suffix ``_metric``.
     """
     rows = []
-    for path in sorted(Path(out).glob("*/run.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record["status"] != "finished" or record["gathers"] is not None:
-            continue
+    for record in records(out):
         known = {"run": record["run"], "notebook": record["notebook"], **record["parameters"]}
-        metrics = path.with_name("metrics.jsonl")
+        metrics = Path(out) / record["run"] / "metrics.jsonl"
         for row in read_rows(metrics) if metrics.exists() else [{}]:
             rows.append(known | {f"{name}_metric" if known.get(name, value) != value else name: value for name, value in row.items()})
     return pd.DataFrame(rows)
