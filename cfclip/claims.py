@@ -9,8 +9,9 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from .baselines import METHODS
+from .evaluation import COUNTERFACTUAL
 from .reporting import PERCENT, half_width, plt
-from .tables import COUNTERFACTUAL, columns_of, matched
+from .tables import columns_of, matched
 
 HOLDS, FAILS, UNDECIDED, UNTESTED = "holds", "does not hold", "undecided", "cannot be tested here"
 RULE = ("Rule: differences are paired, the same prompt and the same seed; first their mean over the counterfactual prompts, seed by seed, then its "

@@ -16,18 +16,23 @@ from .inversion import encode
 from .method import at_once
 from .metrics import Edit, Pictures
 from .toonfaces.captions import claim_of
-from .toonfaces.factors import NATURAL, sample_face
+from .toonfaces.factors import HELD_OUT, NATURAL, sample_face
 from .toonfaces.gan import to_tensor
 from .toonfaces.readout import VISIBLE
 from .toonfaces.render import render, render_image
 
+COUNTERFACTUAL = ("counterfactual", "counterfactual, held out from CLIP")
+GROUPS = (*COUNTERFACTUAL, "in the domain", "null edit", "other")
 
-def group_of(domain: Domain, prompt: str) -> str:
-    """What kind of edit ``prompt`` is: "null edit" (nothing is asked for), "in domain", "counterfactual", or "other" if it names no part's colour."""
-    if prompt == domain.source_text:
+
+def group_of(prompt: str, source_text: str = "face") -> str:
+    """One of :data:`GROUPS`: what kind of edit a prompt asks for, as toonfaces' supports have it. "other" names no part's colour."""
+    if prompt == source_text:
         return "null edit"
-    part, colour = claim_of(prompt) or (None, None)
-    return "other" if part is None else "in domain" if colour in NATURAL[part] else "counterfactual"
+    if (claim := claim_of(prompt)) is None:
+        return "other"
+    part, colour = claim
+    return "in the domain" if colour in NATURAL[part] else COUNTERFACTUAL[claim in HELD_OUT]
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,33 +19,21 @@ from torch import Tensor
 
 from . import ablation, baselines, metrics, reporting, sweep
 from .domains import Domain
+from .evaluation import GROUPS, group_of
 from .reporting import PERCENT, half_width, plt
-from .toonfaces.captions import claim_of
-from .toonfaces.factors import HELD_OUT, NATURAL
 from .training import atomic_save
 
 KNOWN: dict[str, str] = {
-    "success_before": "", "success_after": "↑", "truth_distance": "↓", "truth_floor": "", "leakage": "↓", "identity": "↑", "lpips_*": "↓",
+    "success_before": "", "success_after": "↑", "success_inverted": "↑", "truth_distance": "↓", "truth_floor": "",
+    "leakage": "↓", "identity": "↑", "lpips_*": "↓",
     "clip_before": "", "clip_after": "↑", "clip_direction": "↑", "heldout_clip_before": "", "heldout_clip_after": "↑", "heldout_direction": "↑",
     "kid_natural": "↓", "kid_counterfactual": "↓", "round_trip_*": "",
 }
 """Metric (or pattern) -> which way is better; in the order in which tables show them."""
 HEADLINE = ("success_after", "truth_distance", "identity", "leakage", "heldout_clip_after", "clip_after")
 """What figures show."""
-COUNTERFACTUAL = ("counterfactual", "counterfactual, held out from CLIP")
-GROUPS = (*COUNTERFACTUAL, "in the domain", "null edit", "other")
 MARKERS = "oXsPD^v*"
 KEYS = ["method", "group", "prompt", "seed", "strength"]
-
-
-def group_of(prompt: str, source_text: str = "face") -> str:
-    """One of :data:`GROUPS`: what is special about a prompt, as toonfaces' supports have it. "other" names no part's colour."""
-    if prompt == source_text:
-        return "null edit"
-    if (claim := claim_of(prompt)) is None:
-        return "other"
-    part, colour = claim
-    return "in the domain" if colour in NATURAL[part] else COUNTERFACTUAL[claim in HELD_OUT]
 
 
 def columns_of(table: pd.DataFrame) -> list[str]:

@@ -11,7 +11,6 @@ from torch import nn
 import cfclip
 from cfclip import baselines, evaluation, metrics
 from cfclip.clip import ClipGuide
-from cfclip.toonfaces.captions import claim_of
 from cfclip.toonfaces.clip import build
 from cfclip.toonfaces.factors import sample_face
 from cfclip.toonfaces.gan import to_tensor
@@ -140,7 +139,13 @@ def test_a_row_holds_all_there_is(method, domain):
     assert rows[0]["identity"] == pytest.approx(1, abs=1e-5) and rows[0].get("round_trip_identity", 1) == pytest.approx(1, abs=1e-5)
 
 
-def test_groups(domain):
-    assert [evaluation.group_of(domain, text) for text in ("face", "green lipstick", "red lipstick", "happy")] == [
-        "null edit", "counterfactual", "in domain", "other"]
-    assert claim_of("face") is None
+@pytest.mark.parametrize(("prompt", "group"), [
+    ("green lipstick", "counterfactual"), ("a man with a blue beard", "counterfactual"), ("cyan skin", "counterfactual, held out from CLIP"),
+    ("red lipstick", "in the domain"), ("blonde hair", "in the domain"), ("face", "null edit"), ("a happy face", "other"),
+])
+def test_groups(prompt, group):
+    assert evaluation.group_of(prompt) == group
+
+
+def test_groups_follow_the_source_text():
+    assert evaluation.group_of("face", "dog") == "other" and evaluation.group_of("dog", "dog") == "null edit"

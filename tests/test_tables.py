@@ -24,14 +24,6 @@ def each_of(*parts: list[dict]) -> pd.DataFrame:
     return tables.trainings(pd.DataFrame([*itertools.chain(*parts)]))
 
 
-@pytest.mark.parametrize(("prompt", "group"), [
-    ("green lipstick", "counterfactual"), ("a man with a blue beard", "counterfactual"), ("cyan skin", "counterfactual, held out from CLIP"),
-    ("red lipstick", "in the domain"), ("blonde hair", "in the domain"), ("face", "null edit"), ("a happy face", "other"),
-])
-def test_groups(prompt, group):
-    assert tables.group_of(prompt) == group
-
-
 def test_means_and_intervals_by_hand():
     each = each_of(rows("nada", "green lipstick", (0.2, 0.4, 0.6)), rows("nada", "blue hair", (0.4, 0.6, 0.8)), rows("cfclip", "cyan skin", (1, 1, 1)))
     long = tables.over_seeds(each).set_index(["group", "method", "metric"])
