@@ -22,7 +22,7 @@ from .checkpoints import load_generator, load_mapper
 from .domains import Domain
 from .losses import directional
 from .mapper import Mapper
-from .method import CFCLIPConfig, check_networks, check_whole, train_mapper
+from .method import CFCLIPConfig, Networks, check_dtype, check_networks, check_whole, train_mapper
 from .stylegan2 import Generator
 from .stylespace import Direction, GlobalConfig, channel_statistics, convolutions, global_direction
 from .training import Callback, atomic_save, learning_rate
@@ -70,9 +70,11 @@ class OptimizationConfig:
     lambda_id: float = 0.005
     lambda_l2: float = 0.008                 # of the sum of squares, not their mean
     batch: int = 4                           # pictures at a time; they do not touch each other
+    dtype: str = "float32"                   # of the convolutions
 
     def __post_init__(self):
         check_whole(self, steps=1, batch=1)
+        check_dtype(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -190,17 +192,17 @@ class OptimizationEditor(Editor):
 
     @torch.enable_grad()
     def _optimise(self, w: Tensor) -> Tensor:
-        c, generator, clip, identity = self.config, self.domain.generator, self.domain.clip, self.domain.identity
-        text = F.normalize(clip.encode_text(c.prompt), dim=-1)
+        c, networks, identity = self.config, Networks(self.domain, self.config.dtype), self.domain.identity
+        text = F.normalize(self.domain.clip.encode_text(c.prompt), dim=-1)
         with torch.no_grad():
-            source = identity(generator.synthesis(w)) if c.lambda_id else None
+            source = identity(networks.synthesise(w)) if c.lambda_id else None
         shift = torch.zeros_like(w).requires_grad_()
         optimizer = torch.optim.Adam([shift], lr=c.lr)
 
         def step(i: int) -> dict[str, float]:
             optimizer.param_groups[0]["lr"] = c.lr * learning_rate(i / c.steps)
-            images = generator.synthesis(w + shift)
-            losses = {"clip": 1 - F.normalize(clip.encode_image(images), dim=-1) @ text[0], "l2": shift.square().sum((1, 2))}     # [N] each
+            images = networks.synthesise(w + shift)
+            losses = {"clip": 1 - networks.clip(images) @ text[0], "l2": shift.square().sum((1, 2))}     # [N] each
             loss = losses["clip"] + c.lambda_l2 * losses["l2"]
             if source is not None:
                 losses["id"] = 1 - (identity(images) * source).sum(1)

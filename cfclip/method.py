@@ -19,6 +19,7 @@ from .stylegan2 import Generator
 from .training import Callback, fit
 
 OBJECTIVES = ("nce", "clip", "directional")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def check_whole(config: object, **least: int) -> None:
@@ -27,6 +28,12 @@ def check_whole(config: object, **least: int) -> None:
         value = getattr(config, name)
         if not isinstance(value, int) or value < minimum:
             raise ValueError(f"{name} must be a whole number from {minimum}, not {value!r}")
+
+
+def check_dtype(name: str) -> None:
+    """ValueError if ``name`` is no dtype to convolve in."""
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, not {name!r}")
 
 
 def check_networks(domain: Domain, config: object) -> None:
@@ -40,6 +47,24 @@ def check_networks(domain: Domain, config: object) -> None:
 def at_once(generator: Generator) -> int:
     """How many pictures to draw together: 64 of 1024² would be 50 GB."""
     return max(1, min(64, 64 * 256 ** 2 // generator.resolution ** 2))
+
+
+class Networks:
+    """A domain's frozen generator and CLIP, convolving in ``dtype``; what they return is float32."""
+
+    def __init__(self, domain: Domain, dtype: str):
+        self.dtype = getattr(torch, dtype)
+        self.generator, self.guide = domain.generator, domain.clip.in_dtype(self.dtype)
+
+    def synthesise(self, w: Tensor) -> Tensor:
+        """w [N, L, D] -> pictures [N, 3, R, R]."""
+        return self.generator.synthesis(w, dtype=None if self.dtype == torch.float32 else self.dtype)
+
+    def clip(self, images: Tensor) -> Tensor:
+        """Pictures [N, 3, R, R] in [-1, 1] -> unit CLIP features [N, E]."""
+        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            feature = self.guide.encode_image(images)
+        return torch.nn.functional.normalize(feature.float(), dim=-1)
 
 
 @dataclass(frozen=True)
@@ -78,8 +103,7 @@ class CFCLIPConfig:
             raise ValueError(f"positives must be some of {POSITIVES}, not {self.positives!r}")
         if self.negative_templates is not None:
             check_whole(self, negative_templates=1)
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype must be float32, bfloat16 or float16, not {self.dtype!r}")
+        check_dtype(self.dtype)
 
 
 @dataclass
@@ -106,24 +130,15 @@ class CFCLIP:
         self.mapper = Mapper(MapperConfig(g.num_ws, g.w_dim, text_dim, c.levels, c.norm_axis)).to(domain.device)
         self.optimizer = Ranger(self.mapper.parameters(), lr=c.lr, betas=(0.95, 0.999), eps=1e-5, k=6, alpha=0.5,
                                 degenerated_to_sgd=True)
-        self.dtype = getattr(torch, c.dtype)
-        self.clip = domain.clip.in_dtype(self.dtype)
+        self.networks = Networks(domain, c.dtype)
         self.w = domain.latents(c.train_latents, "train", c.seed)
         with torch.no_grad():
-            pairs = [self._features(self._synthesise(w)) for w in self.w.split(at_once(g))]
+            pairs = [self._features(self.networks.synthesise(w)) for w in self.w.split(at_once(g))]
         self.source_clip = torch.cat([clip for clip, _ in pairs])
         self.source_id = None if domain.identity is None else torch.cat([identity for _, identity in pairs])
 
-    def _synthesise(self, w: Tensor) -> Tensor:
-        return self.domain.generator.synthesis(w, dtype=None if self.dtype == torch.float32 else self.dtype)
-
-    def _clip(self, images: Tensor) -> Tensor:
-        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            feature = self.clip.encode_image(images)
-        return torch.nn.functional.normalize(feature.float(), dim=-1)
-
     def _features(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self._clip(images), None if self.domain.identity is None else self.domain.identity(images)
+        return self.networks.clip(images), None if self.domain.identity is None else self.domain.identity(images)
 
     def objective(self, edited: Tensor, source: Tensor) -> Tensor:
         """The loss that pulls towards the prompt. Unit CLIP features of the views of the edited pictures [draws * B, E], of the sources [B, E]."""
@@ -144,8 +159,8 @@ class CFCLIP:
         index = torch.randint(len(self.w), (c.batch,))
         w = self.w[index]
         w_edited = self.mapper.edit(w, self.text_feature)
-        edited = self._synthesise(w_edited)
-        towards = self.objective(self._clip(perspective_views(edited, c.draws)), self.source_clip[index])
+        edited = self.networks.synthesise(w_edited)
+        towards = self.objective(self.networks.clip(perspective_views(edited, c.draws)), self.source_clip[index])
         l2 = latent_l2(w_edited, w)
         loss = c.lambda_nce * towards + c.lambda_l2 * l2
         logs = {c.objective: towards, "l2": l2}
@@ -154,7 +169,7 @@ class CFCLIP:
             loss = loss + c.lambda_id * logs["id"]
         if c.lambda_perc:
             with torch.no_grad():                                  # drawn again: all sources at once would not fit in memory
-                source = self._synthesise(w)
+                source = self.networks.synthesise(w)
             logs["perc"] = perceptual_loss(self.domain.perceptual, edited, source)
             loss = loss + c.lambda_perc * logs["perc"]
         self.optimizer.zero_grad()
