@@ -141,6 +141,19 @@ def fair(each: pd.DataFrame, identity_at: float, success_at: float) -> pd.DataFr
                                  label("identity"): f"identity at success ≥ {100 * success_at:g} %"})
 
 
+def search(table: pd.DataFrame, identity_at: float) -> pd.DataFrame:
+    """What a search found: a line a trial (method, settings), with its success at ``identity_at`` (:func:`matched`) on each prompt, their mean,
+    and ``chosen``: the best of its method, the first of equals."""
+    trial = [f"{method}: " + ", ".join(f"{name} {value}" for name, value in given.items() if name != "levels")
+             for method, given in zip(table.method, table.settings, strict=True)]
+    gained = matched(trainings(table.assign(trial=trial), by="trial"), "identity", identity_at, "success_after")
+    found = gained.astype({"method": str}).pivot_table("success_after", "method", "prompt", aggfunc="mean", sort=False).reindex(dict.fromkeys(trial))
+    found.insert(0, "mean", found.mean(axis=1))
+    method = [name.split(":")[0] for name in found.index]
+    best = found["mean"].groupby(method).idxmax()
+    return found.assign(chosen=[name == best[m] for name, m in zip(found.index, method, strict=True)]).rename_axis("trial", columns=None).reset_index()
+
+
 def budget(table: pd.DataFrame, records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """What each method was given and took: runs, steps, pictures, seeds, seconds a run."""
     seconds = {record["run"]: record["seconds"] for record in records}
@@ -253,11 +266,11 @@ def sections(each: pd.DataFrame) -> str:
     return "\n".join(parts)
 
 
-def readme(begin: str, parts: Mapping[str, pd.DataFrame], notes: Mapping[str, str], figures: Sequence[str]) -> str:
+def readme(begin: str, parts: Mapping[str, pd.DataFrame], notes: Mapping[str, str], figures: Sequence[str], title: str = "The paper's tables") -> str:
     """Markdown: a section a table with its note below, those without a row left out; then the figures."""
     sections = [f"## {name}\n\n{reporting.markdown(table, notes.get(name, ''))}" for name, table in parts.items() if len(table)]
     pictures = [f"![{name}]({name}.png)\n\n[{name}.pdf]({name}.pdf)\n" for name in figures]
-    return "\n".join([f"# The paper's tables\n\n{begin}\n", *sections, "## Figures\n", *pictures])
+    return "\n".join([f"# {title}\n\n{begin}\n", *sections, *(["## Figures\n"] if figures else []), *pictures])
 
 
 def write(folder: str | os.PathLike, frames: Mapping[str, pd.DataFrame], texts: Mapping[str, str], figures: Mapping[str, Figure]) -> Path:
@@ -297,6 +310,6 @@ def example(domain: Domain, folder: str | os.PathLike) -> Path:
             rows = ablation.run_row(domain, name, prompt, n=n, strengths=strengths, **shared)
         reporting.write_rows(rows.to_dict("records"), folder / run / "metrics.jsonl")
         given = {"domain": domain.name, "prompt": prompt, "steps": 1, "n": n}
-        given |= {"method": name, "seed": seed} if notebook == "02_training" else {"rows": [name], "seeds": [seed]}
+        given |= {"method": name, "seed": seed, "settings": {}} if notebook == "02_training" else {"rows": [name], "seeds": [seed]}
         sweep.write_record(sweep.Run(run, sweep.find_notebook(notebook), given, {}), folder / run, "finished")
     return folder
