@@ -158,6 +158,11 @@ def budget(table: pd.DataFrame, records: Sequence[Mapping[str, Any]]) -> pd.Data
     """What each method was given and took: runs, steps, pictures, seeds, seconds a run."""
     seconds = {record["run"]: record["seconds"] for record in records}
     runs = table.drop_duplicates("run").assign(seconds=lambda t: t.run.map(seconds))
+    if "settings" in runs:                                   # what is set for one method wins over the notebook's parameter
+        own = [given if isinstance(given, dict) else {} for given in runs.settings]
+        runs["steps"] = [given.get("steps", steps) for given, steps in zip(own, runs.steps, strict=True)]
+    if "method" in runs:
+        runs.loc[runs.method == "styleclip-global", "steps"] = np.nan      # it takes none
     name = runs.get("method", pd.Series(np.nan, runs.index, dtype=object)).fillna("ablation")
     seeds = table.assign(method=table.run.map(dict(zip(runs.run, name, strict=True)))).groupby("method").seed.unique()
     return pd.DataFrame([{"method": method, "runs": len(own), "steps": _span(own.steps), "pictures": _span(own.n),

@@ -204,3 +204,14 @@ def test_a_sweep_from_end_to_end(tmp_path):
     text = (folder / "README.md").read_text()
     assert "An example" not in text and "views: 1" in text and "styleclip-optimization" in text and "4 runs" in text
     assert claims.UNTESTED in set(pd.read_csv(folder / "claims.csv").verdict)
+
+
+def test_the_budget_is_what_a_run_really_took():
+    table = pd.DataFrame([{"run": run, "method": method, "steps": 700, "n": 4, "seed": seed, "settings": given}
+                          for run, method, seed, given in (("a", "cfclip", 0, {}), ("b", "cfclip", 1, {}), ("c", "nada", 0, {"steps": 9}),
+                                                           ("d", "styleclip-global", 0, {}))])
+    found = tables.budget(table, [{"run": run, "seconds": seconds} for run, seconds in zip("abcd", (10, 30, 5, 1), strict=True)])
+    assert found.set_index("method")[["runs", "steps", "seeds", "seconds a run"]].to_dict("index") == {
+        "cfclip": {"runs": 2, "steps": "700", "seeds": "0, 1", "seconds a run": "20"},
+        "nada": {"runs": 1, "steps": "9", "seeds": "0", "seconds a run": "5"},
+        "styleclip-global": {"runs": 1, "steps": "", "seeds": "0", "seconds a run": "1"}}
