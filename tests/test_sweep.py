@@ -180,7 +180,7 @@ def test_the_papers_sweep():
     path = sweep.NOTEBOOKS / "presets" / "paper-toonfaces.yaml"
     spec = sweep.load_spec(path)
     cells = [cell for block in spec.grid for cell, _ in sweep._cells(block)]
-    assert Counter(cell["notebook"] for cell in cells) == {"02_training": 5 * 13 * 3, "03_ablation_directions": 8 * 3}
+    assert Counter(cell["notebook"] for cell in cells) == {"02_training": 5 * 13 * 3, "03_ablation_directions": 16 * 3}
     assert {"cyan skin", "cyan beard"} <= {cell["prompt"] for cell in cells}
     runs, then = sweep.plan(sweep.load_spec(path, quick=True), "nowhere")
     assert [run.parameters["prompt"] for run in runs if run.notebook.stem == "02_training"] == list(spec.preset["prompts"])
