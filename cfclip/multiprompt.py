@@ -7,12 +7,12 @@ only the signs of a text feature reach the mapper.
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
+
 from . import metrics
 from .domains import Domain
 from .mapper import Mapper
-from .method import TrainingConfig, check_whole
-
-COLUMNS = ("success_before", "success_after", "leakage", "identity")
+from .method import TrainingConfig, at_once, check_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,7 @@ class MultiPromptConfig(TrainingConfig):
             raise ValueError("text_mapper must be True: a mapper that sees no text edits every prompt alike")
 
 
+@torch.no_grad()
 def compare(domain: Domain, mappers: Mapping[int, Mapper], prompts: Iterable[str], seen: Collection[str], n: int = 32, strength: float = 1.0,
             alone: Mapping[tuple[str, int], Mapper] | None = None) -> list[dict]:
     """Mappers of many prompts beside those of one, on the same ``n`` test faces: a row per prompt, seed, mapper and face.
@@ -49,17 +50,18 @@ def compare(domain: Domain, mappers: Mapping[int, Mapper], prompts: Iterable[str
         alone: (prompt, seed) -> mapper that was trained for this prompt; those of other prompts are left out.
 
     A row has ``prompt``, ``seen``, ``trained_on`` ("many prompts" or "this prompt"), ``seed``, ``strength``, ``index`` of the face, and
-    as many of :data:`COLUMNS` as the domain has networks for.
+    what :func:`metrics.ground_truth` and :func:`metrics.identity` find.
     """
     w, found, alone = domain.latents(n, "test"), [], alone or {}
+    draw = domain.generator.synthesis
+    source = metrics.Pictures(domain, torch.cat([draw(part) for part in w.split(at_once(domain.generator))]))
     for prompt in prompts:
         text = domain.clip.encode_text(prompt)
         runs = [("many prompts", seed, mapper) for seed, mapper in mappers.items()]
         runs += [("this prompt", seed, mapper) for (other, seed), mapper in alone.items() if other == prompt]
         for trained_on, seed, mapper in runs:
-            def edit(w, strength, mapper=mapper, text=text):
-                return domain.generator.synthesis(mapper.edit(w, text, strength))
-            for row in metrics.over_strengths(domain, prompt, edit, w, [strength]):
-                found.append({"prompt": prompt, "seen": prompt in seen, "trained_on": trained_on, "seed": seed}
-                             | {name: row[name] for name in ("strength", "index", *COLUMNS) if name in row})
+            edited = torch.cat([draw(mapper.edit(part, text, strength)) for part in w.split(at_once(domain.generator))])
+            edit = metrics.Edit(domain, prompt, source, edited)
+            found += metrics.rows(metrics.ground_truth(edit) | metrics.identity(edit), prompt=prompt, seen=prompt in seen,
+                                  trained_on=trained_on, seed=seed, strength=strength)
     return found
