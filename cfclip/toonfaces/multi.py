@@ -34,7 +34,7 @@ def split() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def config(**overrides: Any) -> MultiPromptConfig:
     """How the committed mapper was trained."""
-    settings = {"prompts": split()[0], "prompts_at_once": 2, "steps": 4000, "batch": 2, "lr": 60.0, "ramp_down": 0.5, "lambda_l2": 0.1,
+    settings = {"prompts": split()[0], "prompts_at_once": 8, "steps": 4000, "batch": 8, "lr": 60.0, "ramp_down": 0.75, "lambda_l2": 0.1,
                 "levels": ("fine",), "train_latents": 256, "dtype": "bfloat16"}
     return MultiPromptConfig(**settings | overrides)
 
