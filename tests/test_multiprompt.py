@@ -150,7 +150,7 @@ def test_the_stored_mapper_is_the_domains(tmp_path, monkeypatch):
     assert domains.load_toonfaces(folder).mapper is None
     monkeypatch.setattr(domains, "DOMAINS", {"toonfaces": lambda: domains.load_toonfaces(folder)})
     monkeypatch.setattr(multi, "split", lambda: (PROMPTS, ("cyan skin",)))
-    path = cards.train("multi", tmp_path / "run", folder, steps=2, train_latents=2, seed=3, prompts=PROMPTS)
+    path = cards.train("multi", tmp_path / "run", folder, steps=2, batch=2, prompts_at_once=2, train_latents=2, seed=3, prompts=PROMPTS)
     d, stored = domains.load_toonfaces(folder), load_mapper(path)
     assert stored.config.norm_axis == "channel" and stored.config.levels == ("fine",)
     text = d.clip.encode_text(["blue hair", "cyan skin"])
