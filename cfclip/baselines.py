@@ -37,7 +37,7 @@ def _fixed(value: Any) -> Any:
     return field(default=value, init=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StyleCLIPMapperConfig(CFCLIPConfig):
     """StyleCLIP's latent mapper: no text mapper, ``lambda_nce (1 - cos(E_I(x'), E_T(t))) + lambda_L2 MSE(w', w) + lambda_id L_id``."""
 

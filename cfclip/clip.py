@@ -49,7 +49,7 @@ class ClipGuide(nn.Module):
         self.tokenizer = SimpleTokenizer(context_length=self.context_length)
         self.register_buffer("mean", torch.tensor(OPENAI_DATASET_MEAN).reshape(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(OPENAI_DATASET_STD).reshape(1, 3, 1, 1), persistent=False)
-        self._encode_one = lru_cache(maxsize=4096)(self._encode_one)
+        self._encode_one = lru_cache(maxsize=16384)(self._encode_one)
 
     @property
     def embed_dim(self) -> int:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from . import latents, sources, weights
-from .checkpoints import load_generator, load_identity, load_latents
+from .checkpoints import load_generator, load_identity, load_latents, load_mapper
 from .clip import ClipGuide, load_openai_clip
 from .e4e import load_e4e
 from .identity import IRSE, FaceIdentity
+from .mapper import Mapper
 from .perceptual import VGG19, load_vgg
 from .sources import DATA, DOWNLOADS
 from .stylegan2 import Generator
@@ -36,6 +37,7 @@ class Domain:
     perceptual: VGG19 | None = None  # what keeps the rest of the picture where there is no identity
     encoder: nn.Module | None = None  # photos -> W+, see cfclip.inversion.encode; None: no file
     heldout_clip: ClipGuide | None = None  # judges edits, and no training looks at it
+    mapper: Mapper | None = None    # of many prompts: edits by any, at once; see cfclip.multiprompt
     latent_files: Mapping[str, Path] = field(default_factory=dict)  # split -> codes of real photos; a split without is sampled
 
     def latents(self, n: int, split: str = "train", seed: int = 0) -> Tensor:
@@ -51,7 +53,7 @@ class Domain:
 
     def to(self, device: str | torch.device) -> "Domain":
         """The same domain with its networks on ``device``."""
-        for network in (self.generator, self.clip, self.identity, self.readout, self.perceptual, self.encoder, self.heldout_clip):
+        for network in (self.generator, self.clip, self.identity, self.readout, self.perceptual, self.encoder, self.heldout_clip, self.mapper):
             if network is not None:
                 network.to(device)
         return replace(self, device=torch.device(device))
@@ -76,6 +78,13 @@ def load_toonfaces(folder: Path = DATA / "toonfaces") -> Domain:
             encoder = None
     clip, *heldout = (ClipGuide(module(name, lambda c: build(c["model"]))) for name in ("clip", "heldout_clip")
                       if name == "clip" or (folder / f"{name}.safetensors").exists())
+    mapper = None
+    if (path := folder / "multi.safetensors").exists():
+        mapper = load_mapper(path)
+        if (mapper.config.num_ws, mapper.config.w_dim, mapper.config.text_dim) != (generator.num_ws, generator.w_dim, clip.embed_dim):
+            warnings.warn(f"{path} was trained for another generator or CLIP than those beside it, and is left out: "
+                          "cfclip toonfaces train multi", stacklevel=2)
+            mapper = None
     return Domain(
         name="toonfaces",
         generator=generator,
@@ -86,6 +95,7 @@ def load_toonfaces(folder: Path = DATA / "toonfaces") -> Domain:
         prompts=("green lipstick", "purple eyebrows", "blue hair", "blue skin", "red lipstick", "blonde hair"),
         encoder=encoder,
         heldout_clip=heldout[0] if heldout else None,
+        mapper=mapper,
     )
 
 

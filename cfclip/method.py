@@ -1,9 +1,10 @@
-"""CF-CLIP itself: the objective of the paper and the training of one mapper for one prompt."""
+"""CF-CLIP itself: the objective of the paper and the training of one mapper, for one prompt or (:mod:`cfclip.multiprompt`) for many."""
 
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from pytorch_optimizer import Ranger
@@ -16,7 +17,7 @@ from .losses import NEGATIVES, POSITIVES, QUERIES, clip_distance, clip_nce, dire
 from .mapper import Mapper, MapperConfig
 from .perceptual import perceptual_loss
 from .stylegan2 import Generator
-from .training import Callback, fit
+from .training import Callback, fit, learning_rate
 
 OBJECTIVES = ("nce", "clip", "directional")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -67,11 +68,10 @@ class Networks:
         return torch.nn.functional.normalize(feature.float(), dim=-1)
 
 
-@dataclass(frozen=True)
-class CFCLIPConfig:
-    """One run of CF-CLIP. The defaults are the paper's for faces, but for the number of steps."""
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """What a run has whatever its prompts are; see :class:`CFCLIPConfig`."""
 
-    prompt: str                              # target text, e.g. "green lipstick"
     source_text: str | None = None           # default: the domain's
     steps: int = 50_000
     batch: int = 2
@@ -106,23 +106,39 @@ class CFCLIPConfig:
         check_dtype(self.dtype)
 
 
+@dataclass(frozen=True)
+class CFCLIPConfig(TrainingConfig):
+    """One run of CF-CLIP. The defaults are the paper's for faces, but for the number of steps."""
+
+    prompt: str                              # target text, e.g. "green lipstick"
+
+    prompts_at_once: ClassVar[int] = 1
+    ramp_down: ClassVar[float] = 0.0
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """What a step draws from."""
+        return (self.prompt,)
+
+
 @dataclass
 class CFCLIP:
     """A mapper in training: ``step(i)`` is one optimisation step (pass it to :func:`cfclip.training.fit`).
 
     What does not change is computed once: the text features, and the source's CLIP and identity features per latent.
+    ``config`` is a :class:`CFCLIPConfig` or a :class:`cfclip.multiprompt.MultiPromptConfig`; P is the number of its prompts.
     """
 
     domain: Domain
-    config: CFCLIPConfig
+    config: TrainingConfig
     mapper: Mapper = field(init=False)
     optimizer: Ranger = field(init=False)
 
     def __post_init__(self):
         domain, c = self.domain, self.config
         check_networks(domain, c)
-        self.text_feature = domain.clip.encode_text(c.prompt)                             # [1, E], raw
-        self.target_text = domain.clip.template_features(c.prompt)                        # [T, E]
+        self.text_feature = domain.clip.encode_text(c.prompts)                            # [P, E], raw
+        self.target_text = torch.stack([domain.clip.template_features(prompt) for prompt in c.prompts])     # [P, T, E]
         self.source_text = domain.clip.template_features(c.source_text or domain.source_text)
         torch.manual_seed(c.seed)
         g = domain.generator
@@ -140,27 +156,39 @@ class CFCLIP:
     def _features(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.networks.clip(images), None if self.domain.identity is None else self.domain.identity(images)
 
-    def objective(self, edited: Tensor, source: Tensor) -> Tensor:
-        """The loss that pulls towards the prompt. Unit CLIP features of the views of the edited pictures [draws * B, E], of the sources [B, E]."""
-        c = self.config
+    def draw(self) -> list[int]:
+        """Which prompts a step is for: ``prompts_at_once`` different ones. Where there is one prompt this takes no random numbers."""
+        count = len(self.config.prompts)
+        return [0] if count == 1 else torch.randperm(count)[:self.config.prompts_at_once].tolist()
+
+    def objective(self, prompt: int, edited: Tensor, source: Tensor) -> Tensor:
+        """The loss that pulls towards that prompt. Unit CLIP features of the views of the edited pictures [draws * B, E], of the sources [B, E]."""
+        c, target_text = self.config, self.target_text[prompt]
         if c.objective == "clip":
-            return clip_distance(edited, torch.nn.functional.normalize(self.text_feature, dim=-1))
+            return clip_distance(edited, torch.nn.functional.normalize(self.text_feature[prompt, None], dim=-1))
         if c.objective == "directional":
-            return directional(edited, source, self.target_text, self.source_text)
-        return clip_nce(edited, source, self.target_text, self.source_text, c.temperature, positives=c.positives, negatives=c.negatives,
+            return directional(edited, source, target_text, self.source_text)
+        return clip_nce(edited, source, target_text, self.source_text, c.temperature, positives=c.positives, negatives=c.negatives,
                         query=c.query, negative_templates=c.negative_templates)
 
     def step(self, i: int) -> dict[str, float]:
         """One step on a batch of training latents: ``lambda_id L_id + lambda_perc L_perc + lambda_L2 L_2 + lambda_NCE L_NCE``.
 
-        With another ``objective`` its loss stands in the place of L_NCE, and in the log under its name.
+        With another ``objective`` its loss stands in the place of L_NCE, and in the log under its name. Several prompts at once share
+        the batch in equal parts, each part with a loss of its own, and those losses' mean is taken.
         """
         c = self.config
+        if c.ramp_down:
+            for group in self.optimizer.param_groups:
+                group["lr"] = c.lr * learning_rate(i / c.steps, 0, c.ramp_down)
         index = torch.randint(len(self.w), (c.batch,))
-        w = self.w[index]
-        w_edited = self.mapper.edit(w, self.text_feature)
+        prompts = self.draw()
+        w, text = self.w[index], self.text_feature[prompts]
+        w_edited = self.mapper.edit(w, text if len(prompts) == 1 else text.repeat_interleave(c.batch // len(prompts), 0))
         edited = self.networks.synthesise(w_edited)
-        towards = self.objective(self.networks.clip(perspective_views(edited, c.draws)), self.source_clip[index])
+        views = self.networks.clip(perspective_views(edited, c.draws)).unflatten(0, (-1, c.batch))          # [draws, B, E]
+        parts = zip(prompts, views.chunk(len(prompts), 1), self.source_clip[index].chunk(len(prompts)), strict=True)
+        towards = torch.stack([self.objective(prompt, seen.flatten(0, 1), source) for prompt, seen, source in parts]).mean()
         l2 = latent_l2(w_edited, w)
         loss = c.lambda_nce * towards + c.lambda_l2 * l2
         logs = {c.objective: towards, "l2": l2}
@@ -178,15 +206,16 @@ class CFCLIP:
         return {"loss": loss.item()} | {name: value.item() for name, value in logs.items()}
 
 
-def train_mapper(domain: Domain, config: CFCLIPConfig, out: str | os.PathLike | None = None, callbacks: Iterable[Callback] = (),
+def train_mapper(domain: Domain, config: TrainingConfig, out: str | os.PathLike | None = None, callbacks: Iterable[Callback] = (),
                  progress: bool = True) -> tuple[Mapper, list[dict[str, float]]]:
-    """Train a mapper for one prompt; returns it (frozen, eval) with the logged rows.
+    """Train a mapper for the config's prompt (or prompts); returns it (frozen, eval) with the logged rows.
 
     With ``out`` the run keeps ``log.jsonl``, a checkpoint to resume from and finally ``mapper.safetensors`` there.
     """
     run = CFCLIP(domain, config)
+    desc = config.prompts[0] if len(config.prompts) == 1 else f"{len(config.prompts)} prompts"
     rows = fit(run.step, config.steps, state={"mapper": run.mapper, "optimizer": run.optimizer}, out=out, seed=config.seed,
-               callbacks=callbacks, checkpoint_every=500, desc=config.prompt, progress=progress)
+               callbacks=callbacks, checkpoint_every=500, desc=desc, progress=progress)
     mapper = run.mapper.eval().requires_grad_(False)
     if out is not None:
         weights.save(mapper, f"{out}/mapper.safetensors", "mapper", mapper.metadata, store_as=torch.float16,

@@ -7,6 +7,7 @@ from written_out import one_step
 from cfclip import latents
 from cfclip.losses import identity_loss, latent_l2
 from cfclip.method import CFCLIP, CFCLIPConfig, find_mappers, train_mapper
+from cfclip.training import fit
 
 CONFIG = CFCLIPConfig("green lipstick", steps=6, train_latents=6)
 
@@ -19,6 +20,17 @@ def test_two_runs_agree_to_the_digit_and_a_resumed_one_too(domain, tmp_path):
     train_mapper(domain, dataclasses.replace(CONFIG, steps=4), tmp_path / "resumed", progress=False)
     third, _ = train_mapper(domain, CONFIG, tmp_path / "resumed", progress=False)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), third.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("change", "losses"), [
+    ({}, [1.2364740, 1.2165965, 1.3847997, 0.9191295, 1.2304802]),
+    ({"objective": "clip", "draws": 0}, [0.1590795, 0.1870897, 0.1923889, 0.1313275, 0.164637]),
+    ({"objective": "directional"}, [0.269423, 0.2530524, 0.2578161, 0.2807584, 0.2951617])])
+def test_the_losses_of_the_commit_before_many_prompts(change, losses, domain):
+    """Five steps as they were when the step knew one prompt only."""
+    run = CFCLIP(domain, dataclasses.replace(CONFIG, steps=5, **change))
+    rows = fit(run.step, 5, state={}, log_every=1, progress=False)
+    assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-4)
 
 
 def test_training_lowers_the_loss(domain):

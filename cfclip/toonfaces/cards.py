@@ -16,7 +16,7 @@ from ..domains import DATA, load_toonfaces
 from ..metrics import kid, kid_features
 from ..reporting import markdown
 from ..training import atomic_save
-from . import clip, encoder, gan, identity, readout
+from . import clip, encoder, gan, identity, multi, readout
 from .factors import NATURAL, PARTS, sample_face
 from .gan import to_tensor
 from .render import render_image
@@ -75,16 +75,30 @@ def measure_encoder(folder: Path) -> str:
                     "Settings of `InversionConfig`. Seed 70000.")
 
 
+def measure_multi(folder: Path) -> str:
+    """Edits of test faces by prompts that were trained on and prompts that were not."""
+    domain = load_toonfaces(folder)
+    if domain.mapper is None:
+        raise weights.WeightsError(f"{folder / 'multi.safetensors'} does not fit the generator and the CLIP beside it: cfclip toonfaces train multi")
+    trained_on = weights.read(folder / "multi.safetensors", "mapper")[2]["training"]["prompts"]
+    groups, unseen = multi.measure(domain, trained_on)
+    note = ("Edits at strength 1 of test faces, by prompts that were trained on (seen) and others; n = prompts x faces. Success, leakage: the "
+            "readout's. A face without the part, as the bald for hair, cannot succeed. Test latents, seed 0.")
+    return markdown(groups, note) + "\n" + markdown(unseen, "Every unseen prompt.")
+
+
 @dataclass(frozen=True)
 class Network:
     """How one of the embedded networks is trained, stored and measured."""
 
-    config: type
+    config: Callable[..., Any]
     train: Callable[[Any, Path], nn.Module]
     metadata: Callable[[Any, nn.Module], dict]
     measure: Callable[[Path], str]
     title: str
     dtype: torch.dtype = torch.float16
+    kind: str | None = None         # of its file; default: its name
+    data: str = "toonfaces renders, drawn afresh"
 
 
 NETWORKS: dict[str, Network] = {
@@ -100,6 +114,8 @@ NETWORKS: dict[str, Network] = {
                          "Generator: StyleGAN2 that has seen natural colours only", dtype=torch.float32),
     "encoder": Network(encoder.EncoderConfig, encoder.train, lambda c, m: m.metadata, measure_encoder,
                        "Encoder: a photo to W+, trained for the generator beside it"),
+    "multi": Network(multi.config, multi.train, lambda c, m: m.metadata, measure_multi,
+                     "Mapper of many prompts: CF-CLIP, a prompt drawn each step", kind="mapper", data="samples of the generator beside it"),
 }
 
 
@@ -108,17 +124,19 @@ def train(name: str, out: Path, folder: Path = DATA / "toonfaces", **overrides: 
     network = NETWORKS[name]
     config = network.config(**overrides)
     model = network.train(config, out)
-    return weights.save(model, folder / f"{name}.safetensors", name, network.metadata(config, model), store_as=network.dtype, training=asdict(config))
+    return weights.save(model, folder / f"{name}.safetensors", network.kind or name, network.metadata(config, model), store_as=network.dtype,
+                        training=asdict(config))
 
 
 def write_card(name: str, folder: Path = DATA / "toonfaces") -> Path:
     """Measure ``folder/<name>.safetensors`` and write what was found, with how it was trained, to ``folder/<name>.md``."""
     path = folder / f"{name}.safetensors"
-    tensors, _, card = weights.read(path, name)
+    network = NETWORKS[name]
+    tensors, _, card = weights.read(path, network.kind or name)
     parameters = sum(t.numel() for t in tensors.values())
     budget = "\n".join(f"| {key} | {value} |" for key, value in card.get("training", {}).items())
-    text = (f"# {NETWORKS[name].title}\n\n`{path.name}`: {parameters:,} values, {path.stat().st_size / 1e6:.1f} MB. "
-            f"Data: toonfaces renders, drawn afresh; no other source. Licence: MIT, as the code.\n\n"
+    text = (f"# {network.title}\n\n`{path.name}`: {parameters:,} values, {path.stat().st_size / 1e6:.1f} MB. "
+            f"Data: {network.data}; no other source. Licence: MIT, as the code.\n\n"
             f"Retrain: `cfclip toonfaces train {name}`. Measure again: `cfclip toonfaces measure {name}`.\n\n"
-            f"## Measured\n\n{NETWORKS[name].measure(folder)}\n## Training\n\n{card.get('history', '')}| setting | value |\n|---|---|\n{budget}\n")
+            f"## Measured\n\n{network.measure(folder)}\n## Training\n\n{card.get('history', '')}| setting | value |\n|---|---|\n{budget}\n")
     return atomic_save(text, folder / f"{name}.md", lambda text, part: part.write_text(text))
