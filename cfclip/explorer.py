@@ -35,6 +35,7 @@ from .training import atomic_save
 
 TOGETHER = 0.7
 """Seconds within which two changes of the same setting are one entry of the history: a slider on its way, a word being typed."""
+OUT = Path("reports", "runs", "explorer")
 LENGTH = 100
 """Entries of the history."""
 
@@ -77,8 +78,8 @@ class Newest:
 class Explorer(HasTraits):
     """One explorer: change it by its methods, look at its traits.
 
-    ``out``: folder for exports, codes of photos and trained mappers; ``runs``: more folders whose editors can be chosen;
-    ``settings``: method -> settings of its trainings; ``photo_steps``: of the inversion.
+    ``n``: faces to begin with; ``out``: folder for exports, codes of photos and trained mappers, default :data:`OUT` of the repository;
+    ``runs``: more folders whose editors can be chosen; ``settings``: method -> settings of its trainings; ``photo_steps``: of the inversion.
     """
 
     recipe = Instance(Recipe)
@@ -95,11 +96,11 @@ class Explorer(HasTraits):
     progress = Float(help="of the training, from 0 to 1")
     preview = Instance(np.ndarray, allow_none=True, help="what the training has come to, uint8 [N, R, R, 3]")
 
-    def __init__(self, domain: str | Domain = "toonfaces", prompt: str = "", n: int = 8, out: str | Path = "reports/runs/explorer",
+    def __init__(self, domain: str | Domain = "toonfaces", prompt: str = "", n: int = 8, out: str | Path = "",
                  runs: Sequence[str | Path] = (), settings: Mapping[str, Mapping[str, Any]] | None = None, photo_steps: int = 100):
         super().__init__()
         domain = load_domain(domain) if isinstance(domain, str) else domain
-        self.out, self.settings, self.n, self.photo_steps = Path(out).resolve(), dict(settings or {}), n, photo_steps
+        self.out, self.settings, self.n, self.photo_steps = Path(out or DATA.parent / OUT).resolve(), dict(settings or {}), n, photo_steps
         self.runs = [self.out, *(Path(folder).resolve() for folder in runs)]
         self._domains, self._lock = {domain.name: domain}, threading.RLock()
         self._faces: tuple[tuple, Faces] | None = None
@@ -182,10 +183,9 @@ class Explorer(HasTraits):
 
     def set_prompt(self, prompt: str) -> None:
         """A mapper that was trained for another prompt is let go of."""
-        if self.mappers.get(self.recipe.mapper, ("", prompt.strip()))[1] == prompt.strip():
-            self.change(prompt=prompt)
-        else:
-            self.change(prompt=prompt, mapper=self.mapper_for(prompt.strip()) or "")
+        plain, mapper = prompt.strip(), self.recipe.mapper
+        keep = self.mappers.get(mapper, ("", plain))[1] == plain and (mapper or self.mapper_for(plain) is None)
+        self.change(prompt=prompt, mapper=mapper if keep else self.mapper_for(plain) or "")
 
     def set_mapper(self, path: str) -> None:
         """One of :attr:`mappers`, with its prompt; a mapper's file; or "", the domain's own."""

@@ -4,6 +4,7 @@ Shapes: N faces, R = resolution.
 """
 
 import hashlib
+import io
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -53,6 +54,15 @@ class Frame:
 def strip(row: np.ndarray) -> np.ndarray:
     """Pictures [N, R, R, 3] side by side, [R, N * R, 3]."""
     return np.concatenate(list(row), 1)
+
+
+def encode(row: np.ndarray, least: int = 128) -> bytes:
+    """The :func:`strip` of ``row`` as PNG, enlarged so that no picture is smaller than ``least`` pixels."""
+    picture, file = Image.fromarray(strip(row)), io.BytesIO()
+    if (times := -(-least // row.shape[1])) > 1:
+        picture = picture.resize([times * length for length in picture.size], Image.Resampling.BICUBIC)
+    picture.save(file, "PNG", compress_level=1)
+    return file.getvalue()
 
 
 def heat_map(source: Tensor, edited: Tensor) -> np.ndarray:
