@@ -173,8 +173,9 @@ def render(domain: Domain, recipe: Recipe, source: Faces | None = None) -> Tenso
         strength = recipe.strength * torch.tensor(recipe.layers)[:, None].to(w) if recipe.layers else recipe.strength
         edited = w
         for prompt in recipe.prompts:
+            text = domain.clip.encode_text(prompt)                 # what is no prompt needs no mapper
             mapper = _mapper_file(recipe.mapper, _modified(recipe.mapper)).to(w.device) if recipe.mapper else own_mapper(domain, prompt)
-            edited = mapper.edit(edited, domain.clip.encode_text(prompt), strength)
+            edited = mapper.edit(edited, text, strength)
         images = domain.generator.synthesis(edited)
     return blend(domain, source.images, images, recipe.region) if recipe.region else images
 

@@ -26,13 +26,18 @@ from cfclip.reporting import to_uint8
 PROMPTS = ("green lipstick", "blue hair")
 
 
-@pytest.fixture
-def folder(domain, tmp_path):
+def domain_folder(domain, folder: Path) -> Path:
+    """``folder`` with a mapper for each of PROMPTS."""
     for i, prompt in enumerate(PROMPTS):
         torch.manual_seed(i)
         mapper = Mapper(MapperConfig(domain.generator.num_ws, domain.generator.w_dim, domain.clip.embed_dim)).eval().requires_grad_(False)
-        weights.save(mapper, tmp_path / "runs" / str(i) / "mapper.safetensors", "mapper", mapper.metadata, domain="tiny", prompt=prompt)
-    return tmp_path
+        weights.save(mapper, folder / "runs" / str(i) / "mapper.safetensors", "mapper", mapper.metadata, domain="tiny", prompt=prompt)
+    return folder
+
+
+@pytest.fixture
+def folder(domain, tmp_path):
+    return domain_folder(domain, tmp_path)
 
 
 def started(domain, folder) -> Explorer:
@@ -139,13 +144,13 @@ def test_locked_faces_stay(explorer):
     ({"mapper": "/no/where"}, "not there"), ({"colour": "red"}, "colour"), ({"layers": (1.0,)}, "but this generator has 6"),
 ])
 def test_errors_are_said_and_pass(explorer, change, match):
-    shown = explorer.frame.edited
+    shown, at = explorer.frame.edited, explorer.at
     explorer.change(**change)
     explorer.wait()
     assert match in explorer.message and "Traceback" not in explorer.message
     assert explorer.frame.edited is shown, "the last picture stays"
-    explorer.undo()
-    explorer.change(prompt="green lipstick", strength=0.3)
+    explorer.go(at)
+    explorer.change(strength=0.3)
     check(explorer)
     assert explorer.message == ""
 

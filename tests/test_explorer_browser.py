@@ -42,7 +42,7 @@ def page(tmp_path_factory) -> Iterator:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    home = {name: str(folder / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_WORKSPACES_DIR", "JUPYTERLAB_SETTINGS_DIR")}
+    home = {name: str(folder / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_WORKSPACES_DIR", "JUPYTERLAB_SETTINGS_DIR")}
     path = os.pathsep.join([str(NOTEBOOKS.parent), os.environ.get("PYTHONPATH", "")])
     with (folder / "log").open("w") as log:
         lab = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
@@ -60,9 +60,17 @@ def page(tmp_path_factory) -> Iterator:
             page.folder = folder / "out"
             page.goto(f"http://127.0.0.1:{port}/lab/tree/explorer.ipynb?reset")
             page.wait_for_selector(".jp-Notebook .jp-CodeCell")
-            page.wait_for_function("() => document.querySelector('.jp-Toolbar-kernelName')?.textContent.includes('Python')")
-            page.evaluate("() => window.jupyterapp.commands.execute('application:toggle-left-area').catch(() => 0)")
-            page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")
+            page.evaluate("""async () => {
+                const app = window.jupyterapp
+                await app.restored
+                const panel = [...app.shell.widgets('main')].find(one => one.context?.path == 'explorer.ipynb')
+                await panel.context.ready
+                await panel.sessionContext.ready
+                await panel.sessionContext.session.kernel.info
+                app.shell.collapseLeft()
+                app.shell.activateById(panel.id)
+                app.commands.execute('notebook:run-all-cells')
+            }""")
             page.wait_for_selector(".cfx-row img")
             yield page
             browser.close()
