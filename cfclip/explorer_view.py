@@ -26,6 +26,8 @@ STYLE = """<style>
   border-radius: 11px; box-shadow: none; background: transparent; color: var(--jp-ui-font-color2, #666); }
 .cfx .cfx-face.mod-active { background: var(--jp-brand-color1, #1976d2); color: white; }
 .cfx .cfx-face:disabled { opacity: 1; }
+.cfx .cfx-level { width: 74px; border-radius: 14px; box-shadow: none; background: var(--jp-layout-color2, #eee); }
+.cfx .cfx-level.mod-active { background: var(--jp-brand-color1, #1976d2); color: white; }
 .cfx-scores { display: grid; grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)); gap: 8px; }
 .cfx-scores div { background: var(--jp-layout-color2, #f3f3f3); border-radius: 8px; padding: 5px 10px; line-height: 1.35; }
 .cfx-scores span { display: block; font-size: 11px; color: var(--jp-ui-font-color2, #666); }
@@ -101,7 +103,7 @@ class View(ipw.VBox):
         self.strength = _named(self._ask(ipw.FloatSlider(min=STRENGTHS[0], max=STRENGTHS[1], step=0.05, description="strength", readout_format=".2f",
                                                          layout=Layout(flex="3 1 300px", width="auto"), **label),
                                          lambda value: e.change(strength=value)), "cfx-strength")
-        self.levels = {name: self._ask(ipw.ToggleButton(description=name, layout=Layout(width="74px")), lambda on, name=name: e.set_levels(**{name: on}))
+        self.levels = {name: self._ask(_named(ipw.ToggleButton(description=name), "cfx-level"), lambda on, name=name: e.set_levels(**{name: on}))
                        for name in LEVELS}
         self.show = self._ask(ipw.Dropdown(options=SHOWS, description="show", layout=Layout(flex="1 1 200px", width="auto"), **label), e.set_show)
         self.domain = self._ask(ipw.Dropdown(options=e.domains, description="domain", layout=Layout(flex="1 1 150px", width="auto"), **label),

@@ -42,12 +42,13 @@ def page(tmp_path_factory) -> Iterator:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    home = {name: str(folder / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_WORKSPACES_DIR", "JUPYTERLAB_SETTINGS_DIR")}
+    home = {f"{name}_DIR": str(folder / name)
+            for name in ("JUPYTER_CONFIG", "JUPYTER_DATA", "JUPYTER_RUNTIME", "JUPYTERLAB_WORKSPACES", "JUPYTERLAB_SETTINGS")}
     path = os.pathsep.join([str(NOTEBOOKS.parent), os.environ.get("PYTHONPATH", "")])
     with (folder / "log").open("w") as log:
         lab = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
                                 "--ServerApp.port_retries=0", "--IdentityProvider.token=", f"--ServerApp.root_dir={folder}",
-                                "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=None",
+                                "--LabApp.expose_app_in_browser=True",
                                 "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"],
                                env=os.environ | home | {"PYTHONPATH": path}, stdout=log, stderr=log)
     try:
