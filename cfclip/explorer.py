@@ -23,7 +23,7 @@ from .align import detector_file, load_photo
 from .baselines import METHODS
 from .domains import DOMAINS, Domain, load_domain
 from .explorer_frames import SHOWS, Frame, draw, export, score
-from .explorer_training import Training, in_words
+from .explorer_workers import Newest, Training, in_words
 from .mapper import LEVELS
 from .method import at_once
 from .recipes import Faces, Recipe, codes, draw_faces, level_layers, levels_on, own_mapper
@@ -38,41 +38,6 @@ TOGETHER = 0.7
 OUT = Path("reports", "runs", "explorer")
 LENGTH = 100
 """Entries of the history."""
-
-
-class Newest:
-    """A thread that does the newest of the jobs it is given. A job gets ``stale``, which says whether it has been overtaken."""
-
-    def __init__(self):
-        self._changed, self._job, self._serial, self._running, self._closed = threading.Condition(), None, 0, False, False
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def ask(self, job: Callable[[Callable[[], bool]], None]) -> None:
-        with self._changed:
-            self._job, self._serial = job, self._serial + 1
-            self._changed.notify_all()
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._running = False
-                self._changed.notify_all()
-                self._changed.wait_for(lambda: self._job is not None or self._closed)
-                if self._closed:
-                    return
-                job, serial, self._job, self._running = self._job, self._serial, None, True
-            job(lambda serial=serial: serial != self._serial)
-            job = None                                             # it holds pictures
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Until there is nothing to do; False if that took longer."""
-        with self._changed:
-            return self._changed.wait_for(lambda: self._closed or (self._job is None and not self._running), timeout)
-
-    def close(self) -> None:
-        with self._changed:
-            self._closed, self._serial = True, self._serial + 1
-            self._changed.notify_all()
 
 
 class Explorer(HasTraits):
@@ -208,6 +173,14 @@ class Explorer(HasTraits):
         """Faces that have not been seen, but for the locked ones."""
         seed = 1 + max((face for recipe in self.history for face in recipe.faces if isinstance(face, int)), default=-1)
         self.change(faces=tuple(face if face in self.locked else seed + i for i, face in enumerate(self.recipe.faces)))
+
+    def set_seeds(self, text: str) -> None:
+        """The faces by their seeds, "3, 14, 15"; own photos stay."""
+        words = text.replace(",", " ").split()
+        if not all(word.isdecimal() for word in words):
+            self.message = f"seeds are whole numbers from 0, as in 3, 14, 15, not {text!r}"
+            return
+        self.change(faces=(*(face for face in self.recipe.faces if isinstance(face, str)), *map(int, words)))
 
     def lock(self, face: int | str, on: bool = True) -> None:
         self.locked = (*(f for f in self.locked if f != face), *([face] if on else []))

@@ -10,7 +10,7 @@ from ipywidgets import Layout
 
 from .explorer import Explorer
 from .explorer_frames import SHOWS, Frame, encode
-from .explorer_training import REFINING
+from .explorer_workers import REFINING
 from .mapper import LEVELS
 from .recipes import MOST_FACES, STRENGTHS, describe, levels_on
 
@@ -147,7 +147,8 @@ class View(ipw.VBox):
     def _faces_tab(self) -> ipw.Widget:
         photo = ipw.FileUpload(accept="image/*", description="own photo", layout=Layout(width="auto"))
         photo.observe(lambda change: [self.explorer.add_photo(bytes(file["content"])) for file in change["new"]], "value")
-        return _box(ipw.HBox, _button("new faces", "random", self.explorer.new_faces), photo,
+        self.seeds = self._ask(ipw.Text(description="seeds", continuous_update=False, layout=Layout(width="260px")), self.explorer.set_seeds)
+        return _box(ipw.VBox, _box(ipw.HBox, _button("new faces", "random", self.explorer.new_faces), self.seeds, photo, flex_flow="row wrap"),
                     ipw.HTML("A face whose number is pressed above its picture stays. A photo is aligned, and inverted to a code."))
 
     def _history(self) -> ipw.Widget:
@@ -182,7 +183,7 @@ class View(ipw.VBox):
         try:
             self.prompt.options, self.prompt.value = e.suggestions, recipe.prompt
             self.source_text.placeholder, self.source_text.value = e.domain.source_text, recipe.source_text
-            self.strength.value = recipe.strength
+            self.strength.value, self.seeds.value = recipe.strength, ", ".join(str(face) for face in recipe.faces if isinstance(face, int))
             for name, on in levels_on(recipe.layers, layers).items():
                 self.levels[name].value = on
             known = [("the domain's own", ""), *((label, path) for path, (label, _) in e.mappers.items())]

@@ -18,7 +18,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 from PIL import Image
 
 from cfclip import weights
-from cfclip.explorer import SHOWS, Explorer, Newest
+from cfclip.explorer import SHOWS, Explorer
+from cfclip.explorer_workers import Newest
 from cfclip.mapper import Mapper, MapperConfig
 from cfclip.recipes import Recipe, draw_faces, render
 from cfclip.reporting import to_uint8
@@ -136,7 +137,11 @@ def test_locked_faces_stay(explorer):
     explorer.lock(1, False)
     explorer.new_faces()
     assert 1 not in explorer.recipe.faces
+    explorer.set_seeds("3, 14 15,9")
     check(explorer)
+    assert explorer.recipe.faces == (3, 14, 15, 9) and explorer.frame.headers == ("3", "14", "15", "9")
+    explorer.set_seeds("-1")
+    assert "whole numbers" in explorer.message and explorer.recipe.faces == (3, 14, 15, 9)
 
 
 @pytest.mark.parametrize(("change", "match"), [

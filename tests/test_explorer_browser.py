@@ -155,7 +155,9 @@ def test_a_session(page):
     weaker = changes(page, lambda: handle.press("Home"))
     until(lambda: "drawing" not in page.locator(".cfx-note").inner_text())
     assert not np.array_equal(weaker, stronger)
-    page.locator(".cfx input[type=file][accept='.json']").set_input_files(file)
+    with page.expect_file_chooser() as chooser:
+        page.locator(".cfx button", has_text="open a recipe").click()
+    chooser.value.set_files(file)
     until(lambda: np.array_equal(row(page, 1), stronger))
 
 

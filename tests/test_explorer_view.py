@@ -17,7 +17,7 @@ def view(domain, tmp_path):
     explorer.close()
 
 
-@pytest.mark.parametrize("name", ["recipes", "explorer_frames", "explorer_training", "explorer"])
+@pytest.mark.parametrize("name", ["recipes", "explorer_frames", "explorer_workers", "explorer"])
 def test_the_model_knows_no_widgets(name):
     source = import_module(f"cfclip.{name}").__loader__.get_source(f"cfclip.{name}")
     names = [n.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import) for n in node.names]

@@ -1,4 +1,4 @@
-"""The explorer's 'refine': a mapper trained for one prompt in a thread of its own, with previews, and a way to stop it."""
+"""The explorer's threads: one that does the newest of its jobs, and one that trains a mapper, with previews and a way to stop it."""
 
 import threading
 from collections.abc import Callable, Mapping
@@ -25,6 +25,41 @@ def in_words(error: BaseException) -> str:
     """What the panel says of ``error``: its own words where it is one of ours."""
     text = str(error).strip() or type(error).__name__
     return text if isinstance(error, ValueError | OSError) else f"this did not work ({type(error).__name__}): {text.splitlines()[0]}"
+
+
+class Newest:
+    """A thread that does the newest of the jobs it is given. A job gets ``stale``, which says whether it has been overtaken."""
+
+    def __init__(self):
+        self._changed, self._job, self._serial, self._running, self._closed = threading.Condition(), None, 0, False, False
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def ask(self, job: Callable[[Callable[[], bool]], None]) -> None:
+        with self._changed:
+            self._job, self._serial = job, self._serial + 1
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._running = False
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._job is not None or self._closed)
+                if self._closed:
+                    return
+                job, serial, self._job, self._running = self._job, self._serial, None, True
+            job(lambda serial=serial: serial != self._serial)
+            job = None                                             # it holds pictures
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Until there is nothing to do; False if that took longer."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._closed or (self._job is None and not self._running), timeout)
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed, self._serial = True, self._serial + 1
+            self._changed.notify_all()
 
 
 class Cancelled(Exception):
