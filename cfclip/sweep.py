@@ -45,7 +45,8 @@ KERNEL_ENVIRONMENT = {
 }
 TEXT = ("prompt", "prompts")                   # keys under which YAML's `no` and `1e3` are words
 PLACES = ("out", "runs", "reports")            # parameters that the sweep sets, and that make no run another one
-OUTSIDE = ("sweep.py", "executors.py", "cli.py", "tables.py", "claims.py")  # code that no run of a grid depends on
+OUTSIDE = ("sweep.py", "executors.py", "cli.py", "tables.py", "claims.py",
+           "recipes.py", "explorer.py", "explorer_frames.py", "explorer_workers.py", "explorer_view.py")  # code that no run of a grid depends on
 KEYS = ("preset", "parameters", "grid", "then")
 ATTEMPTS = 3                                   # workers that one run may take with it
 
