@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torchvision.transforms import RandomPerspective
 
 from cfclip.losses import clip_distance, clip_nce, directional, identity_loss, latent_l2, perspective_views
 
@@ -62,6 +63,23 @@ def test_views_are_draw_major_and_share_a_warp():
     for draw in range(3):
         torch.testing.assert_close(views[2 * draw], views[2 * draw + 1])
     assert not torch.allclose(views[0], views[2])
+
+
+@pytest.mark.parametrize("size", [(16, 16), (33, 50), (1024, 1024)])
+def test_views_are_torchvisions(size):
+    """RandomPerspective's, but for the mask that today's torchvision multiplies its rim by."""
+    image = torch.rand(1, 3, *size)
+    torch.manual_seed(3)
+    ours = perspective_views(image, draws=2)
+    torch.manual_seed(3)
+    theirs = [RandomPerspective(0.5, p=1, fill=0.0) for _ in range(2)]
+    mask = torch.ones_like(image)
+    torch.manual_seed(3)
+    inside = perspective_views(mask, draws=2) > 0.999
+    torch.manual_seed(3)
+    theirs = torch.cat([warp(image) for warp in theirs])
+    assert inside.float().mean() > 0.3
+    torch.testing.assert_close(ours[inside], theirs[inside], rtol=0, atol=3e-4 * max(size) / 64)
 
 
 def test_no_views_are_the_images_and_cost_no_random_number():
