@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.tokenizer import SimpleTokenizer
+from open_clip.transformer import VisionTransformer
 from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -42,6 +43,8 @@ class ClipGuide(nn.Module):
     def __init__(self, model: nn.Module, antialias: bool = True):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
+        if isinstance(model.visual, VisionTransformer):
+            tokens_first(model.visual)
         size = model.visual.image_size
         self.image_size: int = size[0] if isinstance(size, tuple) else size
         self.context_length: int = model.context_length
@@ -57,15 +60,14 @@ class ClipGuide(nn.Module):
         return self.model.text_projection.shape[1]
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """[N, 3, H, W] in [-1, 1] -> CLIP's input [N, 3, S, S]: to [0, 1], bicubic resize, mean/std."""
-        images = images * 0.5 + 0.5
+        """[N, 3, H, W] in [-1, 1] -> CLIP's input [N, 3, S, S]: bicubic resize, to [0, 1], mean/std. (Resizing is linear: it may come first.)"""
         if images.shape[-2:] != (self.image_size, self.image_size):
             images = F.interpolate(images, (self.image_size, self.image_size), mode="bicubic", align_corners=False, antialias=self.antialias)
-        return (images - self.mean) / self.std
+        return (images + (1 - 2 * self.mean)) / (2 * self.std)
 
-    def encode_image(self, images: Tensor) -> Tensor:
-        """[N, 3, H, W] in [-1, 1] -> raw image features [N, D], differentiable."""
-        return self.model.encode_image(self.preprocess(images))
+    def encode_image(self, images: Tensor, preprocessed: bool = False) -> Tensor:
+        """[N, 3, H, W] in [-1, 1], or what :meth:`preprocess` makes of them -> raw image features [N, D], differentiable."""
+        return self.model.encode_image(images if preprocessed else self.preprocess(images))
 
     def in_dtype(self, dtype: torch.dtype) -> "ClipGuide":
         """This guide with an image tower made for autocast to ``dtype``: weights cast once and not at every call, batch norms folded.
@@ -104,6 +106,14 @@ class ClipGuide(nn.Module):
         """Unit text features of ``prompt`` under the T templates, [T, D]."""
         self.tokenize(prompt)                                      # the error should quote the prompt, not a template
         return F.normalize(self.encode_text([template(prompt) for template in TEMPLATES]), dim=-1)
+
+
+def tokens_first(tower: VisionTransformer) -> None:
+    """Let its blocks pass [tokens, N, D] on, as OpenAI's do: torch's attention turns [N, tokens, D] into a view of that, whose product with the
+    weights then copies these for every token, most of a training step's time and memory."""
+    tower.transformer.batch_first = False
+    for block in tower.transformer.resblocks:
+        block.attn.batch_first = False
 
 
 def fold_batch_norms(module: nn.Module) -> nn.Module:

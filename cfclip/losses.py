@@ -103,21 +103,22 @@ def identity_loss_from_features(edited: Tensor, source: Tensor) -> Tensor:
     return 1 - (edited * source).sum(1).mean()
 
 
-def perspective_views(images: Tensor, draws: int = 8, distortion: float = 0.5) -> Tensor:
+def perspective_views(images: Tensor, draws: int = 8, distortion: float = 0.5, then: Callable[[Tensor], Tensor] = lambda view: view) -> Tensor:
     """The published augmentation: ``draws`` random perspectives, each one warp for the whole batch, mid-grey outside.
 
     [N, 3, H, W] -> [draws * N, 3, H, W], draw-major; the images themselves for ``draws=0``. Consumes torch's random
-    numbers exactly as torchvision's ``RandomPerspective(distortion, p=1)`` does.
+    numbers exactly as torchvision's ``RandomPerspective(distortion, p=1)`` does. ``then`` is done to every view before they are put
+    together: eight of 1024² are better made small one by one.
     """
     if not draws:
-        return images
+        return then(images)
     height, width = images.shape[-2:]
     views = []
     for _ in range(draws):
         torch.rand(1)                                              # torchvision's draw against p
         start, end = RandomPerspective.get_params(width, height, distortion)
         grid = perspective_grid(start, end, height, width).to(images)
-        views.append(F.grid_sample(images, grid.expand(len(images), -1, -1, -1), align_corners=False))
+        views.append(then(F.grid_sample(images, grid.expand(len(images), -1, -1, -1), align_corners=False)))
     return torch.cat(views)
 
 

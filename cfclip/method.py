@@ -61,10 +61,11 @@ class Networks:
         """w [N, L, D] -> pictures [N, 3, R, R]."""
         return self.generator.synthesis(w, dtype=None if self.dtype == torch.float32 else self.dtype)
 
-    def clip(self, images: Tensor) -> Tensor:
-        """Pictures [N, 3, R, R] in [-1, 1] -> unit CLIP features [N, E]."""
+    def clip(self, images: Tensor, draws: int = 0) -> Tensor:
+        """Pictures [N, 3, R, R] in [-1, 1] -> unit CLIP features [N, E], or of so many perspective views of each [draws * N, E]."""
+        views = perspective_views(images, draws, then=self.guide.preprocess)
         with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            feature = self.guide.encode_image(images)
+            feature = self.guide.encode_image(views, preprocessed=True)
         return torch.nn.functional.normalize(feature.float(), dim=-1)
 
 
@@ -186,7 +187,7 @@ class CFCLIP:
         w, text = self.w[index], self.text_feature[prompts]
         w_edited = self.mapper.edit(w, text if len(prompts) == 1 else text.repeat_interleave(c.batch // len(prompts), 0))
         edited = self.networks.synthesise(w_edited)
-        views = self.networks.clip(perspective_views(edited, c.draws)).unflatten(0, (-1, c.batch))          # [draws, B, E]
+        views = self.networks.clip(edited, c.draws).unflatten(0, (-1, c.batch))          # [draws, B, E]
         parts = zip(prompts, views.chunk(len(prompts), 1), self.source_clip[index].chunk(len(prompts)), strict=True)
         towards = torch.stack([self.objective(prompt, seen.flatten(0, 1), source) for prompt, seen, source in parts]).mean()
         l2 = latent_l2(w_edited, w)
