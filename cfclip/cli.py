@@ -11,7 +11,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 toonfaces = typer.Typer(no_args_is_help=True, help="The embedded domain's networks.")
 app.add_typer(toonfaces, name="toonfaces")
 
-Name = Annotated[str, typer.Argument(help="generator, clip, heldout_clip, identity, readout, encoder or multi")]
+Name = Annotated[str, typer.Argument(help="generator, clip, heldout_clip, identity, readout, encoder, multi or heldout_multi")]
 
 
 def _check(name: str) -> None:

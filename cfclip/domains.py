@@ -81,7 +81,7 @@ def load_toonfaces(folder: Path = DATA / "toonfaces") -> Domain:
     mapper = None
     if (path := folder / "multi.safetensors").exists():
         mapper = load_mapper(path)
-        if (mapper.config.num_ws, mapper.config.w_dim, mapper.config.text_dim) != (generator.num_ws, generator.w_dim, clip.embed_dim):
+        if not mapper.config.fits(generator, clip):
             warnings.warn(f"{path} was trained for another generator or CLIP than those beside it, and is left out: "
                           "cfclip toonfaces train multi", stacklevel=2)
             mapper = None

@@ -33,6 +33,10 @@ class MapperConfig:
         if unknown := set(self.levels) - set(LEVELS):
             raise ValueError(f"unknown levels {sorted(unknown)}: a mapper has {list(LEVELS)}")
 
+    def fits(self, generator: nn.Module, clip: nn.Module) -> bool:
+        """Whether such a mapper is of the sizes of this generator and this CLIP."""
+        return (self.num_ws, self.w_dim) == (generator.num_ws, generator.w_dim) and self.text_dim in (None, clip.embed_dim)
+
 
 class PixelNormMLP(nn.Module):
     """PixelNorm, then four ``EqualLinear(lr_mul=0.01)`` with leaky ReLU. [N, L', D_in] -> [N, L', D].

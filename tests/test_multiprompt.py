@@ -1,5 +1,6 @@
 import dataclasses
 from collections import Counter
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -11,7 +12,8 @@ from cfclip.checkpoints import load_mapper
 from cfclip.losses import clip_nce, identity_loss, latent_l2, perspective_views
 from cfclip.mapper import Mapper, MapperConfig
 from cfclip.method import CFCLIP, CFCLIPConfig, train_mapper
-from cfclip.multiprompt import MultiPromptConfig, compare
+from cfclip.multiprompt import MultiPromptConfig, compare, find, summarise
+from cfclip.reporting import half_width, plus_minus
 from cfclip.toonfaces import cards, multi
 from cfclip.toonfaces.captions import claim_of
 from cfclip.toonfaces.factors import HELD_OUT, NATURAL, PARTS, colours
@@ -110,17 +112,38 @@ def test_an_empty_prompt_in_the_list(domain):
         CFCLIP(domain, dataclasses.replace(CONFIG, prompts=("blue hair", "")))
 
 
-def test_compare_is_a_row_per_face(domain, monkeypatch):
+@pytest.fixture
+def compared(domain, monkeypatch) -> pd.DataFrame:
     monkeypatch.setattr("cfclip.metrics.natural_spread", lambda domain: (1.0, 1.0))
     torch.manual_seed(0)
     config = MapperConfig(domain.generator.num_ws, domain.generator.w_dim, domain.clip.embed_dim, norm_axis="channel")
-    mappers = {seed: Mapper(config) for seed in range(2)}
-    rows = compare(domain, mappers, ("blue hair", "cyan skin"), PROMPTS, n=3, alone={("cyan skin", 0): Mapper(config), ("red eyes", 0): Mapper(config)})
-    table = pd.DataFrame(rows)
-    assert len(table) == (2 + 3) * 3 and {"prompt", "seen", "trained_on", "seed", "index", "success_after", "leakage", "identity"} <= set(table)
-    assert dict(table.groupby("prompt")["seen"].first()) == {"blue hair": True, "cyan skin": False}
-    assert table[table["trained_on"] == "this prompt"]["prompt"].unique().tolist() == ["cyan skin"]
-    assert not table["identity"].eq(1).any()
+    many = {("some", seed): Mapper(config) for seed in range(2)} | {("all", 0): Mapper(config)}
+    return pd.DataFrame(compare(domain, many, {("cyan skin", 0): Mapper(config), ("red eyes", 0): Mapper(config)}, ("blue hair", "cyan skin"), n=3))
+
+
+def test_compare_is_a_row_per_face(compared):
+    assert len(compared) == (3 + 4) * 3 and {"prompt", "trained_on", "seed", "index", "success_after", "leakage", "identity"} <= set(compared)
+    assert compared[compared["trained_on"] == "this prompt"]["prompt"].unique().tolist() == ["cyan skin"]
+    assert not compared["identity"].eq(1).any()
+
+
+def test_summarise_takes_trainings_for_tries(compared):
+    compared["success_after"] = compared["seed"] + compared["prompt"].eq("cyan skin") * 0.5
+    lines = summarise(compared.assign(group="all of them"), "group").set_index("trained on")
+    assert lines.loc["some", "success %"] == plus_minus(0.75, half_width([0.25, 1.25]), 100)
+    assert (lines.loc["some", "seeds"], lines.loc["some", "prompts"], lines.loc["this prompt", "prompts"]) == (2, 2, 1)
+    assert "nan" not in lines.loc["all", "success %"]                                       # one training has no interval
+
+
+def test_found_mappers_are_told_apart(domain, tmp_path):
+    train_mapper(domain, dataclasses.replace(CONFIG, steps=1, seed=4), tmp_path / "many", progress=False)
+    for seed in (0, 1):
+        train_mapper(domain, CFCLIPConfig("blue hair", steps=1, batch=1, train_latents=1, seed=seed), tmp_path / f"one-{seed}", progress=False)
+    many, alone = find(tmp_path)
+    assert list(many) == [4] and list(alone) == [("blue hair", 0), ("blue hair", 1)]
+    assert list(find(tmp_path / "many" / "mapper.safetensors")[0]) == [4]
+    with pytest.raises(ValueError, match="the second mapper of 4"):
+        find(tmp_path, tmp_path / "many" / "mapper.safetensors")
 
 
 # ---- toonfaces ----------------------------------------------------------------------------------------------------------
@@ -135,7 +158,7 @@ def test_the_split():
     assert {claims[p][1] for p in unseen} <= {claims[p][1] for p in seen}                  # every word is known, the pair is not
     assert {claims[p] for p in unseen} >= HELD_OUT
     assert sum(claims[p][1] in NATURAL[claims[p][0]] for p in unseen) <= 2
-    assert (seen, unseen) == multi.split() and multi.config().prompts == seen
+    assert (seen, unseen) == multi.split() and multi.heldout_config().prompts == seen and multi.config().prompts == seen + unseen
 
 
 def folder_of(tmp_path):
@@ -158,9 +181,21 @@ def test_the_stored_mapper_is_the_domains(tmp_path, monkeypatch):
     assert torch.equal(d.mapper.edit(w, text), stored.edit(w, text)) and not torch.equal(stored.edit(w, text[:1]), stored.edit(w, text[1:]))
     training = weights.read(path, "mapper")[2]["training"]
     assert tuple(training["prompts"]) == PROMPTS and (training["seed"], training["steps"]) == (3, 2)
-    monkeypatch.setattr(multi, "compare", lambda domain, mappers, prompts, seen, n: compare(domain, mappers, prompts, seen, n=2))
+    monkeypatch.setattr(multi, "compare", lambda domain, many, alone, prompts, n: compare(domain, many, alone, prompts, n=2))
     card = cards.write_card("multi", folder).read_text()
     assert all(words in card for words in ("counterfactual, held out from CLIP", "cyan skin", "success after", "train multi", "ramp_down"))
+
+
+def test_the_probe_reads_what_is_there():
+    """Text features made of a part's and a colour's vector are read whole; random ones are not."""
+    seen, unseen = multi.split()
+    torch.manual_seed(0)
+    words = {word: torch.randn(64) for prompt in seen + unseen for word in prompt.split()}
+    whole = SimpleNamespace(encode_text=lambda texts: torch.stack([sum(words[word] for word in text.split()) for text in texts]))
+    nothing = SimpleNamespace(encode_text=lambda texts: torch.randn(len(texts), 64))
+    told = multi.probe(SimpleNamespace(clip=whole)).set_index("prompts")
+    assert told.loc["unseen", "both"] > 0.9 and told.loc["unseen", "n"] == len(unseen)
+    assert multi.probe(SimpleNamespace(clip=nothing)).set_index("prompts").loc["unseen", "both"] < 0.2
 
 
 def test_a_mapper_of_other_sizes_is_left_out(tmp_path):

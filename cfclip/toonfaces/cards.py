@@ -1,7 +1,7 @@
 """Trains, exports and measures the embedded networks; each weight file's card is written by the command that measured it."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .. import weights
+from ..checkpoints import load_mapper
 from ..domains import DATA, load_toonfaces
 from ..metrics import kid, kid_features
 from ..reporting import markdown
@@ -75,16 +76,16 @@ def measure_encoder(folder: Path) -> str:
                     "Settings of `InversionConfig`. Seed 70000.")
 
 
-def measure_multi(folder: Path) -> str:
-    """Edits of test faces by prompts that were trained on and prompts that were not."""
-    domain = load_toonfaces(folder)
-    if domain.mapper is None:
-        raise weights.WeightsError(f"{folder / 'multi.safetensors'} does not fit the generator and the CLIP beside it: cfclip toonfaces train multi")
-    trained_on = weights.read(folder / "multi.safetensors", "mapper")[2]["training"]["prompts"]
-    groups, unseen = multi.measure(domain, trained_on)
-    note = ("Edits at strength 1 of test faces, by prompts that were trained on (seen) and others; n = prompts x faces. Success, leakage: the "
+def measure_multi(name: str, folder: Path) -> str:
+    """Edits of test faces by prompts that were trained on, and by those that were not."""
+    path, domain = folder / f"{name}.safetensors", load_toonfaces(folder)
+    domain = replace(domain, mapper=load_mapper(path))
+    if not domain.mapper.config.fits(domain.generator, domain.clip):
+        raise weights.WeightsError(f"{path} does not fit the generator and the CLIP beside it: cfclip toonfaces train {name}")
+    groups, unseen = multi.measure(domain, weights.read(path, "mapper")[2]["training"]["prompts"])
+    note = ("Edits at strength 1 of test faces; seen: by prompts that were trained on; n = prompts x faces. Success, leakage: the "
             "readout's. A face without the part, as the bald for hair, cannot succeed. Test latents, seed 0.")
-    return markdown(groups, note) + "\n" + markdown(unseen, "Every unseen prompt.")
+    return markdown(groups, note) + ("\n" + markdown(unseen, "Every unseen prompt.") if len(unseen) else "")
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,10 @@ NETWORKS: dict[str, Network] = {
                          "Generator: StyleGAN2 that has seen natural colours only", dtype=torch.float32),
     "encoder": Network(encoder.EncoderConfig, encoder.train, lambda c, m: m.metadata, measure_encoder,
                        "Encoder: a photo to W+, trained for the generator beside it"),
-    "multi": Network(multi.config, multi.train, lambda c, m: m.metadata, measure_multi,
-                     "Mapper of many prompts: CF-CLIP, a prompt drawn each step", kind="mapper", data="samples of the generator beside it"),
+    "multi": Network(multi.config, multi.train, lambda c, m: m.metadata, partial(measure_multi, "multi"),
+                     "Mapper of every prompt: CF-CLIP, prompts drawn each step", kind="mapper", data="samples of the generator beside it"),
+    "heldout_multi": Network(multi.heldout_config, multi.train, lambda c, m: m.metadata, partial(measure_multi, "heldout_multi"),
+                             "Mapper of many prompts that never saw some", kind="mapper", data="samples of the generator beside it"),
 }
 
 
