@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .ops import bias_act, modulated_conv2d, prepare, setup_filter, upfirdn2d
+from .ops import bias_act, modulate, prepare, setup_filter, styled_conv2d, upfirdn2d
 
 
 class EqualLinear(nn.Module):
@@ -39,14 +39,14 @@ class ModulatedConv(nn.Module):
     scale: float
     _kept: tuple | None = None
 
-    def convolve(self, x: Tensor, style: Tensor, demodulate: bool = True, fir: Tensor | None = None) -> Tensor:
-        weight = self.weight * self.scale
+    def prepared(self, dtype: torch.dtype, fir: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """:func:`prepare` of the weights."""
         if self.weight.requires_grad:
-            return modulated_conv2d(x, weight, style, demodulate, fir)
-        state = (self.weight.data_ptr(), self.weight._version, self.weight.device, x.dtype)
+            return prepare(self.weight * self.scale, fir, dtype)
+        state = (self.weight.data_ptr(), self.weight._version, self.weight.device, dtype)
         if self._kept is None or self._kept[0] != state:
-            self._kept = state, prepare(weight, fir, x.dtype)
-        return modulated_conv2d(x, weight, style, demodulate, fir, self._kept[1])
+            self._kept = state, prepare(self.weight * self.scale, fir, dtype)
+        return self._kept[1]
 
 
 class StyledConv(ModulatedConv):
@@ -61,11 +61,11 @@ class StyledConv(ModulatedConv):
         self.bias = nn.Parameter(torch.zeros(out_ch))
         self.scale, self.up = 1 / math.sqrt(in_ch * 9), up
 
-    def forward(self, x: Tensor, style: Tensor, noise: Tensor | None, fir: Tensor, clamp: float | None) -> Tensor:
-        x = self.convolve(x, style, fir=fir if self.up else None)
-        if noise is not None:
-            x = x + (noise * self.noise_strength).to(x.dtype)
-        return bias_act(x, self.bias, clamp=clamp)
+    def forward(self, x: Tensor, style: Tensor, noise: Tensor | None, fir: Tensor, clamp: float | None, styles: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """x: times ``style`` already. Returns the output times each of ``styles``, those of the layers that read it."""
+        noise = None if noise is None else noise * self.noise_strength
+        fir = fir if self.up else None
+        return styled_conv2d(x, self.prepared(x.dtype, fir), style, fir, noise=noise, bias=self.bias, clamp=clamp, styles=styles)
 
 
 class ToRGB(ModulatedConv):
@@ -78,8 +78,9 @@ class ToRGB(ModulatedConv):
         self.bias = nn.Parameter(torch.zeros(3))
         self.scale = 1 / math.sqrt(in_ch)
 
-    def forward(self, x: Tensor, style: Tensor, clamp: float | None) -> Tensor:
-        x = self.convolve(x, style, demodulate=False)
+    def forward(self, x: Tensor, clamp: float | None) -> Tensor:
+        """x: times this layer's style already."""
+        x = nn.functional.conv2d(x, self.prepared(x.dtype)[0])
         return bias_act(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x, self.bias, slope=1, gain=1, clamp=clamp)
 
 
@@ -180,13 +181,16 @@ class Generator(nn.Module):
         x = self.const[None].expand(n, -1, -1, -1).to(dtype or styles[0].dtype)
         if x.dtype in (torch.float16, torch.bfloat16):             # faster there; in float32 it is not, and rounds twice as badly
             x = x.contiguous(memory_format=torch.channels_last)
-        image, conv_index = None, 0
-        for (layer, _, _), style in zip(self._layers(), styles, strict=True):
+        inputs, image, conv_index = [modulate(x, styles[0])], None, 0         # of the next layers, each times its layer's style
+        layers = [layer for layer, _, _ in self._layers()]
+        for i, (layer, style) in enumerate(zip(layers, styles, strict=True)):
+            x = inputs.pop(0)
             if isinstance(layer, StyledConv):
-                x = layer(x, style, self._noise(noise, conv_index, n), self.fir, self.conv_clamp)
+                readers = 2 if isinstance(layers[i + 1], ToRGB) else 1
+                inputs += layer(x, style, self._noise(noise, conv_index, n), self.fir, self.conv_clamp, styles[i + 1:i + 1 + readers])
                 conv_index += 1
             else:
-                rgb = layer(x, style, self.conv_clamp)
+                rgb = layer(x, self.conv_clamp)
                 image = rgb if image is None else rgb + upsample2x(image, self.fir)
         return image
 

@@ -1,0 +1,72 @@
+"""Which version of an operator runs: Triton's on a GPU where it gives all that is asked for, the reference everywhere else.
+
+The Triton versions are differentiable once and take ``bias``, ``noise`` and ``f`` for frozen. Where one of these is trained, so is the
+network, and that is where gradients of gradients are asked for (R1, path lengths): the reference. A frozen network that is to be
+differentiated twice needs ``using("reference")``; else the second backward pass raises an error that names ``once_differentiable``.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache, wraps
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+_forced: ContextVar[str | None] = ContextVar("operators", default=None)
+
+
+@contextmanager
+def using(operators: str) -> Iterator[None]:
+    """Within this context the operators are the "reference" or the "triton" ones, whatever they are asked for."""
+    if operators not in ("reference", "triton"):
+        raise ValueError(f"operators must be 'reference' or 'triton', not {operators!r}")
+    token = _forced.set(operators)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@cache
+def _compiles(device: torch.device) -> bool:
+    """Whether Triton works on that GPU: it may be missing, find no C compiler for its launcher, or not know the architecture."""
+    try:
+        from . import triton_ops
+        triton_ops.epilogue(torch.zeros(1, 1, 1, 1, device=device))
+    except Exception as error:                                     # each of these raises something else
+        warnings.warn(f"the operators of StyleGAN2 run as the plain torch reference on {device}, as Triton does not work there: {error}", stacklevel=2)
+        return False
+    return True
+
+
+def _operators(x: Tensor, *frozen: Tensor | None) -> ModuleType:
+    """The module whose operator is to work on ``x``."""
+    choice = _forced.get()
+    if choice is None:
+        trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in frozen)
+        fits = x.is_cuda and x.dtype in (torch.float32, torch.float16, torch.bfloat16) and not trained and _compiles(x.device)
+        choice = "triton" if fits else "reference"
+    if choice == "reference":
+        return reference
+    from . import triton_ops
+    return triton_ops
+
+
+@wraps(reference.upfirdn2d)
+def upfirdn2d(x: Tensor, f: Tensor, *args, **kwargs) -> Tensor:
+    return _operators(x, f).upfirdn2d(x, f, *args, **kwargs)
+
+
+@wraps(reference.bias_act)
+def bias_act(x: Tensor, bias: Tensor | None = None, *args, **kwargs) -> Tensor:
+    return _operators(x, bias).bias_act(x, bias, *args, **kwargs)
+
+
+@wraps(reference.epilogue)
+def epilogue(x: Tensor, d: Tensor | None = None, noise: Tensor | None = None, bias: Tensor | None = None, *args, **kwargs) -> tuple[Tensor, ...]:
+    return _operators(x, noise, bias).epilogue(x, d, noise, bias, *args, **kwargs)

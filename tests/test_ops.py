@@ -1,0 +1,261 @@
+"""The Triton operators against the reference: on the GPU where there is one, else through Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cfclip
+from cfclip import ops
+from cfclip.ops import dispatch, reference
+from cfclip.stylegan2 import Generator
+
+triton = pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KINDS = ((torch.float32, False), (torch.float32, True), (torch.float16, True), (torch.bfloat16, False))
+"""dtype and whether channels lie last."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels():
+    """The module of the kernels. The interpreter takes over what is decorated while its variable is set."""
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE == "cpu":
+            patch.setenv("TRITON_INTERPRET", "1")
+            patch.setattr(triton.language, "sum", triton.jit(triton.language.sum.fn))       # others may have imported Triton before
+        patch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        from cfclip.ops import triton_ops
+        yield triton_ops
+
+
+def draw(shape: tuple, dtype: torch.dtype = torch.float32, last: bool = False, seed: int = 0) -> torch.Tensor:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+    return x.contiguous(memory_format=torch.channels_last) if last else x
+
+
+def check(op, *inputs: torch.Tensor | None) -> None:
+    """Values and gradients with respect to ``inputs`` of ``op(module, *inputs)``; the reference works in float32, from the same numbers."""
+    from cfclip.ops import triton_ops
+    results = []
+    for module, dtype in ((triton_ops, None), (reference, torch.float32)):
+        leaves = [None if t is None else t.detach().to(dtype or t.dtype).requires_grad_() for t in inputs]
+        ys = op(module, *leaves)
+        ys = ys if isinstance(ys, tuple) else (ys,)
+        cotangents = [draw(y.shape, inputs[0].dtype, seed=i).to(y.dtype) for i, y in enumerate(ys)]
+        results.append([*ys, *torch.autograd.grad(ys, [t for t in leaves if t is not None], cotangents)])
+    for a, b in zip(*results, strict=True):
+        eps = torch.finfo(a.dtype).eps                             # sums of many are as precise as float32 makes them, in units of the largest
+        torch.testing.assert_close(a.float(), b, rtol=4 * eps, atol=(4 * eps if eps > 1e-5 else 2e-6) * max(1, b.abs().max().item() if b.numel() else 1))
+
+
+UPFIRDN = {"up": (2, 1, (2, 1, 2, 1), (4, 4)), "down": (1, 2, (1, 1, 1, 1), (4, 4)), "same": (1, 1, (2, 1, 2, 1), (4, 4)),
+           "blur": (1, 1, (1, 1, 1, 1), (3, 3)), "box": (1, 2, (0, 0, 0, 0), (2, 2)), "both": (3, 2, (4, -1, 0, 3), (5, 3)),
+           "cropped": (2, 1, (-3, 2, 1, -2), (1, 6)), "long": (2, 3, (7, 3, 5, 5), (7, 8))}
+
+
+@pytest.mark.parametrize(("dtype", "last"), KINDS)
+@pytest.mark.parametrize("case", UPFIRDN)
+def test_upfirdn2d(case, dtype, last):
+    up, down, pad, taps = UPFIRDN[case]
+    f = draw(taps, seed=1)
+    check(lambda m, x: m.upfirdn2d(x, f, up, down, pad, 1.5), draw((2, 3, 7, 5), dtype, last))
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(st.integers(0, 2), st.integers(1, 9), st.tuples(st.integers(1, 20), st.integers(1, 20)), st.integers(1, 4), st.integers(1, 4),
+       st.tuples(*[st.integers(-3, 6)] * 4), st.tuples(st.integers(1, 5), st.integers(1, 5)), st.booleans())
+def test_upfirdn2d_of_any_shape(n, c, size, up, down, pad, taps, last):
+    from cfclip.ops import triton_ops
+    f, x = draw(taps, seed=1), draw((n, c, *size), last=last)
+    padded = size[0] * up + pad[2] + pad[3], size[1] * up + pad[0] + pad[1]
+    if padded[0] < taps[0] or padded[1] < taps[1]:
+        with pytest.raises(ValueError, match="does not fit"):
+            triton_ops.upfirdn2d(x, f, up, down, pad)
+    elif min(size[0] * up + min(pad[2], 0) + min(pad[3], 0), size[1] * up + min(pad[0], 0) + min(pad[1], 0)) > 0:
+        check(lambda m, x: m.upfirdn2d(x, f, up, down, pad), x)
+
+
+def test_upfirdn2d_is_differentiable_twice(kernels):
+    f, results = draw((4, 4)), []
+    for upfirdn2d in (kernels.upfirdn2d, reference.upfirdn2d):
+        x = draw((1, 2, 5, 4)).requires_grad_()
+        g, = torch.autograd.grad(upfirdn2d(x, f, up=2, pad=(2, 1, 2, 1)).square().sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(g.square().sum(), x)[0])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize(("dtype", "last"), KINDS)
+@pytest.mark.parametrize("parts", ["dnbsc", "dnbssc", "dnbss+", "dns+", "b", "bc", "n", "", "d+", "nb+"])
+def test_epilogue(parts, dtype, last):
+    """Demodulation, noise, bias, the styles of the readers, clamp; +: pixel shuffle."""
+    shuffle, c = "+" in parts, 5
+    x, size = (draw((2, 4 * c, 7, 3), dtype, last), (14, 6)) if shuffle else (draw((2, c, 7, 3), dtype, last), (7, 3))
+    noise = draw((2, 1, *size), seed=2) if "n" in parts else None
+    d, bias = draw((2, c), seed=3).abs() if "d" in parts else None, draw((c,), seed=4) if "b" in parts else None
+    styles = [draw((2, c), seed=5 + i) for i in range(parts.count("s"))]
+    clamp = 0.7 if "c" in parts else None
+    check(lambda m, x, d, bias, *styles: m.epilogue(x, d, noise, bias, clamp=clamp, styles=styles, shuffle=shuffle), x, d, bias, *styles)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(st.integers(0, 3), st.integers(1, 70), st.tuples(st.integers(1, 24), st.integers(1, 24)), st.booleans(), st.booleans(), st.booleans())
+def test_epilogue_of_any_shape(n, c, size, shuffle, last, each):
+    shuffle = shuffle and n > 0                                    # torch's gradient of an empty pixel shuffle has the wrong shape
+    h, w = (2 * s for s in size) if shuffle else size
+    noise = draw((n, 1, h, w) if each else (h, w), seed=2)
+    check(lambda m, x, d, bias, *styles: m.epilogue(x, d, noise, bias, clamp=2, styles=styles, shuffle=shuffle),
+          draw((n, 4 * c if shuffle else c, *size), last=last), draw((n, c), seed=3).abs(), draw((c,), seed=4), draw((n, c), seed=5), draw((n, c), seed=6))
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (2, 3, 5), (2, 3, 4, 5), (1, 3, 2, 3, 4), (0, 3), (0, 3, 4, 5), (2, 3, 0, 5), (2, 1, 1, 1)])
+@pytest.mark.parametrize("options", [{}, {"slope": 1, "gain": 1, "clamp": 0.5}, {"slope": 0.1, "gain": 3}])
+def test_bias_act(shape, options):
+    check(lambda m, x, bias: m.bias_act(x, bias, **options), draw(shape), draw(shape[1:2], seed=1))
+
+
+@pytest.mark.parametrize("view", [lambda x: x.transpose(1, 3), lambda x: x[:, ::2, 1:, ::3], lambda x: x.flip(2)[:, :, :1].expand(-1, -1, 6, -1),
+                                  lambda x: x.permute(1, 0, 3, 2)])
+def test_strides(view):
+    f, x = draw((3, 3), seed=1), draw((4, 5, 6, 7))
+    check(lambda m, x: m.bias_act(view(x), clamp=1).transpose(2, 3), x)
+    check(lambda m, x: m.upfirdn2d(view(x), f, pad=(1, 1, 1, 1)).transpose(2, 3), x)
+
+
+def test_what_is_no_number_is_passed_on(kernels):
+    x = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0], device=DEVICE).reshape(1, 1, 2, 2)
+    for clamp in (None, 3.0):
+        a, b = (m.bias_act(x, clamp=clamp) for m in (kernels, reference))
+        torch.testing.assert_close(a, b, equal_nan=True)
+
+
+def test_offsets_beyond_int32(kernels):
+    n, (c, p, C, P) = np.int64(5), (np.array(x, np.int32) for x in (511, 2 ** 21 - 1, 512, 2 ** 21))
+    for last in (False, True):
+        offset = kernels._offset.fn(n, c, p, C, P, last)
+        assert offset.dtype == np.int64 and offset == 6 * 512 * 2 ** 21 - 1
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs 10 GB of GPU memory")
+def test_tensors_beyond_int32(kernels):
+    x = torch.zeros(33, 64, 1024, 1024, dtype=torch.float16, device=DEVICE)
+    x[-1] = draw((64, 1024, 1024), x.dtype)
+    torch.testing.assert_close(kernels.bias_act(x)[-1:], reference.bias_act(x[-1:]))
+
+
+def test_empty_shuffle(kernels):
+    x = draw((0, 20, 3, 2)).requires_grad_()
+    y, = kernels.epilogue(x, shuffle=True)
+    assert y.shape == (0, 5, 6, 4) and torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+
+
+def test_gradients_it_does_not_give(kernels):
+    x, t = draw((1, 1, 2, 2)).requires_grad_(), draw((2, 2)).requires_grad_()
+    with pytest.raises(NotImplementedError, match="of noise"):
+        kernels.epilogue(x, noise=t)
+    with pytest.raises(NotImplementedError, match="of f"):
+        kernels.upfirdn2d(x, t)
+    g, = torch.autograd.grad(kernels.bias_act(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        g.sum().backward()
+
+
+@pytest.mark.parametrize("up", [False, True])
+@pytest.mark.parametrize("taps", [(1, 3, 3, 1), (1, 2, 1)])
+def test_modulated_conv2d(up, taps):
+    f = ops.setup_filter(taps).to(DEVICE) if up else None
+    weight = draw((6, 4, 3, 3), seed=1)
+
+    def convolve(module, x, style):
+        with ops.using("reference" if module is reference else "triton"):
+            return ops.modulated_conv2d(x, weight, style, f=f)
+    check(convolve, draw((3, 4, 5, 7)), draw((3, 4), seed=2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("noise", ["const", "none"])
+def test_generator(dtype, noise):
+    """Images, and gradients with respect to w, of a whole generator."""
+    torch.manual_seed(0)
+    g = Generator(16, (12, 8, 8), 16, 16, 2, conv_clamp=2.0).requires_grad_(False)
+    for layer in (*g.convs, *g.rgbs):
+        layer.bias.normal_(0, 0.1)
+    for conv in g.convs:
+        conv.noise_strength.fill_(0.1)
+    g, results = g.to(DEVICE), []
+    for operators in ("triton", "reference"):
+        w = draw((2, g.num_ws, 16)).requires_grad_()
+        with ops.using(operators):
+            image = g.synthesis(w, noise, dtype)
+        results.append((image, *torch.autograd.grad(image, w, draw(image.shape, seed=1))))
+    for a, b in zip(*results, strict=True):
+        tolerance = (1e-5 if dtype == torch.float32 else 0.05) * b.abs().max().item()
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+def test_which_operators(kernels, monkeypatch):
+    monkeypatch.setattr(dispatch, "_compiles", lambda device: True)
+    x, trained = SimpleNamespace(is_cuda=True, dtype=torch.float16, device=None), torch.zeros(1, requires_grad=True)
+    assert dispatch._operators(x, None, trained.detach()) is kernels
+    assert dispatch._operators(x, trained) is reference
+    with torch.no_grad():
+        assert dispatch._operators(x, trained) is kernels
+    assert dispatch._operators(SimpleNamespace(is_cuda=True, dtype=torch.float64)) is reference
+    assert dispatch._operators(torch.zeros(1)) is reference
+    with ops.using("triton"):
+        assert dispatch._operators(torch.zeros(1), trained) is kernels
+        with ops.using("reference"):
+            assert dispatch._operators(x) is reference
+        assert dispatch._operators(torch.zeros(1)) is kernels
+    assert dispatch._operators(torch.zeros(1)) is reference
+    with pytest.raises(ValueError, match="'cuda'"), ops.using("cuda"):
+        pass
+
+
+def test_where_triton_does_not_work(kernels, monkeypatch):
+    def fails(x):
+        raise RuntimeError("no C compiler")
+    assert dispatch._compiles.__wrapped__(torch.device(DEVICE))
+    monkeypatch.setattr(kernels, "epilogue", fails)
+    with pytest.warns(UserWarning, match=r"plain torch reference.*no C compiler"):
+        assert not dispatch._compiles.__wrapped__(torch.device(DEVICE))
+
+
+COMPILED = """
+import sys, types
+package = sys.modules["cfclip"] = types.ModuleType("cfclip")                   # its other modules import torchvision, which imports Triton
+package.__path__ = sys.argv[1:]
+import cfclip.ops
+assert "triton" not in sys.modules and "cfclip.ops.triton_ops" not in sys.modules
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from cfclip.ops import triton_ops as t
+integers = {"C", "H", "W", "OUT_H", "OUT_W", "noise_step", "before_row", "before_col", "first_row", "first_col"}
+activations = {"x", "y", "y0", "y1", "g0", "g1", "gx"}
+dtypes = {"slope": "fp32", "gain": "fp32", "clamp": "fp32", **dict.fromkeys(integers, "i32"), **dict.fromkeys(activations, "*fp16")}
+tile = {"LAST": True, "PIXELS": 32, "CHANNELS": 32}
+fir = {"UP": 2, "DOWN": 1, "FH": 4, "FW": 4, "FLIPPED": False}
+for kernel, constants in ((t._upfirdn2d, fir), (t._epilogue, {"SHUFFLE": True}), (t._epilogue_backward, {"SHUFFLE": True, "OF_BIAS": True, "TILES": 8}),
+                          (t._epilogue_backward, {"SHUFFLE": False, "OF_BIAS": False, "TILES": 8, "C": 1, "H": 1, "W": 1,
+                                                  **dict.fromkeys(("d", "noise", "style0", "style1", "g1", "clamp"))})):
+    constants = tile | constants
+    signature = {name: "constexpr" if name in constants else dtypes.get(name, "*fp32") for name in kernel.arg_names}
+    binary = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 80, 32)).asm["cubin"]
+    print(kernel.__name__, len(binary))
+"""
+
+
+@pytest.mark.skipif(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3), reason="the compiler's interface was another")
+def test_kernels_compile_for_a_gpu_that_is_not_there(tmp_path):
+    """What the interpreter lets pass and the compiler does not; and importing ``cfclip.ops`` imports no Triton."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", COMPILED, *cfclip.__path__], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 4
