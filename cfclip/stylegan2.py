@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .ops import bias_act, modulate, prepare, setup_filter, styled_conv2d, upfirdn2d
+from .ops import bias_act, conv2d, modulate, prepare, setup_filter, styled_conv2d, upfirdn2d
 
 
 class EqualLinear(nn.Module):
@@ -80,7 +80,7 @@ class ToRGB(ModulatedConv):
 
     def forward(self, x: Tensor, clamp: float | None) -> Tensor:
         """x: times this layer's style already."""
-        x = nn.functional.conv2d(x, self.prepared(x.dtype)[0])
+        x = conv2d(x, self.prepared(x.dtype)[0])
         return bias_act(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x, self.bias, slope=1, gain=1, clamp=clamp)
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import epilogue, upfirdn2d
+from .dispatch import conv2d, epilogue, upfirdn2d
 from .reference import modulate
 
 
@@ -48,7 +48,7 @@ def styled_conv2d(x: Tensor, prepared: tuple[Tensor, Tensor], style: Tensor | No
     kernel, squares = prepared
     phased = f is not None and kernel.shape[0] == 4 * squares.shape[0]
     if f is None or phased:
-        x = F.conv2d(x, kernel, padding=kernel.shape[-1] // 2)
+        x = conv2d(x, kernel)
     else:                                                          # a filter of another length: convolve, then filter
         x = F.conv_transpose2d(x, kernel.transpose(0, 1), stride=2)
         n, k = f.shape[-1], kernel.shape[-1]                       # pads as NVIDIA's conv2d_resample and rosinality's Blur do

@@ -1,7 +1,7 @@
-"""Which version of an operator runs: Triton's on a GPU where it gives all that is asked for, the reference everywhere else.
+"""Which version of an operator runs: the reference for a generator that is trained; for a frozen one Triton's on a GPU, elsewhere :mod:`.frozen`.
 
-The Triton versions are differentiable once and take ``bias``, ``noise`` and ``f`` for frozen. Where one of these is trained, so is the
-network, and that is where gradients of gradients are asked for (R1, path lengths): the reference. A frozen network that is to be
+The two of a frozen generator are differentiable once, and take kernels, ``bias``, ``noise`` and ``f`` for constants. Where one of these is trained, so is
+the network, and that is where gradients of gradients are asked for (R1, path lengths): the reference. A frozen network that is to be
 differentiated twice needs ``using("reference")``; else the second backward pass raises an error that names ``once_differentiable``.
 """
 
@@ -15,16 +15,17 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import reference
+from . import frozen, reference
 
+OPERATORS = ("reference", "frozen", "triton")
 _forced: ContextVar[str | None] = ContextVar("operators", default=None)
 
 
 @contextmanager
 def using(operators: str) -> Iterator[None]:
-    """Within this context the operators are the "reference" or the "triton" ones, whatever they are asked for."""
-    if operators not in ("reference", "triton"):
-        raise ValueError(f"operators must be 'reference' or 'triton', not {operators!r}")
+    """Within this context the operators are those of the "reference", the "frozen" or the "triton" ones, whatever they are asked for."""
+    if operators not in OPERATORS:
+        raise ValueError(f"operators must be one of {OPERATORS}, not {operators!r}")
     token = _forced.set(operators)
     try:
         yield
@@ -39,27 +40,32 @@ def _compiles(device: torch.device) -> bool:
         from . import triton_ops
         triton_ops.epilogue(torch.zeros(1, 1, 1, 1, device=device))
     except Exception as error:                                     # each of these raises something else
-        warnings.warn(f"the operators of StyleGAN2 run as the plain torch reference on {device}, as Triton does not work there: {error}", stacklevel=2)
+        warnings.warn(f"the operators of StyleGAN2 run in plain torch on {device}, as Triton does not work there: {error}", stacklevel=2)
         return False
     return True
 
 
-def _operators(x: Tensor, *frozen: Tensor | None) -> ModuleType:
+def _operators(x: Tensor, *constants: Tensor | None) -> ModuleType:
     """The module whose operator is to work on ``x``."""
     choice = _forced.get()
     if choice is None:
-        trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in frozen)
-        fits = x.is_cuda and x.dtype in (torch.float32, torch.float16, torch.bfloat16) and not trained and _compiles(x.device)
-        choice = "triton" if fits else "reference"
-    if choice == "reference":
-        return reference
-    from . import triton_ops
-    return triton_ops
+        trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in constants)
+        gpu = x.is_cuda and x.dtype in (torch.float32, torch.float16, torch.bfloat16) and not trained and _compiles(x.device)
+        choice = "reference" if trained else "triton" if gpu else "frozen"
+    if choice == "triton":
+        from . import triton_ops
+        return triton_ops
+    return frozen if choice == "frozen" else reference
 
 
 @wraps(reference.upfirdn2d)
 def upfirdn2d(x: Tensor, f: Tensor, *args, **kwargs) -> Tensor:
     return _operators(x, f).upfirdn2d(x, f, *args, **kwargs)
+
+
+@wraps(reference.conv2d)
+def conv2d(x: Tensor, kernel: Tensor) -> Tensor:
+    return _operators(x, kernel).conv2d(x, kernel)
 
 
 @wraps(reference.bias_act)

@@ -42,6 +42,11 @@ def bias_act(x: Tensor, bias: Tensor | None = None, slope: float = 0.2, gain: fl
     return x if clamp is None else x.clamp(-clamp, clamp)
 
 
+def conv2d(x: Tensor, kernel: Tensor) -> Tensor:
+    """``F.conv2d`` with "same" padding. x: [N, I, H, W]; kernel: [O, I, k, k], k odd."""
+    return F.conv2d(x, kernel, padding=kernel.shape[-1] // 2)
+
+
 def modulate(x: Tensor, style: Tensor) -> Tensor:
     """x [N, C, H, W] times style [N, C] in the dtype of ``x``."""
     return x * style.to(x.dtype)[:, :, None, None]

@@ -27,6 +27,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .frozen import check_frozen, conv2d
+
+__all__ = ["bias_act", "conv2d", "epilogue", "upfirdn2d"]
+
 TILES = 8
 """Tiles of 1024 elements that one program of a backward pass sums up before it writes its sums."""
 
@@ -258,14 +262,14 @@ class _Epilogue(torch.autograd.Function):
 
 def upfirdn2d(x: Tensor, f: Tensor, up: int = 1, down: int = 1, pad: Sequence[int] = (0, 0, 0, 0), gain: float = 1.0) -> Tensor:
     """:func:`cfclip.ops.reference.upfirdn2d`, but for gradients of ``f``."""
-    _check_frozen(f=f)
+    check_frozen(f=f)
     return _Upfirdn2d.apply(x, f.float().contiguous(), up, down, tuple(pad), float(gain), False)
 
 
 def epilogue(x: Tensor, d: Tensor | None = None, noise: Tensor | None = None, bias: Tensor | None = None, slope: float = 0.2,
              gain: float = math.sqrt(2), clamp: float | None = None, styles: Sequence[Tensor] = (), shuffle: bool = False) -> tuple[Tensor, ...]:
     """:func:`cfclip.ops.reference.epilogue` for two styles at most, but for gradients of ``noise``."""
-    _check_frozen(noise=noise)
+    check_frozen(noise=noise)
     return _Epilogue.apply(x, d, noise, bias, float(slope), float(gain), None if clamp is None else float(clamp), shuffle, *styles)
 
 
@@ -274,9 +278,3 @@ def bias_act(x: Tensor, bias: Tensor | None = None, slope: float = 0.2, gain: fl
     if x.ndim == 4:
         return epilogue(x, bias=bias, slope=slope, gain=gain, clamp=clamp)[0]
     return bias_act(x.reshape(*x.shape[:2], math.prod(x.shape[2:]), 1), bias, slope, gain, clamp).reshape(x.shape)
-
-
-def _check_frozen(**tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-            raise NotImplementedError(f"the Triton operators give no gradient of {name}: cfclip.ops.using('reference') does")
