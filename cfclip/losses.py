@@ -21,7 +21,7 @@ def direction(x: Tensor) -> Tensor:
 
 def clip_nce(edited: Tensor, source: Tensor, target_text: Tensor, source_text: Tensor, temperature: float = 0.1, *,
              positives: Sequence[str] = POSITIVES, negatives: str = "first", query: str = "difference",
-             negative_templates: int | None = None) -> Tensor:
+             negative_templates: int | None = None, first: Tensor | None = None) -> Tensor:
     """CLIP-NCE (eq. 5-8 of the paper): pulls the edit's direction to the text's, pushes it from the source description.
 
     Args:
@@ -33,6 +33,7 @@ def clip_nce(edited: Tensor, source: Tensor, target_text: Tensor, source_text: T
             positive of the other rows is not a negative either: the loss is ``-q p / tau``).
         query: "difference" (``q_img - s``) or "image" (``q_img``).
         negative_templates: how many S_k are negatives, the first ones of ``source_text`` (default: all T). The positives keep all.
+        first: s_0 [1, D], where ``source`` is a part of a batch only (default: its first).
 
     Returns the mean over rows and positives. Finite, with zero gradient, where an edited image equals its source.
     """
@@ -50,7 +51,7 @@ def clip_nce(edited: Tensor, source: Tensor, target_text: Tensor, source_text: T
     p = {"text": direction((target_text - source_text).mean(0, keepdim=True)), "target": direction(target - s)}
     described = source_text[:negative_templates]
     if negatives == "first":
-        against = q @ direction(described - s[:1]).t()                                      # [N, T]
+        against = q @ direction(described - (s[:1] if first is None else first)).t()                                      # [N, T]
     elif negatives == "per_image":
         against = (q[:, None] * direction(described[None] - s[:, None])).sum(-1)
     elif negatives == "none":

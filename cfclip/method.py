@@ -1,7 +1,8 @@
 """CF-CLIP itself: the objective of the paper and the training of one mapper, for one prompt or (:mod:`cfclip.multiprompt`) for many."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -76,6 +77,7 @@ class TrainingConfig:
     source_text: str | None = None           # default: the domain's
     steps: int = 50_000
     batch: int = 2
+    micro_batch: int | None = None           # pictures of a batch that are held at a time: the same step in less memory; None: all
     lr: float = 0.5                          # of Ranger
     lambda_id: float = 0.2
     lambda_l2: float = 0.8
@@ -97,6 +99,8 @@ class TrainingConfig:
 
     def __post_init__(self):
         check_whole(self, steps=1, batch=1, train_latents=1, draws=0)
+        if self.micro_batch is not None:
+            check_whole(self, micro_batch=1)
         for name, known in (("objective", OBJECTIVES), ("negatives", NEGATIVES), ("query", QUERIES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, not {getattr(self, name)!r}")
@@ -162,49 +166,70 @@ class CFCLIP:
         count = len(self.config.prompts)
         return [0] if count == 1 else torch.randperm(count)[:self.config.prompts_at_once].tolist()
 
-    def objective(self, prompt: int, edited: Tensor, source: Tensor) -> Tensor:
-        """The loss that pulls towards that prompt. Unit CLIP features of the views of the edited pictures [draws * B, E], of the sources [B, E]."""
+    def objective(self, prompt: int, edited: Tensor, source: Tensor, first: Tensor) -> Tensor:
+        """The loss that pulls towards that prompt, a mean over rows.
+
+        edited: unit CLIP features of the views of the edited pictures [draws * B, E]; source: of the sources [B, E]; first: of the first one of
+        all that are edited by the prompt in this step [1, E].
+        """
         c, target_text = self.config, self.target_text[prompt]
         if c.objective == "clip":
             return clip_distance(edited, torch.nn.functional.normalize(self.text_feature[prompt, None], dim=-1))
         if c.objective == "directional":
             return directional(edited, source, target_text, self.source_text)
         return clip_nce(edited, source, target_text, self.source_text, c.temperature, positives=c.positives, negatives=c.negatives,
-                        query=c.query, negative_templates=c.negative_templates)
+                        query=c.query, negative_templates=c.negative_templates, first=first)
+
+    def losses(self, index: Tensor, prompts: Tensor, first: Mapping[int, Tensor]) -> dict[str, Tensor]:
+        """Every term of the loss, unweighted, and their weighted sum "loss"; means over pictures.
+
+        index, prompts: [B], which latents are edited by which prompts; first: prompt -> s_0, see :meth:`objective`.
+        """
+        c, w = self.config, self.w[index]
+        w_edited = self.mapper.edit(w, self.text_feature[prompts])
+        edited = self.networks.synthesise(w_edited)
+        views = self.networks.clip(edited, c.draws).unflatten(0, (-1, len(index)))       # [draws, B, E]
+        towards = torch.zeros((), device=w.device)
+        for prompt, s_0 in first.items():
+            if (mine := prompts == prompt).any():
+                towards = towards + mine.float().mean() * self.objective(prompt, views[:, mine].flatten(0, 1), self.source_clip[index][mine], s_0)
+        found = {c.objective: towards, "l2": latent_l2(w_edited, w)}
+        loss = c.lambda_nce * found[c.objective] + c.lambda_l2 * found["l2"]
+        if c.lambda_id:
+            found["id"] = identity_loss_from_features(self.domain.identity(edited), self.source_id[index])
+            loss = loss + c.lambda_id * found["id"]
+        if c.lambda_perc:
+            with torch.no_grad():                                  # drawn again: all sources at once would not fit in memory
+                source = self.networks.synthesise(w)
+            found["perc"] = perceptual_loss(self.domain.perceptual, edited, source)
+            loss = loss + c.lambda_perc * found["perc"]
+        return {"loss": loss} | found
 
     def step(self, i: int) -> dict[str, float]:
         """One step on a batch of training latents: ``lambda_id L_id + lambda_perc L_perc + lambda_L2 L_2 + lambda_NCE L_NCE``.
 
         With another ``objective`` its loss stands in the place of L_NCE, and in the log under its name. Several prompts at once share
-        the batch in equal parts, each part with a loss of its own, and those losses' mean is taken.
+        the batch in equal parts, each part with a loss of its own, and those losses' mean is taken. The parts of a ``micro_batch`` see
+        the same warps, and their gradients add up to the batch's.
         """
         c = self.config
         if c.ramp_down:
             for group in self.optimizer.param_groups:
                 group["lr"] = c.lr * learning_rate(i / c.steps, 0, c.ramp_down)
         index = torch.randint(len(self.w), (c.batch,))
-        prompts = self.draw()
-        w, text = self.w[index], self.text_feature[prompts]
-        w_edited = self.mapper.edit(w, text if len(prompts) == 1 else text.repeat_interleave(c.batch // len(prompts), 0))
-        edited = self.networks.synthesise(w_edited)
-        views = self.networks.clip(edited, c.draws).unflatten(0, (-1, c.batch))          # [draws, B, E]
-        parts = zip(prompts, views.chunk(len(prompts), 1), self.source_clip[index].chunk(len(prompts)), strict=True)
-        towards = torch.stack([self.objective(prompt, seen.flatten(0, 1), source) for prompt, seen, source in parts]).mean()
-        l2 = latent_l2(w_edited, w)
-        loss = c.lambda_nce * towards + c.lambda_l2 * l2
-        logs = {c.objective: towards, "l2": l2}
-        if c.lambda_id:
-            logs["id"] = identity_loss_from_features(self.domain.identity(edited), self.source_id[index])
-            loss = loss + c.lambda_id * logs["id"]
-        if c.lambda_perc:
-            with torch.no_grad():                                  # drawn again: all sources at once would not fit in memory
-                source = self.networks.synthesise(w)
-            logs["perc"] = perceptual_loss(self.domain.perceptual, edited, source)
-            loss = loss + c.lambda_perc * logs["perc"]
+        drawn = self.draw()
+        prompts = torch.tensor(drawn).repeat_interleave(c.batch // len(drawn))
+        first = {prompt: self.source_clip[index[prompts == prompt][:1]] for prompt in drawn}
         self.optimizer.zero_grad()
-        loss.backward()
+        logs, warps = Counter(), torch.get_rng_state()
+        for rows in torch.arange(c.batch).split(c.micro_batch or c.batch):
+            torch.set_rng_state(warps)
+            found = self.losses(index[rows], prompts[rows], first)
+            share = len(rows) / c.batch
+            (share * found["loss"]).backward()
+            logs.update({name: share * value.item() for name, value in found.items()})
         self.optimizer.step()
-        return {"loss": loss.item()} | {name: value.item() for name, value in logs.items()}
+        return dict(logs)
 
 
 def train_mapper(domain: Domain, config: TrainingConfig, out: str | os.PathLike | None = None, callbacks: Iterable[Callback] = (),

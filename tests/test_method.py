@@ -7,6 +7,7 @@ from written_out import one_step
 from cfclip import latents
 from cfclip.losses import identity_loss, latent_l2
 from cfclip.method import CFCLIP, CFCLIPConfig, find_mappers, train_mapper
+from cfclip.multiprompt import MultiPromptConfig
 from cfclip.training import fit
 
 CONFIG = CFCLIPConfig("green lipstick", steps=6, train_latents=6)
@@ -31,6 +32,22 @@ def test_the_losses_of_the_commit_before_many_prompts(change, losses, domain):
     run = CFCLIP(domain, dataclasses.replace(CONFIG, steps=5, **change))
     rows = fit(run.step, 5, state={}, log_every=1, progress=False)
     assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-4)
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_micro_batches_are_the_same_step(many, domain):
+    """The batch's losses, gradients and random numbers, whichever part of it is held at a time."""
+    config = dataclasses.replace(MultiPromptConfig(prompts=("green lipstick", "blue hair", "red skin"), prompts_at_once=2) if many else CONFIG,
+                                 batch=4, train_latents=6)
+    found = []
+    for micro_batch in (None, 1, 3):
+        run = CFCLIP(domain, dataclasses.replace(config, micro_batch=micro_batch))
+        torch.manual_seed(5)
+        found.append((run.step(0), [p.grad for p in run.mapper.parameters()], torch.get_rng_state()))
+    for logs, gradients, random in found[1:]:
+        assert logs == pytest.approx(found[0][0], rel=1e-5) and torch.equal(random, found[0][2])
+        for a, b in zip(gradients, found[0][1], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * b.abs().max().item())
 
 
 def test_training_lowers_the_loss(domain):

@@ -56,7 +56,8 @@ class _Epilogue(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, d, noise, bias, slope, gain, clamp, shuffle, *styles):
-        y = modulate(F.pixel_shuffle(x, 2) if shuffle else x, d * gain)            # gain lrelu(a) = lrelu(gain a), and its factor is free here
+        factor = (d * gain).to(x.dtype)[:, :, None, None]          # gain lrelu(a) = lrelu(gain a), and it is free here
+        y = F.pixel_shuffle(x, 2).mul_(factor) if shuffle else x * factor
         if noise is not None:
             y += (noise * gain).to(y.dtype)
         y += (bias * gain).to(y.dtype)[:, None, None]
