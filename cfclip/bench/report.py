@@ -195,12 +195,12 @@ def unequal(rows: Rows) -> str:
 def wastes_figure(rows: Rows, device: str) -> Figure:
     """The published step with its wastes stacked, and ours below it."""
     table, ladder = step_table(rows, device), ladder_table(rows, device)
-    ladder = ladder[ladder["it cost, s"] != 0]
+    ladder = ladder[ladder["it cost, s"] > 0]
     figure, axis = plt.subplots(figsize=(10, 0.45 * len(table) + 1.6), layout="constrained")
     for place, row in enumerate(table.to_dict("records")):
         label = f"{row['step']}, {row['dtype']}"
         if row["step"] == "published":
-            left = ladder["s a step"].iloc[-1]
+            left = row["s"] - ladder["it cost, s"].sum()
             axis.barh(place, left, color="C0", label="what ours does too")
             for i, waste in enumerate(ladder[::-1].to_dict("records"), 1):
                 axis.barh(place, waste["it cost, s"], left=left, color=f"C{i}", label=waste["turned off"])

@@ -51,8 +51,8 @@ def full(device: str) -> Iterator[Job]:
         yield Job("step", "step", step | {"dtype": dtype, "repeats": 3, "sources": True}, 8)
     yield Job("step", "wastes", small | {"rounds": 2}, 6, 1500)
     yield Job("generator", "generator", {"sizes": [[64, 8], [128, 8], [256, 8], [512, 4], [1024, 1]], "repeats": 3, "tiny": False}, 8)
-    yield Job("generator", "compiled", {"resolution": 256, "batch": 8, "repeats": 3, "tiny": False}, 6, 240)
-    yield Job("generator", "compiled", {"resolution": 1024, "batch": 1, "repeats": 2, "tiny": False}, 8, 240)
+    yield Job("generator", "compiled", {"resolution": 256, "batch": 8, "repeats": 3, "tiny": False}, 6, 300)
+    yield Job("generator", "compiled", {"resolution": 1024, "batch": 1, "repeats": 2, "tiny": False}, 8, 300)
     for dtype, plain in (("float32", True), ("float32", False), *((dtype, False) for dtype in reduced)):
         yield Job("generator", "generator_memory", {"resolution": 1024, "batch": 2, "dtype": dtype, "plain": plain, "tiny": False}, 12 if plain else 6)
     if device == "cpu":
