@@ -102,7 +102,7 @@ def run_bench(
     parts: Annotated[str, typer.Option(help="some of generator, step, explorer, scaling, profile, with commas; default: all")] = "",
     quick: Annotated[bool, typer.Option("--quick", help="tiny sizes, to see that it runs: about a minute")] = False,
     out: Annotated[Path | None, typer.Option(help="where tables and figures go; default: reports/bench, or reports/runs/bench if --quick")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="default: one per core")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="default: one per core; --quick: one")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda; default: both, as far as they are there")] = "",
 ) -> None:
     """Measure speed and memory on this machine, against the published recipe's work. Stopped, the same command goes on."""

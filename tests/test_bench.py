@@ -165,7 +165,7 @@ def test_another_loss_is_told(quick):
 
 
 def test_without_the_memory_it_is_skipped(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "free_gb", lambda: 0.5)
+    monkeypatch.setattr(machine, "free_gb", lambda device: 0.5)
     monkeypatch.setattr(run.subprocess, "Popen", lambda *_, **__: pytest.fail("started all the same"))
     path = bench(["step"], small=True, out=tmp_path, devices=("cpu",))
     assert "it needs 2 GB, and 0 GB are free" in path.read_text()

@@ -37,9 +37,9 @@ def describe(threads: int) -> dict[str, Any]:
             **{name: value for name, value in versions().items() if name not in ("device", "threads", "machine")}}
 
 
-def free_gb() -> float:
-    """Memory that a new process may take, GB."""
-    return psutil.virtual_memory().available / 1e9
+def free_gb(device: str) -> float:
+    """Memory that a new process may take there, GB."""
+    return (torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available) / 1e9
 
 
 def others() -> float:

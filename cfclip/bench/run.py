@@ -100,7 +100,7 @@ def bench(parts: Sequence[str] = (), small: bool = False, out: str | os.PathLike
     """
     if unknown := set(parts) - set(PARTS):
         raise ValueError(f"unknown part {', '.join(map(repr, sorted(unknown)))}; there are: {', '.join(PARTS)}")
-    out, threads = writable(out), threads or machine.cores()
+    out, threads = writable(out), threads or (1 if small else machine.cores())   # tiny tensors only wait for a second thread
     where = machine.describe(threads)
     key = hashlib.sha256(json.dumps([{k: v for k, v in where.items() if k != "date"}, code(), small]).encode()).hexdigest()[:16]
     before = [row for row in read_rows(out / "bench.jsonl") if row["key"] == key] if (out / "bench.jsonl").exists() else []
@@ -114,7 +114,9 @@ def bench(parts: Sequence[str] = (), small: bool = False, out: str | os.PathLike
             continue
         chosen = [Job(j.part, j.what, {"device": device} | j.arguments, j.need_gb, j.limit) for j in (quick if small else full)(device)]
         jobs += [j for j in chosen if j.id not in done and (not parts or j.part in (*parts, "floors"))]
-    groups = [jobs] if small and jobs else [[job] for job in jobs]     # a start takes seconds, and tiny peaks mean nothing
+    groups = [[job] for job in jobs]
+    if small:                                                      # a start takes seconds, and tiny peaks mean nothing
+        groups = [group for device in devices if (group := [job for job in jobs if job.arguments["device"] == device])]
     bar = tqdm(groups, desc="bench", smoothing=0)
     for group in bar:
         bar.set_postfix_str(group[0].id if len(group) == 1 else f"{len(group)} jobs")
@@ -130,8 +132,8 @@ def bench(parts: Sequence[str] = (), small: bool = False, out: str | os.PathLike
 def _measure(group: Sequence[Job], threads: int, bar: tqdm) -> list[dict[str, Any]]:
     """Rows of ``group``, done by one fresh process. What does not fit into memory is said, and not tried."""
     rows: list[dict[str, Any]] = []
-    fit = [job for job in group if job.need_gb <= machine.free_gb()]
-    busy, free = machine.others(), machine.free_gb()
+    busy, free = machine.others(), machine.free_gb(group[0].arguments["device"])
+    fit = [job for job in group if job.need_gb <= free]
     for job in group:
         if job not in fit:
             rows.append(_row(job, "skipped", f"it needs {job.need_gb:.0f} GB, and {free:.0f} GB are free"))
