@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test lab lint
+.PHONY: help reproduce test lab lint bench
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -29,3 +29,6 @@ lab: .venv/installed        ## JupyterLab on the notebooks
 
 lint: .venv/installed       ## style
 	$(BIN)/ruff check .
+
+bench: .venv/installed      ## speed and memory against the published recipe's work, into reports/bench (20 quiet minutes)
+	$(BIN)/cfclip bench

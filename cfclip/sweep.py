@@ -46,7 +46,7 @@ KERNEL_ENVIRONMENT = {
 TEXT = ("prompt", "prompts")                   # keys under which YAML's `no` and `1e3` are words
 PLACES = ("out", "runs", "reports")            # parameters that the sweep sets, and that make no run another one
 OUTSIDE = ("sweep.py", "executors.py", "cli.py", "tables.py", "claims.py",
-           "recipes.py", "explorer.py", "explorer_frames.py", "explorer_workers.py", "explorer_view.py")  # code that no run of a grid depends on
+           "bench/", "recipes.py", "explorer.py", "explorer_frames.py", "explorer_workers.py", "explorer_view.py")  # code that no run of a grid depends on
 KEYS = ("preset", "parameters", "grid", "then")
 ATTEMPTS = 3                                   # workers that one run may take with it
 
@@ -202,7 +202,7 @@ def notebook_hash(notebook: Path) -> str:
 def code_hash() -> str:
     """Of the installed package, but for :data:`OUTSIDE`."""
     here = Path(__file__).parent
-    files = sorted(p for p in here.rglob("*") if p.suffix in (".py", ".json") and p.relative_to(here).as_posix() not in OUTSIDE)
+    files = sorted(p for p in here.rglob("*") if p.suffix in (".py", ".json") and not p.relative_to(here).as_posix().startswith(OUTSIDE))
     return _digest([(p.relative_to(here).as_posix(), hashlib.sha256(p.read_bytes()).hexdigest()) for p in files])
 
 

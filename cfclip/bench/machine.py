@@ -1,0 +1,47 @@
+"""The machine that numbers are of, and what is free on it."""
+
+import os
+import platform
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from ..reporting import machine, versions
+from ..sweep import KERNEL_ENVIRONMENT
+
+ALLOCATOR = {name: value for name, value in KERNEL_ENVIRONMENT.items() if name.startswith("MALLOC")}
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16")
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def environment(threads: int) -> dict[str, str]:
+    """Of every process that measures: as ``make`` sets it, on that many threads."""
+    return os.environ | ALLOCATOR | {"OMP_NUM_THREADS": str(threads)}
+
+
+def describe(threads: int) -> dict[str, Any]:
+    """What a number depends on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    words = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    memory = psutil.virtual_memory()
+    return {"cpu": machine(), "flags": [flag for flag in FLAGS if flag in words], "memory_gb": round(memory.total / 1e9, 1),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "system": f"{platform.system()} {platform.machine()}",
+            "cpu_threads": threads, "niceness": os.nice(0), "date": date.today().isoformat(),
+            **{name: value for name, value in versions().items() if name not in ("device", "threads", "machine")}}
+
+
+def free_gb(device: str) -> float:
+    """Memory that a new process may take there, GB."""
+    return (torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available) / 1e9
+
+
+def others() -> float:
+    """How busy the processor is before we begin, from 0 to 1."""
+    return psutil.cpu_percent(interval=0.3) / 100

@@ -1,0 +1,300 @@
+"""What is measured. Every part yields rows, each with its ``name`` and what :func:`cfclip.bench.measure.stats` says."""
+
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity
+
+from .. import sweep
+from ..domains import load_domain
+from ..method import CFCLIP, CFCLIPConfig
+from ..multiprompt import MultiPromptConfig
+from ..stylegan2 import Generator
+from ..toonfaces.captions import phrase
+from ..toonfaces.factors import PARTS, colours
+from ..training import seed_step
+from .measure import Work, dtypes, forget_peak, name_of, peak_gb, stats, synchronise, timed, work_of
+from .networks import random_domain, random_generator
+from .published import NAMES, PlainGenerator, Published, Wastes
+
+Rows = Iterator[dict[str, Any]]
+PROMPT = "green lipstick"
+
+
+# ---- the floors of the device ----
+
+def floors(device: str, side: int, copied: int, repeats: int) -> Rows:
+    """Arithmetic (TFLOP/s) of a matrix product of ``side`` and of a 3x3 convolution, per dtype; bandwidth (GB/s) of a copy of ``copied`` bytes."""
+    for dtype in dtypes(device):
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        channels = max(16, side // 16)
+        x = torch.randn(4, channels, 64, 64, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+        k = torch.randn(channels, channels, 3, 3, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+        for name, call in (("matrix product", lambda a=a, b=b: a @ b), ("convolution", lambda x=x, k=k: F.conv2d(x, k, padding=1))):
+            flop = sum(entry[0] for entry in work_of(call).values())
+            found = stats(timed(call, device, repeats))
+            yield {"name": name, "dtype": name_of(dtype), "tflops": flop / found["low"] / 1e12} | found
+    source = torch.ones(copied, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    found = stats(timed(lambda: target.copy_(source), device, repeats))
+    yield {"name": "copy", "gb_per_second": 2 * copied / found["low"] / 1e9} | found
+
+
+# ---- (a) the generator ----
+
+def _passes(draw: Callable, g: Generator, batch: int, device: str) -> dict[str, Callable[[], Any]]:
+    """The two passes of ``draw`` (w -> pictures): without graph, and with the gradient with respect to w."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        w = g.mapping(torch.randn(batch, g.z_dim, device=device))
+    leaf = w.clone().requires_grad_()
+
+    def forward() -> None:
+        with torch.no_grad():
+            draw(w)
+
+    def both() -> None:
+        leaf.grad = None
+        draw(leaf).square().mean().backward()
+
+    return {"forward": forward, "forward + backward": both}
+
+
+def _variants(g: Generator, device: str) -> dict[tuple[str, str], Callable]:
+    """(name, dtype) -> draw."""
+    ours = {("ours", name_of(dtype)): lambda w, dtype=dtype: g.synthesis(w, dtype=None if dtype == torch.float32 else dtype)
+            for dtype in dtypes(device)}
+    return ours | {("unfolded", "float32"): PlainGenerator(g, plane_filters=False, sample_weights=False), ("plain", "float32"): PlainGenerator(g)}
+
+
+def generator(device: str, sizes: Sequence[tuple[int, int]], repeats: int, tiny: bool) -> Rows:
+    """Pictures a second at each (resolution, batch): ours per dtype, without folded filters, and in plain operators; all take turns."""
+    for resolution, batch in sizes:
+        g = random_generator(resolution, tiny).to(device)
+        calls = {(*key, name): call for key, draw in _variants(g, device).items() for name, call in _passes(draw, g, batch, device).items()}
+        work = {key: work_of(call) for key, call in calls.items()}     # it warms up as well
+        seconds = {key: [] for key in calls}
+        for _ in range(repeats):
+            for key, call in calls.items():
+                seconds[key] += timed(call, device, 1, warm=0)
+        for (name, dtype, which), taken in seconds.items():
+            flop, moved = (sum(entry[i] for entry in work[name, dtype, which].values()) for i in (0, 1))
+            yield {"name": name, "dtype": dtype, "pass": which, "resolution": resolution, "batch": batch, "tflop": flop / 1e12,
+                   "moved_gb": moved / 1e9} | stats(taken)
+
+
+def compiled(device: str, resolution: int, batch: int, repeats: int, tiny: bool) -> Rows:
+    """``torch.compile`` of the plain operators, and what compiling took."""
+    g = random_generator(resolution, tiny).to(device)
+    for which, call in _passes(torch.compile(PlainGenerator(g).__call__), g, batch, device).items():
+        begun = time.perf_counter()
+        call()
+        synchronise(device)
+        compiling = time.perf_counter() - begun
+        yield {"name": "torch.compile of plain", "dtype": "float32", "pass": which, "resolution": resolution, "batch": batch,
+               "compiling": compiling} | stats(timed(call, device, repeats))
+
+
+def generator_memory(device: str, resolution: int, batch: int, dtype: str, plain: bool, tiny: bool) -> Rows:
+    """The peak of one forward + backward, in a process that does nothing else."""
+    g = random_generator(resolution, tiny).to(device)
+    draw = _variants(g, device)["plain" if plain else "ours", dtype]
+    found = stats(timed(_passes(draw, g, batch, device)["forward + backward"], device, 1, warm=0))
+    yield {"name": "plain" if plain else "ours", "dtype": dtype, "resolution": resolution, "batch": batch, "peak_gb": peak_gb(device)} | found
+
+
+# ---- (b) the mapper's step ----
+
+def _run(device: str, resolution: int, tiny: bool, dtype: str = "float32", batch: int = 2) -> CFCLIP:
+    return CFCLIP(random_domain(resolution, tiny, device), CFCLIPConfig(PROMPT, batch=batch, train_latents=max(4, batch), dtype=dtype))
+
+
+def _measured(run: CFCLIP, step: Callable[[int], dict], device: str, repeats: int, warm: int = 1) -> dict[str, Any]:
+    """The same step again and again: from the same mapper, on the same draws. Its losses and the norm of the mapper's gradient with it."""
+    start = {name: value.clone() for name, value in run.mapper.state_dict().items()}
+    seconds = []
+    for _ in range(warm + repeats):
+        run.mapper.load_state_dict(start)
+        seed_step(0, 0)
+        synchronise(device)
+        begun = time.perf_counter()
+        losses = step(0)                                           # it ends with .item(): CUDA is done
+        seconds.append(time.perf_counter() - begun)
+    run.mapper.load_state_dict(start)
+    norm = torch.stack([p.grad.norm() for p in run.mapper.parameters()]).norm().item()
+    return stats(seconds[warm:]) | {"losses": losses | {"gradient": norm}}
+
+
+def step(device: str, resolution: int, tiny: bool, dtype: str, repeats: int, sources: bool = False, again: bool = False, batch: int = 2) -> Rows:
+    """Our step; with ``sources``: though the source pictures are drawn and encoded in every step. ``again``: later, to see what has drifted."""
+    run = _run(device, resolution, tiny, dtype, batch)
+    forget_peak(device)
+    take = Published(run, Wastes.none(sources=True)).step if sources else run.step
+    found = _measured(run, take, device, repeats)
+    yield {"name": "ours" + (", sources drawn" if sources else "") + (" (again)" if again else ""), "dtype": dtype, "resolution": resolution,
+           "batch": batch, "peak_gb": peak_gb(device)} | found
+
+
+def ladder(device: str, resolution: int, tiny: bool, repeats: int, batch: int = 2) -> Rows:
+    """The published step, and then its wastes turned off one after the other until it is ours. The first is warmed up, and its memory known."""
+    run = _run(device, resolution, tiny, batch=batch)
+    forget_peak(device)
+    wastes, known = Wastes(), {"dtype": "float32", "resolution": resolution, "batch": batch}
+    found = _measured(run, Published(run, wastes).step, device, repeats)
+    yield {"name": "published", "off": None, "peak_gb": peak_gb(device)} | known | found
+    copy_gb = sum(p.numel() * p.element_size() for p in run.domain.clip.parameters()) / 1e9
+    for name in NAMES:
+        wastes = replace(wastes, **{name: False})
+        if name == "gram" and run.domain.perceptual is None:
+            continue
+        if name == "second_clip":                                  # it takes no time
+            yield {"name": f"- {name}", "off": name, "saves_gb": copy_gb} | known
+            continue
+        yield {"name": f"- {name}", "off": name} | known | _measured(run, Published(run, wastes).step, device, 1, warm=0)
+
+
+def wastes(device: str, resolution: int, tiny: bool, rounds: int) -> Rows:
+    """Each waste turned off alone, and turned on alone, in turns: published, without texts, …, only texts, …, none."""
+    run = _run(device, resolution, tiny)
+    timely = [name for name in NAMES if name != "second_clip" and (name != "gram" or run.domain.perceptual is not None)]
+    variants = {("all", None): Wastes()} | {("off", name): replace(Wastes(), **{name: False}) for name in timely}
+    variants |= {("on", name): Wastes.none(**{name: True}, **({"sources": True} if name == "source_views" else {})) for name in timely}
+    variants |= {("none", None): Wastes.none()}
+    found = {key: [] for key in variants}
+    _measured(run, Published(run).step, device, 1, warm=0)
+    for _ in range(rounds):
+        for key, what in variants.items():
+            found[key].append(_measured(run, Published(run, what).step, device, 1, warm=0))
+    for (kind, name), measured in found.items():
+        yield {"name": f"{kind} {name}" if name else kind, "kind": kind, "waste": name, "dtype": "float32", "resolution": resolution, "batch": 2,
+               "losses": measured[0]["losses"]} | stats([row["median"] for row in measured])
+
+
+# ---- (e) how cost grows ----
+
+def growing_resolution(device: str, resolutions: Sequence[int], tiny: bool, dtype: str, repeats: int) -> Rows:
+    """Our step from small to large, so that the peak so far is each one's own."""
+    for resolution in resolutions:
+        run = _run(device, resolution, tiny, dtype)
+        forget_peak(device)
+        found = _measured(run, run.step, device, repeats)
+        yield {"name": "resolution", "value": resolution, "dtype": dtype, "batch": 2, "peak_gb": peak_gb(device)} | found
+
+
+def growing_batch(device: str, resolution: int, batches: Sequence[int], tiny: bool, dtype: str, repeats: int) -> Rows:
+    """Our step from small to large batches."""
+    for batch in batches:
+        run = _run(device, resolution, tiny, dtype, batch)
+        forget_peak(device)
+        found = _measured(run, run.step, device, repeats)
+        yield {"name": "batch", "value": batch, "dtype": dtype, "resolution": resolution, "peak_gb": peak_gb(device)} | found
+
+
+def growing_prompts(device: str, prompts: Sequence[int], at_once: Sequence[int], tiny: bool, repeats: int) -> Rows:
+    """One mapper of many prompts on toonfaces (``tiny``: random networks), batch 8: prompts to draw from, and prompts in one step."""
+    domain = random_domain(16, True, device) if tiny else load_domain("toonfaces", device)
+    texts = [phrase(part, colour) for part in PARTS for colour in colours(part)]
+    for count, together in [(count, 1) for count in prompts] + [(max(prompts), k) for k in at_once if k > 1]:
+        begun = time.perf_counter()
+        run = CFCLIP(domain, MultiPromptConfig(prompts=tuple(texts[:count]), prompts_at_once=together, batch=8, train_latents=8))
+        prepared = time.perf_counter() - begun
+        found = _measured(run, run.step, device, repeats)
+        yield {"name": "prompts" if together == 1 else "prompts at once", "value": count if together == 1 else together, "prompts": count,
+               "prompts_at_once": together, "dtype": "float32", "batch": 8, "preparing": prepared} | found
+
+
+def growing_sweep(device: str, runs: Sequence[int], repeats: int) -> Rows:
+    """What a sweep of so many runs costs by itself: its plan (``--dry-run``), and starting it again when all is finished."""
+    for count in runs:
+        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as executor:
+            out = Path(folder, "runs")
+            out.mkdir()
+            spec = sweep.Spec("bench", Path(folder), ({"notebook": "02_training", "prompt": PROMPT, "seed": list(range(count))},))
+            planned, _ = sweep.plan(spec, out)
+            yield {"name": "sweep, plan", "value": count} | stats(timed(lambda spec=spec, out=out: sweep.plan(spec, out), device, repeats))
+            for run in planned:
+                sweep.write_record(run, out / run.id, "finished")
+            again = timed(lambda spec=spec, out=out, executor=executor: sweep.sweep(spec, out, out, executor), device, repeats)
+            yield {"name": "sweep, resume", "value": count} | stats(again)
+
+
+# ---- the profile ----
+
+class Phases:
+    """Splits ``run``'s step: seconds, and dtype -> [FLOP, bytes], of each phase. Everything until a mark belongs to the phase that the mark names."""
+
+    def __init__(self, run: CFCLIP, device: str):
+        self.device, self.work, self.run = device, Work(), run
+        networks, optimizer, identity = run.networks, run.optimizer, run.domain.identity
+        networks.synthesise = self._around(networks.synthesise, "mapper", "generator, forward", self._watch)
+        networks.clip = self._around(networks.clip, "views", "CLIP, forward")
+        optimizer.zero_grad = self._around(optimizer.zero_grad, "losses", "losses")
+        optimizer.step = self._around(optimizer.step, "generator and mapper, backward", "optimiser")
+        identity.register_forward_pre_hook(lambda *_: self.mark("losses"))
+        identity.register_forward_hook(lambda *_: self.mark("identity, forward"))
+
+    def _around(self, call: Callable, before: str, after: str, then: Callable = lambda _: None) -> Callable:
+        def wrapped(*args: Any) -> Any:
+            self.mark(before)
+            result = call(*args)
+            then(result)
+            self.mark(after)
+            return result
+        return wrapped
+
+    def _watch(self, pictures: torch.Tensor) -> None:
+        if pictures.requires_grad:
+            pictures.register_hook(lambda _: self.mark("CLIP, identity and views, backward"))
+
+    def mark(self, phase: str) -> None:
+        synchronise(self.device)
+        now = time.perf_counter()
+        self.seconds[phase] += now - self.last
+        self.last = now
+        for dtype, (flop, moved) in self.work.take().items():
+            entry = self.counted.setdefault(phase, {}).setdefault(dtype, [0.0, 0.0])
+            entry[0] += flop
+            entry[1] += moved
+
+    def take(self, count: bool = False) -> None:
+        """One step."""
+        self.seconds: Counter[str] = Counter()
+        self.counted: dict[str, dict[str, list[float]]] = {}
+        seed_step(0, 0)
+        synchronise(self.device)
+        self.last = time.perf_counter()
+        if count:
+            with self.work:
+                self.run.step(0)
+        else:
+            self.run.step(0)
+
+
+def profile(device: str, resolution: int, tiny: bool, dtype: str, repeats: int, top: int) -> Rows:
+    """Our step by phase and by operator."""
+    run = _run(device, resolution, tiny, dtype)
+    phases = Phases(run, device)
+    phases.take(count=True)
+    counted, seconds = phases.counted, {}
+    for _ in range(repeats):
+        phases.take()
+        for phase, taken in phases.seconds.items():
+            seconds.setdefault(phase, []).append(taken)
+    for phase, taken in seconds.items():
+        yield {"name": phase, "kind": "phase", "dtype": dtype, "resolution": resolution, "work": counted.get(phase, {})} | stats(taken)
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
+    with torch.profiler.profile(activities=activities) as found:
+        phases.take()
+    events = [(event.key, (event.self_device_time_total if device == "cuda" else event.self_cpu_time_total) / 1e6, event.count)
+              for event in found.key_averages()]
+    total = sum(taken for _, taken, _ in events)
+    for name, taken, count in sorted(events, key=lambda event: -event[1])[:top]:
+        yield {"name": name, "kind": "operator", "dtype": dtype, "resolution": resolution, "share": taken / total, "calls": count} | stats([taken])
