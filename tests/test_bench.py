@@ -130,7 +130,7 @@ def test_tables_are_quotients_of_what_was_measured(quick):
     out, rows = quick
     medians = {(row["name"], row["dtype"]): row["median"] for row in report.of(rows, "step", device="cpu") if "peak_gb" in row}
     table = report.step_table(rows, "cpu")
-    assert len(table) == len(medians) == 4
+    assert len(table) == len(medians) == 5
     for row in table.to_dict("records"):
         assert row["times faster"] == medians["published", "float32"] / medians[row["step"], row["dtype"]]
         assert f"| {report.number(row['times faster'])} " in (out / "bench.md").read_text()

@@ -179,7 +179,8 @@ def test_modulated_conv2d(up, taps):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("noise", ["const", "none"])
-def test_generator(dtype, noise):
+@pytest.mark.parametrize("operators", ["triton", "frozen"])
+def test_generator(operators, dtype, noise):
     """Images, and gradients with respect to w, of a whole generator."""
     torch.manual_seed(0)
     g = Generator(16, (12, 8, 8), 16, 16, 2, conv_clamp=2.0).requires_grad_(False)
@@ -188,7 +189,7 @@ def test_generator(dtype, noise):
     for conv in g.convs:
         conv.noise_strength.fill_(0.1)
     g, results = g.to(DEVICE), []
-    for operators in ("triton", "reference"):
+    for operators in (operators, "reference"):
         w = draw((2, g.num_ws, 16)).requires_grad_()
         with ops.using(operators):
             image = g.synthesis(w, noise, dtype)
@@ -205,14 +206,14 @@ def test_which_operators(kernels, monkeypatch):
     assert dispatch._operators(x, trained) is reference
     with torch.no_grad():
         assert dispatch._operators(x, trained) is kernels
-    assert dispatch._operators(SimpleNamespace(is_cuda=True, dtype=torch.float64)) is reference
-    assert dispatch._operators(torch.zeros(1)) is reference
+    assert dispatch._operators(SimpleNamespace(is_cuda=True, dtype=torch.float64)) is frozen
+    assert dispatch._operators(torch.zeros(1)) is frozen and dispatch._operators(torch.zeros(1), trained) is reference
     with ops.using("triton"):
         assert dispatch._operators(torch.zeros(1), trained) is kernels
         with ops.using("reference"):
             assert dispatch._operators(x) is reference
         assert dispatch._operators(torch.zeros(1)) is kernels
-    assert dispatch._operators(torch.zeros(1)) is reference
+    assert dispatch._operators(torch.zeros(1)) is frozen
     with pytest.raises(ValueError, match="'cuda'"), ops.using("cuda"):
         pass
 
@@ -222,7 +223,7 @@ def test_where_triton_does_not_work(kernels, monkeypatch):
         raise RuntimeError("no C compiler")
     assert dispatch._compiles.__wrapped__(torch.device(DEVICE))
     monkeypatch.setattr(kernels, "epilogue", fails)
-    with pytest.warns(UserWarning, match=r"plain torch reference.*no C compiler"):
+    with pytest.warns(UserWarning, match=r"in plain torch.*no C compiler"):
         assert not dispatch._compiles.__wrapped__(torch.device(DEVICE))
 
 

@@ -113,8 +113,9 @@ def generator_memory(device: str, resolution: int, batch: int, dtype: str, plain
 
 # ---- (b) the mapper's step ----
 
-def _run(device: str, resolution: int, tiny: bool, dtype: str = "float32", batch: int = 2) -> CFCLIP:
-    return CFCLIP(random_domain(resolution, tiny, device), CFCLIPConfig(PROMPT, batch=batch, train_latents=max(4, batch), dtype=dtype))
+def _run(device: str, resolution: int, tiny: bool, dtype: str = "float32", batch: int = 2, micro_batch: int | None = None) -> CFCLIP:
+    config = CFCLIPConfig(PROMPT, batch=batch, train_latents=max(4, batch), dtype=dtype, micro_batch=micro_batch)
+    return CFCLIP(random_domain(resolution, tiny, device), config)
 
 
 def _measured(run: CFCLIP, step: Callable[[int], dict], device: str, repeats: int, warm: int = 1) -> dict[str, Any]:
@@ -133,14 +134,15 @@ def _measured(run: CFCLIP, step: Callable[[int], dict], device: str, repeats: in
     return stats(seconds[warm:]) | {"losses": losses | {"gradient": norm}}
 
 
-def step(device: str, resolution: int, tiny: bool, dtype: str, repeats: int, sources: bool = False, again: bool = False, batch: int = 2) -> Rows:
+def step(device: str, resolution: int, tiny: bool, dtype: str, repeats: int, sources: bool = False, again: bool = False, batch: int = 2,
+         micro_batch: int | None = None) -> Rows:
     """Our step; with ``sources``: though the source pictures are drawn and encoded in every step. ``again``: later, to see what has drifted."""
-    run = _run(device, resolution, tiny, dtype, batch)
+    run = _run(device, resolution, tiny, dtype, batch, micro_batch)
     forget_peak(device)
     take = Published(run, Wastes.none(sources=True)).step if sources else run.step
     found = _measured(run, take, device, repeats)
-    yield {"name": "ours" + (", sources drawn" if sources else "") + (" (again)" if again else ""), "dtype": dtype, "resolution": resolution,
-           "batch": batch, "peak_gb": peak_gb(device)} | found
+    name = "ours" + (", sources drawn" if sources else "") + (f", {micro_batch} at a time" if micro_batch else "") + (" (again)" if again else "")
+    yield {"name": name, "dtype": dtype, "resolution": resolution, "batch": batch, "peak_gb": peak_gb(device)} | found
 
 
 def ladder(device: str, resolution: int, tiny: bool, repeats: int, batch: int = 2) -> Rows:
@@ -235,7 +237,7 @@ class Phases:
         self.device, self.work, self.run = device, Work(), run
         networks, optimizer, identity = run.networks, run.optimizer, run.domain.identity
         networks.synthesise = self._around(networks.synthesise, "mapper", "generator, forward", self._watch)
-        networks.clip = self._around(networks.clip, "views", "CLIP, forward")
+        networks.clip = self._around(networks.clip, "generator, forward", "views and CLIP, forward")
         optimizer.zero_grad = self._around(optimizer.zero_grad, "losses", "losses")
         optimizer.step = self._around(optimizer.step, "generator and mapper, backward", "optimiser")
         identity.register_forward_pre_hook(lambda *_: self.mark("losses"))

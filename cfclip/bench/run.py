@@ -46,6 +46,7 @@ def full(device: str) -> Iterator[Job]:
     yield Job("step", "ladder", step | {"repeats": 1}, 20, 2400)
     yield Job("step", "step", step | {"dtype": "float32", "repeats": 2, "again": True}, 8)
     yield Job("step", "step", step | {"dtype": "float32", "repeats": 2, "sources": True}, 8)
+    yield Job("step", "step", step | {"dtype": "float32", "repeats": 2, "micro_batch": 1}, 8)
     for dtype in reduced:
         yield Job("step", "step", step | {"dtype": dtype, "repeats": 4}, 8)
         yield Job("step", "step", step | {"dtype": dtype, "repeats": 3, "sources": True}, 8)
@@ -69,7 +70,7 @@ def quick(device: str) -> Iterator[Job]:
     """Every part at the smallest size: its numbers say nothing but that it runs."""
     step = {"resolution": 16, "tiny": True}
     yield Job("floors", "floors", {"side": 256, "copied": 2 ** 20, "repeats": 2})
-    for more in ({"dtype": "float32"}, {"dtype": "float32", "sources": True}, {"dtype": "bfloat16"}):
+    for more in ({"dtype": "float32"}, {"dtype": "float32", "sources": True}, {"dtype": "float32", "micro_batch": 1}, {"dtype": "bfloat16"}):
         yield Job("step", "step", step | {"repeats": 3} | more)
     yield Job("step", "ladder", step | {"repeats": 3})
     yield Job("step", "wastes", step | {"rounds": 1})

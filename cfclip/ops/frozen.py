@@ -31,14 +31,16 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, kernel: Tensor) -> Tensor:
         ctx.save_for_backward(kernel)
-        ctx.size = x.shape
-        return F.conv2d(x, kernel, padding=kernel.shape[-1] // 2)
+        ctx.size, ctx.layout = x.shape, torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+        return reference.conv2d(x, kernel)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         kernel, = ctx.saved_tensors
-        return torch.nn.grad.conv2d_input(ctx.size, kernel, grad, padding=kernel.shape[-1] // 2), None
+        like_x = torch.empty(ctx.size, dtype=grad.dtype, device=grad.device, memory_format=ctx.layout)     # only its layout is looked at
+        padding = [kernel.shape[-1] // 2] * 2
+        return torch.ops.aten.convolution_backward(grad, like_x, kernel, None, [1, 1], padding, [1, 1], False, [0, 0], 1, [True, False, False])[0], None
 
 
 def conv2d(x: Tensor, kernel: Tensor) -> Tensor:
@@ -47,9 +49,14 @@ def conv2d(x: Tensor, kernel: Tensor) -> Tensor:
     return _Convolution.apply(x, kernel)
 
 
+def _sum(x: Tensor) -> Tensor:
+    """Sum over the last two dims, in float32. By rows first: torch would make a float32 copy of all of a half-precision tensor."""
+    return x.sum(-1).float().sum(-1)
+
+
 def _sums(x: Tensor, y: Tensor) -> Tensor:
     """Sums over the pixels of x y, [N, C, H, W] each -> [N, C] in float32. Image by image: at 1024² a product is as large as all else."""
-    return torch.stack([(a * b).sum((1, 2), dtype=torch.float32) for a, b in zip(x, y, strict=True)]) if len(x) else x.new_zeros(x.shape[:2])
+    return torch.stack([_sum(a * b) for a, b in zip(x, y, strict=True)]) if len(x) else x.new_zeros(x.shape[:2])
 
 
 class _Epilogue(torch.autograd.Function):
@@ -87,7 +94,7 @@ class _Epilogue(torch.autograd.Function):
                 with_a = sum(part * style for part, style in zip(along, styles, strict=True)) if styles else along[0]
             else:
                 with_a = _sums(grad, torch.where(y < 0, y / ctx.slope, y))
-            constant = grad.sum((2, 3), dtype=torch.float32) * bias
+            constant = _sum(grad) * bias
             if noise is not None:
                 constant = constant + _sums(grad, noise.to(grad.dtype).expand_as(grad))
             of_d = (with_a - ctx.gain * constant) / d
