@@ -24,8 +24,8 @@ reproduce: .venv/installed  ## train the prompts, evaluate, rewrite reports/ (7 
 test: .venv/installed       ## unit tests, and the notebooks at their smoke defaults
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest
 
-lab: .venv/installed        ## JupyterLab on the notebooks
-	$(BIN)/jupyter lab notebooks
+lab: .venv/installed        ## JupyterLab on the notebooks, with the explorer open
+	$(BIN)/jupyter lab notebooks/05_explorer.ipynb
 
 lint: .venv/installed       ## style
 	$(BIN)/ruff check .

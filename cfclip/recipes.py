@@ -106,14 +106,14 @@ def _committed(folder: Path) -> dict[str, Mapper]:
 
 
 def own_mapper(domain: Domain, prompt: str) -> Mapper:
-    """The domain's mapper for any prompt, else the one committed for this prompt. ValueError if there is neither."""
-    if (mapper := getattr(domain, "mapper", None)) is not None:
-        return mapper
+    """The mapper committed for this prompt, else the domain's of many prompts. ValueError if there is neither."""
     known = _committed(DATA / domain.name / "mappers")
-    if prompt not in known:
+    if prompt in known:
+        return known[prompt].to(domain.device)
+    if domain.mapper is None:
         raise ValueError(f"domain {domain.name} has no mapper for {prompt!r}" + (f", only for {' and '.join(map(repr, known))}" if known else "")
                          + ": train one ('refine'), or choose a file")
-    return known[prompt]
+    return domain.mapper
 
 
 @lru_cache(maxsize=16)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import cfclip
 from cfclip import ops
-from cfclip.ops import dispatch, reference
+from cfclip.ops import dispatch, frozen, reference
 from cfclip.stylegan2 import Generator
 
 triton = pytest.importorskip("triton")
@@ -189,14 +189,73 @@ def test_generator(operators, dtype, noise):
     for conv in g.convs:
         conv.noise_strength.fill_(0.1)
     g, results = g.to(DEVICE), []
-    for operators in (operators, "reference"):
+    for chosen in (operators, "reference"):
         w = draw((2, g.num_ws, 16)).requires_grad_()
-        with ops.using(operators):
+        with ops.using(chosen):
             image = g.synthesis(w, noise, dtype)
         results.append((image, *torch.autograd.grad(image, w, draw(image.shape, seed=1))))
     for a, b in zip(*results, strict=True):
         tolerance = (1e-5 if dtype == torch.float32 else 0.05) * b.abs().max().item()
         torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "last"), KINDS)
+@pytest.mark.parametrize("parts", ["dnb", "dnbs", "dnbss", "dbss", "dnbssc", "dnb+", "dnbs+", "dnbssc+"])
+def test_frozen_epilogue(parts, dtype, last):
+    """As :func:`test_epilogue`, of a frozen bias; what is rounded between the steps is rounded otherwise."""
+    shuffle, c = "+" in parts, 5
+    x, size = (draw((2, 4 * c, 7, 3), dtype, last), (14, 6)) if shuffle else (draw((2, c, 7, 3), dtype, last), (7, 3))
+    d, bias, noise = draw((2, c), seed=3).abs() + 0.1, draw((c,), seed=4), draw((2, 1, *size), seed=2) if "n" in parts else None
+    styles = [draw((2, c), seed=5 + i) for i in range(parts.count("s"))]
+    results = []
+    for module, kind in ((frozen, dtype), (reference, torch.float32)):
+        leaves = [t.detach().to(k).requires_grad_() for t, k in zip((x, d, *styles), (kind, *[torch.float32] * 3), strict=False)]
+        ys = module.epilogue(leaves[0], leaves[1], noise, bias, clamp=0.7 if "c" in parts else None, styles=leaves[2:], shuffle=shuffle)
+        results.append([*ys, *torch.autograd.grad(ys, leaves, [draw(y.shape, dtype, seed=9).to(y.dtype) for y in ys])])
+    for a, b in zip(*results, strict=True):
+        assert torch.isfinite(a).all()
+        tolerance = 3e-6 if dtype == torch.float32 else 12 * torch.finfo(dtype).eps
+        torch.testing.assert_close(a.float(), b, rtol=0, atol=tolerance * max(1, b.abs().max().item()))
+
+
+@pytest.mark.parametrize(("dtype", "last"), KINDS)
+@pytest.mark.parametrize("k", [1, 3])
+def test_frozen_convolution(k, dtype, last):
+    x, kernel = draw((2, 4, 6, 5), dtype, last).requires_grad_(), draw((3, 4, k, k), dtype, last, seed=1)
+    cotangent = draw((2, 3, 6, 5), dtype, last, seed=2)
+    (y, g), (y0, g0) = (((y := module.conv2d(x, kernel)), torch.autograd.grad(y, x, cotangent)[0]) for module in (frozen, reference))
+    torch.testing.assert_close(y, y0)
+    torch.testing.assert_close(g, g0)
+    assert g.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format), "the next pass would copy it"
+
+
+def test_frozen_operators_give_no_gradient_of_what_is_frozen():
+    x, d, t = draw((1, 1, 2, 2)), draw((1, 1)), draw((1,)).requires_grad_()
+    with pytest.raises(NotImplementedError, match="of bias"):
+        frozen.epilogue(x, d, None, t)
+    with pytest.raises(NotImplementedError, match="of kernel"):
+        frozen.conv2d(x, t.reshape(1, 1, 1, 1))
+    g, = torch.autograd.grad(frozen.conv2d(x.requires_grad_(), d.reshape(1, 1, 1, 1)).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        g.sum().backward()
+
+
+def test_a_frozen_layer_keeps_one_activation():
+    """Elements that the graph of a picture holds, those of each storage once; the reference's hold three times as many."""
+    torch.manual_seed(0)
+    g, kept = Generator(32, (16, 16, 16, 16), 8, 8, 1).requires_grad_(False), {}
+    for operators in ("frozen", "reference"):
+        held = {}
+
+        def hold(t: torch.Tensor, held=held) -> torch.Tensor:
+            held[t.untyped_storage().data_ptr()] = t
+            return t
+        with ops.using(operators), torch.autograd.graph.saved_tensors_hooks(hold, lambda t: t):
+            image = g.synthesis(torch.randn(4, g.num_ws, 8, requires_grad=True))
+        kept[operators] = sum(t.numel() for t in held.values() if t.ndim == 4 and t.shape[:2] == (4, 16))
+        del image
+    outputs = sum(4 * 16 * r * r * (1 if r == 4 else 2) for r in (4, 8, 16, 32))
+    assert kept["frozen"] == outputs and kept["reference"] > 2.5 * outputs, kept
 
 
 def test_which_operators(kernels, monkeypatch):

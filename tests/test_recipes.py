@@ -106,11 +106,15 @@ def test_json_round_trip(recipe):
 
 
 def test_no_mapper_says_what_there_is(toonfaces, domain):
-    if getattr(toonfaces, "mapper", None) is None:
-        with pytest.raises(ValueError, match="only for 'green lipstick' and 'purple eyebrows'"):
-            own_mapper(toonfaces, "plaid hat")
+    with pytest.raises(ValueError, match="only for 'green lipstick' and 'purple eyebrows'"):
+        own_mapper(replace(toonfaces, mapper=None), "plaid hat")
     with pytest.raises(ValueError, match="domain tiny has no mapper for 'x'"):
         own_mapper(domain, "x")
+
+
+def test_a_mapper_for_just_this_prompt_goes_first(toonfaces):
+    assert own_mapper(toonfaces, "plaid hat") is toonfaces.mapper is not None
+    assert own_mapper(toonfaces, "green lipstick") is not toonfaces.mapper
 
 
 def test_a_file_that_is_gone(domain, recipe):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import cfclip
-from cfclip import metrics
+from cfclip import metrics, ops
 from cfclip.reporting import read_rows
 from cfclip.toonfaces import clip as toon_clip
 from cfclip.toonfaces import identity as toon_identity
@@ -106,3 +106,15 @@ def test_generator_training_passes_its_phases_and_resumes(tmp_path):
     assert np.isfinite(errors).all() and (tmp_path / "whole" / "samples" / "3-adversarial-000004.png").exists()
     with pytest.raises(ValueError, match="w_dim"):
         GANConfig(w_dim=16)
+
+
+def test_fast_pictures_are_the_references(toonfaces):
+    """On real weights: within a grey level of 8 bits on average, and four at most."""
+    g = toonfaces.generator
+    w = cfclip.latents.sample(g, 16, "test")
+    with torch.no_grad(), ops.using("reference"):
+        exact = g.synthesis(w)
+    for dtype, most in ((None, 0.01), (torch.bfloat16, 4)):
+        with torch.no_grad():
+            apart = (g.synthesis(w, dtype=dtype) - exact).abs() * 127.5
+        assert apart.mean() <= 1 and apart.max() <= most, (dtype, apart.mean(), apart.max())

@@ -36,7 +36,7 @@ def split() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def config(**overrides: Any) -> MultiPromptConfig:
     """How the domain's own mapper was trained: by every prompt."""
-    return heldout_config(**{"prompts": tuple(prompt for part in split() for prompt in part), "steps": 9000, "lambda_l2": 0.03} | overrides)
+    return heldout_config(**{"prompts": tuple(prompt for part in split() for prompt in part), "steps": 6000, "lambda_l2": 0.05} | overrides)
 
 
 def heldout_config(**overrides: Any) -> MultiPromptConfig:
