@@ -165,7 +165,7 @@ def test_a_picture_of_it(page):
     """All ways to show, one after the other; a screenshot of the difference."""
     choose = page.locator(".cfx select").filter(has=page.locator("option", has_text="prompts × strengths"))
     page.locator(".cfx-prompt input").fill("green lipstick")
-    for show, rows in (("strengths", 6), ("prompts × strengths", 2), ("difference", 3)):
+    for show, rows in (("strengths", 6), ("prompts × strengths", 4), ("difference", 3)):
         choose.select_option(label=show)
         until(lambda rows=rows: page.locator(".cfx-row:visible").count() == rows)
     page.locator(".cfx .lm-TabBar-tabLabel").filter(has_text="Where").first.click()
