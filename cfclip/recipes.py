@@ -73,7 +73,7 @@ class Recipe:
             raise ValueError(f"this is no recipe of the explorer: {error}") from None
 
     def code(self) -> str:
-        """A notebook cell that makes ``images`` [N, 3, R, R] to the bit, and shows them."""
+        """A notebook cell that makes ``images`` [N, 3, R, R] to the bit (on this machine, with as many threads), and shows them."""
         edit = []
         if self.mapper and Path(self.mapper).is_dir():
             edit = [f"    editor = cfclip.baselines.load_editor({self.mapper!r}, domain)", f"    images = editor.edit(w, {self.strength!r})"]

@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 from PIL import Image
 
 from cfclip import weights
-from cfclip.explorer import SHOWS, Explorer
+from cfclip.explorer import SHOWS, TOGETHER, Explorer
 from cfclip.explorer_workers import Newest
 from cfclip.mapper import Mapper, MapperConfig
 from cfclip.recipes import Recipe, draw_faces, render
@@ -104,6 +104,7 @@ def test_the_newest_wins():
 
 
 def test_a_word_being_typed_draws_few_and_is_one_entry_of_the_history(explorer):
+    time.sleep(TOGETHER)                                           # what the fixture typed is an entry of its own
     entries = len(explorer.history)
     for n in range(1, 11):
         explorer.set_prompt("green lipstick and so on"[:n + 14])
