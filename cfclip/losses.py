@@ -127,7 +127,7 @@ def perspective_grid(start: Sequence[Sequence[float]], end: Sequence[Sequence[fl
     """Where a picture is read so that its points ``start`` (four, in pixels) come to lie at ``end``; [1, H, W, 2] as ``F.grid_sample`` has it.
 
     ``u = (a x + b y + c) / (g x + h y + 1)``, ``v = (d x + e y + f) / (g x + h y + 1)``. torchvision makes it by a matrix product of a row a
-    pixel: a quarter of a training step at 1024².
+    pixel: 14 ms instead of 6 at 1024², eight times a step.
     """
     rows = [row for (x, y), (u, v) in zip(end, start, strict=True)
             for row in ([x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y])]

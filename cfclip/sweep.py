@@ -264,13 +264,20 @@ def plan(spec: Spec, out: str | os.PathLike = "reports/runs") -> tuple[list[Run]
 
 def run_notebook(notebook: str | os.PathLike, folder: str | os.PathLike, parameters: Mapping[str, Any]) -> Path:
     """Execute ``notebook``; the executed copy (also of a failed run) lands in ``folder``."""
-    os.environ.update(KERNEL_ENVIRONMENT)      # the kernel inherits it
     source = find_notebook(notebook)
     path = Path(folder) / source.name
     path.parent.mkdir(parents=True, exist_ok=True)
     literal = [str(p).replace("{", "{{").replace("}", "}}") for p in (source, path)]  # papermill takes braces in a path for parameters
-    papermill.execute_notebook(*literal, dict(parameters), kernel_name="python3", language="python", progress_bar=False, start_timeout=300,
-                               extra_arguments=["--log-level=50"])  # a kernel warns of its own transport, once a run
+    before = dict(os.environ)
+    os.environ.update(KERNEL_ENVIRONMENT)      # the kernel inherits it, and nobody else
+    try:
+        papermill.execute_notebook(*literal, dict(parameters), kernel_name="python3", language="python", progress_bar=False, start_timeout=300,
+                                   extra_arguments=["--log-level=50"])  # a kernel warns of its own transport, once a run
+    finally:
+        for name in KERNEL_ENVIRONMENT:
+            os.environ.pop(name)
+            if name in before:
+                os.environ[name] = before[name]
     return path
 
 
