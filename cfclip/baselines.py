@@ -23,6 +23,7 @@ from .domains import Domain
 from .losses import directional
 from .mapper import Mapper
 from .method import CFCLIPConfig, Networks, check_dtype, check_networks, check_whole, train_mapper
+from .ops import settled
 from .stylegan2 import Generator
 from .stylespace import Direction, GlobalConfig, channel_statistics, convolutions, global_direction
 from .training import Callback, atomic_save, learning_rate
@@ -70,7 +71,7 @@ class OptimizationConfig:
     lambda_id: float = 0.005
     lambda_l2: float = 0.008                 # of the sum of squares, not their mean
     batch: int = 4                           # pictures at a time; they do not touch each other
-    dtype: str = "float32"                   # of the convolutions
+    dtype: str = "float32"                   # of the convolutions, or "auto"
 
     def __post_init__(self):
         check_whole(self, steps=1, batch=1)
@@ -156,6 +157,7 @@ class MapperEditor(Editor):
 
     @classmethod
     def fit(cls, method, domain, config, out, progress, callbacks) -> Editor:
+        config = settled(config, domain.device)
         mapper, rows = train_mapper(domain, config, out, callbacks, progress)
         return cls(method, domain, config, mapper.half().float(), rows)
 
@@ -219,7 +221,7 @@ class OptimizationEditor(Editor):
     @classmethod
     def fit(cls, method, domain, config, out, progress, callbacks) -> Editor:
         check_networks(domain, config)
-        editor = cls(method, domain, config, nn.Module())
+        editor = cls(method, domain, settled(config, domain.device), nn.Module())
         editor.progress, editor.callbacks = progress, tuple(callbacks)
         return editor
 

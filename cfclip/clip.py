@@ -70,17 +70,17 @@ class ClipGuide(nn.Module):
         return self.model.encode_image(images if preprocessed else self.preprocess(images))
 
     def in_dtype(self, dtype: torch.dtype) -> "ClipGuide":
-        """This guide with an image tower made for autocast to ``dtype``: weights cast once and not at every call, batch norms folded.
+        """This guide with an image tower made for autocast to ``dtype``: batch norms folded, weights cast once and not at every call.
 
-        Itself where ``dtype`` is float32. The text tower is shared.
+        Itself where that changes nothing. The text tower is shared.
         """
-        if dtype == torch.float32:
+        if dtype == torch.float32 and not any(isinstance(module, nn.BatchNorm2d) for module in self.model.visual.modules()):
             return self
         guide, model = copy.copy(self), copy.copy(self.model)      # shallow: only the image tower is another
         guide._modules, model._modules = self._modules | {"model": model}, dict(self.model._modules)
         model.visual = fold_batch_norms(copy.deepcopy(self.model.visual))
         for module in model.visual.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
+            if dtype != torch.float32 and isinstance(module, nn.Conv2d | nn.Linear):
                 module.to(dtype).to(memory_format=torch.channels_last)
         return guide
 

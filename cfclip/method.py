@@ -16,12 +16,13 @@ from .checkpoints import load_mapper
 from .domains import Domain
 from .losses import NEGATIVES, POSITIVES, QUERIES, clip_distance, clip_nce, directional, identity_loss_from_features, latent_l2, perspective_views
 from .mapper import Mapper, MapperConfig
+from .ops import settled
 from .perceptual import perceptual_loss
 from .stylegan2 import Generator
 from .training import Callback, fit, learning_rate
 
 OBJECTIVES = ("nce", "clip", "directional")
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def check_whole(config: object, **least: int) -> None:
@@ -95,7 +96,7 @@ class TrainingConfig:
     norm_axis: str = "layer"                 # as published; "channel" lets more than the signs of the text through
     train_latents: int = 512
     seed: int = 0
-    dtype: str = "float32"                   # of the convolutions: "bfloat16" is faster where the processor has it
+    dtype: str = "float32"                   # of the convolutions; "auto": bfloat16 where this machine is clearly faster in it
 
     def __post_init__(self):
         check_whole(self, steps=1, batch=1, train_latents=1, draws=0)
@@ -140,6 +141,7 @@ class CFCLIP:
     optimizer: Ranger = field(init=False)
 
     def __post_init__(self):
+        self.config = settled(self.config, self.domain.device)
         domain, c = self.domain, self.config
         check_networks(domain, c)
         self.text_feature = domain.clip.encode_text(c.prompts)                            # [P, E], raw
@@ -245,7 +247,7 @@ def train_mapper(domain: Domain, config: TrainingConfig, out: str | os.PathLike 
     mapper = run.mapper.eval().requires_grad_(False)
     if out is not None:
         weights.save(mapper, f"{out}/mapper.safetensors", "mapper", mapper.metadata, store_as=torch.float16,
-                     domain=domain.name, **asdict(config))
+                     domain=domain.name, **asdict(run.config))
     return mapper, rows
 
 

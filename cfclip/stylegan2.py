@@ -10,7 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .ops import bias_act, conv2d, modulate, prepare, setup_filter, styled_conv2d, upfirdn2d
+from .ops import HALF, Prepared, bias_act, folds, layout_of, modulate, prepare, setup_filter, styled_conv2d, upfirdn2d
+
+HALF_FROM = 32
+"""The least resolution that is drawn in half precision where that is asked for: below are few products, and all else is drawn from them."""
 
 
 class EqualLinear(nn.Module):
@@ -32,24 +35,7 @@ def pixel_norm(x: Tensor, dim: int = 1) -> Tensor:
     return x * torch.rsqrt(x.square().mean(dim, keepdim=True) + 1e-8)
 
 
-class ModulatedConv(nn.Module):
-    """The weights of a modulated convolution, ready to slide: made once while they are frozen, at every call while they are trained."""
-
-    weight: nn.Parameter
-    scale: float
-    _kept: tuple | None = None
-
-    def prepared(self, dtype: torch.dtype, fir: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """:func:`prepare` of the weights."""
-        if self.weight.requires_grad:
-            return prepare(self.weight * self.scale, fir, dtype)
-        state = (self.weight.data_ptr(), self.weight._version, self.weight.device, dtype)
-        if self._kept is None or self._kept[0] != state:
-            self._kept = state, prepare(self.weight * self.scale, fir, dtype)
-        return self._kept[1]
-
-
-class StyledConv(ModulatedConv):
+class StyledConv(nn.Module):
     """Modulated 3x3 convolution (up-sampling if ``up``), noise, bias, leaky ReLU."""
 
     def __init__(self, in_ch: int, out_ch: int, w_dim: int, resolution: int, up: bool):
@@ -60,16 +46,27 @@ class StyledConv(ModulatedConv):
         self.register_buffer("noise_const", torch.randn(resolution, resolution))
         self.bias = nn.Parameter(torch.zeros(out_ch))
         self.scale, self.up = 1 / math.sqrt(in_ch * 9), up
+        self._kept: tuple | None = None
 
-    def forward(self, x: Tensor, style: Tensor, noise: Tensor | None, fir: Tensor, clamp: float | None, styles: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """x: times ``style`` already. Returns the output times each of ``styles``, those of the layers that read it."""
+    def prepared(self, dtype: torch.dtype, fir: Tensor | None) -> Prepared:
+        """:func:`prepare` of the weights: once while they are frozen, at every call while they are trained."""
+        if self.weight.requires_grad:
+            return prepare(self.weight * self.scale, fir, dtype)
+        state = (self.weight.data_ptr(), self.weight._version, self.weight.device, dtype, fir is not None and folds(self.weight, fir, dtype))
+        if self._kept is None or self._kept[0] != state:
+            self._kept = state, prepare(self.weight * self.scale, fir, dtype)
+        return self._kept[1]
+
+    def forward(self, x: Tensor, style: Tensor, noise: Tensor | None, fir: Tensor, clamp: float | None, styles: Sequence[Tensor],
+                rgb: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
+        """x: times ``style`` already. Returns the output times each of ``styles``, those of the convolutions that read it, and what ``rgb`` makes of it."""
         noise = None if noise is None else noise * self.noise_strength
         fir = fir if self.up else None
-        return styled_conv2d(x, self.prepared(x.dtype, fir), style, fir, noise=noise, bias=self.bias, clamp=clamp, styles=styles)
+        return styled_conv2d(x, self.prepared(x.dtype, fir), style, fir, noise=noise, bias=self.bias, clamp=clamp, styles=styles, rgb=rgb)
 
 
-class ToRGB(ModulatedConv):
-    """Modulated 1x1 convolution to RGB, without demodulation."""
+class ToRGB(nn.Module):
+    """Modulated 1x1 convolution to RGB, without demodulation. The layer before it does it, while it has its output in hand."""
 
     def __init__(self, in_ch: int, w_dim: int):
         super().__init__()
@@ -79,9 +76,8 @@ class ToRGB(ModulatedConv):
         self.scale = 1 / math.sqrt(in_ch)
 
     def forward(self, x: Tensor, clamp: float | None) -> Tensor:
-        """x: times this layer's style already."""
-        x = conv2d(x, self.prepared(x.dtype)[0])
-        return bias_act(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x, self.bias, slope=1, gain=1, clamp=clamp)
+        """x: the convolution's sum [N, 3, H, W]."""
+        return bias_act(x, self.bias, slope=1, gain=1, clamp=clamp)
 
 
 class Generator(nn.Module):
@@ -167,7 +163,7 @@ class Generator(nn.Module):
         """w [N, L, D] -> images [N, 3, R, R], nominally in [-1, 1].
 
         noise: "const" (the stored maps), "random", "none", or one tensor per convolution, broadcastable to [N, 1, r, r].
-        dtype: what to convolve in (default: that of ``w``); the RGB sum stays at least float32.
+        dtype: what to convolve in (default: that of ``w``); half precision begins at :data:`HALF_FROM`, and sums stay at least float32.
         """
         return self.synthesis_from_styles(self.style_space(w), noise, dtype)
 
@@ -177,21 +173,21 @@ class Generator(nn.Module):
             raise ValueError(f"noise must be 'const', 'random', 'none' or {len(self.convs)} tensors, not {noise!r}")
         if not isinstance(noise, str) and len(noise) != len(self.convs):
             raise ValueError(f"this generator takes {len(self.convs)} noise tensors, not {len(noise)}")
-        n = styles[0].shape[0]
-        x = self.const[None].expand(n, -1, -1, -1).to(dtype or styles[0].dtype)
-        if x.dtype in (torch.float16, torch.bfloat16):             # faster there; in float32 it is not, and rounds twice as badly
-            x = x.contiguous(memory_format=torch.channels_last)
-        inputs, image, conv_index = [modulate(x, styles[0])], None, 0         # of the next layers, each times its layer's style
-        layers = [layer for layer, _, _ in self._layers()]
-        for i, (layer, style) in enumerate(zip(layers, styles, strict=True)):
-            x = inputs.pop(0)
-            if isinstance(layer, StyledConv):
-                readers = 2 if isinstance(layers[i + 1], ToRGB) else 1
-                inputs += layer(x, style, self._noise(noise, conv_index, n), self.fir, self.conv_clamp, styles[i + 1:i + 1 + readers])
-                conv_index += 1
-            else:
-                rgb = layer(x, self.conv_clamp)
-                image = rgb if image is None else rgb + upsample2x(image, self.fir)
+        n, dtype, styles, image = styles[0].shape[0], dtype or styles[0].dtype, list(styles), None
+        const = self.const[None].expand(n, -1, -1, -1).to(styles[0].dtype if dtype in HALF else dtype)
+        x = modulate(const, styles[0])                             # the next convolution's input is times its style already
+        for i, conv in enumerate(self.convs):
+            style, rgb = styles.pop(0), None
+            if i % 2 == 0:
+                layer = self.rgbs[i // 2]
+                rgb = layer.weight * layer.scale, styles.pop(0)
+            if x.dtype != dtype and conv.noise_const.shape[-1] >= HALF_FROM:
+                x = x.to(dtype, memory_format=layout_of(dtype))
+            read = conv(x, style, self._noise(noise, i, n), self.fir, self.conv_clamp, styles[:1], rgb)
+            x = read[0]
+            if rgb is not None:
+                shown = layer(read[-1], self.conv_clamp)
+                image = shown if image is None else shown + upsample2x(image, self.fir)
         return image
 
     def _noise(self, noise: str | Sequence[Tensor], i: int, n: int) -> Tensor | None:

@@ -81,15 +81,15 @@ def test_kept_kernels_follow_the_weights(dtype):
             return g.synthesis(w, dtype=dtype)
 
     torch.manual_seed(0)
-    g = Generator(16, [8, 8, 8], 16, 16, 2)
+    g = Generator(32, [8] * 4, 16, 16, 2)
     w = torch.randn(2, g.num_ws, 16)
     fresh = drawn()                                                # trained weights: nothing is kept
-    assert all(layer._kept is None for layer in [*g.convs, *g.rgbs])
+    assert all(conv._kept is None for conv in g.convs)
     g.requires_grad_(False)
     assert torch.equal(drawn(), fresh)
-    kept = [layer._kept[1][0] for layer in [*g.convs, *g.rgbs]]
+    kept = [conv._kept[1].kernel for conv in g.convs]
     assert torch.equal(drawn(), fresh)
-    assert all(layer._kept[1][0] is kernel for layer, kernel in zip([*g.convs, *g.rgbs], kept, strict=True))
+    assert all(conv._kept[1].kernel is kernel for conv, kernel in zip(g.convs, kept, strict=True))
     g.convs[1].weight.mul_(1.5)
     g.rgbs[0].weight.data = g.rgbs[0].weight.data * 2
     other = drawn()

@@ -108,16 +108,17 @@ def test_generator_training_passes_its_phases_and_resumes(tmp_path):
         GANConfig(w_dim=16)
 
 
-def test_fast_pictures_are_the_references(toonfaces):
-    """On real weights, in grey levels of 8 bits: bfloat16, which has 8 bits itself, is off by 0.3 on average, and by less than 6 in the worst place."""
+@pytest.mark.parametrize("fold", [False, True])
+def test_fast_pictures_are_the_references(fold, toonfaces):
+    """On real weights, in grey levels of 8 bits, the faces of the tables."""
     g = toonfaces.generator
-    w = cfclip.latents.sample(g, 16, "test")
+    w = cfclip.latents.sample(g, 64, "test")
     with torch.no_grad(), ops.using("reference"):
         exact = g.synthesis(w)
-    for dtype, most in ((None, 0.01), (torch.float16, 1), (torch.bfloat16, 6)):
-        with torch.no_grad():
+    for dtype, mean, most in ((None, 1e-4, 0.01), (torch.float16, 0.1, 1), (torch.bfloat16, 0.3, 4)):
+        with torch.no_grad(), ops.folding(fold):
             apart = (g.synthesis(w, dtype=dtype) - exact).abs() * 127.5
-        assert apart.mean() <= 1 and apart.max() <= most, (dtype, apart.mean(), apart.max())
+        assert apart.mean() <= mean and apart.max() <= most, (dtype, apart.mean(), apart.max())
 
 
 def test_fast_gradients_are_as_good_as_the_references(toonfaces):

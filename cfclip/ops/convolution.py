@@ -4,12 +4,29 @@ Modulation multiplies the *activations* by the styles and the *outputs* by the d
 same sum as the published per-sample weights but stays an ordinary convolution.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import conv2d, epilogue, upfirdn2d
-from .reference import modulate
+from .choice import CLEARLY, HALF, layout_of, quickest
+from .dispatch import conv2d, epilogue
+from .reference import modulate, setup_filter
+
+_forced: ContextVar[bool | None] = ContextVar("fold", default=None)
+
+
+class Prepared(NamedTuple):
+    """What a modulated convolution needs of its weights alone, to be kept while they are frozen."""
+
+    kernel: Tensor                  # what slides: [O, I, k, k], or the four phases of an up-sampling one [4 O, I, 3, 3]
+    squares: Tensor                 # sum w^2, [O, I]
+    phases: bool                    # the FIR filter is in the kernel
 
 
 def _upsampling_phases(weight: Tensor, f: Tensor) -> Tensor:
@@ -26,45 +43,85 @@ def _upsampling_phases(weight: Tensor, f: Tensor) -> Tensor:
     return phases.permute(0, 3, 5, 1, 2, 4).reshape(4 * o, i, 3, 3)
 
 
-def prepare(weight: Tensor, f: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What :func:`modulated_conv2d` needs of its weights alone, to be kept while they are frozen: the kernel that slides and sum w^2 [O, I].
+@contextmanager
+def folding(fold: bool) -> Iterator[None]:
+    """Within this context :func:`folds` says ``fold``, where a filter can be folded."""
+    token = _forced.set(fold)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
 
-    Making the phases of an up-sampling kernel costs more than the convolution of a few small pictures.
+
+def folds(weight: Tensor, f: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the kernel of an up-sampling convolution in ``dtype`` is to hold its FIR filter: one pass over the pixels less, and four times the products.
+
+    In float32 it never pays, at no size and on no processor of reports/bench: there the products take the time. In half precision it is
+    measured, for each number of channels.
     """
-    phased = f is not None and weight.shape[-1] == 3 and f.shape[-1] == 4
-    kernel = (_upsampling_phases(weight, f) if phased else weight).to(dtype)
-    if dtype in (torch.float16, torch.bfloat16):                   # as the activations are laid out there
-        kernel = kernel.contiguous(memory_format=torch.channels_last)
-    return kernel, weight.square().sum((2, 3))
+    if weight.shape[-1] != 3 or f.shape[-1] != 4:
+        return False
+    if (forced := _forced.get()) is not None:
+        return forced
+    return dtype in HALF and _folding_pays(weight.device, dtype, *weight.shape[:2])
 
 
-def styled_conv2d(x: Tensor, prepared: tuple[Tensor, Tensor], style: Tensor | None, f: Tensor | None = None, **finish) -> tuple[Tensor, ...]:
+@cache
+def _folding_pays(device: torch.device, dtype: torch.dtype, o: int, i: int) -> bool:
+    side = next(side for side in (8, 16, 32, 64, 128) if side == 128 or 2 * side ** 2 * 36 * o * i > 2e8)        # where there are many channels there are few pixels
+    f, style, bias = setup_filter((1, 3, 3, 1)).to(device), torch.ones(2, i, device=device), torch.zeros(o, device=device)
+    x = torch.ones(2, i, side, side, device=device, dtype=dtype).contiguous(memory_format=layout_of(dtype)).requires_grad_()
+    weight = torch.full((o, i, 3, 3), 1 / (9 * i), device=device)
+
+    def way(fold: bool) -> Callable[[], object]:
+        with folding(fold):
+            prepared = prepare(weight, f, dtype)
+
+        def both() -> None:
+            y, = styled_conv2d(x, prepared, style, f, bias=bias)
+            torch.autograd.grad(y, x, y)
+        return both
+
+    with torch.enable_grad():
+        unfolded, folded = quickest([way(False), way(True)], device)
+    return unfolded > CLEARLY * folded
+
+
+def prepare(weight: Tensor, f: Tensor | None, dtype: torch.dtype) -> Prepared:
+    """The weights [O, I, k, k] of a convolution in ``dtype``, up-sampling where there is a FIR filter ``f``.
+
+    To be kept: making the phases of a folded kernel costs more than the convolution of a few small pictures.
+    """
+    phases = f is not None and folds(weight, f, dtype)
+    kernel, layout = (_upsampling_phases(weight, f) if phases else weight).to(dtype), layout_of(dtype)
+    if f is not None and not phases:
+        kernel = kernel.transpose(0, 1).contiguous(memory_format=layout).transpose(0, 1)         # as a transposed convolution takes it
+    else:
+        kernel = kernel.contiguous(memory_format=layout)
+    return Prepared(kernel, weight.square().sum((2, 3)), phases)
+
+
+def styled_conv2d(x: Tensor, prepared: Prepared, style: Tensor | None, f: Tensor | None = None, **finish) -> tuple[Tensor, ...]:
     """Convolution and all that follows it, "same" padding; with a FIR filter ``f`` [n, n] it doubles the resolution.
 
     x: [N, I, H, W], times its ``style`` [N, I] already: whoever made it had it in hand; prepared: :func:`prepare` of the weight,
     ``f`` and the dtype of ``x``; style: None for no demodulation; finish: what :func:`epilogue` takes.
-    Returns [N, O, H, W] or [N, O, 2 H, 2 W] once for each of the ``styles`` to come, multiplied by it, or once as it is.
+    Returns what :func:`epilogue` does, [N, O, H, W] or [N, O, 2 H, 2 W] once for each of its readers, or once as it is.
     """
-    kernel, squares = prepared
-    phased = f is not None and kernel.shape[0] == 4 * squares.shape[0]
-    if f is None or phased:
-        x = conv2d(x, kernel)
-    else:                                                          # a filter of another length: convolve, then filter
-        x = F.conv_transpose2d(x, kernel.transpose(0, 1), stride=2)
+    kernel, squares, phases = prepared
+    filtered = f is not None and not phases
+    x = conv2d(x, kernel, up=filtered)
+    if filtered:
         n, k = f.shape[-1], kernel.shape[-1]                       # pads as NVIDIA's conv2d_resample and rosinality's Blur do
-        before, after = (n + 1) // 2 + k // 2 - (k - 1), (n - 2) // 2 + k // 2 - (k - 2)
-        x = upfirdn2d(x, f, pad=(before, after, before, after), gain=4.0)
+        finish |= {"fir": f, "pad": ((n + 1) // 2 + k // 2 - (k - 1), (n - 2) // 2 + k // 2 - (k - 2))}
     d = None if style is None else (style.square() @ squares.t() + 1e-8).rsqrt()
-    return epilogue(x, d, shuffle=phased, **finish)
+    return epilogue(x, d, shuffle=phases, **finish)
 
 
-def modulated_conv2d(x: Tensor, weight: Tensor, style: Tensor, demodulate: bool = True, f: Tensor | None = None,
-                     prepared: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def modulated_conv2d(x: Tensor, weight: Tensor, style: Tensor, demodulate: bool = True, f: Tensor | None = None) -> Tensor:
     """Modulated convolution alone.
 
-    x: [N, I, H, W] in the dtype to compute in; weight: [O, I, k, k] fp32, equalised already; style: [N, I] fp32;
-    prepared: :func:`prepare` of the same weight, f and dtype.
+    x: [N, I, H, W] in the dtype to compute in; weight: [O, I, k, k] fp32, equalised already; style: [N, I] fp32.
     StyleGAN2 eq. 1-3: ``w' = s_i w``, ``w'' = w' / sqrt(sum w'^2 + 1e-8)``.
     """
-    prepared = prepared or prepare(weight, f, x.dtype)
-    return styled_conv2d(modulate(x, style), prepared, style if demodulate else None, f, slope=1, gain=1)[0]
+    return styled_conv2d(modulate(x, style), prepare(weight, f, x.dtype), style if demodulate else None, f, slope=1, gain=1)[0]

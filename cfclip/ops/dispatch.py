@@ -64,8 +64,8 @@ def upfirdn2d(x: Tensor, f: Tensor, *args, **kwargs) -> Tensor:
 
 
 @wraps(reference.conv2d)
-def conv2d(x: Tensor, kernel: Tensor) -> Tensor:
-    return _operators(x, kernel).conv2d(x, kernel)
+def conv2d(x: Tensor, kernel: Tensor, *args, **kwargs) -> Tensor:
+    return _operators(x, kernel).conv2d(x, kernel, *args, **kwargs)
 
 
 @wraps(reference.bias_act)

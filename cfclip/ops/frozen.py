@@ -1,12 +1,13 @@
 """The operators of a frozen generator in plain torch, on any device, differentiable once: a layer keeps one activation for its backward pass.
 
 Autograd on :mod:`.reference` keeps what went into a convolution, what came out of it, and what went into the leaky ReLU, and writes a
-new tensor for every factor and summand. Here the epilogue works in place and keeps y alone: its sign tells the slope, and the
-gradients of d and of the styles are sums over products with it.
+new tensor for every factor and summand. Here the epilogue keeps y alone: its sign tells the slope, and the gradients of d and of the
+styles are sums over products with it. It works through its tensors piece by piece, in float32 whatever they are: a piece stays in the
+processor's cache from the first factor to the last reader, and a half-precision layer is rounded once.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +15,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import reference
-from .reference import bias_act, modulate, upfirdn2d
+from .reference import at_least_float32, bias_act, upfirdn2d
 
 __all__ = ["bias_act", "conv2d", "epilogue", "upfirdn2d"]      # the first and the last are small: as they are
+
+PIECE = 2 ** 18
+"""Elements of a piece on a CPU: with what is made of it, about what a second-level cache holds."""
 
 
 def check_frozen(**tensors: Tensor | None) -> None:
@@ -26,88 +30,154 @@ def check_frozen(**tensors: Tensor | None) -> None:
             raise NotImplementedError(f"the operators of a frozen generator give no gradient of {name}: cfclip.ops.using('reference') does")
 
 
+def _layout(x: Tensor) -> torch.memory_format:
+    """channels_last if that is how ``x`` [N, C, H, W] lies."""
+    return torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+
+
 class _Convolution(torch.autograd.Function):
 
     @staticmethod
-    def forward(ctx, x: Tensor, kernel: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, kernel: Tensor, up: bool) -> Tensor:
         ctx.save_for_backward(kernel)
-        ctx.size, ctx.layout = x.shape, torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-        return reference.conv2d(x, kernel)
+        ctx.size, ctx.layout, ctx.up = x.shape, _layout(x), up
+        return reference.conv2d(x, kernel, up)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         kernel, = ctx.saved_tensors
+        if ctx.up:                                                 # the gradient of a transposed convolution is the convolution
+            return F.conv2d(grad, kernel.transpose(0, 1), stride=2), None, None
         like_x = torch.empty(ctx.size, dtype=grad.dtype, device=grad.device, memory_format=ctx.layout)     # only its layout is looked at
         padding = [kernel.shape[-1] // 2] * 2
-        return torch.ops.aten.convolution_backward(grad, like_x, kernel, None, [1, 1], padding, [1, 1], False, [0, 0], 1, [True, False, False])[0], None
+        of_x = torch.ops.aten.convolution_backward(grad, like_x, kernel, None, [1, 1], padding, [1, 1], False, [0, 0], 1, [True, False, False])[0]
+        return of_x, None, None
 
 
-def conv2d(x: Tensor, kernel: Tensor) -> Tensor:
+def conv2d(x: Tensor, kernel: Tensor, up: bool = False) -> Tensor:
     """:func:`.reference.conv2d`, but for gradients of ``kernel``; keeps no x."""
     check_frozen(kernel=kernel)
-    return _Convolution.apply(x, kernel)
+    return _Convolution.apply(x, kernel, up)
 
 
-def _sum(x: Tensor) -> Tensor:
-    """Sum over the last two dims, in float32. By rows first: torch would make a float32 copy of all of a half-precision tensor."""
-    return x.sum(-1).float().sum(-1)
+def _groups(x: Tensor, size: int) -> Iterator[slice]:
+    """Images of [N, C, H, W] that are worked on together: as many as ``size`` elements hold, or one."""
+    n, whole = len(x), max(1, x[:1].numel())
+    step = max(1, size // whole)
+    return (slice(i, min(i + step, n)) for i in range(0, n, step))
 
 
-def _sums(x: Tensor, y: Tensor) -> Tensor:
-    """Sums over the pixels of x y, [N, C, H, W] each -> [N, C] in float32. Image by image: at 1024² a product is as large as all else."""
-    return torch.stack([_sum(a * b) for a, b in zip(x, y, strict=True)]) if len(x) else x.new_zeros(x.shape[:2])
+def _pieces(x: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
+    """Channels and rows of ``x`` [N, C, H, W] that lie together in memory, about ``size`` elements of all images."""
+    n, c, h, w = x.shape
+    last = _layout(x) == torch.channels_last
+    channels = c if last else max(1, min(c, size // max(1, n * h * w)))
+    rows = max(1, min(h, size // max(1, n * channels * w)))
+    return ((slice(i, min(i + channels, c)), slice(j, min(j + rows, h))) for i in range(0, c, channels) for j in range(0, h, rows))
+
+
+def _size(x: Tensor) -> int:
+    """How many elements make a piece; a GPU has no use for pieces."""
+    return PIECE if x.device.type == "cpu" else x.numel() + 1
 
 
 class _Epilogue(torch.autograd.Function):
 
     @staticmethod
-    def forward(ctx, x, d, noise, bias, slope, gain, clamp, shuffle, *styles):
-        factor = (d * gain).to(x.dtype)[:, :, None, None]          # gain lrelu(a) = lrelu(gain a), and it is free here
-        y = F.pixel_shuffle(x, 2).mul_(factor) if shuffle else x * factor
-        if noise is not None:
-            y += (noise * gain).to(y.dtype)
-        y += (bias * gain).to(y.dtype)[:, None, None]
-        if slope != 1:
-            F.leaky_relu_(y, slope)
-        if clamp is not None:
-            y.clamp_(-clamp, clamp)
-        ctx.slope, ctx.gain, ctx.clamp, ctx.shuffle = slope, gain, clamp, shuffle
-        ctx.save_for_backward(y, d, noise, bias, *styles)
-        return tuple(modulate(y, style) for style in styles) or (y,)
+    def forward(ctx, x, d, noise, bias, slope, gain, clamp, shuffle, fir, pad, mixing, *styles):
+        """mixing: the RGB layer's weight times its style, [N, K, C], or None."""
+        exact = at_least_float32(x.dtype)
+        if shuffle:
+            x = F.pixel_shuffle(x, 2)
+        n, c, h, w = (*x.shape[:2], *(s + sum(pad) + 1 - fir.shape[-1] for s in x.shape[2:])) if fir is not None else x.shape
+        shape = {"size": (n, c, h, w), "device": x.device, "memory_format": _layout(x)}
+        keep = any(ctx.needs_input_grad) or (not styles and mixing is None)         # for the backward pass, or as the result
+        y = torch.empty(dtype=x.dtype, **shape) if keep else None
+        read = [torch.empty(dtype=x.dtype, **shape) for _ in styles]
+        picture = None if mixing is None else torch.zeros((n, mixing.shape[1], h, w), dtype=exact, device=x.device)
+        factor, bias_gain = (d * gain)[:, :, None, None], (bias * gain)[:, None, None]       # gain lrelu(a) = lrelu(gain a), and it is free here
+        noise_gain = None if noise is None else (noise * gain).expand(n, 1, h, w)
+        ctx.clamp = None if clamp is None else torch.tensor(clamp, dtype=x.dtype).item()         # as y has it: what is clamped, and nothing else, is that large
+        below = None if clamp is None else ctx.clamp * (1 - torch.finfo(x.dtype).eps)
+        for images in _groups(x, _size(x)):
+            part = x[images]
+            if fir is not None:
+                part = upfirdn2d(part.to(exact), fir, pad=(*pad, *pad), gain=4.0)
+            for channels, rows in _pieces(part, _size(x)):
+                piece, here = part[:, channels, rows], (images, channels, rows)
+                a = torch.mul(piece, factor[images, channels], out=y[here] if y is not None and x.dtype == exact else None)
+                if noise is not None:
+                    a += noise_gain[images, :, rows]
+                a += bias_gain[channels]
+                if slope != 1:
+                    F.leaky_relu_(a, slope)
+                free = None
+                if clamp is not None:
+                    free = a.abs() < clamp
+                    a.clamp_(-clamp, clamp)
+                if y is not None and x.dtype != exact:
+                    y[here] = a if free is None else torch.where(free, a.clamp(-below, below), a)
+                for target, style in zip(read, styles, strict=True):
+                    torch.mul(a, style[images, channels, None, None], out=target[here])
+                if picture is not None:
+                    picture[images, :, rows] += torch.einsum("nkc,nchw->nkhw", mixing[images, :, channels].to(exact), a)
+        ctx.slope, ctx.gain, ctx.shuffle, ctx.fir, ctx.pad = slope, gain, shuffle, fir, pad
+        ctx.save_for_backward(y, d, noise, bias, mixing, *styles)
+        return (*read, picture) if picture is not None else tuple(read) or (y,)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        y, d, noise, bias, *styles = ctx.saved_tensors
-        along = [_sums(grad, y) for grad in grads]                 # dy . y, reader by reader
-        grad = modulate(grads[0], styles[0]) if styles else grads[0].clone()       # one tensor, in place from here on
-        for other, style in zip(grads[1:], styles[1:], strict=True):
-            grad.addcmul_(other, style.to(grad.dtype)[:, :, None, None])
-        if ctx.clamp is not None:
-            grad.masked_fill_(y.abs() >= ctx.clamp, 0)
-        if ctx.slope != 1:
-            torch.ops.aten.leaky_relu_backward.grad_input(grad, y, ctx.slope, True, grad_input=grad)
-        of_x = of_d = None
-        if ctx.needs_input_grad[1]:                                # with a = gain (x d + noise + bias): da . x d = da . (a / gain - noise - bias)
-            if ctx.clamp is None:                                  # da . a = dy . y
-                with_a = sum(part * style for part, style in zip(along, styles, strict=True)) if styles else along[0]
-            else:
-                with_a = _sums(grad, torch.where(y < 0, y / ctx.slope, y))
-            constant = _sum(grad) * bias
-            if noise is not None:
-                constant = constant + _sums(grad, noise.to(grad.dtype).expand_as(grad))
-            of_d = (with_a - ctx.gain * constant) / d
-        if ctx.needs_input_grad[0]:
-            of_x = grad.mul_((d * ctx.gain).to(grad.dtype)[:, :, None, None])
-            of_x = F.pixel_unshuffle(of_x, 2) if ctx.shuffle else of_x
-        return of_x, of_d, None, None, None, None, None, None, *(along if styles else ())
+        y, d, noise, bias, mixing, *styles = ctx.saved_tensors
+        exact, (n, c, h, w) = at_least_float32(y.dtype), y.shape
+        of_picture = None
+        if mixing is not None:
+            *grads, of_picture = grads
+        of_mixing = None if mixing is None else torch.zeros(mixing.shape, dtype=exact, device=y.device)
+        of_d, *along = torch.zeros((1 + len(grads), n, c), dtype=exact, device=y.device)       # along: dy . y, reader by reader
+        factor, shown = (d * ctx.gain)[:, :, None, None], (bias * ctx.gain)[:, None, None]
+        noise_gain = None if noise is None else (noise * ctx.gain).expand(n, 1, h, w)
+        of_x = torch.empty_like(y)
+        for images in _groups(y, _size(y)):
+            for channels, rows in _pieces(y[images], _size(y)):
+                here = images, channels, rows
+                out, grad = y[here].to(exact), None
+                for i, g in enumerate(grads):
+                    g = g[here].to(exact)
+                    along[i][images, channels] += (g * out).sum((2, 3))
+                    g = g * styles[i][images, channels, None, None] if styles else g.clone()
+                    grad = g if grad is None else grad.add_(g)
+                if mixing is not None:
+                    g = of_picture[images, :, rows]
+                    of_mixing[images, :, channels] += torch.einsum("nkhw,nchw->nkc", g, out)
+                    g = torch.einsum("nkc,nkhw->nchw", mixing[images, :, channels].to(exact), g)
+                    grad = g if grad is None else grad.add_(g)
+                if ctx.clamp is not None:
+                    grad.masked_fill_(out.abs() >= ctx.clamp, 0)
+                if ctx.slope != 1:
+                    torch.ops.aten.leaky_relu_backward.grad_input(grad, out, ctx.slope, True, grad_input=grad)
+                if ctx.needs_input_grad[1]:                        # with a = gain (x d + noise + bias): da . gain x = da . (a - gain noise - gain bias) / d
+                    a = torch.where(out < 0, out / ctx.slope, out) - shown[channels]
+                    if noise is not None:
+                        a -= noise_gain[images, :, rows]
+                    of_d[images, channels] += (grad * a).sum((2, 3))
+                torch.mul(grad, factor[images, channels], out=of_x[here])
+        if ctx.fir is not None:
+            before, after = (ctx.fir.shape[-1] - 1 - p for p in ctx.pad)
+            of_x = upfirdn2d(of_x, ctx.fir.flip(0, 1), pad=(before, after, before, after), gain=4.0)
+        if ctx.shuffle:
+            of_x = F.pixel_unshuffle(of_x, 2)
+        return of_x, of_d / d, None, None, None, None, None, None, None, None, of_mixing, *(along if styles else ())
 
 
 def epilogue(x: Tensor, d: Tensor | None = None, noise: Tensor | None = None, bias: Tensor | None = None, slope: float = 0.2,
-             gain: float = math.sqrt(2), clamp: float | None = None, styles: Sequence[Tensor] = (), shuffle: bool = False) -> tuple[Tensor, ...]:
-    """:func:`.reference.epilogue`, but for gradients of ``noise`` and ``bias``. (What is no layer of StyleGAN2 the reference does.)"""
-    check_frozen(noise=noise, bias=bias)
+             gain: float = math.sqrt(2), clamp: float | None = None, styles: Sequence[Tensor] = (), shuffle: bool = False,
+             fir: Tensor | None = None, pad: tuple[int, int] = (1, 1), rgb: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, ...]:
+    """:func:`.reference.epilogue`, but for gradients of what is frozen. (What is no layer of StyleGAN2 the reference does.)"""
+    weight, style = rgb or (None, None)
+    check_frozen(noise=noise, bias=bias, fir=fir, weight=weight)
     if d is None or bias is None:
-        return reference.epilogue(x, d, noise, bias, slope, gain, clamp, styles, shuffle)
-    return _Epilogue.apply(x, d, noise, bias, slope, gain, clamp, shuffle, *styles)
+        return reference.epilogue(x, d, noise, bias, slope, gain, clamp, styles, shuffle, fir, pad, rgb)
+    mixing = None if rgb is None else weight.flatten(1)[None] * style[:, None]
+    return _Epilogue.apply(x, d, noise, bias, slope, gain, clamp, shuffle, fir, pad, mixing, *styles)

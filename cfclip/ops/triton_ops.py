@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .frozen import check_frozen, conv2d
+from .reference import at_least_float32
 
 __all__ = ["bias_act", "conv2d", "epilogue", "upfirdn2d"]
 
@@ -267,10 +268,17 @@ def upfirdn2d(x: Tensor, f: Tensor, up: int = 1, down: int = 1, pad: Sequence[in
 
 
 def epilogue(x: Tensor, d: Tensor | None = None, noise: Tensor | None = None, bias: Tensor | None = None, slope: float = 0.2,
-             gain: float = math.sqrt(2), clamp: float | None = None, styles: Sequence[Tensor] = (), shuffle: bool = False) -> tuple[Tensor, ...]:
-    """:func:`cfclip.ops.reference.epilogue` for two styles at most, but for gradients of ``noise``."""
+             gain: float = math.sqrt(2), clamp: float | None = None, styles: Sequence[Tensor] = (), shuffle: bool = False,
+             fir: Tensor | None = None, pad: tuple[int, int] = (1, 1), rgb: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, ...]:
+    """:func:`cfclip.ops.reference.epilogue` for two readers at most, but for gradients of ``noise``, ``fir`` and the RGB layer's weight."""
     check_frozen(noise=noise)
-    return _Epilogue.apply(x, d, noise, bias, float(slope), float(gain), None if clamp is None else float(clamp), shuffle, *styles)
+    if fir is not None:
+        x = upfirdn2d(x, fir, pad=(*pad, *pad), gain=4.0)
+    readers = styles if rgb is None else (*styles, rgb[1])
+    read = _Epilogue.apply(x, d, noise, bias, float(slope), float(gain), None if clamp is None else float(clamp), shuffle, *readers)
+    if rgb is None:
+        return read
+    return *read[:-1], conv2d(read[-1], rgb[0].to(x.dtype)).to(at_least_float32(x.dtype))
 
 
 def bias_act(x: Tensor, bias: Tensor | None = None, slope: float = 0.2, gain: float = math.sqrt(2), clamp: float | None = None) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..clip import ClipGuide
+from ..ops import settled
 from ..training import fit
 from .captions import FACTS, caption, fact_vector, facts_of, matches, phrase, training_face, vocabulary
 from .factors import HELD_OUT, NATURAL, PARTS, Face, colours, sample_face
@@ -37,7 +38,7 @@ class CLIPConfig:
     warped: float = 0.5           # share of images under a random perspective, as CF-CLIP will show them
     fact_weight: float = 1.0      # of the auxiliary loss, see FactHead
     seed: int = 0
-    dtype: str = "bfloat16"       # autocast of the image and text towers
+    dtype: str = "auto"           # autocast of the image and text towers
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,7 @@ class FactHead(nn.Module):
 
 def train(config: CLIPConfig, out: Path) -> nn.Module:
     """Train (or go on training) in ``out``; returns the model in eval mode."""
+    config = settled(config)
     torch.manual_seed(config.seed)
     model = build(config.model).train().to(memory_format=torch.channels_last)
     guide_tokenizer = open_clip.tokenizer.SimpleTokenizer(context_length=model.context_length)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..identity import Unit
+from ..ops import settled
 from ..reporting import half_width
 from ..stylegan2 import Generator
 from ..training import fit
@@ -86,7 +87,7 @@ class EncoderConfig:
     delta_weight: float = 0.02  # of the squared offsets
     unlock: tuple[float, float] = (0.2, 0.5)  # shares of the steps between which the layers' offsets are unlocked one by one
     seed: int = 0
-    dtype: str = "bfloat16"     # of the convolutions: autocast of the encoder, and the generator's own
+    dtype: str = "auto"         # of the convolutions: autocast of the encoder, and the generator's own
 
 
 def unlocked_layers(config: EncoderConfig, step: int, num_ws: int) -> int:
@@ -100,7 +101,7 @@ def train(config: EncoderConfig, out: Path, domain=None) -> ToonEncoder:
     from ..domains import load_domain
     from ..inversion import w_spread
     from ..metrics import readout_distance
-    domain = domain or load_domain("toonfaces")
+    domain, config = domain or load_domain("toonfaces"), settled(config)
     g, spread = domain.generator, w_spread(domain.generator)
     torch.manual_seed(config.seed)
     model = ToonEncoder(g.resolution, g.num_ws, g.w_dim, config.stages, config.width).train()

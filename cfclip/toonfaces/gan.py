@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..ops import bias_act, setup_filter
+from ..ops import bias_act, settled, setup_filter
 from ..stylegan2 import EqualLinear, Generator, pixel_norm
 from ..training import Callback, atomic_save, fit
 from .factors import FACTORS, LATENT_DRAWS, Face, LatentDraws, factor_vector, sample_face
@@ -44,7 +44,7 @@ class GANConfig:
     mixing: float = 0.0         # probability of style mixing; 0.5 took KID from 0.2 to 1.5: regression never saw two faces in one
     ema_images: int = 5_000    # half-life of the averaged generator
     seed: int = 0
-    dtype: str = "bfloat16"     # of the convolutions; R1 and the RGB sums stay float32
+    dtype: str = "auto"         # of the convolutions; R1 and the RGB sums stay float32
 
     def __post_init__(self):
         if self.w_dim < LATENT_DRAWS:
@@ -110,6 +110,7 @@ class GANTraining:
     """Generator, discriminator, EMA and one training step."""
 
     def __init__(self, config: GANConfig):
+        config = settled(config)
         torch.manual_seed(config.seed)
         self.config, self.dtype = config, getattr(torch, config.dtype)
         self.g = Generator(config.resolution, config.channels, config.w_dim, config.w_dim, config.mapping_layers)

@@ -42,7 +42,7 @@ def config(**overrides: Any) -> MultiPromptConfig:
 def heldout_config(**overrides: Any) -> MultiPromptConfig:
     """How those were trained that know the seen prompts only."""
     settings = {"prompts": split()[0], "prompts_at_once": 8, "steps": 4000, "batch": 8, "lr": 60.0, "ramp_down": 0.75, "lambda_l2": 0.1,
-                "levels": ("fine",), "train_latents": 256, "dtype": "bfloat16"}
+                "levels": ("fine",), "train_latents": 256, "dtype": "auto"}
     return MultiPromptConfig(**settings | overrides)
 
 
