@@ -135,10 +135,9 @@ class _Epilogue(torch.autograd.Function):
         if mixing is not None:
             *grads, of_picture = grads
         of_mixing = None if mixing is None else torch.zeros(mixing.shape, dtype=exact, device=y.device)
-        of_d, *along = torch.zeros((1 + len(grads), n, c), dtype=exact, device=y.device)       # along: dy . y, reader by reader
-        factor, shown = (d * ctx.gain)[:, :, None, None], (bias * ctx.gain)[:, None, None]
-        noise_gain = None if noise is None else (noise * ctx.gain).expand(n, 1, h, w)
-        of_x = torch.empty_like(y)
+        with_a, with_one, with_noise, *along = torch.zeros((3 + len(grads), n, c), dtype=exact, device=y.device)       # along: dy . y, reader by reader
+        factor, of_x = (d * ctx.gain)[:, :, None, None], torch.empty_like(y)
+        noise = None if noise is None else noise.to(exact).expand(n, 1, h, w)
         for images in _groups(y, _size(y)):
             for channels, rows in _pieces(y[images], _size(y)):
                 here = images, channels, rows
@@ -155,20 +154,26 @@ class _Epilogue(torch.autograd.Function):
                     grad = g if grad is None else grad.add_(g)
                 if ctx.clamp is not None:
                     grad.masked_fill_(out.abs() >= ctx.clamp, 0)
+                    with_a[images, channels] += (grad * out).sum((2, 3))
                 if ctx.slope != 1:
                     torch.ops.aten.leaky_relu_backward.grad_input(grad, out, ctx.slope, True, grad_input=grad)
-                if ctx.needs_input_grad[1]:                        # with a = gain (x d + noise + bias): da . gain x = da . (a - gain noise - gain bias) / d
-                    a = torch.where(out < 0, out / ctx.slope, out) - shown[channels]
+                if ctx.needs_input_grad[1]:
+                    with_one[images, channels] += grad.sum((2, 3))
                     if noise is not None:
-                        a -= noise_gain[images, :, rows]
-                    of_d[images, channels] += (grad * a).sum((2, 3))
+                        with_noise[images, channels] += torch.einsum("nchw,nhw->nc", grad, noise[images, 0, rows])
                 torch.mul(grad, factor[images, channels], out=of_x[here])
+        # y = lrelu(a) with a = gain (x d + noise + bias): da . x = (da . a / gain - da . noise - bias sum da) / d, and da . a = dy . y
+        if ctx.clamp is None:
+            with_a = sum(part * style for part, style in zip(along, styles, strict=True)) if styles else with_a
+            with_a = with_a if mixing is None else with_a + (of_mixing * mixing).sum(1)
+            with_a = with_a if styles or mixing is not None else along[0]
+        of_d = (with_a - ctx.gain * (with_noise + bias * with_one)) / d
         if ctx.fir is not None:
             before, after = (ctx.fir.shape[-1] - 1 - p for p in ctx.pad)
             of_x = upfirdn2d(of_x, ctx.fir.flip(0, 1), pad=(before, after, before, after), gain=4.0)
         if ctx.shuffle:
             of_x = F.pixel_unshuffle(of_x, 2)
-        return of_x, of_d / d, None, None, None, None, None, None, None, None, of_mixing, *(along if styles else ())
+        return of_x, of_d, None, None, None, None, None, None, None, None, of_mixing, *(along if styles else ())
 
 
 def epilogue(x: Tensor, d: Tensor | None = None, noise: Tensor | None = None, bias: Tensor | None = None, slope: float = 0.2,
