@@ -99,16 +99,16 @@ def run_sweep(
 
 @app.command("bench")
 def run_bench(
-    parts: Annotated[str, typer.Option(help="some of generator, step, explorer, scaling, profile, with commas; default: all")] = "",
+    parts: Annotated[str, typer.Option(help="some of generator, step, explorer, scaling, fidelity, profile, with commas; default: all")] = "",
     quick: Annotated[bool, typer.Option("--quick", help="tiny sizes, to see that it runs: about a minute")] = False,
-    out: Annotated[Path | None, typer.Option(help="where tables and figures go; default: reports/bench, or reports/runs/bench if --quick")] = None,
+    out: Annotated[Path | None, typer.Option(help="where tables and figures go; default: reports/bench/MACHINE, or reports/runs/bench if --quick")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="default: one per core; --quick: one")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda; default: both, as far as they are there")] = "",
 ) -> None:
     """Measure speed and memory on this machine, against the published recipe's work. Stopped, the same command goes on."""
     from .bench import bench
     try:
-        report = bench(parts.split(",") if parts else (), quick, out or Path("reports/runs/bench" if quick else "reports/bench"), threads,
+        report = bench(parts.split(",") if parts else (), quick, out or (Path("reports/runs/bench") if quick else None), threads,
                        (device,) if device else ("cpu", "cuda"))
     except (ValueError, OSError) as error:
         raise SystemExit(f"cfclip: {error}") from None

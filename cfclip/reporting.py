@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 from torch import Tensor
 
+from .ops import fast_dtype
 from .training import atomic_save
 
 PERCENT = ("success_before", "success_after", "success_inverted")
@@ -88,8 +89,9 @@ def markdown(table: pd.DataFrame, note: str = "") -> str:
 
 def versions() -> dict[str, str]:
     """What a number depends on."""
-    return {"python": platform.python_version(), "machine": platform.machine(), "device": "cpu",
-            "threads": str(torch.get_num_threads())} | {name: version(name) for name in ("torch", "torchvision", "open_clip_torch", "numpy")}
+    return {"python": platform.python_version(), "machine": platform.machine(), "device": "cpu", "threads": str(torch.get_num_threads()),
+            "dtype auto": str(fast_dtype(torch.device("cpu"))).removeprefix("torch.")} | {
+                name: version(name) for name in ("torch", "torchvision", "open_clip_torch", "numpy")}
 
 
 def machine() -> str:

@@ -111,7 +111,8 @@ def test_epilogue(parts, dtype, last):
 def test_rgb(parts):
     """The layer after it and the RGB layer read an output, or just the latter."""
     weight, bias, styles = draw((3, 5, 1, 1), seed=3), draw((5,), seed=4), [draw((2, 5), seed=5 + i) for i in range(len(parts))]
-    check(lambda m, x, d, *styles: m.epilogue(x, d, None, bias, styles=styles[:-1], rgb=(weight, styles[-1])), draw((2, 5, 7, 3)), draw((2, 5)).abs(), *styles)
+    check(lambda m, x, d, *styles: m.epilogue(x, d, None, bias, styles=styles[:-1], rgb=(weight, styles[-1])),
+          draw((2, 5, 7, 3)), draw((2, 5)).abs(), *styles)
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)
@@ -317,7 +318,7 @@ def test_folding_is_really_measured():
 def test_the_quickest_way_and_dtype(monkeypatch):
     calls = []
     slow, quick = choice.quickest([lambda: calls.append("slow") or time.sleep(0.02), lambda: calls.append("quick")], torch.device("cpu"), turns=3)
-    assert 0.02 <= slow and quick < slow and calls == ["slow", "quick"] * 4
+    assert slow >= 0.02 and quick < slow and calls == ["slow", "quick"] * 4
     choice.quickest([lambda: calls.append("long") or time.sleep(0.02)], torch.device("cpu"), patience=0.03)
     assert calls[8:] == ["long"] * 2, "once to warm up, and the turn in which patience ends"
     for seconds, dtype in (([1.0, 0.5], torch.bfloat16), ([1.0, 0.95], torch.float32), ([0.1, 1.0], torch.float32)):

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,12 @@ from ..sweep import KERNEL_ENVIRONMENT
 
 ALLOCATOR = {name: value for name, value in KERNEL_ENVIRONMENT.items() if name.startswith("MALLOC")}
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16")
+
+
+def name(where: dict[str, Any]) -> str:
+    """A folder's name for the machine of :func:`describe`: processor, cores, what it is best at, GPU."""
+    words = f"{where['cpu']} {next(iter(where['flags'][::-1]), '')} {where['gpu'] or ''}"
+    return "-".join(re.findall(r"[a-z0-9]+", words.lower().replace("_", " ")))
 
 
 def cores() -> int:

@@ -4,7 +4,7 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from ..ops import fast_dtype
 
 
 def stats(seconds: Sequence[float]) -> dict[str, Any]:
@@ -88,9 +90,11 @@ def work_of(call: Callable[[], Any]) -> dict[str, list[float]]:
     return work.take()
 
 
-def dtypes(device: str) -> Iterator[torch.dtype]:
-    """What to convolve in there."""
-    yield from (torch.float32, torch.bfloat16, torch.float16) if device == "cuda" else (torch.float32, torch.bfloat16)
+def dtypes(device: str) -> tuple[torch.dtype, ...]:
+    """What is worth convolving in there: on a CPU bfloat16 only where it is faster, by the rule of ``dtype="auto"``."""
+    if device == "cuda":
+        return torch.float32, torch.bfloat16, torch.float16
+    return tuple(dict.fromkeys((torch.float32, fast_dtype(torch.device(device)))))
 
 
 def name_of(dtype: torch.dtype) -> str:

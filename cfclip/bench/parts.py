@@ -1,10 +1,12 @@
 """What is measured. Every part yields rows, each with its ``name`` and what :func:`cfclip.bench.measure.stats` says."""
 
+import copy
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity
 
-from .. import sweep
+from .. import metrics, sweep
 from ..domains import load_domain
-from ..method import CFCLIP, CFCLIPConfig
+from ..method import CFCLIP, CFCLIPConfig, train_mapper
 from ..multiprompt import MultiPromptConfig
+from ..ops import HALF, folding, using
 from ..stylegan2 import Generator
 from ..toonfaces.captions import phrase
 from ..toonfaces.factors import PARTS, colours
@@ -33,7 +36,7 @@ PROMPT = "green lipstick"
 
 def floors(device: str, side: int, copied: int, repeats: int) -> Rows:
     """Arithmetic (TFLOP/s) of a matrix product of ``side`` and of a 3x3 convolution, per dtype; bandwidth (GB/s) of a copy of ``copied`` bytes."""
-    for dtype in dtypes(device):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16) if device == "cuda" else (torch.float32, torch.bfloat16):
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         channels = max(16, side // 16)
         x = torch.randn(4, channels, 64, 64, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
@@ -68,18 +71,22 @@ def _passes(draw: Callable, g: Generator, batch: int, device: str) -> dict[str, 
     return {"forward": forward, "forward + backward": both}
 
 
-def _variants(g: Generator, device: str) -> dict[tuple[str, str], Callable]:
-    """(name, dtype) -> draw."""
-    ours = {("ours", name_of(dtype)): lambda w, dtype=dtype: g.synthesis(w, dtype=None if dtype == torch.float32 else dtype)
-            for dtype in dtypes(device)}
-    return ours | {("unfolded", "float32"): PlainGenerator(g, plane_filters=False, sample_weights=False), ("plain", "float32"): PlainGenerator(g)}
+def _ours(g: Generator, dtype: torch.dtype, fold: bool | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """w -> pictures in ``dtype``; with every FIR filter in its convolution's kernel, or with none, or as we choose."""
+    def draw(w: torch.Tensor) -> torch.Tensor:
+        with nullcontext() if fold is None else folding(fold):
+            return g.synthesis(w, dtype=None if dtype == torch.float32 else dtype)
+    return draw
 
 
 def generator(device: str, sizes: Sequence[tuple[int, int]], repeats: int, tiny: bool) -> Rows:
-    """Pictures a second at each (resolution, batch): ours per dtype, without folded filters, and in plain operators; all take turns."""
+    """Pictures a second at each (resolution, batch): ours per dtype, with filters folded and not as we chose, and in plain operators; all take turns."""
     for resolution, batch in sizes:
-        g = random_generator(resolution, tiny).to(device)
-        calls = {(*key, name): call for key, draw in _variants(g, device).items() for name, call in _passes(draw, g, batch, device).items()}
+        draws = {("plain", "float32"): PlainGenerator(g := random_generator(resolution, tiny).to(device))}
+        for dtype in dtypes(device):
+            draws |= {(name, name_of(dtype)): _ours(copy.deepcopy(g), dtype, fold)          # a copy keeps its own kernels
+                      for name, fold in (("ours", None), ("folded", True), *((("unfolded", False),) if dtype in HALF else ()))}
+        calls = {(*key, name): call for key, draw in draws.items() for name, call in _passes(draw, g, batch, device).items()}
         work = {key: work_of(call) for key, call in calls.items()}     # it warms up as well
         seconds = {key: [] for key in calls}
         for _ in range(repeats):
@@ -106,7 +113,7 @@ def compiled(device: str, resolution: int, batch: int, repeats: int, tiny: bool)
 def generator_memory(device: str, resolution: int, batch: int, dtype: str, plain: bool, tiny: bool) -> Rows:
     """The peak of one forward + backward, in a process that does nothing else."""
     g = random_generator(resolution, tiny).to(device)
-    draw = _variants(g, device)["plain" if plain else "ours", dtype]
+    draw = PlainGenerator(g) if plain else _ours(g, getattr(torch, dtype))
     found = stats(timed(_passes(draw, g, batch, device)["forward + backward"], device, 1, warm=0))
     yield {"name": "plain" if plain else "ours", "dtype": dtype, "resolution": resolution, "batch": batch, "peak_gb": peak_gb(device)} | found
 
@@ -226,6 +233,43 @@ def growing_sweep(device: str, runs: Sequence[int], repeats: int) -> Rows:
                 sweep.write_record(run, out / run.id, "finished")
             again = timed(lambda spec=spec, out=out, executor=executor: sweep.sweep(spec, out, out, executor), device, repeats)
             yield {"name": "sweep, resume", "value": count} | stats(again)
+
+
+# ---- (f) what the fast ways change ----
+
+@torch.no_grad()
+def pictures(device: str, faces: int) -> Rows:
+    """How far toonfaces' pictures of ``faces`` held-out latents are, in grey levels of 255, from the reference operators' in float32."""
+    domain = load_domain("toonfaces", device)
+    w = domain.latents(faces, "test")
+    with using("reference"):
+        exact = domain.generator.synthesis(w)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for fold in (False, True):
+            drawn, draw = [], _ours(domain.generator, dtype, fold)
+            found = stats(timed(lambda: drawn.append(draw(w)), device, 1, warm=0))          # noqa: B023 (called here)
+            apart = (drawn[0] - exact).abs() * 127.5
+            yield {"name": "folded" if fold else "unfolded", "dtype": name_of(dtype), "faces": faces, "mean": apart.mean().item(),
+                   "most": apart.max().item()} | found
+
+
+def success(device: str, prompts: Sequence[str], seeds: Sequence[int], steps: int, faces: int) -> Rows:
+    """Mappers trained alike by the reference operators and by ours: how often the edit of a held-out face succeeds, and its identity."""
+    domain = load_domain("toonfaces", device)
+    ways = [("reference", "float32"), *(("ours", name_of(dtype)) for dtype in dtypes(device))]
+    for seed in seeds:
+        for prompt in prompts:
+            for operators, dtype in ways:
+                config = CFCLIPConfig(prompt, steps=steps, lr=60.0, lambda_l2=0.1, levels=("fine",), train_latents=256, seed=seed, dtype=dtype)
+                begun = time.perf_counter()
+                with using("reference") if operators == "reference" else nullcontext():
+                    mapper, _ = train_mapper(domain, config, progress=False)
+                taken, text = time.perf_counter() - begun, domain.clip.encode_text(prompt)
+                with torch.no_grad():
+                    rows = metrics.over_strengths(domain, prompt, lambda w, strength: domain.generator.synthesis(mapper.edit(w, text, strength)),  # noqa: B023
+                                                  domain.latents(faces, "test", seed), [1.0])
+                yield {"name": operators, "dtype": dtype, "prompt": prompt, "seed": seed, "steps": steps, "faces": faces,
+                       **{name: sum(row[name] for row in rows) / len(rows) for name in ("success_after", "identity")}} | stats([taken])
 
 
 # ---- the profile ----

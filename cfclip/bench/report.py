@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..reporting import markdown, save_figure
+from ..reporting import half_width, markdown, plus_minus, save_figure
 from ..training import atomic_save
 from .published import WORDS
 
@@ -149,6 +149,30 @@ def scaling_table(rows: Rows, name: str) -> pd.DataFrame:
                          for row in of(rows, "scaling", name=name)])
 
 
+def pictures_table(rows: Rows) -> pd.DataFrame:
+    return pd.DataFrame([{"device": row["device"], "dtype": row["dtype"], "filters": row["name"], "faces": row["faces"], "mean": row["mean"],
+                          "most": row["most"]} for row in of(rows, "fidelity") if "most" in row])
+
+
+def success_table(rows: Rows) -> pd.DataFrame:
+    """Success and identity by prompt and way, and how far each seed's success is from that seed's with the reference operators."""
+    table, found = pd.DataFrame([row for row in of(rows, "fidelity") if "success_after" in row]), []
+    if table.empty:
+        return table
+    for (device, prompt), group in table.groupby(["device", "prompt"], sort=False):
+        reference = group[group["name"] == "reference"].set_index("seed")
+        for (name, dtype), way in group.groupby(["name", "dtype"], sort=False):
+            apart = 100 * (way.set_index("seed")["success_after"] - reference["success_after"])
+            half = half_width(apart)
+            found.append({"device": device, "prompt": prompt, "operators": name, "dtype": dtype, "steps": way["steps"].iloc[0], "seeds": len(way),
+                          "faces": way["faces"].iloc[0], "success": plus_minus(way["success_after"].mean(), half_width(way["success_after"]), 100),
+                          "each": ", ".join(f"{100 * value:.0f}" for value in way["success_after"]),
+                          "identity": plus_minus(way["identity"].mean(), half_width(way["identity"])), "s a training": way["median"].median(),
+                          "apart": "–" if name == "reference" else plus_minus(apart.mean(), half),
+                          "within": "–" if name == "reference" or pd.isna(half) else "yes" if abs(apart.mean()) <= half else "**no**"})
+    return pd.DataFrame(found)
+
+
 def phases_table(rows: Rows, device: str, dtype: str) -> pd.DataFrame:
     """Where a step's time goes, and how far each phase is from the least that this device could take for it."""
     best, phases = peaks(rows, device), of(rows, "profile", device=device, dtype=dtype, kind="phase")
@@ -257,8 +281,9 @@ def write(rows: Rows, out: Path) -> Path:
     parts.append(machine_text(rows, where))
     parts += ["## Floors of the device\n", text(floors_table(rows), "Measured: the best of the repeats. A copy reads and writes; both are counted.")]
     parts += ["## (a) Generator\n", text(generator_table(rows), (
-        "plain: the published operators un-fused, weights frozen; unfolded: ours, but every FIR filter after its convolution, depthwise. Forward + "
-        "backward: the gradient with respect to w. Of the floor: the least time that the arithmetic (the fewest FLOP of these) or the traffic (inputs and "
+        "plain: the published operators un-fused, weights frozen; folded: ours, but every FIR filter is in its convolution's kernel; unfolded: none is. "
+        "In float32 ours folds none, in half precision as measured. Forward + backward: the gradient with respect to w. Of the floor: "
+        "the least time that the arithmetic (the fewest FLOP of these) or the traffic (inputs and "
         "outputs of every convolution and product, once each) takes at the floors above, over what it took. " + _compiling(rows)))]
     wrong = unequal(rows)
     equal = f"**Not equal**: {wrong}." if wrong else f"All float32 losses are the published ones, to {TOLERANCE:g}."
@@ -285,6 +310,12 @@ def write(rows: Rows, out: Path) -> Path:
                        ("sweep, plan", "What `cfclip sweep --dry-run` does."), ("sweep, resume", "The same command, when every run is finished.")):
         parts += [f"### {name}\n", text(scaling_table(rows, name), note)]
     parts += [_figure(scaling_figure(rows, device), out, f"scaling-{device}") for device in devices if of(rows, "scaling", device=device)]
+    parts += ["## (f) What the fast ways change\n", text(pictures_table(rows), (
+        "toonfaces' pictures of held-out latents, seed 0, in grey levels of 255: how far they are from those of the reference operators in float32.")),
+        text(success_table(rows), (
+            "Mappers trained alike on toonfaces, the readout's success and the identity of held-out faces at strength 1: mean ± half of the 95 % interval "
+            "over the seeds (Student's t). apart: from the reference operators of the same seed, per cent, with its interval; "
+            "within: whether that holds 0."))]
     parts.append("## Profile of our step\n")
     for device, dtype in dict.fromkeys((row["device"], row["dtype"]) for row in of(rows, "profile")):
         phases = phases_table(rows, device, dtype)

@@ -18,8 +18,10 @@ from tqdm.auto import tqdm
 
 from ..reporting import read_rows, writable, write_rows
 from . import machine, report
+from .measure import dtypes, name_of
 
-PARTS = {"generator": "(a)", "step": "(b) and (c)", "explorer": "(d)", "scaling": "(e)", "profile": "where the time of a step goes"}
+PARTS = {"generator": "(a)", "step": "(b) and (c)", "explorer": "(d)", "scaling": "(e)", "fidelity": "(f)",
+         "profile": "where the time of a step goes"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Job:
 def full(device: str) -> Iterator[Job]:
     """The real sizes: the step is that of FFHQ, 1024², batch 2. The order puts ours before and after the published step."""
     step, small = {"resolution": 1024, "tiny": False}, {"resolution": 256, "tiny": False}
-    reduced = ["bfloat16", "float16"] if device == "cuda" else ["bfloat16"]
+    reduced = [name_of(dtype) for dtype in dtypes(device)[1:]]
     yield Job("floors", "floors", {"side": 2048 if device == "cpu" else 8192, "copied": 2 ** 29, "repeats": 5})
     yield Job("step", "step", step | {"dtype": "float32", "repeats": 3}, 8)
     yield Job("step", "ladder", step | {"repeats": 1}, 20, 2400)
@@ -50,19 +52,21 @@ def full(device: str) -> Iterator[Job]:
     for dtype in reduced:
         yield Job("step", "step", step | {"dtype": dtype, "repeats": 4}, 8)
         yield Job("step", "step", step | {"dtype": dtype, "repeats": 3, "sources": True}, 8)
-    yield Job("step", "wastes", small | {"rounds": 2}, 6, 1500)
     yield Job("generator", "generator", {"sizes": [[64, 4], [128, 4], [256, 2], [512, 1], [1024, 1]], "repeats": 3, "tiny": False}, 8)
-    yield Job("generator", "compiled", {"resolution": 256, "batch": 2, "repeats": 3, "tiny": False}, 6, 240)
     for dtype, plain in (("float32", True), ("float32", False), *((dtype, False) for dtype in reduced)):
         yield Job("generator", "generator_memory", {"resolution": 1024, "batch": 2, "dtype": dtype, "plain": plain, "tiny": False}, 12 if plain else 6)
+    for dtype in ("float32", *reduced):
+        yield Job("profile", "profile", step | {"dtype": dtype, "repeats": 2, "top": 12}, 8)
+    yield Job("fidelity", "pictures", {"faces": 64})
+    yield Job("fidelity", "success", {"prompts": ["green lipstick", "purple eyebrows"], "seeds": [0, 1, 2], "steps": 300, "faces": 32}, 3, 3600)
     if device == "cpu":
         yield Job("explorer", "explorer", {"faces": 8, "moves": 40}, 3)
         yield Job("scaling", "growing_sweep", {"runs": [10, 100, 1000], "repeats": 3})
     yield Job("scaling", "growing_resolution", {"resolutions": [64, 128, 256, 512, 1024], "tiny": False, "dtype": "float32", "repeats": 2}, 8)
     yield Job("scaling", "growing_batch", small | {"batches": [1, 2, 4, 8], "dtype": "float32", "repeats": 3}, 6)
     yield Job("scaling", "growing_prompts", {"prompts": [1, 8, 32], "at_once": [1, 2, 4, 8], "tiny": False, "repeats": 5}, 3)
-    for dtype in ("float32", *reduced):
-        yield Job("profile", "profile", step | {"dtype": dtype, "repeats": 2, "top": 12}, 8)
+    yield Job("step", "wastes", small | {"rounds": 2}, 6, 1500)
+    yield Job("generator", "compiled", {"resolution": 256, "batch": 2, "repeats": 3, "tiny": False}, 6, 240)
 
 
 def quick(device: str) -> Iterator[Job]:
@@ -78,6 +82,8 @@ def quick(device: str) -> Iterator[Job]:
     yield Job("scaling", "growing_resolution", {"resolutions": [8, 16], "tiny": True, "dtype": "float32", "repeats": 1})
     yield Job("scaling", "growing_batch", step | {"batches": [1, 2], "dtype": "float32", "repeats": 1})
     yield Job("scaling", "growing_prompts", {"prompts": [1, 2], "at_once": [1, 2], "tiny": True, "repeats": 1})
+    yield Job("fidelity", "pictures", {"faces": 2})
+    yield Job("fidelity", "success", {"prompts": ["green lipstick"], "seeds": [0], "steps": 1, "faces": 2})
     yield Job("profile", "profile", step | {"dtype": "float32", "repeats": 1, "top": 5})
     if device == "cpu":
         yield Job("scaling", "growing_sweep", {"runs": [3], "repeats": 1})
@@ -92,17 +98,20 @@ def code() -> str:
     return hashlib.sha256(b"".join(p.relative_to(here).as_posix().encode() + p.read_bytes() for p in files)).hexdigest()[:16]
 
 
-def bench(parts: Sequence[str] = (), small: bool = False, out: str | os.PathLike = "reports/bench", threads: int | None = None,
+def bench(parts: Sequence[str] = (), small: bool = False, out: str | os.PathLike | None = None, threads: int | None = None,
           devices: Sequence[str] = ("cpu", "cuda")) -> Path:
     """Measure ``parts`` (default: all of :data:`PARTS`), write ``bench.jsonl``, ``bench.md`` and figures into ``out``; returns bench.md.
+
+    ``out``: default a folder of reports/bench that is named after the machine, so that no machine's numbers replace another's.
 
     What the same code has measured on the same machine is kept, so that an interrupted bench goes on. ValueError if a part is unknown, or,
     once everything is written, if the published step and ours have different losses.
     """
     if unknown := set(parts) - set(PARTS):
         raise ValueError(f"unknown part {', '.join(map(repr, sorted(unknown)))}; there are: {', '.join(PARTS)}")
-    out, threads = writable(out), threads or (1 if small else machine.cores())   # tiny tensors only wait for a second thread
+    threads = threads or (1 if small else machine.cores())         # tiny tensors only wait for a second thread
     where = machine.describe(threads)
+    out = writable(out or Path("reports/bench") / machine.name(where))
     key = hashlib.sha256(json.dumps([{k: v for k, v in where.items() if k != "date"}, code(), small]).encode()).hexdigest()[:16]
     before = [row for row in read_rows(out / "bench.jsonl") if row["key"] == key] if (out / "bench.jsonl").exists() else []
     done = {row["job"] for row in before if row.get("status") == "done"}
@@ -113,6 +122,9 @@ def bench(parts: Sequence[str] = (), small: bool = False, out: str | os.PathLike
         if device == "cuda" and not torch.cuda.is_available():
             rows.append({"key": key, "job": "cuda", "part": "machine", "device": device, "status": "skipped", "why": "no CUDA device"})
             continue
+        if device == "cpu" and len(dtypes(device)) == 1:
+            rows.append({"key": key, "job": "bfloat16", "part": "machine", "device": device, "status": "skipped",
+                         "why": "bfloat16 is not faster than float32 on this processor, see the floors"})
         chosen = [Job(j.part, j.what, {"device": device} | j.arguments, j.need_gb, j.limit) for j in (quick if small else full)(device)]
         jobs += [j for j in chosen if j.id not in done and (not parts or j.part in (*parts, "floors"))]
     groups = [[job] for job in jobs]

@@ -14,7 +14,8 @@ from . import parts
 from .explorer import explorer
 
 WHAT = {name: getattr(parts, name) for name in ("floors", "generator", "compiled", "generator_memory", "step", "ladder", "wastes", "growing_resolution",
-                                                "growing_batch", "growing_prompts", "growing_sweep", "profile")} | {"explorer": explorer}
+                                                "growing_batch", "growing_prompts", "growing_sweep",
+                                                "pictures", "success", "profile")} | {"explorer": explorer}
 
 
 def work(jobs: list[dict[str, Any]], out: Path) -> None:

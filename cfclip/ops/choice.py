@@ -43,7 +43,8 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     A processor without instructions for bfloat16 takes ten times longer in it than in float32.
     """
     def way(dtype: torch.dtype) -> Callable[[], Tensor]:
-        x, kernel = (torch.ones(shape, dtype=dtype, device=device).contiguous(memory_format=layout_of(dtype)) for shape in ((2, 64, 64, 64), (64, 64, 3, 3)))
+        x, kernel = (torch.ones(shape, dtype=dtype, device=device).contiguous(memory_format=layout_of(dtype))
+                     for shape in ((2, 64, 64, 64), (64, 64, 3, 3)))
         return lambda: F.conv2d(x, kernel, padding=1)
 
     with torch.no_grad():

@@ -68,7 +68,8 @@ def folds(weight: Tensor, f: Tensor, dtype: torch.dtype) -> bool:
 
 @cache
 def _folding_pays(device: torch.device, dtype: torch.dtype, o: int, i: int) -> bool:
-    side = next(side for side in (8, 16, 32, 64, 128) if side == 128 or 2 * side ** 2 * 36 * o * i > 2e8)        # where there are many channels there are few pixels
+    # where there are many channels there are few pixels
+    side = next(side for side in (8, 16, 32, 64, 128) if side == 128 or 2 * side ** 2 * 36 * o * i > 2e8)
     f, style, bias = setup_filter((1, 3, 3, 1)).to(device), torch.ones(2, i, device=device), torch.zeros(o, device=device)
     x = torch.ones(2, i, side, side, device=device, dtype=dtype).contiguous(memory_format=layout_of(dtype)).requires_grad_()
     weight = torch.full((o, i, 3, 3), 1 / (9 * i), device=device)

@@ -98,7 +98,8 @@ class _Epilogue(torch.autograd.Function):
         picture = None if mixing is None else torch.zeros((n, mixing.shape[1], h, w), dtype=exact, device=x.device)
         factor, bias_gain = (d * gain)[:, :, None, None], (bias * gain)[:, None, None]       # gain lrelu(a) = lrelu(gain a), and it is free here
         noise_gain = None if noise is None else (noise * gain).expand(n, 1, h, w)
-        ctx.clamp = None if clamp is None else torch.tensor(clamp, dtype=x.dtype).item()         # as y has it: what is clamped, and nothing else, is that large
+        # as y has it: what is clamped, and nothing else, is that large
+        ctx.clamp = None if clamp is None else torch.tensor(clamp, dtype=x.dtype).item()
         below = None if clamp is None else ctx.clamp * (1 - torch.finfo(x.dtype).eps)
         for images in _groups(x, _size(x)):
             part = x[images]
