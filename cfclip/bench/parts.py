@@ -37,8 +37,9 @@ PROMPT = "green lipstick"
 def floors(device: str, side: int, copied: int, repeats: int) -> Rows:
     """Arithmetic (TFLOP/s) of a matrix product of ``side`` and of a 3x3 convolution, per dtype; bandwidth (GB/s) of a copy of ``copied`` bytes."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16) if device == "cuda" else (torch.float32, torch.bfloat16):
-        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        channels = max(16, side // 16)
+        n = side if dtype in dtypes(device) else side // 4         # what is slow there would take minutes
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        channels = max(16, n // 16)
         x = torch.randn(4, channels, 64, 64, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
         k = torch.randn(channels, channels, 3, 3, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
         for name, call in (("matrix product", lambda a=a, b=b: a @ b), ("convolution", lambda x=x, k=k: F.conv2d(x, k, padding=1))):
