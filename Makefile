@@ -30,5 +30,5 @@ lab: .venv/installed        ## JupyterLab on the notebooks, with the explorer op
 lint: .venv/installed       ## style
 	$(BIN)/ruff check .
 
-bench: .venv/installed      ## speed and memory against the published recipe's work, into reports/bench (20 quiet minutes)
+bench: .venv/installed      ## speed and memory against the published recipe's work, into reports/bench/MACHINE (an hour of a quiet machine)
 	$(BIN)/cfclip bench

@@ -144,6 +144,24 @@ def test_tables_are_quotients_of_what_was_measured(quick):
     assert found["× plain"] == measured["median"] / ours["median"] and found["images/s"] == 2 / ours["median"]
 
 
+def test_what_the_fast_ways_change(quick):
+    rows = [{"part": "fidelity", "device": "cpu", "name": name, "dtype": "float32", "prompt": "a", "seed": seed, "steps": 3, "faces": 4, "median": 2.0,
+             "success_after": value, "identity": 0.9}
+            for name, values in (("reference", (0.5, 0.75, 1.0)), ("ours", (0.25, 1.0, 1.0)), ("worse", (0.25, 0.5, 0.75)))
+            for seed, value in enumerate(values)]
+    table = report.success_table(rows).set_index("operators")
+    assert table["within"].to_dict() == {"reference": "–", "ours": "yes", "worse": "**no**"}, "it is compared seed by seed"
+    assert table.loc["worse", "apart"] == "-25" and table.loc["ours", "each"] == "25, 100, 100" and table.loc["reference", "success"].startswith("75 ±")
+    drawn = report.pictures_table(quick[1]).set_index(["dtype", "filters"])
+    assert len(drawn) == 6 and drawn.loc[("float32", "unfolded"), "most"] < 0.01 < drawn.loc[("bfloat16", "folded"), "mean"]
+
+
+def test_a_folder_a_machine():
+    where = {"cpu": "AMD EPYC, 2 cores", "flags": ["avx2", "avx512_bf16"], "gpu": "NVIDIA H100"}
+    assert machine.name(where) == "amd-epyc-2-cores-avx512-bf16-nvidia-h100"
+    assert machine.name({"cpu": "Apple M4, 8 cores", "flags": [], "gpu": None}) == "apple-m4-8-cores"
+
+
 def test_what_is_measured_is_kept(quick, monkeypatch):
     out, rows = quick
     monkeypatch.setattr(run, "_measure", lambda *_: pytest.fail("measured again"))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from written_out import one_step
 
-from cfclip import latents
+from cfclip import baselines, latents, weights
 from cfclip.losses import identity_loss, latent_l2
 from cfclip.method import CFCLIP, CFCLIPConfig, find_mappers, train_mapper
 from cfclip.multiprompt import MultiPromptConfig
@@ -75,6 +75,19 @@ def test_train_and_test_latents_are_disjoint(generator):
     assert torch.equal(train[:10], latents.sample(generator, 10, "train"))
     with pytest.raises(ValueError, match="'all'"):
         latents.sample(generator, 1, "all")
+
+
+@pytest.mark.parametrize("fast", ["float32", "bfloat16"])
+def test_auto_is_what_is_fast_here_and_is_written_down(fast, domain, tmp_path, monkeypatch):
+    monkeypatch.setattr("cfclip.ops.choice.fast_dtype", lambda device: getattr(torch, fast))
+    auto, told = (dataclasses.replace(CONFIG, dtype=dtype, steps=2) for dtype in ("auto", fast))
+    mapper, _ = train_mapper(domain, auto, tmp_path, progress=False)
+    expected, _ = train_mapper(domain, told, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(mapper.parameters(), expected.parameters(), strict=True))
+    assert weights.read(tmp_path / "mapper.safetensors", "mapper")[2]["dtype"] == fast
+    for method in ("nada", "styleclip-optimization"):
+        chosen = baselines.fit(method, domain, "green lipstick", steps=1, dtype="auto")
+        assert chosen.config.dtype == fast
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"batch": 1.5}, {"dtype": "int8"}, {"draws": -1}, {"objective": "gan"}, {"negatives": "all"},
