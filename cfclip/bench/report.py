@@ -293,9 +293,11 @@ def write(rows: Rows, out: Path) -> Path:
             parts += [f"## (b) The mapper's step, {device}\n", text(step, (
                 "Same mapper, same latents, same draws in every row. loss apart: relative, from the published one. Ours keeps the sources' features "
                 f"per latent; \"sources drawn\" does not, as with more latents than can be kept. {equal}")), text(ladder_table(rows, device), (
-                    "From the published step to ours, one waste after the other, n = 1 each. What the FIR's and the weights' rows save together holds the "
-                    "folding of the filter into the convolution, which needs both off.")),
-                f"At {_size(rows, device)}², each by itself:\n", text(wastes_table(rows, device), (
+                    "From the published step to ours, one waste after the other, n = 1 each. Our own operators, with "
+                    "which a layer is an epilogue and a convolution, are there from where both the FIR's and the weights' rows are off."))]
+            alone = wastes_table(rows, device)
+            if len(alone):
+                parts += [f"At {_size(rows, device)}², each by itself:\n", text(alone, (
                     "Without the sources there are no views of them either. The Gram matrices need a perceptual network, which faces do not have."))]
             if of(rows, "step", device=device, name="published"):
                 parts.append(_figure(wastes_figure(rows, device), out, f"wastes-{device}"))

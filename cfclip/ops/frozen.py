@@ -165,9 +165,8 @@ class _Epilogue(torch.autograd.Function):
                 torch.mul(grad, factor[images, channels], out=of_x[here])
         # y = lrelu(a) with a = gain (x d + noise + bias): da . x = (da . a / gain - da . noise - bias sum da) / d, and da . a = dy . y
         if ctx.clamp is None:
-            with_a = sum(part * style for part, style in zip(along, styles, strict=True)) if styles else with_a
+            with_a = sum(part * style for part, style in zip(along, styles, strict=True)) if styles else sum(along)
             with_a = with_a if mixing is None else with_a + (of_mixing * mixing).sum(1)
-            with_a = with_a if styles or mixing is not None else along[0]
         of_d = (with_a - ctx.gain * (with_noise + bias * with_one)) / d
         if ctx.fir is not None:
             before, after = (ctx.fir.shape[-1] - 1 - p for p in ctx.pad)
