@@ -167,7 +167,7 @@ def success_table(rows: Rows) -> pd.DataFrame:
             found.append({"device": device, "prompt": prompt, "operators": name, "dtype": dtype, "steps": way["steps"].iloc[0], "seeds": len(way),
                           "faces": way["faces"].iloc[0], "success": plus_minus(way["success_after"].mean(), half_width(way["success_after"]), 100),
                           "each": ", ".join(f"{100 * value:.0f}" for value in way["success_after"]),
-                          "identity": plus_minus(way["identity"].mean(), half_width(way["identity"])), "s a training": way["median"].median(),
+                          "identity": plus_minus(way["identity"].mean(), half_width(way["identity"])),
                           "apart": "–" if name == "reference" else plus_minus(apart.mean(), half),
                           "within": "–" if name == "reference" or pd.isna(half) else "yes" if abs(apart.mean()) <= half else "**no**"})
     return pd.DataFrame(found)
