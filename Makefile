@@ -18,7 +18,7 @@ help:           ## what there is
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
-reproduce: .venv/installed  ## train the prompts, evaluate, rewrite reports/ (4 minutes on two busy cores, after the install)
+reproduce: .venv/installed  ## train the prompts, evaluate, rewrite reports/ (4 to 15 minutes on two cores, after the install)
 	$(BIN)/cfclip sweep notebooks/presets/paper-toonfaces.yaml --quick
 
 test: .venv/installed       ## unit tests, and the notebooks at their smoke defaults
