@@ -69,22 +69,19 @@ def load_toonfaces(folder: Path = DATA / "toonfaces") -> Domain:
         tensors, config, _ = weights.read(path, name)
         return weights.load_into(make(config), tensors, path)
 
-    generator, encoder = module("generator", lambda c: Generator(**c)), None
-    if (folder / "encoder.safetensors").exists():
-        encoder = module("encoder", lambda c: ToonEncoder(**c))
-        if not encoder.fits(generator):
-            warnings.warn(f"{folder / 'encoder.safetensors'} was trained for another generator than the one beside it, and is left out: "
-                          "cfclip toonfaces train encoder", stacklevel=2)
-            encoder = None
+    def fitting(name: str, load, fits):
+        """A network that was trained for some of the others; None without its file, and with a warning where it was for other ones."""
+        path = folder / f"{name}.safetensors"
+        if not path.exists():
+            return None
+        if not fits(network := load()):
+            warnings.warn(f"{path} was trained for other networks than those beside it, and is left out: cfclip toonfaces train {name}", stacklevel=3)
+            return None
+        return network
+
+    generator = module("generator", lambda c: Generator(**c))
     clip, *heldout = (ClipGuide(module(name, lambda c: build(c["model"]))) for name in ("clip", "heldout_clip")
                       if name == "clip" or (folder / f"{name}.safetensors").exists())
-    mapper = None
-    if (path := folder / "multi.safetensors").exists():
-        mapper = load_mapper(path)
-        if not mapper.config.fits(generator, clip):
-            warnings.warn(f"{path} was trained for another generator or CLIP than those beside it, and is left out: "
-                          "cfclip toonfaces train multi", stacklevel=2)
-            mapper = None
     return Domain(
         name="toonfaces",
         generator=generator,
@@ -93,9 +90,9 @@ def load_toonfaces(folder: Path = DATA / "toonfaces") -> Domain:
         readout=module("readout", lambda c: Readout(**c)),
         source_text="face",
         prompts=("green lipstick", "purple eyebrows", "blue hair", "blue skin", "red lipstick", "blonde hair"),
-        encoder=encoder,
+        encoder=fitting("encoder", lambda: module("encoder", lambda c: ToonEncoder(**c)), lambda m: m.fits(generator)),
         heldout_clip=heldout[0] if heldout else None,
-        mapper=mapper,
+        mapper=fitting("multi", lambda: load_mapper(folder / "multi.safetensors"), lambda m: m.config.fits(generator, clip)),
     )
 
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 from torch import Tensor
 
-from .ops import fast_dtype
+from .ops import fast_dtype, name_of
 from .training import atomic_save
 
 PERCENT = ("success_before", "success_after", "success_inverted")
@@ -90,7 +90,7 @@ def markdown(table: pd.DataFrame, note: str = "") -> str:
 def versions() -> dict[str, str]:
     """What a number depends on."""
     return {"python": platform.python_version(), "machine": platform.machine(), "device": "cpu", "threads": str(torch.get_num_threads()),
-            "dtype auto": str(fast_dtype(torch.device("cpu"))).removeprefix("torch.")} | {
+            "dtype auto": name_of(fast_dtype(torch.device("cpu")))} | {
                 name: version(name) for name in ("torch", "torchvision", "open_clip_torch", "numpy")}
 
 

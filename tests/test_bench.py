@@ -174,6 +174,21 @@ def test_what_is_measured_is_kept(quick, monkeypatch):
     assert started == ["floors", "profile"], "other code, and only the part that was asked for with the floors it needs"
 
 
+def test_stopped_it_reports_what_it_has(tmp_path, monkeypatch):
+    done = []
+
+    def measure(group, *_):
+        if done:
+            raise KeyboardInterrupt
+        done.append(group)
+        return [{"job": group[0].id, "part": "floors", "device": "cpu", "name": "copy", "gb_per_second": 12.5, "n": 1}]
+
+    monkeypatch.setattr(run, "_measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        bench(out=tmp_path, devices=("cpu",))
+    assert "| copy " in (tmp_path / "bench.md").read_text() and len(read_rows(tmp_path / "bench.jsonl")) > 1
+
+
 def test_another_loss_is_told(quick):
     rows = quick[1]
     assert report.unequal(rows) == ""

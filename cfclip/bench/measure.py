@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from ..ops import fast_dtype
+from ..ops import fast_dtype, name_of
 
 
 def stats(seconds: Sequence[float]) -> dict[str, Any]:
@@ -71,7 +71,7 @@ class Work(TorchDispatchMode):
         out = func(*args, **kwargs)
         if count := flop_registry.get(func._overloadpacket):
             tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
-            entry = self.found[str(tensors[-1].dtype).removeprefix("torch.")]
+            entry = self.found[name_of(tensors[-1].dtype)]
             entry[0] += count(*args, **kwargs, out_val=out)
             entry[1] += sum(t.numel() * t.element_size() for t in tensors)
         return out
@@ -95,7 +95,3 @@ def dtypes(device: str) -> tuple[torch.dtype, ...]:
     if device == "cuda":
         return torch.float32, torch.bfloat16, torch.float16
     return tuple(dict.fromkeys((torch.float32, fast_dtype(torch.device(device)))))
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -15,6 +15,11 @@ CLEARLY = 1.2
 """How many times faster the less plain way must be to be chosen: the luck of a measurement should not decide."""
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """As a config has it: "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def layout_of(dtype: torch.dtype) -> torch.memory_format:
     """How a frozen network's activations and kernels lie: channels last is faster in half precision; in float32 it is not, and rounds twice as badly."""
     return torch.channels_last if dtype in HALF else torch.contiguous_format
@@ -54,4 +59,4 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 
 def settled(config: Any, device: str | torch.device = "cpu") -> Any:
     """``config``, a dataclass with a ``dtype`` by name; where that is "auto", with :func:`fast_dtype` of ``device`` in its place."""
-    return replace(config, dtype=str(fast_dtype(torch.device(device))).removeprefix("torch.")) if config.dtype == "auto" else config
+    return replace(config, dtype=name_of(fast_dtype(torch.device(device)))) if config.dtype == "auto" else config
