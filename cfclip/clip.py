@@ -72,7 +72,7 @@ class ClipGuide(nn.Module):
     def in_dtype(self, dtype: torch.dtype) -> "ClipGuide":
         """This guide with an image tower made for autocast to ``dtype``: batch norms folded, weights cast once and not at every call.
 
-        Itself where that changes nothing. The text tower is shared.
+        Itself where that changes nothing. All but the image tower is shared: move the guide it is made of, not this one.
         """
         if dtype == torch.float32 and not any(isinstance(module, nn.BatchNorm2d) for module in self.model.visual.modules()):
             return self
@@ -80,7 +80,7 @@ class ClipGuide(nn.Module):
         guide._modules, model._modules = self._modules | {"model": model}, dict(self.model._modules)
         model.visual = fold_batch_norms(copy.deepcopy(self.model.visual))
         for module in model.visual.modules():
-            if dtype != torch.float32 and isinstance(module, nn.Conv2d | nn.Linear):
+            if dtype != torch.float32 and isinstance(module, nn.Conv2d | nn.Linear | nn.MultiheadAttention):
                 module.to(dtype).to(memory_format=torch.channels_last)
         return guide
 

@@ -118,12 +118,13 @@ def perspective_views(images: Tensor, draws: int = 8, distortion: float = 0.5, t
     for _ in range(draws):
         torch.rand(1)                                              # torchvision's draw against p
         start, end = RandomPerspective.get_params(width, height, distortion)
-        grid = perspective_grid(start, end, height, width).to(images)
+        grid = perspective_grid(start, end, height, width, images.device).to(images)
         views.append(then(F.grid_sample(images, grid.expand(len(images), -1, -1, -1), align_corners=False)))
     return torch.cat(views)
 
 
-def perspective_grid(start: Sequence[Sequence[float]], end: Sequence[Sequence[float]], height: int, width: int) -> Tensor:
+def perspective_grid(start: Sequence[Sequence[float]], end: Sequence[Sequence[float]], height: int, width: int,
+                     device: str | torch.device = "cpu") -> Tensor:
     """Where a picture is read so that its points ``start`` (four, in pixels) come to lie at ``end``; [1, H, W, 2] as ``F.grid_sample`` has it.
 
     ``u = (a x + b y + c) / (g x + h y + 1)``, ``v = (d x + e y + f) / (g x + h y + 1)``. torchvision makes it by a matrix product of a row a
@@ -133,7 +134,7 @@ def perspective_grid(start: Sequence[Sequence[float]], end: Sequence[Sequence[fl
             for row in ([x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y])]
     solved = torch.linalg.solve(torch.tensor(rows, dtype=torch.float64), torch.tensor(start, dtype=torch.float64).flatten())
     a, b, c, d, e, f, g, h = solved.tolist()
-    x, y = torch.arange(width) + 0.5, torch.arange(height)[:, None] + 0.5
+    x, y = torch.arange(width, device=device) + 0.5, torch.arange(height, device=device)[:, None] + 0.5
     below = g * x + (h * y + 1)
     u, v = (a * x + (b * y + c)) / below, (d * x + (e * y + f)) / below
     return torch.stack([u * (2 / width) - 1, v * (2 / height) - 1], -1)[None]

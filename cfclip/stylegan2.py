@@ -49,13 +49,23 @@ class StyledConv(nn.Module):
         self._kept: tuple | None = None
 
     def prepared(self, dtype: torch.dtype, fir: Tensor | None) -> Prepared:
-        """:func:`prepare` of the weights: once while they are frozen, at every call while they are trained."""
-        if self.weight.requires_grad:
+        """:func:`prepare` of the weights: once while they are frozen, at every call while they are trained.
+
+        Frozen weights may be changed in place, but not through ``.data``, which tells nobody: assign to ``.data``, or ``copy_`` without it.
+        """
+        if self.weight.requires_grad or self.weight.is_inference():
             return prepare(self.weight * self.scale, fir, dtype)
-        state = (self.weight.data_ptr(), self.weight._version, self.weight.device, dtype, fir is not None and folds(self.weight, fir, dtype))
-        if self._kept is None or self._kept[0] != state:
-            self._kept = state, prepare(self.weight * self.scale, fir, dtype)
-        return self._kept[1]
+        state = (self.weight.data_ptr(), self.weight._version, self.weight.device, dtype)
+        if fir is not None:
+            state += fir.data_ptr(), fir._version, folds(self.weight, fir, dtype)
+        kept = self._kept                                          # another thread may keep its own at any moment
+        if kept is None or kept[0] != state:
+            with torch.inference_mode(False):                      # what is kept there could never be trained through
+                kept = self._kept = state, prepare(self.weight * self.scale, fir, dtype)
+        return kept[1]
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_kept": None}                     # a copy makes its own
 
     def forward(self, x: Tensor, style: Tensor, noise: Tensor | None, fir: Tensor, clamp: float | None, styles: Sequence[Tensor],
                 rgb: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
@@ -173,6 +183,8 @@ class Generator(nn.Module):
             raise ValueError(f"noise must be 'const', 'random', 'none' or {len(self.convs)} tensors, not {noise!r}")
         if not isinstance(noise, str) and len(noise) != len(self.convs):
             raise ValueError(f"this generator takes {len(self.convs)} noise tensors, not {len(noise)}")
+        if len(counts := {len(style) for style in styles}) > 1:
+            raise ValueError(f"all styles must be of the same number of pictures, not of {', '.join(map(str, sorted(counts)))}")
         n, dtype, styles, image = styles[0].shape[0], dtype or styles[0].dtype, list(styles), None
         const = self.const[None].expand(n, -1, -1, -1).to(styles[0].dtype if dtype in HALF else dtype)
         x = modulate(const, styles[0])                             # the next convolution's input is times its style already

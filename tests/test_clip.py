@@ -50,6 +50,17 @@ def test_in_float32_only_batch_norms_are_folded(domain):
     assert torch.equal(made.encode_image(images), expected) and made.in_dtype(torch.float32) is not made
 
 
+def test_in_bfloat16_a_transformer_casts_no_weight_again(domain):
+    visual = domain.clip.in_dtype(torch.bfloat16).model.visual
+    assert {p.dtype for name, p in visual.transformer.named_parameters() if p.ndim > 1} == {torch.bfloat16}
+    images = (torch.rand(4, 3, 32, 32) * 2 - 1).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        half = domain.clip.in_dtype(torch.bfloat16).encode_image(images)
+    assert F.cosine_similarity(half.float(), domain.clip.encode_image(images)).min() > 0.99
+    half.float().sum().backward()
+    assert images.grad.any()
+
+
 def test_in_dtype_leaves_the_guide_and_its_words_alone():
     made = guide()
     before = {name: tensor.clone() for name, tensor in made.state_dict().items()}

@@ -172,9 +172,10 @@ def test_gradients_it_does_not_give(kernels):
         kernels.epilogue(x, noise=t)
     with pytest.raises(NotImplementedError, match="of f"):
         kernels.upfirdn2d(x, t)
-    g, = torch.autograd.grad(kernels.bias_act(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        g.sum().backward()
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(kernels.bias_act(x).square().sum(), x, create_graph=True)
+    with pytest.raises(ValueError, match="of 1 pictures as x is, not of 2"):
+        kernels.epilogue(x, torch.ones(2, 1, device=DEVICE))
 
 
 @pytest.mark.parametrize("operators", ["triton", "frozen"])
@@ -269,9 +270,43 @@ def test_frozen_operators_give_no_gradient_of_what_is_frozen():
         frozen.epilogue(x, d, None, t)
     with pytest.raises(NotImplementedError, match="of kernel"):
         frozen.conv2d(x, t.reshape(1, 1, 1, 1))
-    g, = torch.autograd.grad(frozen.conv2d(x.requires_grad_(), d.reshape(1, 1, 1, 1)).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        g.sum().backward()
+    for y in (frozen.conv2d(x.requires_grad_(), d.reshape(1, 1, 1, 1)), frozen.epilogue(x, d, None, t.detach())[0]):
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(ValueError, match="of 1 pictures as x is, not of 3"):
+        frozen.epilogue(x, torch.ones(3, 1, device=DEVICE), None, t.detach())
+
+
+def test_a_frozen_generator_is_not_differentiated_twice(generator):
+    """Not to a wrong number, either: hvp names its inputs, and torch's once_differentiable would not be asked."""
+    w = generator.mapping(torch.randn(1, 12))
+
+    def size(w: torch.Tensor) -> torch.Tensor:
+        return generator.synthesis(w).square().sum()
+
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.functional.hvp(size, w, w)
+    with ops.using("reference"):
+        assert torch.autograd.functional.hvp(size, w, w)[1].isfinite().all()
+
+
+def test_no_pictures(kernels):
+    for module in (frozen, kernels):
+        x, d, b = draw((0, 8, 3, 2)).requires_grad_(), torch.ones(0, 2, device=DEVICE), torch.zeros(2, device=DEVICE)
+        y, = module.epilogue(x, d, None, b, shuffle=True)
+        assert y.shape == (0, 2, 6, 4) and torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+
+
+def test_what_a_frozen_layer_leaves_to_the_reference(generator):
+    x, d, b = draw((2, 3, 4, 4)), torch.ones(2, 3, device=DEVICE), torch.ones(3, device=DEVICE)
+    torch.testing.assert_close(frozen.epilogue(x, d, None, b, gain=-1.0), reference.epilogue(x, d, None, b, gain=-1.0))
+    w = generator.mapping(torch.randn(1, 12)).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        generator.synthesis(w).square().sum().backward()
+    assert w.grad.norm() > 0
+    generator.rgbs[1].weight.requires_grad_()
+    generator.synthesis(w.detach()).square().sum().backward()
+    assert generator.rgbs[1].weight.grad.norm() > 0, "an RGB layer is trained alone"
 
 
 def test_a_frozen_layer_keeps_one_activation():
@@ -310,9 +345,23 @@ def test_what_folds(monkeypatch):
         assert ops.folds(weight, f, torch.float32) and not ops.folds(weight, ops.setup_filter((1, 2, 1)), torch.float32)
 
 
-def test_folding_is_really_measured():
+def test_folding_is_measured(monkeypatch):
+    weight, f = torch.zeros(4, 3, 3, 3, device=DEVICE), ops.setup_filter((1, 3, 3, 1)).to(DEVICE)
+    for seconds, fold in (([1.0, 0.5], True), ([1.0, 0.95], False), ([0.5, 1.0], False)):
+        used = []
+
+        def measured(ways, device, seconds=seconds, used=used):
+            for way in ways:
+                way()
+            used.append(dispatch._operators(weight))
+            return seconds
+
+        monkeypatch.setattr(convolution, "quickest", measured)
+        convolution._folding_pays.cache_clear()
+        with ops.using("reference"), torch.inference_mode():
+            assert ops.folds(weight, f, torch.bfloat16) is ops.folds(weight, f, torch.bfloat16) is fold
+        assert len(used) == 1 and used[0] is not reference, "once, and of what runs elsewhere"
     convolution._folding_pays.cache_clear()
-    assert ops.folds(torch.zeros(4, 3, 3, 3, device=DEVICE), ops.setup_filter((1, 3, 3, 1)).to(DEVICE), torch.bfloat16) in (True, False)
 
 
 def test_the_quickest_way_and_dtype(monkeypatch):
@@ -324,8 +373,8 @@ def test_the_quickest_way_and_dtype(monkeypatch):
     for seconds, dtype in (([1.0, 0.5], torch.bfloat16), ([1.0, 0.95], torch.float32), ([0.1, 1.0], torch.float32)):
         monkeypatch.setattr(choice, "quickest", lambda ways, device, seconds=seconds: seconds)
         assert ops.fast_dtype.__wrapped__(torch.device("cpu")) is dtype
-    monkeypatch.undo()
-    assert ops.fast_dtype(torch.device(DEVICE)) is ops.fast_dtype(torch.device(DEVICE))
+    monkeypatch.setattr(choice, "quickest", lambda *_: (_ for _ in ()).throw(TypeError("no bfloat16 here")))
+    assert ops.fast_dtype.__wrapped__(torch.device("cpu")) is torch.float32
 
 
 def test_which_operators(kernels, monkeypatch):

@@ -1,8 +1,12 @@
+import copy
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from cfclip.ops import bias_act, modulated_conv2d, setup_filter, upfirdn2d
+from cfclip.ops import bias_act, folding, modulated_conv2d, setup_filter, upfirdn2d
 from cfclip.stylegan2 import Generator, upsample2x
 
 
@@ -74,6 +78,38 @@ def test_wrong_shapes_are_named(generator):
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_inference_mode_leaves_no_trace(dtype, generator):
+    w = generator.mapping(torch.randn(1, 12))
+    with torch.inference_mode():
+        shown, born = generator.synthesis(w, dtype=dtype), copy.deepcopy(generator)
+        torch.testing.assert_close(born.synthesis(w, dtype=dtype), shown)
+    w.requires_grad_()
+    generator.synthesis(w, dtype=dtype).square().sum().backward()
+    assert w.grad.norm() > 0
+
+
+def test_one_generator_in_two_threads(generator):
+    def drawn(dtype: torch.dtype) -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [generator.synthesis(w, dtype=dtype) for _ in range(30)]
+
+    w, between = generator.mapping(torch.randn(1, 12)), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            for pictures in threads.map(drawn, (torch.float32, torch.bfloat16)):
+                assert all(torch.equal(picture, pictures[0]) for picture in pictures)
+    finally:
+        sys.setswitchinterval(between)
+
+
+def test_styles_of_one_number_of_pictures(generator):
+    styles = generator.style_space(generator.mapping(torch.randn(2, 12)))
+    with pytest.raises(ValueError, match="the same number of pictures, not of 1, 2"):
+        generator.synthesis_from_styles([styles[0][:1], *styles[1:]])
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_kept_kernels_follow_the_weights(dtype):
     """Frozen weights are prepared once: never again for another picture, always after they changed."""
     def drawn() -> torch.Tensor:
@@ -90,9 +126,17 @@ def test_kept_kernels_follow_the_weights(dtype):
     kept = [conv._kept[1].kernel for conv in g.convs]
     assert torch.equal(drawn(), fresh)
     assert all(conv._kept[1].kernel is kernel for conv, kernel in zip(g.convs, kept, strict=True))
-    g.convs[1].weight.mul_(1.5)
-    g.rgbs[0].weight.data = g.rgbs[0].weight.data * 2
+    assert all(conv._kept is None for conv in copy.deepcopy(g).convs), "a copy makes its own"
+    g.convs[1].weight[0].mul_(1.5)
     other = drawn()
     assert not torch.equal(other, fresh)
+    g.convs[2].weight.data = g.convs[2].weight.data + 1           # (a factor of all would be demodulated away)
+    assert not torch.equal(drawn(), other)
+    with folding(True):
+        other = drawn()
+        g.fir.mul_(0.5)
+        assert not torch.equal(drawn(), other), "a folded kernel holds the filter"
+        g.fir.mul_(2)
+    other = drawn()
     g.requires_grad_(True)                                         # and nothing is kept
     assert torch.equal(other, drawn())

@@ -135,7 +135,8 @@ def _measured(run: CFCLIP, step: Callable[[int], dict], device: str, repeats: in
         seed_step(0, 0)
         synchronise(device)
         begun = time.perf_counter()
-        losses = step(0)                                           # it ends with .item(): CUDA is done
+        losses = step(0)
+        synchronise(device)
         seconds.append(time.perf_counter() - begun)
     run.mapper.load_state_dict(start)
     norm = torch.stack([p.grad.norm() for p in run.mapper.parameters()]).norm().item()

@@ -40,5 +40,6 @@ def work(jobs: list[dict[str, Any]], out: Path) -> None:
 if __name__ == "__main__":
     with suppress(OSError):                                        # if memory runs out, this process goes, and no other
         Path("/proc/self/oom_score_adj").write_text("1000")
+    torch.backends.cudnn.allow_tf32 = False                        # float32 is to mean it
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     work(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2]))

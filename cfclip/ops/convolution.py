@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .choice import CLEARLY, HALF, layout_of, quickest
-from .dispatch import conv2d, epilogue
+from .dispatch import conv2d, epilogue, using
 from .reference import modulate, setup_filter
 
 _forced: ContextVar[bool | None] = ContextVar("fold", default=None)
@@ -67,6 +67,7 @@ def folds(weight: Tensor, f: Tensor, dtype: torch.dtype) -> bool:
 
 
 @cache
+@torch.inference_mode(False)
 def _folding_pays(device: torch.device, dtype: torch.dtype, o: int, i: int) -> bool:
     # where there are many channels there are few pixels
     side = next(side for side in (8, 16, 32, 64, 128) if side == 128 or 2 * side ** 2 * 36 * o * i > 2e8)
@@ -83,7 +84,7 @@ def _folding_pays(device: torch.device, dtype: torch.dtype, o: int, i: int) -> b
             torch.autograd.grad(y, x, y)
         return both
 
-    with torch.enable_grad():
+    with torch.enable_grad(), using(None):
         unfolded, folded = quickest([way(False), way(True)], device)
     return unfolded > CLEARLY * folded
 

@@ -2,7 +2,7 @@
 
 The two of a frozen generator are differentiable once, and take kernels, ``bias``, ``noise`` and ``f`` for constants. Where one of these is trained, so is
 the network, and that is where gradients of gradients are asked for (R1, path lengths): the reference. A frozen network that is to be
-differentiated twice needs ``using("reference")``; else the second backward pass raises an error that names ``once_differentiable``.
+differentiated twice needs ``using("reference")``; else the first backward pass raises an error that says so.
 """
 
 import warnings
@@ -22,9 +22,9 @@ _forced: ContextVar[str | None] = ContextVar("operators", default=None)
 
 
 @contextmanager
-def using(operators: str) -> Iterator[None]:
-    """Within this context the operators are those of the "reference", the "frozen" or the "triton" ones, whatever they are asked for."""
-    if operators not in OPERATORS:
+def using(operators: str | None) -> Iterator[None]:
+    """Within this context the operators are the "reference", the "frozen" or the "triton" ones, whatever they are asked for; None: as outside of any."""
+    if operators is not None and operators not in OPERATORS:
         raise ValueError(f"operators must be one of {OPERATORS}, not {operators!r}")
     token = _forced.set(operators)
     try:
@@ -39,6 +39,8 @@ def _compiles(device: torch.device) -> bool:
     try:
         from . import triton_ops
         triton_ops.epilogue(torch.zeros(1, 1, 1, 1, device=device))
+    except torch.OutOfMemoryError:                                 # says nothing of Triton
+        raise
     except Exception as error:                                     # each of these raises something else
         warnings.warn(f"the operators of StyleGAN2 run in plain torch on {device}, as Triton does not work there: {error}", stacklevel=2)
         return False
@@ -74,5 +76,7 @@ def bias_act(x: Tensor, bias: Tensor | None = None, *args, **kwargs) -> Tensor:
 
 
 @wraps(reference.epilogue)
-def epilogue(x: Tensor, d: Tensor | None = None, noise: Tensor | None = None, bias: Tensor | None = None, *args, **kwargs) -> tuple[Tensor, ...]:
-    return _operators(x, noise, bias).epilogue(x, d, noise, bias, *args, **kwargs)
+def epilogue(x: Tensor, d: Tensor | None = None, noise: Tensor | None = None, bias: Tensor | None = None, *args, fir: Tensor | None = None,
+             rgb: tuple[Tensor, Tensor] | None = None, **kwargs) -> tuple[Tensor, ...]:
+    kwargs |= {"fir": fir, "rgb": rgb}
+    return _operators(x, noise, bias, fir, rgb and rgb[0]).epilogue(x, d, noise, bias, *args, **kwargs)

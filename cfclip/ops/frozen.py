@@ -3,16 +3,17 @@
 Autograd on :mod:`.reference` keeps what went into a convolution, what came out of it, and what went into the leaky ReLU, and writes a
 new tensor for every factor and summand. Here the epilogue keeps y alone: its sign tells the slope, and the gradients of d and of the
 styles are sums over products with it. It works through its tensors piece by piece, in float32 whatever they are: a piece stays in the
-processor's cache from the first factor to the last reader, and a half-precision layer is rounded once.
+processor's cache from the first factor to the last reader, and a half-precision layer is rounded once. The gradient of d is a difference of
+such sums: with a bias a hundred times what the convolution gives, two more of its digits go than in the reference.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import reference
 from .reference import at_least_float32, bias_act, upfirdn2d
@@ -30,6 +31,26 @@ def check_frozen(**tensors: Tensor | None) -> None:
             raise NotImplementedError(f"the operators of a frozen generator give no gradient of {name}: cfclip.ops.using('reference') does")
 
 
+def check_images(x: Tensor, *of_images: Tensor | None) -> None:
+    """ValueError if one of ``of_images`` is not of as many pictures as ``x``: nothing is broadcast here."""
+    if counts := {len(t) for t in of_images if t is not None} - {len(x)}:
+        raise ValueError(f"d and the styles must be of {len(x)} pictures as x is, not of {', '.join(map(str, sorted(counts)))}")
+
+
+def once(backward: Callable) -> Callable:
+    """A backward pass that cannot be differentiated itself, and says so as soon as that is prepared.
+
+    (torch's once_differentiable says so in ``.backward()`` alone; ``autograd.grad`` goes past it to a wrong number.)
+    """
+    @wraps(backward)
+    def checked(ctx, *grads):
+        if torch.is_grad_enabled():
+            raise RuntimeError("the operators of a frozen generator are differentiable once, and create_graph=True asks for more: "
+                               "cfclip.ops.using('reference') gives it")
+        return backward(ctx, *grads)
+    return checked
+
+
 def _layout(x: Tensor) -> torch.memory_format:
     """channels_last if that is how ``x`` [N, C, H, W] lies."""
     return torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
@@ -44,7 +65,7 @@ class _Convolution(torch.autograd.Function):
         return reference.conv2d(x, kernel, up)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         kernel, = ctx.saved_tensors
         if ctx.up:                                                 # the gradient of a transposed convolution is the convolution
@@ -58,6 +79,8 @@ class _Convolution(torch.autograd.Function):
 def conv2d(x: Tensor, kernel: Tensor, up: bool = False) -> Tensor:
     """:func:`.reference.conv2d`, but for gradients of ``kernel``; keeps no x."""
     check_frozen(kernel=kernel)
+    if torch.is_autocast_enabled(x.device.type):                   # it chooses the dtype inside
+        return reference.conv2d(x, kernel, up)
     return _Convolution.apply(x, kernel, up)
 
 
@@ -87,7 +110,7 @@ class _Epilogue(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, d, noise, bias, slope, gain, clamp, shuffle, fir, pad, mixing, *styles):
         """mixing: the RGB layer's weight times its style, [N, K, C], or None."""
-        exact = at_least_float32(x.dtype)
+        exact, ctx.size = at_least_float32(x.dtype), x.shape
         if shuffle:
             x = F.pixel_shuffle(x, 2)
         n, c, h, w = (*x.shape[:2], *(s + sum(pad) + 1 - fir.shape[-1] for s in x.shape[2:])) if fir is not None else x.shape
@@ -128,7 +151,7 @@ class _Epilogue(torch.autograd.Function):
         return (*read, picture) if picture is not None else tuple(read) or (y,)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, *grads):
         y, d, noise, bias, mixing, *styles = ctx.saved_tensors
         exact, (n, c, h, w) = at_least_float32(y.dtype), y.shape
@@ -172,7 +195,7 @@ class _Epilogue(torch.autograd.Function):
             before, after = (ctx.fir.shape[-1] - 1 - p for p in ctx.pad)
             of_x = upfirdn2d(of_x, ctx.fir.flip(0, 1), pad=(before, after, before, after), gain=4.0)
         if ctx.shuffle:
-            of_x = F.pixel_unshuffle(of_x, 2)
+            of_x = F.pixel_unshuffle(of_x, 2) if of_x.numel() else of_x.reshape(ctx.size)      # of no pictures torch makes another shape
         return of_x, of_d, None, None, None, None, None, None, None, None, of_mixing, *(along if styles else ())
 
 
@@ -182,7 +205,8 @@ def epilogue(x: Tensor, d: Tensor | None = None, noise: Tensor | None = None, bi
     """:func:`.reference.epilogue`, but for gradients of what is frozen. (What is no layer of StyleGAN2 the reference does.)"""
     weight, style = rgb or (None, None)
     check_frozen(noise=noise, bias=bias, fir=fir, weight=weight)
-    if d is None or bias is None:
+    check_images(x, d, style, *styles)
+    if d is None or bias is None or gain < 0:
         return reference.epilogue(x, d, noise, bias, slope, gain, clamp, styles, shuffle, fir, pad, rgb)
     mixing = None if rgb is None else weight.flatten(1)[None] * style[:, None]
     return _Epilogue.apply(x, d, noise, bias, slope, gain, clamp, shuffle, fir, pad, mixing, *styles)

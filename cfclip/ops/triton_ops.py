@@ -25,9 +25,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .frozen import check_frozen, conv2d
+from .frozen import check_frozen, check_images, conv2d, once
 from .reference import at_least_float32
 
 __all__ = ["bias_act", "conv2d", "epilogue", "upfirdn2d"]
@@ -245,7 +244,7 @@ class _Epilogue(torch.autograd.Function):
         return ys
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, *gradients: Tensor):
         x, d, noise, bias, *styles = ctx.saved_tensors
         (c, h, w, *_), n, of_x = ctx.numbers, len(x), torch.empty_like(x)
@@ -272,6 +271,7 @@ def epilogue(x: Tensor, d: Tensor | None = None, noise: Tensor | None = None, bi
              fir: Tensor | None = None, pad: tuple[int, int] = (1, 1), rgb: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, ...]:
     """:func:`cfclip.ops.reference.epilogue` for two readers at most, but for gradients of ``noise``, ``fir`` and the RGB layer's weight."""
     check_frozen(noise=noise)
+    check_images(x, d, *styles, rgb and rgb[1])
     if fir is not None:
         x = upfirdn2d(x, fir, pad=(*pad, *pad), gain=4.0)
     readers = styles if rgb is None else (*styles, rgb[1])
