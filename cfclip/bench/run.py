@@ -59,7 +59,6 @@ def full(device: str) -> Iterator[Job]:
     for dtype in ("float32", *reduced):
         yield Job("profile", "profile", step | {"dtype": dtype, "repeats": 2, "top": 12}, 8)
     yield Job("fidelity", "pictures", {"faces": 64})
-    yield Job("fidelity", "success", {"prompts": ["green lipstick", "purple eyebrows"], "seeds": [0, 1, 2, 3], "steps": 300, "faces": 32}, 3, 5400)
     if device == "cpu":
         yield Job("explorer", "explorer", {"faces": 8, "moves": 40}, 3)
         yield Job("scaling", "growing_sweep", {"runs": [10, 100, 1000], "repeats": 3})
@@ -68,6 +67,7 @@ def full(device: str) -> Iterator[Job]:
     yield Job("scaling", "growing_prompts", {"prompts": [1, 8, 32], "at_once": [1, 2, 4, 8], "tiny": False, "repeats": 5}, 3)
     yield Job("step", "wastes", small | {"rounds": 2}, 6, 1500)
     yield Job("generator", "compiled", {"resolution": 256, "batch": 2, "repeats": 3, "tiny": False}, 6, 240)
+    yield Job("fidelity", "success", {"prompts": ["green lipstick", "purple eyebrows"], "seeds": [0, 1, 2], "steps": 300, "faces": 32}, 3, 5400)
 
 
 def quick(device: str) -> Iterator[Job]:
