@@ -330,8 +330,9 @@ def settings(method: str) -> dict[str, Any]:
 
 
 def accepted(method: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of ``values`` that are settings of ``method``."""
-    return {name: value for name, value in values.items() if name in settings(method)}
+    """Those of ``values`` that are settings of ``method``; the lists of a file are the tuples of a configuration."""
+    known = settings(method)
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if name in known}
 
 
 def configure(method: str, prompt: str, **overrides: Any) -> Any:
@@ -392,8 +393,7 @@ def _open(path: Path, domain: Domain) -> Editor:
     method = card.get("method", "cfclip")                          # train_mapper's files do not say
     if METHODS.get(method) is None or METHODS[method].editor is not kind or "prompt" not in card:
         raise WeightsError(f"{path} does not say by which known method, or for which prompt, it was made: fit it again")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in accepted(method, card).items()}
-    return kind(method, domain, configure(method, card["prompt"], **values), kind.open(path, domain))
+    return kind(method, domain, configure(method, card["prompt"], **accepted(method, card)), kind.open(path, domain))
 
 
 def find_editors(folder: str | os.PathLike, domain: Domain, prompts: Sequence[str] = ()) -> dict[str, Editor]:

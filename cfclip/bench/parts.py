@@ -258,8 +258,7 @@ def pictures(device: str, faces: int) -> Rows:
 def success(device: str, prompts: Sequence[str], seeds: Sequence[int], steps: int, faces: int) -> Rows:
     """Mappers trained as in the paper's tables, by the reference operators and by ours: how often held-out faces' edits succeed, and identity."""
     domain, spec = load_domain("toonfaces", device), sweep.load_spec(sweep.NOTEBOOKS / "presets" / "paper-toonfaces.yaml")
-    settings = {name: tuple(value) if isinstance(value, list) else value
-                for name, value in baselines.accepted("cfclip", {**spec.preset, **spec.parameters}).items()}
+    settings = baselines.accepted("cfclip", {**spec.preset, **spec.parameters})
     ways = [("reference", "float32"), *(("ours", name_of(dtype)) for dtype in dtypes(device))]
     for seed in seeds:
         for prompt in prompts:
