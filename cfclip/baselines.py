@@ -23,10 +23,9 @@ from .domains import Domain
 from .losses import directional
 from .mapper import Mapper
 from .method import CFCLIPConfig, Networks, check_dtype, check_networks, check_whole, train_mapper
-from .ops import settled
 from .stylegan2 import Generator
 from .stylespace import Direction, GlobalConfig, channel_statistics, convolutions, global_direction
-from .training import Callback, atomic_save, learning_rate
+from .training import Callback, atomic_save, learning_rate, settled
 from .training import fit as run_steps
 from .weights import WeightsError
 
@@ -157,7 +156,7 @@ class MapperEditor(Editor):
 
     @classmethod
     def fit(cls, method, domain, config, out, progress, callbacks) -> Editor:
-        config = settled(config, domain.device)
+        config = settled(config, domain.device, out)
         mapper, rows = train_mapper(domain, config, out, callbacks, progress)
         return cls(method, domain, config, mapper.half().float(), rows)
 

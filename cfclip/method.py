@@ -16,10 +16,9 @@ from .checkpoints import load_mapper
 from .domains import Domain
 from .losses import NEGATIVES, POSITIVES, QUERIES, clip_distance, clip_nce, directional, identity_loss_from_features, latent_l2, perspective_views
 from .mapper import Mapper, MapperConfig
-from .ops import settled
 from .perceptual import perceptual_loss
 from .stylegan2 import Generator
-from .training import Callback, fit, learning_rate
+from .training import Callback, fit, learning_rate, settled
 
 OBJECTIVES = ("nce", "clip", "directional")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -240,7 +239,7 @@ def train_mapper(domain: Domain, config: TrainingConfig, out: str | os.PathLike 
 
     With ``out`` the run keeps ``log.jsonl``, a checkpoint to resume from and finally ``mapper.safetensors`` there.
     """
-    run = CFCLIP(domain, config)
+    run = CFCLIP(domain, settled(config, domain.device, out))
     desc = config.prompts[0] if len(config.prompts) == 1 else f"{len(config.prompts)} prompts"
     rows = fit(run.step, config.steps, state={"mapper": run.mapper, "optimizer": run.optimizer}, out=out, seed=config.seed,
                callbacks=callbacks, checkpoint_every=500, desc=desc, progress=progress)

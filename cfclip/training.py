@@ -9,12 +9,14 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
+
+from .ops import fast_dtype, name_of
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,22 @@ def learning_rate(t: float, ramp_up: float = 0.05, ramp_down: float = 0.25) -> f
 def seed_step(seed: int, step: int) -> None:
     """Seed torch for one step of one run."""
     torch.manual_seed((seed * 1_000_003 + step) % 2 ** 63)
+
+
+def settled(config: Any, device: str | torch.device = "cpu", out: str | os.PathLike | None = None) -> Any:
+    """``config``, a dataclass that may have a ``dtype`` by name; where that is "auto", with :func:`cfclip.ops.fast_dtype` of ``device`` in its place.
+
+    With ``out`` that is written there, and what is written there already is taken: a run goes on in the dtype it began with, on any machine.
+    """
+    if getattr(config, "dtype", None) != "auto":
+        return config
+    path = None if out is None else Path(out) / "dtype.txt"
+    if path is not None and path.exists():
+        return replace(config, dtype=path.read_text(encoding="utf-8").strip())
+    dtype = name_of(fast_dtype(torch.device(device)))
+    if path is not None:
+        atomic_save(dtype, path, lambda dtype, part: part.write_text(dtype + "\n", encoding="utf-8"))
+    return replace(config, dtype=dtype)
 
 
 def fit(step: Callable[[int], Mapping[str, float]], steps: int, *, state: Mapping[str, Any], out: str | os.PathLike | None = None,

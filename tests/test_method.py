@@ -79,7 +79,7 @@ def test_train_and_test_latents_are_disjoint(generator):
 
 @pytest.mark.parametrize("fast", ["float32", "bfloat16"])
 def test_auto_is_what_is_fast_here_and_is_written_down(fast, domain, tmp_path, monkeypatch):
-    monkeypatch.setattr("cfclip.ops.choice.fast_dtype", lambda device: getattr(torch, fast))
+    monkeypatch.setattr("cfclip.training.fast_dtype", lambda device: getattr(torch, fast))
     auto, told = (dataclasses.replace(CONFIG, dtype=dtype, steps=2) for dtype in ("auto", fast))
     mapper, _ = train_mapper(domain, auto, tmp_path, progress=False)
     expected, _ = train_mapper(domain, told, progress=False)
@@ -88,6 +88,18 @@ def test_auto_is_what_is_fast_here_and_is_written_down(fast, domain, tmp_path, m
     for method in ("nada", "styleclip-optimization"):
         chosen = baselines.fit(method, domain, "green lipstick", steps=1, dtype="auto")
         assert chosen.config.dtype == fast
+
+
+def test_a_run_goes_on_in_the_dtype_it_began_with(domain, tmp_path, monkeypatch):
+    auto = dataclasses.replace(CONFIG, dtype="auto", steps=1)
+    for fast in (torch.bfloat16, torch.float32):                   # begun on one machine, and resumed on another
+        monkeypatch.setattr("cfclip.training.fast_dtype", lambda device, fast=fast: fast)
+        train_mapper(domain, auto, tmp_path / "run", progress=False)
+        auto = dataclasses.replace(auto, steps=2)
+    train_mapper(domain, dataclasses.replace(auto, dtype="bfloat16"), tmp_path / "never stopped", progress=False)
+    resumed, whole = (weights.read(tmp_path / name / "mapper.safetensors", "mapper") for name in ("run", "never stopped"))
+    assert resumed[2]["dtype"] == "bfloat16"
+    assert all(torch.equal(resumed[0][name], tensor) for name, tensor in whole[0].items())
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"batch": 1.5}, {"dtype": "int8"}, {"draws": -1}, {"objective": "gan"}, {"negatives": "all"},

@@ -2,9 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,8 +60,3 @@ def fast_dtype(device: torch.device) -> torch.dtype:
         except (RuntimeError, TypeError):                          # a device that has no bfloat16
             return torch.float32
     return torch.bfloat16 if plain > CLEARLY * half else torch.float32
-
-
-def settled(config: Any, device: str | torch.device = "cpu") -> Any:
-    """``config``, a dataclass with a ``dtype`` by name; where that is "auto", with :func:`fast_dtype` of ``device`` in its place."""
-    return replace(config, dtype=name_of(fast_dtype(torch.device(device)))) if config.dtype == "auto" else config

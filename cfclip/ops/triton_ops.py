@@ -105,15 +105,14 @@ def _epilogue(x, d, noise, bias, style0, style1, y0, y1, C, H, W, noise_step, sl
 
 @triton.jit
 def _epilogue_backward(x, d, noise, bias, style0, style1, g0, g1, gx, sums, C, H, W, noise_step, slope, gain, clamp,
-                       OF_BIAS: tl.constexpr, LAST: tl.constexpr, SHUFFLE: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
-                       TILES: tl.constexpr):
-    """Gradient of x, and this program's share of the gradients of d, bias and the styles: sums [4, programs, C].
+                       LAST: tl.constexpr, SHUFFLE: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, TILES: tl.constexpr):
+    """Gradient of x, and this program's share of the gradients of d and the styles: sums [3, programs, C].
 
     The activation is computed again from x, which is one read; to keep it as well would be one more write and read.
     """
     n, c, first = _tile(H * W, PIXELS * TILES, CHANNELS)
     of_d = tl.full([PIXELS, CHANNELS], 0, tl.float32)
-    of_bias, of_style0, of_style1 = of_d, of_d, of_d
+    of_style0, of_style1 = of_d, of_d
     for start in range(first, min(first + PIXELS * TILES, H * W), PIXELS):
         p = start + tl.arange(0, PIXELS)[:, None]
         inside = p < H * W
@@ -133,8 +132,6 @@ def _epilogue_backward(x, d, noise, bias, style0, style1, g0, g1, gx, sums, C, H
         if clamp is not None:
             g = tl.where(tl.abs(y) <= clamp, g, 0)
         g = tl.where(pre > 0, g, g * slope) * gain
-        if OF_BIAS:
-            of_bias += g
         if d is not None:
             of_d += g * value
             g = g * tl.load(d + n * C + c, c < C, other=0).to(tl.float32)
@@ -143,12 +140,10 @@ def _epilogue_backward(x, d, noise, bias, style0, style1, g0, g1, gx, sums, C, H
     share = sums + tl.program_id(0).to(tl.int64) * C + c
     if d is not None:
         tl.store(share, tl.sum(of_d, 0)[None, :], c < C)
-    if OF_BIAS:
-        tl.store(share + programs * C, tl.sum(of_bias, 0)[None, :], c < C)
     if style0 is not None:
-        tl.store(share + 2 * programs * C, tl.sum(of_style0, 0)[None, :], c < C)
+        tl.store(share + programs * C, tl.sum(of_style0, 0)[None, :], c < C)
     if style1 is not None:
-        tl.store(share + 3 * programs * C, tl.sum(of_style1, 0)[None, :], c < C)
+        tl.store(share + 2 * programs * C, tl.sum(of_style1, 0)[None, :], c < C)
 
 
 @triton.jit
@@ -221,7 +216,7 @@ class _Upfirdn2d(torch.autograd.Function):
 
 
 class _Epilogue(torch.autograd.Function):
-    """Differentiable once with respect to x, d, bias and the styles."""
+    """Differentiable once with respect to x, d and the styles."""
 
     @staticmethod
     def forward(ctx, x: Tensor, d: Tensor | None, noise: Tensor | None, bias: Tensor | None, slope: float, gain: float, clamp: float | None,
@@ -249,15 +244,14 @@ class _Epilogue(torch.autograd.Function):
         x, d, noise, bias, *styles = ctx.saved_tensors
         (c, h, w, *_), n, of_x = ctx.numbers, len(x), torch.empty_like(x)
         grid, tile = _grid(n, c, h * w, ctx.last, TILES)
-        sums = torch.empty((4, n, grid[0] // max(n, 1), c), dtype=torch.float32, device=x.device)
+        sums = torch.empty((3, n, grid[0] // max(n, 1), c), dtype=torch.float32, device=x.device)
         if x.numel():
             gradients = [g.contiguous(memory_format=ctx.layout) for g in gradients]
             with torch.cuda.device_of(x):
                 _epilogue_backward[grid](x, d, noise, bias, *_two(styles), *_two(gradients), of_x, sums, *ctx.numbers,
-                                         OF_BIAS=ctx.needs_input_grad[3], SHUFFLE=ctx.shuffle, TILES=TILES, **tile)
+                                         SHUFFLE=ctx.shuffle, TILES=TILES, **tile)
         of_d = None if d is None else sums[0].sum(1).to(d.dtype)
-        of_bias = sums[1].sum((0, 1)).to(bias.dtype) if ctx.needs_input_grad[3] else None
-        return of_x, of_d, None, of_bias, *[None] * 4, *[share.sum(1).to(s.dtype) for share, s in zip(sums[2:], styles, strict=False)]
+        return of_x, of_d, *[None] * 6, *[share.sum(1).to(s.dtype) for share, s in zip(sums[1:], styles, strict=False)]
 
 
 def upfirdn2d(x: Tensor, f: Tensor, up: int = 1, down: int = 1, pad: Sequence[int] = (0, 0, 0, 0), gain: float = 1.0) -> Tensor:
@@ -269,8 +263,8 @@ def upfirdn2d(x: Tensor, f: Tensor, up: int = 1, down: int = 1, pad: Sequence[in
 def epilogue(x: Tensor, d: Tensor | None = None, noise: Tensor | None = None, bias: Tensor | None = None, slope: float = 0.2,
              gain: float = math.sqrt(2), clamp: float | None = None, styles: Sequence[Tensor] = (), shuffle: bool = False,
              fir: Tensor | None = None, pad: tuple[int, int] = (1, 1), rgb: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, ...]:
-    """:func:`cfclip.ops.reference.epilogue` for two readers at most, but for gradients of ``noise``, ``fir`` and the RGB layer's weight."""
-    check_frozen(noise=noise)
+    """:func:`cfclip.ops.reference.epilogue` for two readers at most, but for gradients of what is frozen."""
+    check_frozen(noise=noise, bias=bias)
     check_images(x, d, *styles, rgb and rgb[1])
     if fir is not None:
         x = upfirdn2d(x, fir, pad=(*pad, *pad), gain=4.0)
@@ -282,7 +276,7 @@ def epilogue(x: Tensor, d: Tensor | None = None, noise: Tensor | None = None, bi
 
 
 def bias_act(x: Tensor, bias: Tensor | None = None, slope: float = 0.2, gain: float = math.sqrt(2), clamp: float | None = None) -> Tensor:
-    """:func:`cfclip.ops.reference.bias_act`: an :func:`epilogue` of nothing else."""
+    """:func:`cfclip.ops.reference.bias_act` of a constant bias: an :func:`epilogue` of nothing else."""
     if x.ndim == 4:
         return epilogue(x, bias=bias, slope=slope, gain=gain, clamp=clamp)[0]
     return bias_act(x.reshape(*x.shape[:2], math.prod(x.shape[2:]), 1), bias, slope, gain, clamp).reshape(x.shape)

@@ -15,9 +15,8 @@ from .. import weights
 from ..checkpoints import load_mapper
 from ..domains import DATA, load_toonfaces
 from ..metrics import kid, kid_features
-from ..ops import settled
 from ..reporting import markdown
-from ..training import atomic_save
+from ..training import atomic_save, settled
 from . import clip, encoder, gan, identity, multi, readout
 from .factors import NATURAL, PARTS, sample_face
 from .gan import to_tensor
@@ -127,7 +126,7 @@ def train(name: str, out: Path, folder: Path = DATA / "toonfaces", **overrides: 
     """Train network ``name`` (going on in ``out`` if it was stopped) and store it as ``folder/<name>.safetensors``."""
     network = NETWORKS[name]
     config = network.config(**overrides)
-    config = settled(config) if hasattr(config, "dtype") else config     # so that the file says what it was
+    config = settled(config, out=out)                              # the file says what it was
     model = network.train(config, out)
     return weights.save(model, folder / f"{name}.safetensors", network.kind or name, network.metadata(config, model), store_as=network.dtype,
                         training=asdict(config))

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..clip import ClipGuide
-from ..ops import settled
-from ..training import fit
+from ..training import fit, settled
 from .captions import FACTS, caption, fact_vector, facts_of, matches, phrase, training_face, vocabulary
 from .factors import HELD_OUT, NATURAL, PARTS, Face, colours, sample_face
 from .gan import to_tensor
@@ -171,7 +170,7 @@ class FactHead(nn.Module):
 
 def train(config: CLIPConfig, out: Path) -> nn.Module:
     """Train (or go on training) in ``out``; returns the model in eval mode."""
-    config = settled(config)
+    config = settled(config, out=out)
     torch.manual_seed(config.seed)
     model = build(config.model).train().to(memory_format=torch.channels_last)
     guide_tokenizer = open_clip.tokenizer.SimpleTokenizer(context_length=model.context_length)

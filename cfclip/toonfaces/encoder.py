@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..identity import Unit
-from ..ops import settled
 from ..reporting import half_width
 from ..stylegan2 import Generator
-from ..training import fit
+from ..training import fit, settled
 from .factors import sample_face
 from .gan import to_tensor
 from .render import render_image
@@ -101,7 +100,7 @@ def train(config: EncoderConfig, out: Path, domain=None) -> ToonEncoder:
     from ..domains import load_domain
     from ..inversion import w_spread
     from ..metrics import readout_distance
-    domain, config = domain or load_domain("toonfaces"), settled(config)
+    domain, config = domain or load_domain("toonfaces"), settled(config, out=out)
     g, spread = domain.generator, w_spread(domain.generator)
     torch.manual_seed(config.seed)
     model = ToonEncoder(g.resolution, g.num_ws, g.w_dim, config.stages, config.width).train()

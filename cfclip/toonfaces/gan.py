@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..ops import bias_act, settled, setup_filter
+from ..ops import bias_act, setup_filter
 from ..stylegan2 import EqualLinear, Generator, pixel_norm
-from ..training import Callback, atomic_save, fit
+from ..training import Callback, atomic_save, fit, settled
 from .factors import FACTORS, LATENT_DRAWS, Face, LatentDraws, factor_vector, sample_face
 from .render import MASKS, render, render_image
 
@@ -110,7 +110,6 @@ class GANTraining:
     """Generator, discriminator, EMA and one training step."""
 
     def __init__(self, config: GANConfig):
-        config = settled(config)
         torch.manual_seed(config.seed)
         self.config, self.dtype = config, getattr(torch, config.dtype)
         self.g = Generator(config.resolution, config.channels, config.w_dim, config.w_dim, config.mapping_layers)
@@ -289,7 +288,7 @@ def save_grid(generator: Generator, path: Path) -> None:
 
 def train(config: GANConfig, out: Path, preview_every: int = 250) -> Generator:
     """Train (or go on training) in ``out``; returns the averaged generator. Sample grids land in ``out/samples``."""
-    training = GANTraining(config)
+    training = GANTraining(settled(config, out=out))
     after = ""
     for phase, step, steps in (("1-regression", training.warm_step, config.warm_steps), ("2-mapping", training.map_step, config.map_steps),
                                ("3-adversarial", training.step, config.steps)):
