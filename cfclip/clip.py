@@ -94,13 +94,13 @@ class ClipGuide(nn.Module):
                              "(start and end included): shorten it")
         return self.tokenizer([text])
 
-    def _encode_one(self, text: str) -> Tensor:
+    def _encode_one(self, text: str, device: torch.device) -> Tensor:
         with torch.no_grad():
-            return self.model.encode_text(self.tokenize(text).to(self.mean.device))
+            return self.model.encode_text(self.tokenize(text).to(device))
 
     def encode_text(self, texts: str | Sequence[str]) -> Tensor:
         """Text(s) -> raw text features [N, D], cached, without gradient."""
-        return torch.cat([self._encode_one(text) for text in ([texts] if isinstance(texts, str) else texts)])
+        return torch.cat([self._encode_one(text, self.mean.device) for text in ([texts] if isinstance(texts, str) else texts)])
 
     def template_features(self, prompt: str) -> Tensor:
         """Unit text features of ``prompt`` under the T templates, [T, D]."""

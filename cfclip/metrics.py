@@ -217,7 +217,7 @@ def kid_features(judge: Readout, images: Tensor) -> np.ndarray:
             batch = block(batch)
             stages.append(batch.mean((2, 3)))
         features.append(torch.cat(stages, 1))
-    return torch.cat(features).double().cpu().numpy()
+    return torch.cat(features).cpu().double().numpy()
 
 
 def kid(a: np.ndarray, b: np.ndarray) -> float:

@@ -88,7 +88,7 @@ def channel_statistics(domain: Domain, config: GlobalConfig, folder: str | os.Pa
     moments, draw = torch.zeros(2, len(where), dtype=torch.float64), torch.Generator().manual_seed(config.seed)
     for size in [1000] * (config.style_samples // 1000) + [config.style_samples % 1000]:
         sample = g.style_space(g.mapping(torch.randn(size, g.z_dim, generator=draw).to(w), domain.truncation))
-        sample = torch.cat([sample[layer] for layer in convolutions(sample)], 1).double().cpu()
+        sample = torch.cat([sample[layer] for layer in convolutions(sample)], 1).cpu().double()
         moments += torch.stack([sample.sum(0), sample.square().sum(0)])
     mean, square = moments / config.style_samples
     channels.mean.copy_(mean)
