@@ -23,7 +23,7 @@ def _check(name: str) -> None:
 @toonfaces.command("train")
 def toonfaces_train(
     name: Name,
-    steps: Annotated[int | None, typer.Option(help="optimisation steps; default: the committed weights' recipe")] = None,
+    steps: Annotated[int | None, typer.Option(help="optimisation steps; default: the recipe's")] = None,
     seed: Annotated[int | None, typer.Option(help="default: the recipe's")] = None,
     out: Annotated[Path | None, typer.Option(help="checkpoints and logs; a stopped run goes on from here")] = None,
     weights: Annotated[Path, typer.Option(help="where the trained file goes")] = DATA / "toonfaces",

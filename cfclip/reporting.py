@@ -87,10 +87,10 @@ def markdown(table: pd.DataFrame, note: str = "") -> str:
     return text + "\n" + (f"\n{note}\n" if note else "")
 
 
-def versions() -> dict[str, str]:
-    """What a number depends on."""
-    return {"python": platform.python_version(), "machine": platform.machine(), "device": "cpu", "threads": str(torch.get_num_threads()),
-            "dtype auto": name_of(fast_dtype(torch.device("cpu")))} | {
+def versions(device: str = "cpu") -> dict[str, str]:
+    """What a number of that device depends on."""
+    return {"python": platform.python_version(), "machine": platform.machine(), "device": device, "threads": str(torch.get_num_threads()),
+            "dtype auto": name_of(fast_dtype(torch.device(device)))} | {
                 name: version(name) for name in ("torch", "torchvision", "open_clip_torch", "numpy")}
 
 
@@ -193,7 +193,7 @@ def write_report(folder: str | os.PathLike, table: pd.DataFrame, summary: pd.Dat
     for name, figure in figures.items():
         save_figure(figure, folder / f"{name}.png")
     pictures = "\n".join(f"![{name}]({name}.png)\n" for name in figures)
-    where = ", ".join(f"{name} {value}" for name, value in versions().items())
+    where = ", ".join(f"{name} {value}" for name, value in versions().items() if name != "device")       # the note says it
     main = markdown(summary[[c for c in MAIN if c in summary]], note)
     text = f"# Results\n\nRewritten by `make reproduce`; a row a picture in `table.csv`.\n\n{main}\n{where}.\n\n{pictures}"
     return atomic_save(text, folder / "README.md", lambda text, part: part.write_text(text))

@@ -291,7 +291,7 @@ def write_record(run: Run, folder: Path, status: str, error: str = "", seconds: 
     """Write run.json, which makes a run finished (or failed); the last thing that happens in its folder."""
     record = {"run": run.id, "notebook": run.notebook.stem, "status": status, "error": error, "seconds": round(seconds, 2),
               "seed": run.parameters.get("seed"), "parameters": run.parameters, "content": run.content, "gathers": run.gathers,
-              "versions": versions() | {"threads": KERNEL_ENVIRONMENT["OMP_NUM_THREADS"]}}
+              "versions": versions(run.parameters.get("device", "cpu")) | {"threads": KERNEL_ENVIRONMENT["OMP_NUM_THREADS"]}}
     atomic_save(record, folder / "run.json", lambda record, part: part.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8"))
     return {"status": status, "error": error}
 
@@ -435,12 +435,14 @@ def records(out: str | os.PathLike) -> list[dict[str, Any]]:
 def gather(out: str | os.PathLike) -> pd.DataFrame:
     """Every finished run in ``out``: its parameters and, a row each, the rows of its ``metrics.jsonl``; ordered by run.
 
-    A metric that is named as a parameter and differs from it gets the suffix ``_metric``.
+    A row knows best what it is of: a parameter of the same name (a notebook's ``strength``, whose rows are of many) that is not that of
+    every row gets the suffix ``_parameter``.
     """
     rows = []
     for record in records(out):
-        known = {"run": record["run"], "notebook": record["notebook"], **record["parameters"]}
         metrics = Path(out) / record["run"] / "metrics.jsonl"
-        for row in read_rows(metrics) if metrics.exists() else [{}]:
-            rows.append(known | {f"{name}_metric" if known.get(name, value) != value else name: value for name, value in row.items()})
+        own = read_rows(metrics) if metrics.exists() else [{}]
+        given = {f"{name}_parameter" if any(row.get(name, value) != value for row in own) else name: value
+                 for name, value in record["parameters"].items()}
+        rows += [{"run": record["run"], "notebook": record["notebook"], **given} | row for row in own]
     return pd.DataFrame(rows)

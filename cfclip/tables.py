@@ -52,7 +52,7 @@ def label(metric: str) -> str:
 def trainings(table: pd.DataFrame, source_text: str = "face", by: str = "method") -> pd.DataFrame:
     """:data:`KEYS` and metrics, a line a training and strength. ``by="row"``: the ablation's rows as methods.
 
-    ValueError if two runs are the same training with other settings: their mean would be no one's.
+    ValueError if two runs are the same training with other settings, or if a face stands there twice: their mean would be no one's.
     """
     own = table[table[by].notna()] if by in table else table.iloc[:0]
     names = columns_of(own)
@@ -62,6 +62,8 @@ def trainings(table: pd.DataFrame, source_text: str = "face", by: str = "method"
     runs = own.groupby(["method", "prompt", "seed"]).run.nunique()
     if len(twice := runs[runs > 1]):
         raise ValueError(f"{twice.iloc[0]} runs of {', '.join(map(str, twice.index[0]))} differ in other parameters: gather one setting at a time")
+    if (twice := own.duplicated(["run", "method", "prompt", "seed", "strength", "index"])).any():
+        raise ValueError(f"run {own.run[twice].iloc[0]} has two rows of one face at strength {own.strength[twice].iloc[0]:g}")
     order = [name for name in (baselines.METHODS if by == "method" else ablation.ROWS) if name in set(own.method)]
     own["method"] = pd.Categorical(own.method, [*order, *sorted(set(own.method) - set(order))])
     own["group"] = pd.Categorical(own.group, [group for group in GROUPS if group in set(own.group)])
@@ -315,6 +317,6 @@ def example(domain: Domain, folder: str | os.PathLike) -> Path:
             rows = ablation.run_row(domain, name, prompt, n=n, strengths=strengths, **shared)
         reporting.write_rows(rows.to_dict("records"), folder / run / "metrics.jsonl")
         given = {"domain": domain.name, "prompt": prompt, "steps": 1, "n": n}
-        given |= {"method": name, "seed": seed, "settings": {}} if notebook == "02_training" else {"rows": [name], "seeds": [seed]}
+        given |= {"method": name, "seed": seed, "settings": {}} if notebook == "02_training" else {"rows": [name], "seeds": [seed], "strength": 1.0}
         sweep.write_record(sweep.Run(run, sweep.find_notebook(notebook), given, {}), folder / run, "finished")
     return folder

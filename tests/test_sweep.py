@@ -102,7 +102,7 @@ def test_prompts_stay_what_they_are_and_a_failure_stops_nobody(folder):
     table = sweep.gather(folder / "runs")
     assert list(table.run) == sorted(run.id for run in runs)
     assert dict(zip(table.prompt, table.score, strict=True)) == {prompt: float(len(prompt)) for prompt in prompts}
-    assert set(table.seed) == {0} and set(table.seed_metric) == {7}
+    assert set(table.seed) == {7} and set(table.seed_parameter) == {0}, "a row knows best"
     seen = pd.read_csv(folder / "reports" / "table.csv", keep_default_na=False, dtype={"prompt": str})
     assert list(seen.prompt) == list(table.prompt), "what gathers sees this grid"
     record = json.loads((folder / "runs" / runs[0].id / "run.json").read_text())

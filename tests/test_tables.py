@@ -69,6 +69,8 @@ def test_what_nobody_reaches_is_not_compared():
 def test_two_settings_of_one_training_are_no_training():
     with pytest.raises(ValueError, match=r"2 runs of cfclip, green lipstick, 0 differ in other parameters"):
         each_of(rows("cfclip"), rows("cfclip", run="another"))
+    with pytest.raises(ValueError, match=r"cfclip-green lipstick-0 has two rows of one face at strength 1"):
+        each_of(rows("cfclip"), rows("cfclip"))
 
 
 def test_the_best_on_a_curve_by_hand():
@@ -163,6 +165,11 @@ def test_runs_of_both_notebooks_and_their_pictures(domain, tmp_path):
     assert len(table) == (8 + 4) * 2 * 2 and set(table.notebook) == {"02_training", "03_ablation_directions"}
     each, ablated = tables.trainings(table), tables.trainings(table, by="row")
     assert len(each) == 8 * 2 and len(ablated) == 4 * 2 and set(each.group) == {"counterfactual", "null edit"}
+    told = pd.concat([pd.read_json(path, lines=True) for path in tmp_path.glob("03_*/metrics.jsonl")]).groupby(["row", "seed", "strength"]).identity.mean()
+    for found in (ablated.rename(columns={"method": "row"}), tables.ablation_rows(table, 0.5), tables.ablation_rows(table, 1.0)):
+        for key, identity in found.groupby(["row", "seed", "strength"], observed=True).identity.mean().items():
+            assert identity == pytest.approx(told[key]), "each strength by itself, though the notebook has one as well"
+    assert set(tables.ablation_rows(table, 0.5).strength) == {0.5}
     w = domain.latents(2, "test", 0)
     shown = tables.edits(table, runs, domain, w)
     assert list(shown) == ["green lipstick", "face"] and shown["face"].shape == (6, 3, 16, 16)

@@ -27,7 +27,7 @@ class Wastes:
     texts: bool = True             # both sets of 79 templated texts go through CLIP's text tower again, ``text_passes`` times
     source_views: bool = True      # the source pictures go through CLIP once per view of the edit (8 times); off: once
     weight_gradients: bool = True  # generator, CLIP and identity keep requires_grad
-    plane_filters: bool = True     # FIR filters insert zeros, pad, and convolve plane by plane; off: depthwise, or folded into the convolution
+    plane_filters: bool = True     # FIR filters insert zeros, pad, and convolve plane by plane; off: depthwise
     sample_weights: bool = True    # every sample has modulated weights of its own, in a grouped convolution; off: modulated activations
     second_clip: bool = True       # a second copy of CLIP, for the text that the mapper sees; costs memory alone
     gram: bool = True              # Gram matrices of the perceptual features, dropped; only where the domain has a perceptual network

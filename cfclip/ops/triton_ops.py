@@ -13,6 +13,7 @@ the layer after it and the RGB layer that reads the latter too, frozen, without 
     RGB, backward         convolve w, modulation rw and rrw, r; rrw adds the two readers'   convolve w
     forward + backward    33 + 50                                                           10 + 12
 
+The up-sampling layer's filter is folded into its kernel there; in float32, where it never is, ``upfirdn2d`` adds rw to each of its passes.
 That is why the layer *before* multiplies by the style: its epilogue has the activation in registers. The convolution itself is cuDNN's.
 Numbers are float32 inside, whatever the tensors are. Tensors are [N, C, H, W], dense in either memory format (channels_last
 stays so; other strides are copied). Offsets are int64; one channel of one image must have fewer than 2^30 pixels.

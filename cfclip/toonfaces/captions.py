@@ -55,7 +55,7 @@ def matches(faces: Tensor, claims: Tensor) -> Tensor:
 
 
 def phrase(part: str, colour: str, rng: np.random.Generator | None = None) -> str:
-    """"green lipstick", "a purple beard", …; without ``rng`` the plainest wording."""
+    """"green lipstick", or with ``rng`` "green lips"; without ``rng`` the plainest wording."""
     noun = _NOUNS[part][0 if rng is None else rng.integers(len(_NOUNS[part]))]
     return f"{colour} {noun}"
 

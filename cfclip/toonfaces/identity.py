@@ -25,7 +25,7 @@ class IdentityConfig:
     embed_dim: int = 128
     people: int = 2000
     batch: int = 64
-    steps: int = 2500
+    steps: int = 1500
     lr: float = 3e-3
     scale: float = 24.0           # ArcFace's s
     margin: float = 0.3           # ArcFace's m, radians

@@ -105,7 +105,7 @@ class ReadoutConfig:
 
     width: int = 16
     batch: int = 32
-    steps: int = 1500
+    steps: int = 1000
     lr: float = 3e-3
     seed: int = 0
 
