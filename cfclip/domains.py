@@ -139,7 +139,11 @@ DOMAINS = {
 
 
 def load_domain(name: str = "toonfaces", device: str | torch.device = "cpu") -> Domain:
-    """The domain called ``name`` on ``device``; ValueError for an unknown one, WeightsError for missing files."""
+    """The domain called ``name`` on ``device``; ValueError for an unknown one or one that this machine has not, WeightsError for missing files."""
     if name not in DOMAINS:
         raise ValueError(f"unknown domain {name!r}; there are: {', '.join(DOMAINS)}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:                # before anything is loaded
+        raise ValueError(f"device {str(device)!r} cannot be used on this machine ({str(error).splitlines()[0]}); \"cpu\" always can") from None
     return DOMAINS[name]().to(device)

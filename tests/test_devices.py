@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from cfclip import baselines, inversion, metrics
-from cfclip.domains import Domain
+from cfclip.domains import Domain, load_domain
 from cfclip.method import CFCLIP, CFCLIPConfig
 from cfclip.multiprompt import MultiPromptConfig
 from cfclip.stylespace import channel_statistics
@@ -61,6 +61,12 @@ def there(domain, monkeypatch) -> Domain:
     monkeypatch.setattr("cfclip.ops.dispatch._compiles", lambda device: False)
     with Pretended():
         yield domain.to("cuda")
+
+
+@pytest.mark.parametrize("device", ["gpu", "mps:3", *([] if torch.cuda.is_available() else ["cuda"])])
+def test_a_device_that_is_not_there(device):
+    with pytest.raises(ValueError, match=f"device '{device}' cannot be used on this machine"):
+        load_domain("toonfaces", device)
 
 
 SHORT = {"batch": 2, "train_latents": 4}

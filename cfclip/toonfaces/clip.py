@@ -75,7 +75,7 @@ def build(name: str = "toonfaces-rn") -> nn.Module:
     """The untrained ``open_clip`` model of ``clip_configs/<name>.json``, reading the words of our captions (:class:`KnownWords`)."""
     if name not in open_clip.list_models():
         open_clip.add_model_config(CONFIGS)
-    model = open_clip.create_model(name, load_weights=False)
+    model = open_clip.CLIP(**open_clip.get_model_config(name))     # create_model warns that there are no weights yet
     tokenizer = open_clip.tokenizer.SimpleTokenizer()
     known = {token for text in vocabulary() for token in tokenizer.encode(text)}
     ends = {0, tokenizer.sot_token_id, tokenizer.eot_token_id}     # padding, start, end: the two largest ids are the last two
