@@ -289,9 +289,11 @@ def status(folder: Path) -> str:
 
 def write_record(run: Run, folder: Path, status: str, error: str = "", seconds: float = 0.0) -> dict[str, str]:
     """Write run.json, which makes a run finished (or failed); the last thing that happens in its folder."""
+    device = run.parameters.get("device", "cpu")
+    found = versions(device if status == "finished" else "cpu")    # that of a failed run may not be there
     record = {"run": run.id, "notebook": run.notebook.stem, "status": status, "error": error, "seconds": round(seconds, 2),
               "seed": run.parameters.get("seed"), "parameters": run.parameters, "content": run.content, "gathers": run.gathers,
-              "versions": versions(run.parameters.get("device", "cpu")) | {"threads": KERNEL_ENVIRONMENT["OMP_NUM_THREADS"]}}
+              "versions": found | {"device": device, "threads": KERNEL_ENVIRONMENT["OMP_NUM_THREADS"]}}
     atomic_save(record, folder / "run.json", lambda record, part: part.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8"))
     return {"status": status, "error": error}
 

@@ -109,6 +109,12 @@ def test_prompts_stay_what_they_are_and_a_failure_stops_nobody(folder):
     assert record["parameters"]["prompt"] == "no" and record["seed"] == 0 and record["seconds"] > 0 and "torch" in record["versions"]
 
 
+def test_a_run_that_failed_for_its_device_is_recorded(tmp_path):
+    run = sweep.Run("a", sweep.find_notebook("02_training"), {"device": "gpu"}, {})
+    sweep.write_record(run, tmp_path, "failed", "device 'gpu' cannot be used")
+    assert sweep.status(tmp_path) == "failed" and json.loads((tmp_path / "run.json").read_text())["versions"]["device"] == "gpu"
+
+
 def test_only_content_makes_a_run_another_one(folder, monkeypatch):
     spec, weights = write_spec(folder), folder / "data" / "tiny" / "generator.safetensors"
     first = ids(spec)
