@@ -1,9 +1,15 @@
-"""CF-CLIP: counterfactual image manipulation via CLIP."""
+"""CF-CLIP: counterfactual image manipulation via CLIP. Modules are imported when they are first used."""
 
-from . import ablation, baselines, domains, evaluation, latents, losses, mapper, metrics, multiprompt, reporting
-from .checkpoints import load_generator, load_identity, load_latents, load_mapper
-from .domains import load_domain
-from .method import CFCLIPConfig, find_mappers, train_mapper
+import lazy_loader
 
-__all__ = ["CFCLIPConfig", "ablation", "baselines", "domains", "evaluation", "find_mappers", "latents", "load_domain", "load_generator",
-           "load_identity", "load_latents", "load_mapper", "losses", "mapper", "metrics", "multiprompt", "reporting", "train_mapper"]
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submodules=["baselines", "domains", "evaluation", "experiments", "explorer", "inversion", "latents", "models"],
+    submod_attrs={
+        "baselines": ["find_mappers"],
+        "checkpoints": ["load_generator", "load_identity", "load_latents", "load_mapper"],
+        "domains": ["load_domain"],
+        "inversion": ["align"],
+        "method": ["CFCLIPConfig", "losses", "train_mapper"],
+    },
+)

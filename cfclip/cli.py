@@ -1,23 +1,43 @@
-"""``cfclip …``: a thin door to the package's functions."""
+"""``cfclip …``: commands that call the package's functions. A command imports what it needs, so that help is instant."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .domains import DATA
+from cfclip.files import DATA, DOWNLOADS
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Counterfactual image manipulation via CLIP.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Counterfactual image manipulation via CLIP.",
+)
 toonfaces = typer.Typer(no_args_is_help=True, help="The embedded domain's networks.")
 app.add_typer(toonfaces, name="toonfaces")
 
-Name = Annotated[str, typer.Argument(help="generator, clip, heldout_clip, identity, readout, encoder, multi or heldout_multi")]
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Our own errors end the command with one sentence, without a traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"cfclip: {error}") from None
 
 
-def _check(name: str) -> None:
-    from .toonfaces.cards import NETWORKS
+Name = Annotated[
+    str, typer.Argument(help="generator, clip, heldout_clip, identity, readout, encoder, multi or heldout_multi")
+]
+
+
+def _check_name(name: str) -> None:
+    from cfclip.toonfaces.train.cards import NETWORKS
+
     if name not in NETWORKS:
-        raise typer.BadParameter(f"unknown network {name!r}; there are: {', '.join(NETWORKS)}")
+        raise typer.BadParameter(f"unknown network {name!r}; choose one of {', '.join(NETWORKS)}")
 
 
 @toonfaces.command("train")
@@ -25,23 +45,29 @@ def toonfaces_train(
     name: Name,
     steps: Annotated[int | None, typer.Option(help="optimisation steps; default: the recipe's")] = None,
     seed: Annotated[int | None, typer.Option(help="default: the recipe's")] = None,
-    out: Annotated[Path | None, typer.Option(help="checkpoints and logs; a stopped run goes on from here")] = None,
+    out: Annotated[Path | None, typer.Option(help="checkpoints and logs; a stopped run is resumed from here")] = None,
     weights: Annotated[Path, typer.Option(help="where the trained file goes")] = DATA / "toonfaces",
 ) -> None:
-    """Train one network, store it with its card. Stop it at any time: the same command goes on."""
-    from .toonfaces import cards
-    _check(name)
-    overrides = {key: value for key, value in {"seed": seed, "steps": steps}.items() if value is not None}
-    cards.train(name, out or Path("reports/runs/toonfaces") / name, weights, **overrides)
+    """Train one network and store it with its card. Stop it at any time: the same command resumes it."""
+    from cfclip.toonfaces.train import cards
+
+    _check_name(name)
+    given = {key: value for key, value in {"seed": seed, "steps": steps}.items() if value is not None}
+    with _plain_errors():
+        cards.train(name, out or Path("reports/runs/toonfaces") / name, weights, **given)
     typer.echo(cards.write_card(name, weights))
 
 
 @toonfaces.command("measure")
-def toonfaces_measure(name: Annotated[str | None, typer.Argument(help="one network; default: all")] = None) -> None:
+def toonfaces_measure(
+    name: Annotated[str | None, typer.Argument(help="one network; default: all")] = None,
+) -> None:
     """Measure the committed networks again and rewrite their cards."""
-    from .toonfaces import cards
-    for one in [name] if name else [known for known in cards.NETWORKS if (DATA / "toonfaces" / f"{known}.safetensors").exists()]:
-        _check(one)
+    from cfclip.toonfaces.train import cards
+
+    there = [known for known in cards.NETWORKS if (DATA / "toonfaces" / f"{known}.safetensors").exists()]
+    for one in [name] if name else there:
+        _check_name(one)
         typer.echo(cards.write_card(one))
 
 
@@ -53,77 +79,84 @@ def toonfaces_ceiling(
     out: Annotated[Path, typer.Option(help="where the table goes")] = Path("reports/ceiling.md"),
 ) -> None:
     """What any editor of the generator could reach: W+ optimised straight to the rendered true counterfactual."""
-    import pandas as pd
+    from cfclip.toonfaces.ceiling import write_ceiling
 
-    from . import load_domain
-    from .reporting import markdown
-    from .toonfaces.ceiling import ceiling
-    from .training import atomic_save
-    domain = load_domain("toonfaces")
-    rows = [ceiling(domain, prompt, n, steps) for prompt in prompts]
-    note = (f"W+ optimised to held-out renders ({steps} steps of Adam), then to the same renders with the part recoloured; n = {n} faces "
-            "per prompt, seed 60000, device cpu. No CLIP and no mapper: what is low here is the generator's limit.")
-    text = f"# Ceiling\n\nRewritten by `cfclip toonfaces ceiling`.\n\n{markdown(pd.DataFrame(rows), note)}"
-    typer.echo(atomic_save(text, out, lambda text, part: part.write_text(text)))
+    with _plain_errors():
+        typer.echo(write_ceiling(out, prompts, n, steps))
 
 
 @app.command("sweep")
 def run_sweep(
     spec: Annotated[Path, typer.Argument(help="what to run, e.g. notebooks/presets/paper-toonfaces.yaml")],
     quick: Annotated[bool, typer.Option("--quick", help="the file's small version of itself")] = False,
-    out: Annotated[Path, typer.Option(help="a folder per run; what is finished there is not done again")] = Path("reports/runs"),
+    out: Annotated[Path, typer.Option(help="a folder per run; finished runs are not repeated")] = Path("reports/runs"),
     reports: Annotated[Path, typer.Option(help="where tables and figures go")] = Path("reports"),
-    workers: Annotated[int | None, typer.Option(min=1, help="processes on this machine; default: one per core")] = None,
-    scheduler: Annotated[str | None, typer.Option(help="a dask cluster instead, tcp://…; it must see the same files under the same paths")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="processes on this machine; default: one per core")
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(help="a dask cluster instead, tcp://…; it must see the same files under the same paths"),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be done")] = False,
 ) -> None:
-    """Run a grid of notebooks, then the ones that gather it. Stopped or failed, the same command does what is missing."""
-    from . import executors, sweep
-    try:
-        what = sweep.load_spec(spec, quick)
+    """Run a grid of notebooks, then those that gather it. If it was stopped or failed, the same command does the rest."""
+    from cfclip.experiments.executors import LocalExecutor, cluster_executor
+    from cfclip.experiments.runs import status
+    from cfclip.experiments.spec import load_spec
+    from cfclip.experiments.sweep import plan, sweep
+
+    with _plain_errors():
+        what = load_spec(spec, quick)
         if dry_run:
-            runs, then = sweep.plan(what, out)
+            runs, then = plan(what, out)
             for run in runs:
-                typer.echo(f"{sweep.status(out / run.id) or 'to do':<10}{run.id}")
+                typer.echo(f"{status(out / run.id) or 'to do':<10}{run.id}")
             for run in then:
                 typer.echo(f"{'then':<10}{run.id}")
             return
         if scheduler and workers:
-            raise ValueError("--workers counts processes on this machine; a cluster has as many as were started there")
-        with executors.cluster_executor(scheduler) if scheduler else executors.LocalExecutor(workers) as executor:
-            runs = sweep.sweep(what, out, reports, executor)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"cfclip: {error}") from None
+            raise ValueError("--workers counts processes on this machine; a cluster has its own workers")
+        with cluster_executor(scheduler) if scheduler else LocalExecutor(workers) as executor:
+            runs = sweep(what, out, reports, executor)
     typer.echo(f"{len(runs)} runs are finished in {out}")
 
 
 @app.command("bench")
 def run_bench(
-    parts: Annotated[str, typer.Option(help="some of generator, step, explorer, scaling, fidelity, profile, with commas; default: all")] = "",
+    parts: Annotated[
+        str,
+        typer.Option(help="some of generator, step, explorer, scaling, fidelity, profile, with commas; default: all"),
+    ] = "",
     quick: Annotated[bool, typer.Option("--quick", help="tiny sizes, to see that it runs: about a minute")] = False,
-    out: Annotated[Path | None, typer.Option(help="where tables and figures go; default: reports/bench/MACHINE, or reports/runs/bench if --quick")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="tables and figures; default: reports/bench/MACHINE, or reports/runs/bench if --quick"),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="default: one per core; --quick: one")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda; default: both, as far as they are there")] = "",
+    device: Annotated[str, typer.Option(help="cpu or cuda; default: all that this machine has")] = "",
 ) -> None:
-    """Measure speed and memory on this machine, against the published recipe's work. Stopped, the same command goes on."""
-    from .bench import bench
-    try:
-        report = bench(parts.split(",") if parts else (), quick, out or (Path("reports/runs/bench") if quick else None), threads,
-                       (device,) if device else ("cpu", "cuda"))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"cfclip: {error}") from None
+    """Measure speed and memory on this machine. If it was stopped, the same command does the rest."""
+    from cfclip.bench import bench
+
+    with _plain_errors():
+        where = out or (Path("reports/runs/bench") if quick else None)
+        devices = (device,) if device else ("cpu", "cuda")
+        report = bench(parts.split(",") if parts else (), quick, where, threads, devices)
     typer.echo(report.read_text(encoding="utf-8"))
 
 
-Domain = Annotated[str, typer.Argument(help="ffhq, afhq-dog, afhq-cat or toonfaces")]
-Folder = Annotated[Path | None, typer.Option(help="where the files are; default: data/downloads")]
+DomainName = Annotated[str, typer.Argument(help="ffhq, afhq-dog, afhq-cat or toonfaces")]
+Folder = Annotated[Path, typer.Option(help="where the files are")]
 
 
-def _report(rows: list) -> None:
+def _print_files(rows: list) -> None:
     """Print the rows of sources.check; exit with 1 if something required is missing or corrupt."""
-    from .sources import unmet
+    from cfclip.checkpoints.sources import unmet
+
     for row in rows:
-        typer.echo(f"{row.status:<11}{row.source.role + ('' if row.source.required else ' (optional)'):<27}{row.path}")
+        role = row.source.role + ("" if row.source.required else " (optional)")
+        typer.echo(f"{row.status:<11}{role:<27}{row.path}")
         if row.status != "valid":
             typer.echo(f"{'':<11}{row.detail}")
     if roles := unmet(rows):
@@ -132,43 +165,39 @@ def _report(rows: list) -> None:
 
 @app.command()
 def fetch(
-    domain: Domain,
-    everything: Annotated[bool, typer.Option("--all", help="also what is optional")] = False,
-    folder: Folder = None,
+    domain: DomainName,
+    everything: Annotated[bool, typer.Option("--all", help="optional files too")] = False,
+    folder: Folder = DOWNLOADS,
 ) -> None:
-    """Download a domain's files, as far as they have a URL, and say how to get the others. Stopped, the same command goes on."""
-    from . import sources
-    try:
-        rows = sources.fetch(domain, folder or sources.DOWNLOADS, optional=everything)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"cfclip: {error}") from None
-    _report(rows)
+    """Download a domain's files where they have a URL, and say how to get the others. Resumes if it was stopped."""
+    from cfclip.checkpoints import sources
+
+    with _plain_errors():
+        _print_files(sources.fetch(domain, folder, optional=everything))
 
 
 @app.command()
-def check(domain: Domain, folder: Folder = None) -> None:
+def check(domain: DomainName, folder: Folder = DOWNLOADS) -> None:
     """List a domain's files: valid, unverified, missing or corrupt. Downloads nothing."""
-    from . import sources
-    try:
-        rows = sources.check(domain, folder or sources.DOWNLOADS)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"cfclip: {error}") from None
-    _report(rows)
+    from cfclip.checkpoints import sources
+
+    with _plain_errors():
+        _print_files(sources.check(domain, folder))
 
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="a generator or mapper in any format that is read here")],
+    source: Annotated[Path, typer.Argument(help="a generator or mapper in any format that cfclip reads")],
     out: Annotated[Path, typer.Argument(help="the .safetensors to write")],
     kind: Annotated[str, typer.Option(help="auto, generator or mapper; a mapper's file holds a generator too")] = "auto",
 ) -> None:
-    """Rewrite a generator or a mapper as safetensors: safe, small, quick to open. Never touches its input."""
-    from .checkpoints import convert as run
-    try:
+    """Rewrite a generator or a mapper as safetensors: safe, small, quick to open. Never changes its input."""
+    from cfclip.checkpoints import convert as run
+
+    with _plain_errors():
         what = run(source, out, kind)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"cfclip: {error}") from None
-    typer.echo(f"{out}: a {what}, {out.stat().st_size / 1e6:.1f} MB (from {source.stat().st_size / 1e6:.1f} MB)")
+    size, before = out.stat().st_size / 1e6, source.stat().st_size / 1e6
+    typer.echo(f"{out}: a {what}, {size:.1f} MB (from {before:.1f} MB)")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .stylegan2 import Generator
+from cfclip.models.stylegan2 import Generator
 
 SPLITS = {"train": 0, "test": 1}
 

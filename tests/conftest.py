@@ -4,10 +4,10 @@ import pytest
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
-from cfclip.clip import ClipGuide
-from cfclip.domains import Domain
-from cfclip.identity import IRSE, FaceIdentity
-from cfclip.stylegan2 import Generator
+from cfclip.domain import Domain
+from cfclip.models.arcface import IRSE, FaceIdentity
+from cfclip.models.clip import ClipGuide
+from cfclip.models.stylegan2 import Generator
 from cfclip.toonfaces.readout import Readout
 
 

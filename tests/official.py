@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from cfclip.mapper import MapperConfig
-from cfclip.stylegan2 import Generator
+from cfclip.models.mapper import MapperConfig
+from cfclip.models.stylegan2 import Generator
 
 SOURCE = "import pathlib\npathlib.Path({marker!r}).touch()\n"
 

@@ -10,11 +10,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from cfclip import baselines, inversion, metrics
-from cfclip.domains import Domain, load_domain
-from cfclip.method import CFCLIP, CFCLIPConfig
-from cfclip.multiprompt import MultiPromptConfig
-from cfclip.stylespace import channel_statistics
+from cfclip.baselines import methods as baselines
+from cfclip.baselines.stylespace import channel_statistics
+from cfclip.domain import Domain
+from cfclip.domains import load_domain
+from cfclip.evaluation import metrics
+from cfclip.inversion import projector as inversion
+from cfclip.method.config import CFCLIPConfig, MultiPromptConfig
+from cfclip.method.trainer import MapperTrainer
 
 aten = torch.ops.aten
 pytestmark = pytest.mark.filterwarnings("ignore")                  # of numbers that nobody chose
@@ -83,7 +86,7 @@ def test_two_devices_are_refused(there):
 @pytest.mark.parametrize("config", [CFCLIPConfig("green lipstick", micro_batch=1, negatives="per_image", dtype="bfloat16", **SHORT),
                                     MultiPromptConfig(prompts=("green lipstick", "blue hair"), prompts_at_once=2, draws=0, **SHORT)])
 def test_a_step(config, there):
-    run = CFCLIP(there, config)
+    run = MapperTrainer(there, config)
     assert set(run.step(0)) >= {"loss", "l2", "id"} and run.w.device.type == run.source_clip.device.type == "cuda"
 
 

@@ -14,19 +14,24 @@ from typer.testing import CliRunner
 from written_out import one_step
 
 import cfclip
-from cfclip import clip as clip_module
-from cfclip import domains, latents, metrics, sources, weights
-from cfclip.checkpoints import convert, load_generator, load_mapper
+from cfclip import domains, latents
+from cfclip.checkpoints import sources, weights
+from cfclip.checkpoints.convert import convert
+from cfclip.checkpoints.generators import load_generator
+from cfclip.checkpoints.mappers import load_mapper
+from cfclip.checkpoints.networks import load_openai_clip
+from cfclip.checkpoints.weights import WeightsError
 from cfclip.cli import app
-from cfclip.clip import load_openai_clip
-from cfclip.e4e import Encoder4Editing
-from cfclip.identity import IRSE
-from cfclip.losses import latent_l2
-from cfclip.mapper import Mapper, MapperConfig
-from cfclip.method import CFCLIP, CFCLIPConfig
-from cfclip.perceptual import VGG19, perceptual_loss
+from cfclip.evaluation import metrics
+from cfclip.method.config import CFCLIPConfig
+from cfclip.method.losses import latent_l2, perceptual_loss
+from cfclip.method.trainer import MapperTrainer
+from cfclip.models import clip as clip_module
+from cfclip.models.arcface import IRSE
+from cfclip.models.e4e import Encoder4Editing
+from cfclip.models.mapper import Mapper, MapperConfig
+from cfclip.models.vgg import VGG19
 from cfclip.toonfaces.clip import build
-from cfclip.weights import WeightsError
 
 
 def shapes(make) -> dict:
@@ -73,7 +78,7 @@ def test_ffhq_takes_the_photos_codes(folder):
     assert torch.equal(w, d.latents(9, seed=3)[:5]) and not torch.equal(w, d.latents(5, seed=4))
     assert len(d.latents(50)) == 20
     assert torch.equal(d.latents(2, "test"), latents.sample(d.generator, 2, "test"))
-    assert CFCLIP(d, CFCLIPConfig("x", train_latents=50)).w.shape == (20, 6, 8)
+    assert MapperTrainer(d, CFCLIPConfig("x", train_latents=50)).w.shape == (20, 6, 8)
     torch.save(torch.randn(2, 18, 8), folder / "train_faces.pt")
     with pytest.raises(WeightsError, match=r"train_faces\.pt.*18 layers"):
         d.latents(2)
@@ -91,7 +96,7 @@ def test_afhq(animal, prompt, folder):
 def test_the_step_with_the_perceptual_term_is_the_published_loss(folder):
     """One step written out from images; the weights are large, so that no term hides behind another."""
     d = domains.load_afhq("dog", ("blue dog",), folder)
-    logs, w, w_edited, x, edited, nce = one_step(CFCLIP(d, CFCLIPConfig("blue dog", lambda_id=0.0, lambda_perc=2.0, train_latents=6)))
+    logs, w, w_edited, x, edited, nce = one_step(MapperTrainer(d, CFCLIPConfig("blue dog", lambda_id=0.0, lambda_perc=2.0, train_latents=6)))
     perc = perceptual_loss(d.perceptual, edited, x)
     loss = 0.3 * nce + 2 * perc + 0.8 * latent_l2(w_edited, w)
     assert logs["loss"] == pytest.approx(loss.item(), rel=1e-5) and logs["perc"] == pytest.approx(perc.item(), rel=1e-5)
@@ -101,9 +106,9 @@ def test_the_step_with_the_perceptual_term_is_the_published_loss(folder):
 def test_a_weight_without_its_network(folder, domain):
     dog = domains.load_afhq("dog", ("blue dog",), folder)
     with pytest.raises(ValueError, match=r"lambda_id is 0\.2, but domain afhq-dog has no identity network: set lambda_id=0"):
-        CFCLIP(dog, CFCLIPConfig("blue dog"))
+        MapperTrainer(dog, CFCLIPConfig("blue dog"))
     with pytest.raises(ValueError, match=r"lambda_perc is 0\.02, but domain tiny has no perceptual network"):
-        CFCLIP(domain, CFCLIPConfig("x", lambda_perc=0.02))
+        MapperTrainer(domain, CFCLIPConfig("x", lambda_perc=0.02))
 
 
 @pytest.mark.parametrize(("name", "load"), [(name, load) for name, load in domains.DOMAINS.items() if name != "toonfaces"])

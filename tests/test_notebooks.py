@@ -6,7 +6,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from cfclip.sweep import NOTEBOOKS, load_preset, parameters_of, run_notebook, slug
+from cfclip.experiments.runs import run_notebook
+from cfclip.experiments.spec import NOTEBOOKS, load_preset, parameters_of
+from cfclip.files import slug
 
 BOOKS = sorted(NOTEBOOKS.glob("*.ipynb"))
 PRESETS = sorted(p for p in (NOTEBOOKS / "presets").glob("*.yaml") if not p.name.startswith("paper-"))   # those are sweeps: test_sweep.py

@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cfclip.losses import clip_nce, perspective_views
-from cfclip.method import CFCLIP
+from cfclip.method.losses import clip_nce
+from cfclip.method.trainer import MapperTrainer
+from cfclip.method.views import perspective_views
 
 
 def one_step(run: CFCLIP) -> tuple[dict[str, float], Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -4,6 +4,6 @@
 ``parts.py`` and ``explorer.py`` measure, in processes of their own (``worker.py``) that ``run.py`` starts; ``report.py`` draws tables and figures.
 """
 
-from .run import PARTS, bench
+from cfclip.bench.run import PARTS, bench
 
 __all__ = ["PARTS", "bench"]

@@ -10,13 +10,14 @@ from typing import Any
 import nbformat
 from jupyter_client.manager import start_new_kernel
 
-from ..sweep import NOTEBOOKS
-from .measure import stats
+from cfclip.bench.measure import stats
+from cfclip.files import NOTEBOOKS
 
 EDITED = 1                                                         # the row of the edited faces, under the sources
+
 FIND = f"""
 import json
-from cfclip.explorer_view import View
+from cfclip.explorer.view import View
 view = next(value for value in Out.values() if isinstance(value, View))
 print(json.dumps(dict(strength=view.strength.model_id, prompt=view.prompt.model_id, picture=view.images[{EDITED}].model_id,
                       note=view.note.model_id, prompts=explorer.suggestions)))

@@ -10,10 +10,11 @@ from typing import Any
 import psutil
 import torch
 
-from ..reporting import machine, versions
-from ..sweep import KERNEL_ENVIRONMENT
+from cfclip.evaluation.report import machine, versions
+from cfclip.experiments.runs import KERNEL_ENVIRONMENT
 
 ALLOCATOR = {name: value for name, value in KERNEL_ENVIRONMENT.items() if name.startswith("MALLOC")}
+
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16")
 
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from ..ops import fast_dtype, name_of
+from cfclip.models.ops import fast_dtype, name_of
 
 
 def stats(seconds: Sequence[float]) -> dict[str, Any]:

@@ -7,12 +7,13 @@ import open_clip
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
-from ..clip import ClipGuide
-from ..domains import Domain
-from ..identity import IRSE, FaceIdentity
-from ..stylegan2 import Generator
+from cfclip.domain import Domain
+from cfclip.models.arcface import IRSE, FaceIdentity
+from cfclip.models.clip import ClipGuide
+from cfclip.models.stylegan2 import Generator
 
 CONFIG_F = (512, 512, 512, 512, 512, 256, 128, 64, 32)
+
 """Channels of StyleGAN2 config-f at 4², 8², …, 1024²."""
 
 
@@ -28,19 +29,29 @@ def random_generator(resolution: int, tiny: bool = False) -> Generator:
 
 
 @cache
-def judges(tiny: bool) -> tuple[ClipGuide, FaceIdentity]:
+def judges(tiny: bool, device: str) -> tuple[ClipGuide, FaceIdentity]:
     """ViT-B/32 and IR-SE50, the same ones for all domains of a process: the text features are then encoded once."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         if tiny:
             clip = CLIP(16, CLIPVisionCfg(layers=1, width=32, head_width=16, patch_size=8, image_size=16),
                         CLIPTextCfg(context_length=24, width=16, heads=2, layers=1))
-            return ClipGuide(clip), FaceIdentity(IRSE(16, ((16, 16, 1), (16, 32, 1)), 8), crop=False)
-        return ClipGuide(open_clip.CLIP(**open_clip.get_model_config("ViT-B-32-quickgelu"))), FaceIdentity(IRSE())
+            identity = FaceIdentity(IRSE(16, ((16, 16, 1), (16, 32, 1)), 8), crop=False)
+        else:
+            clip = open_clip.CLIP(**open_clip.get_model_config("ViT-B-32-quickgelu"))
+            identity = FaceIdentity(IRSE())
+    return ClipGuide(clip).to(device), identity.to(device)
 
 
 def random_domain(resolution: int, tiny: bool = False, device: str = "cpu") -> Domain:
     """Faces of ``resolution`` by networks of the paper's sizes (``tiny``: by the smallest that have every part), seeded."""
-    clip, identity = judges(tiny)
-    return Domain(name="random", generator=random_generator(resolution, tiny), clip=clip, identity=identity, readout=None, source_text="face",
-                  prompts=("green lipstick",)).to(device)
+    clip, identity = judges(tiny, str(device))
+    return Domain(
+        name="random",
+        generator=random_generator(resolution, tiny).to(device),
+        clip=clip,
+        identity=identity,
+        source_text="face",
+        prompts=("green lipstick",),
+        device=torch.device(device),
+    )

@@ -15,20 +15,24 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity
 
-from .. import baselines, metrics, sweep
-from ..domains import load_domain
-from ..method import CFCLIP, CFCLIPConfig
-from ..multiprompt import MultiPromptConfig
-from ..ops import HALF, folding, name_of, using
-from ..stylegan2 import Generator
-from ..toonfaces.captions import phrase
-from ..toonfaces.factors import PARTS, colours
-from ..training import seed_step
-from .measure import Work, dtypes, forget_peak, peak_gb, stats, synchronise, timed, work_of
-from .networks import random_domain, random_generator
-from .published import NAMES, PlainGenerator, Published, Wastes
+from cfclip.baselines.methods import fit
+from cfclip.bench.measure import Work, dtypes, forget_peak, peak_gb, stats, synchronise, timed, work_of
+from cfclip.bench.networks import random_domain, random_generator
+from cfclip.bench.published import NAMES, PlainGenerator, Published, Wastes
+from cfclip.domains import load_domain
+from cfclip.evaluation import metrics
+from cfclip.experiments.runs import write_record
+from cfclip.experiments.spec import Spec, load_preset
+from cfclip.experiments.sweep import plan, sweep
+from cfclip.files import NOTEBOOKS
+from cfclip.method.config import CFCLIPConfig, MultiPromptConfig
+from cfclip.method.loop import generator_for
+from cfclip.method.trainer import MapperTrainer
+from cfclip.models.ops import HALF, folding, name_of, using
+from cfclip.models.stylegan2 import Generator
 
 Rows = Iterator[dict[str, Any]]
+
 PROMPT = "green lipstick"
 
 
@@ -121,21 +125,20 @@ def generator_memory(device: str, resolution: int, batch: int, dtype: str, plain
 
 # ---- (b) the mapper's step ----
 
-def _run(device: str, resolution: int, tiny: bool, dtype: str = "float32", batch: int = 2, micro_batch: int | None = None) -> CFCLIP:
+def _run(device: str, resolution: int, tiny: bool, dtype: str = "float32", batch: int = 2, micro_batch: int | None = None) -> MapperTrainer:
     config = CFCLIPConfig(PROMPT, batch=batch, train_latents=max(4, batch), dtype=dtype, micro_batch=micro_batch)
-    return CFCLIP(random_domain(resolution, tiny, device), config)
+    return MapperTrainer(random_domain(resolution, tiny, device), config)
 
 
-def _measured(run: CFCLIP, step: Callable[[int], dict], device: str, repeats: int, warm: int = 1) -> dict[str, Any]:
+def _measured(run: MapperTrainer, step: Callable[[int, torch.Generator], dict], device: str, repeats: int, warm: int = 1) -> dict[str, Any]:
     """The same step again and again: from the same mapper, on the same draws. Its losses and the norm of the mapper's gradient with it."""
     start = {name: value.clone() for name, value in run.mapper.state_dict().items()}
     seconds = []
     for _ in range(warm + repeats):
         run.mapper.load_state_dict(start)
-        seed_step(0, 0)
         synchronise(device)
         begun = time.perf_counter()
-        losses = step(0)
+        losses = step(0, generator_for(0, 0))
         synchronise(device)
         seconds.append(time.perf_counter() - begun)
     run.mapper.load_state_dict(start)
@@ -209,13 +212,13 @@ def growing_batch(device: str, resolution: int, batches: Sequence[int], tiny: bo
         yield {"name": "batch", "value": batch, "dtype": dtype, "resolution": resolution, "peak_gb": peak_gb(device)} | found
 
 
-def growing_prompts(device: str, prompts: Sequence[int], at_once: Sequence[int], tiny: bool, repeats: int) -> Rows:
+def growing_prompts(device: str, prompts: Sequence[int], prompts_at_once: Sequence[int], tiny: bool, repeats: int) -> Rows:
     """One mapper of many prompts on toonfaces (``tiny``: random networks), batch 8: prompts to draw from, and prompts in one step."""
     domain = random_domain(16, True, device) if tiny else load_domain("toonfaces", device)
-    texts = [phrase(part, colour) for part in PARTS for colour in colours(part)]
-    for count, together in [(count, 1) for count in prompts] + [(max(prompts), k) for k in at_once if k > 1]:
+    texts = load_domain("toonfaces").truth.prompts if tiny else domain.truth.prompts
+    for count, together in [(count, 1) for count in prompts] + [(max(prompts), k) for k in prompts_at_once if k > 1]:
         begun = time.perf_counter()
-        run = CFCLIP(domain, MultiPromptConfig(prompts=tuple(texts[:count]), prompts_at_once=together, batch=8, train_latents=8))
+        run = MapperTrainer(domain, MultiPromptConfig(prompts=tuple(texts[:count]), prompts_at_once=together, batch=8, train_latents=8))
         prepared = time.perf_counter() - begun
         found = _measured(run, run.step, device, repeats)
         yield {"name": "prompts" if together == 1 else "prompts at once", "value": count if together == 1 else together, "prompts": count,
@@ -228,12 +231,12 @@ def growing_sweep(device: str, runs: Sequence[int], repeats: int) -> Rows:
         with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as executor:
             out = Path(folder, "runs")
             out.mkdir()
-            spec = sweep.Spec("bench", Path(folder), ({"notebook": "02_training", "prompt": PROMPT, "seed": list(range(count))},))
-            planned, _ = sweep.plan(spec, out)
-            yield {"name": "sweep, plan", "value": count} | stats(timed(lambda spec=spec, out=out: sweep.plan(spec, out), device, repeats))
+            spec = Spec("bench", Path(folder), ({"notebook": "02_training", "prompt": PROMPT, "seed": list(range(count))},))
+            planned, _ = plan(spec, out)
+            yield {"name": "sweep, plan", "value": count} | stats(timed(lambda spec=spec, out=out: plan(spec, out), device, repeats))
             for run in planned:
-                sweep.write_record(run, out / run.id, "finished")
-            again = timed(lambda spec=spec, out=out, executor=executor: sweep.sweep(spec, out, out, executor), device, repeats)
+                write_record(run, out / run.id, "finished")
+            again = timed(lambda spec=spec, out=out, executor=executor: sweep(spec, out, out, executor), device, repeats)
             yield {"name": "sweep, resume", "value": count} | stats(again)
 
 
@@ -257,15 +260,15 @@ def pictures(device: str, faces: int) -> Rows:
 
 def success(device: str, prompts: Sequence[str], seeds: Sequence[int], steps: int, faces: int) -> Rows:
     """Mappers trained as in the paper's tables, by the reference operators and by ours: how often held-out faces' edits succeed, and identity."""
-    domain, spec = load_domain("toonfaces", device), sweep.load_spec(sweep.NOTEBOOKS / "presets" / "paper-toonfaces.yaml")
-    settings = baselines.accepted("cfclip", {**spec.preset, **spec.parameters})
+    domain = load_domain("toonfaces", device)
+    settings = load_preset(NOTEBOOKS / "presets" / "toonfaces.yaml")["settings"]
     ways = [("reference", "float32"), *(("ours", name_of(dtype)) for dtype in dtypes(device))]
     for seed in seeds:
         for prompt in prompts:
             for operators, dtype in ways:
                 begun = time.perf_counter()
                 with using("reference") if operators == "reference" else nullcontext():
-                    editor = baselines.fit("cfclip", domain, prompt, progress=False, **settings | {"steps": steps, "seed": seed, "dtype": dtype})
+                    editor = fit("cfclip", domain, prompt, progress=False, **settings | {"steps": steps, "seed": seed, "dtype": dtype})
                 taken = time.perf_counter() - begun
                 rows = metrics.over_strengths(domain, prompt, editor.edit, domain.latents(faces, "test", seed), [1.0])
                 yield {"name": operators, "dtype": dtype, "prompt": prompt, "seed": seed, "steps": steps, "faces": faces,
@@ -277,7 +280,7 @@ def success(device: str, prompts: Sequence[str], seeds: Sequence[int], steps: in
 class Phases:
     """Splits ``run``'s step: seconds, and dtype -> [FLOP, bytes], of each phase. Everything until a mark belongs to the phase that the mark names."""
 
-    def __init__(self, run: CFCLIP, device: str):
+    def __init__(self, run: MapperTrainer, device: str):
         self.device, self.work, self.run = device, Work(), run
         networks, optimizer, identity = run.networks, run.optimizer, run.domain.identity
         networks.synthesise = self._around(networks.synthesise, "mapper", "generator, forward", self._watch)
@@ -314,14 +317,14 @@ class Phases:
         """One step."""
         self.seconds: Counter[str] = Counter()
         self.counted: dict[str, dict[str, list[float]]] = {}
-        seed_step(0, 0)
+        generator = generator_for(0, 0)
         synchronise(self.device)
         self.last = time.perf_counter()
         if count:
             with self.work:
-                self.run.step(0)
+                self.run.step(0, generator)
         else:
-            self.run.step(0)
+            self.run.step(0, generator)
 
 
 def profile(device: str, resolution: int, tiny: bool, dtype: str, repeats: int, top: int) -> Rows:

@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..clip import TEMPLATES, ClipGuide
-from ..losses import clip_nce, latent_l2, perspective_views
-from ..method import CFCLIP
-from ..ops import modulated_conv2d, upfirdn2d
-from ..stylegan2 import Generator, StyledConv, ToRGB
+from cfclip.method.losses import clip_nce, latent_l2
+from cfclip.method.trainer import MapperTrainer
+from cfclip.method.views import perspective_views
+from cfclip.models.clip import TEMPLATES, ClipGuide
+from cfclip.models.ops import modulated_conv2d, upfirdn2d
+from cfclip.models.stylegan2 import Generator, StyledConv, ToRGB
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,9 @@ class Wastes:
 
 
 NAMES = tuple(f.name for f in fields(Wastes) if f.type is bool)
+
 """The switches, in the order in which the ladder of the report turns them off: the sources last, as keeping them needs a small set of latents."""
+
 WORDS = {"texts": "constant texts encoded again", "source_views": "source encoded once per view", "weight_gradients": "gradients of frozen weights",
          "plane_filters": "FIR plane by plane", "sample_weights": "weights per sample", "second_clip": "second copy of CLIP",
          "gram": "Gram matrices, dropped", "sources": "sources drawn and encoded again"}
@@ -110,7 +113,7 @@ def gram(features: Tensor) -> Tensor:
 class Published:
     """The steps of ``run`` (one prompt, the paper's objective), with ``wastes``; the same losses on the same draws."""
 
-    def __init__(self, run: CFCLIP, wastes: Wastes | None = None):
+    def __init__(self, run: MapperTrainer, wastes: Wastes | None = None):
         self.run, self.wastes = run, wastes or Wastes()
         d, on = run.domain, self.wastes
         self.plain = PlainGenerator(d.generator, on.plane_filters, on.sample_weights) if on.plane_filters or on.sample_weights else None
@@ -148,11 +151,11 @@ class Published:
             target, source = (encode_templates(run.domain.clip, prompt) for prompt in both)
         return target, source
 
-    def step(self, i: int) -> dict[str, float]:
-        """One step, as :meth:`CFCLIP.step`."""
+    def step(self, i: int, generator: torch.Generator) -> dict[str, float]:
+        """One step, as :meth:`MapperTrainer.step`."""
         run, c, d, on = self.run, self.run.config, self.run.domain, self.wastes
         with self.frozen():
-            index = torch.randint(len(run.w), (c.batch,))
+            index = torch.randint(len(run.w), (c.batch,), generator=generator)
             w = run.w[index]
             picture = None
             if on.sources or c.lambda_perc:
@@ -161,13 +164,13 @@ class Published:
             w_edited = run.mapper.edit(w, self.text)
             edited = self.draw(w_edited)
             target_text, source_text = self.texts()
-            views = run.networks.clip(perspective_views(edited, c.draws))
+            views = run.networks.clip(perspective_views(edited, c.num_views, generator=generator))
             if on.sources:
-                times = max(1, c.draws) if on.source_views else 1
+                times = max(1, c.num_views) if on.source_views else 1
                 source = run.networks.clip(picture.repeat(times, 1, 1, 1))
             else:
                 source = run.source_clip[index]
-            nce = clip_nce(views, source, target_text, source_text, c.temperature)
+            nce = clip_nce(views, source, target_text, source_text, c.objective.temperature)
             l2 = latent_l2(w_edited, w)
             loss = c.lambda_nce * nce + c.lambda_l2 * l2
             logs = {"nce": nce, "l2": l2}

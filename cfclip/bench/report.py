@@ -8,13 +8,18 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..reporting import half_width, markdown, plus_minus, save_figure
-from ..training import atomic_save
-from .published import WORDS
+from cfclip.bench.published import WORDS
+from cfclip.evaluation.figures import save_figure
+from cfclip.evaluation.report import markdown
+from cfclip.evaluation.stats import half_width, plus_minus
+from cfclip.files import write_text
 
 Rows = Sequence[Mapping[str, Any]]
+
 STEPS = 50_000
+
 TOLERANCE = 1e-5
+
 """Of the published step's losses and ours in float32, relative; a hundred times that for the norm of the gradient."""
 
 
@@ -322,7 +327,7 @@ def write(rows: Rows, out: Path) -> Path:
         phases = phases_table(rows, device, dtype)
         parts += [f"### {device}, {dtype}\n", text(phases, "Bytes and FLOP of convolutions, products and attention only."), bound(phases) + "\n",
                   text(operators_table(rows, device, dtype))]
-    return atomic_save("\n".join(parts), out / "bench.md", lambda content, part: part.write_text(content, encoding="utf-8"))
+    return write_text(out / "bench.md", "\n".join(parts))
 
 
 def machine_text(rows: Rows, where: Mapping[str, Any]) -> str:

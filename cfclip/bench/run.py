@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..ops import name_of
-from ..reporting import read_rows, writable, write_rows
-from . import machine, report
-from .measure import dtypes
+from cfclip.bench import machine, report
+from cfclip.bench.measure import dtypes
+from cfclip.files import read_rows, writable, write_rows
+from cfclip.models.ops import name_of
 
 PARTS = {"generator": "(a)", "step": "(b) and (c)", "explorer": "(d)", "scaling": "(e)", "fidelity": "(f)",
          "profile": "where the time of a step goes"}
@@ -64,7 +64,7 @@ def full(device: str) -> Iterator[Job]:
         yield Job("scaling", "growing_sweep", {"runs": [10, 100, 1000], "repeats": 3})
     yield Job("scaling", "growing_resolution", {"resolutions": [64, 128, 256, 512, 1024], "tiny": False, "dtype": "float32", "repeats": 2}, 8)
     yield Job("scaling", "growing_batch", small | {"batches": [1, 2, 4, 8], "dtype": "float32", "repeats": 3}, 6)
-    yield Job("scaling", "growing_prompts", {"prompts": [1, 8, 32], "at_once": [1, 2, 4, 8], "tiny": False, "repeats": 5}, 3)
+    yield Job("scaling", "growing_prompts", {"prompts": [1, 8, 32], "prompts_at_once": [1, 2, 4, 8], "tiny": False, "repeats": 5}, 3)
     yield Job("step", "wastes", small | {"rounds": 2}, 6, 1500)
     yield Job("generator", "compiled", {"resolution": 256, "batch": 2, "repeats": 3, "tiny": False}, 6, 240)
     yield Job("fidelity", "success", {"prompts": ["green lipstick", "purple eyebrows"], "seeds": [0, 1, 2], "steps": 300, "faces": 32}, 3, 5400)
@@ -82,7 +82,7 @@ def quick(device: str) -> Iterator[Job]:
     yield Job("generator", "generator_memory", {"resolution": 16, "batch": 2, "dtype": "float32", "plain": False, "tiny": True})
     yield Job("scaling", "growing_resolution", {"resolutions": [8, 16], "tiny": True, "dtype": "float32", "repeats": 1})
     yield Job("scaling", "growing_batch", step | {"batches": [1, 2], "dtype": "float32", "repeats": 1})
-    yield Job("scaling", "growing_prompts", {"prompts": [1, 2], "at_once": [1, 2], "tiny": True, "repeats": 1})
+    yield Job("scaling", "growing_prompts", {"prompts": [1, 2], "prompts_at_once": [1, 2], "tiny": True, "repeats": 1})
     yield Job("fidelity", "pictures", {"faces": 2})
     yield Job("fidelity", "success", {"prompts": ["green lipstick"], "seeds": [0], "steps": 1, "faces": 2})
     yield Job("profile", "profile", step | {"dtype": "float32", "repeats": 1, "top": 5})
@@ -136,9 +136,9 @@ def bench(parts: Sequence[str] = (), small: bool = False, out: str | os.PathLike
         for group in bar:
             bar.set_postfix_str(group[0].id if len(group) == 1 else f"{len(group)} jobs")
             rows += [{"key": key} | row for row in _measure(group, threads, bar)]
-            write_rows(rows, out / "bench.jsonl")
+            write_rows(out / "bench.jsonl", rows)
     finally:                                                       # stopped, it reports what it has
-        write_rows(rows, out / "bench.jsonl")
+        write_rows(out / "bench.jsonl", rows)
         path = report.write(rows, out)
     if unequal := report.unequal(rows):
         raise ValueError(f"the published step and ours have different losses: {unequal}")

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from . import parts
-from .explorer import explorer
+from cfclip.bench import parts
+from cfclip.bench.explorer import explorer
 
 WHAT = {name: getattr(parts, name) for name in ("floors", "generator", "compiled", "generator_memory", "step", "ladder", "wastes", "growing_resolution",
                                                 "growing_batch", "growing_prompts", "growing_sweep",

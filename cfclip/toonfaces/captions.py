@@ -10,7 +10,7 @@ import numpy as np
 from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
 from torch import Tensor
 
-from .factors import HAIR_STYLES, HELD_OUT, PARTS, Face, colours, sample_face
+from cfclip.toonfaces.factors import HAIR_STYLES, HELD_OUT, PARTS, Face, colours, sample_face
 
 Fact = tuple[str, str]
 
@@ -19,10 +19,12 @@ FACTS: tuple[Fact, ...] = (
     *(("style", style) for style in HAIR_STYLES), ("beard?", "yes"), ("glasses", "yes"), ("smile", "yes"),
     ("person", "man"), ("person", "woman"),
 )
+
 """Everything that a caption can claim; the order of :func:`fact_vector`."""
 
 _NOUNS = {"lipstick": ("lipstick", "lipstick", "lips"), "hair": ("hair",), "eyebrows": ("eyebrows", "eyebrows", "brows"),
           "eyes": ("eyes",), "skin": ("skin",), "beard": ("beard",)}
+
 _STYLES = {"short": ("short hair",), "long": ("long hair",), "bob": ("a bob", "a bob haircut"), "curly": ("curly hair", "curls"),
            "bald": ("a bald head",)}
 

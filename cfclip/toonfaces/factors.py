@@ -16,6 +16,7 @@ _VIVID: dict[str, RGB] = {
     "cyan": (32, 206, 214), "blue": (36, 74, 220), "purple": (138, 40, 182), "pink": (248, 112, 176),
     "white": (246, 246, 246), "black": (26, 24, 26),
 }
+
 _HAIR: dict[str, RGB] = {
     "black": (30, 26, 27), "brown": (98, 62, 36), "blonde": (224, 188, 112), "ginger": (186, 84, 34),
     "grey": (146, 146, 150),
@@ -35,6 +36,7 @@ NATURAL: dict[str, dict[str, RGB]] = {
     "lipstick": {"pink": (226, 128, 142), "red": (196, 44, 54), "rose": (176, 88, 100)},
     "beard": _HAIR,
 }
+
 """part -> colour name -> RGB seen by the generator. Eyebrows and beard follow the hair in natural faces."""
 
 COUNTERFACTUAL: dict[str, dict[str, RGB]] = {
@@ -45,12 +47,15 @@ COUNTERFACTUAL: dict[str, dict[str, RGB]] = {
     "lipstick": _vivid("green", "blue", "purple", "yellow", "orange", "cyan", "white", "black"),
     "beard": _vivid("green", "blue", "purple", "cyan", "pink", "red", "white"),
 }
+
 """part -> colour name -> RGB that the generator never sees."""
 
 PARTS: tuple[str, ...] = tuple(NATURAL)
+
 """The parts whose colour a prompt can name."""
 
 HELD_OUT: frozenset[tuple[str, str]] = frozenset({("skin", "cyan"), ("beard", "cyan")})
+
 """(part, colour) pairs that CLIP never sees in training: each word is known, the composition is not."""
 
 HAIR_STYLES: tuple[str, ...] = ("short", "long", "bob", "curly", "bald")
@@ -127,6 +132,7 @@ _UNIT = {"face_width": (0.47, 0.57), "face_height": (0.58, 0.68), "jaw": (0, 1),
          "eye_height": (-0.10, -0.02), "nose_length": (0.13, 0.22), "nose_width": (0.05, 0.10), "brow_thickness": (0.058, 0.092),
          "brow_tilt": (-0.035, 0.045), "mouth_width": (0.155, 0.235), "lip_fullness": (0.125, 0.185), "hairline": (-0.52, -0.40),
          "parting": (-0.3, 0.3), "smile": (-0.3, 1), "roll": (-0.12, 0.12), "yaw": (-1, 1), "zoom": (0.92, 1.06)}
+
 """Ranges of the uniform factors."""
 
 
@@ -143,6 +149,7 @@ IDENTITY_FACTORS: tuple[str, ...] = (
     "skin", "eyes", "hair_style", "face_width", "face_height", "jaw", "eye_spacing", "eye_size", "eye_height",
     "nose_length", "nose_width", "brow_thickness", "brow_tilt", "mouth_width", "lip_fullness", "hairline", "parting",
 )
+
 """What makes a person; everything else may differ between two pictures of them."""
 
 
@@ -227,7 +234,9 @@ def new_photo(face: Face, seed: int | tuple[int, ...], support: str = "both") ->
 assert set(IDENTITY_FACTORS) < {f.name for f in fields(Face)}
 
 FACTORS: int = factor_vector(sample_face(0)).size
+
 """Length of :func:`factor_vector`."""
 
 LATENT_DRAWS = 71
+
 """How many numbers of z a natural face takes (see :class:`LatentDraws`)."""

@@ -1,7 +1,6 @@
 """The judge that uses no CLIP: it segments a toon face and measures the colour of every part inside its mask."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,14 +8,13 @@ import torch.nn.functional as F
 from skimage.color import rgb2lab
 from torch import Tensor, nn
 
-from ..training import fit
-from .clip import degrade
-from .factors import HAIR_STYLES, PARTS, Face, colours, sample_face
-from .gan import to_tensor
-from .render import MASKS, render
+from cfclip.toonfaces.factors import HAIR_STYLES, colours
+from cfclip.toonfaces.render import MASKS
 
 VISIBLE = 12.0
+
 """A part smaller than this many pixels of a 64 x 64 picture has no measurable colour."""
+
 _PRESENCE = len(HAIR_STYLES) + 2
 
 
@@ -97,63 +95,3 @@ class Readout(nn.Module):
         styles = len(HAIR_STYLES)
         return Measurement(masks.cpu().numpy(), area.cpu().numpy(), lab.cpu().numpy(), presence[:, :styles].argmax(1).cpu().numpy(),
                            (presence[:, styles] > 0).cpu().numpy(), (presence[:, styles + 1] > 0).cpu().numpy())
-
-
-@dataclass(frozen=True)
-class ReadoutConfig:
-    """How the readout was trained."""
-
-    width: int = 16
-    batch: int = 32
-    steps: int = 1000
-    lr: float = 3e-3
-    seed: int = 0
-
-
-def _presence_loss(logits: Tensor, faces: list[Face]) -> Tensor:
-    styles = torch.tensor([HAIR_STYLES.index(f.hair_style) for f in faces])
-    flags = torch.tensor([[f.has_beard, f.has_glasses] for f in faces], dtype=torch.float32)
-    n = len(HAIR_STYLES)
-    return F.cross_entropy(logits[:, :n], styles) + F.binary_cross_entropy_with_logits(logits[:, n:], flags)
-
-
-def train(config: ReadoutConfig, out: Path) -> Readout:
-    """Train (or go on training) in ``out``; returns the readout in eval mode."""
-    torch.manual_seed(config.seed)
-    model = Readout(config.width).train().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), config.lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, config.steps)
-
-    def step(i: int) -> dict[str, float]:
-        faces = [sample_face((config.seed, 3, i, k), "both") for k in range(config.batch)]
-        drawn = [render(face) for face in faces]
-        masks = torch.from_numpy(np.stack([r.masks for r in drawn]))
-        images = degrade(to_tensor([r.image for r in drawn])).contiguous(memory_format=torch.channels_last)
-        parts, presence = model(images)
-        loss_parts = F.cross_entropy(parts, masks)
-        loss_presence = _presence_loss(presence, faces)
-        optimizer.zero_grad()
-        (loss_parts + 0.1 * loss_presence).backward()
-        optimizer.step()
-        schedule.step()
-        return {"parts": loss_parts.item(), "presence": loss_presence.item()}
-
-    fit(step, config.steps, state={"model": model, "optimizer": optimizer, "schedule": schedule}, out=out, seed=config.seed,
-        checkpoint_every=250, desc="readout")
-    return model.eval()
-
-
-def colour_accuracy(readout: Readout, faces: int = 1000, seed: int = 20_000) -> list[dict]:
-    """Colour naming on held-out renders of both supports, a row per part, over parts larger than ``VISIBLE``."""
-    people = [sample_face((seed, k), "both") for k in range(faces)]
-    drawn = [render(face) for face in people]
-    measured = readout.measure(to_tensor([r.image for r in drawn]))
-    rows = []
-    for part in PARTS:
-        guesses = measured.colour(part)
-        hits = [g == getattr(f, part).name for f, r, g in zip(people, drawn, guesses, strict=True) if f.has(part) and r.area(part) > VISIBLE]
-        rows.append({"part": part, "accuracy": float(np.mean(hits)), "n": len(hits)})
-    presence = {"hair style": measured.hair_style == [HAIR_STYLES.index(f.hair_style) for f in people],
-                "beard or not": measured.has_beard == [f.has_beard for f in people],
-                "glasses or not": measured.has_glasses == [f.has_glasses for f in people], "is a face": measured.is_face}
-    return rows + [{"part": name, "accuracy": float(np.mean(hits)), "n": faces} for name, hits in presence.items()]

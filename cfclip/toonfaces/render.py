@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .factors import Face
+from cfclip.toonfaces.factors import Face
 
 SUPERSAMPLE = 4
 
@@ -21,11 +21,15 @@ LABELS: dict[str, str] = {
     "eyes": "eyes", "pupil": "pupil", "lipstick": "lipstick", "mouth_line": "mouth", "teeth": "mouth",
     "beard": "beard", "glasses": "glasses",
 }
+
 MASKS: tuple[str, ...] = tuple(dict.fromkeys(LABELS.values()))
+
 """The parts that have a mask, in channel order."""
 
 _INDEX = {name: i for i, name in enumerate(LABELS)}
+
 _PART_OF_LABEL = np.array([MASKS.index(part) for part in LABELS.values()])
+
 _CIRCLE = np.linspace(0, 2 * np.pi, 33)[:-1]
 
 

@@ -1,0 +1,7 @@
+"""CF-CLIP and the methods before it behind one interface, and the library of trained editors."""
+
+from cfclip.baselines.editor import Editor
+from cfclip.baselines.library import find_editors, find_mappers, load_editor
+from cfclip.baselines.methods import METHODS, configure, fit, settings
+
+__all__ = ["METHODS", "Editor", "configure", "find_editors", "find_mappers", "fit", "load_editor", "settings"]

@@ -1,0 +1,67 @@
+"""The interface of all methods: an editor turns codes into edited pictures."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from cfclip.checkpoints import weights
+from cfclip.domain import Domain
+from cfclip.method.config import flat
+from cfclip.method.loop import Callback
+from cfclip.settings import Settings
+
+Rows = list[dict[str, float]]
+
+
+class Editor:
+    """The result of :func:`cfclip.baselines.fit`. ``rows``: the log of its training."""
+
+    KIND: ClassVar[str]  # of its file, which is <KIND>.safetensors
+    STORE_AS: ClassVar[torch.dtype | None] = None
+
+    def __init__(self, method: str, domain: Domain, config: Settings, module: nn.Module, rows: Rows | None = None):
+        self.method, self.domain, self.config, self.module, self.rows = method, domain, config, module, rows or []
+
+    def edit(self, w: Tensor, strength: float = 1.0) -> Tensor:
+        """w [N, L, D] -> edited pictures [N, 3, R, R]; ``strength=0`` gives the source pictures, to the bit."""
+        raise NotImplementedError
+
+    def round_trip(self, w: Tensor, strength: float = 1.0) -> Tensor | None:
+        """Pictures [N, 3, R, R] after the edit and then its reverse; None if the method cannot be reversed.
+
+        By default the source pictures: a step that is the same for all pictures is undone exactly.
+        """
+        return self.edit(w, 0.0)
+
+    @property
+    def sizes(self) -> Mapping[str, Any]:
+        """The constructor's arguments of ``module``."""
+        return {}
+
+    def save(self, out: str | os.PathLike) -> Path:
+        """Write the editor into the folder ``out``; :func:`cfclip.baselines.load_editor` reads it to the bit."""
+        card = {"method": self.method, "domain": self.domain.name, "training": flat(self.config)}
+        path = Path(out) / f"{self.KIND}.safetensors"
+        return weights.save(self.module, path, self.KIND, self.sizes, self.STORE_AS, **card)
+
+    @classmethod
+    def fit(
+        cls,
+        method: str,
+        domain: Domain,
+        config: Any,
+        out: Path | None,
+        progress: bool,
+        callbacks: Sequence[Callback],
+    ) -> "Editor":
+        """Train, or find, what the editor needs; with ``out`` a stopped run is resumed."""
+        raise NotImplementedError
+
+    @classmethod
+    def open(cls, path: Path, domain: Domain) -> nn.Module:
+        """``module`` from its file."""
+        raise NotImplementedError

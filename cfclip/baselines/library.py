@@ -1,0 +1,185 @@
+"""The library of trained editors: found by the headers of their files, opened once."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from cfclip.baselines.editor import Editor
+from cfclip.baselines.methods import METHODS, configure
+from cfclip.checkpoints import weights
+from cfclip.checkpoints.mappers import load_mapper
+from cfclip.checkpoints.weights import WeightsError
+from cfclip.domain import Domain
+from cfclip.files import DATA
+from cfclip.models.mapper import Mapper
+
+KINDS = {method.editor.KIND for method in METHODS.values()}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained editor, as the header of its file describes it."""
+
+    path: Path
+    kind: str
+    method: str
+    domain: str  # "" if the file does not say
+    training: Mapping[str, Any]  # its flat settings, with its prompt or prompts
+
+    @property
+    def prompt(self) -> str | None:
+        """The prompt it was trained for, else its file's name; None for a mapper of many prompts."""
+        return None if "prompts" in self.training else self.training.get("prompt", self.path.stem)
+
+    @property
+    def seed(self) -> int:
+        return self.training.get("seed", 0)
+
+    def open(self, domain: Domain) -> Editor:
+        """The editor; the last 16 stay open. WeightsError if it belongs to another domain, or is of no known method."""
+        if self.domain not in ("", domain.name):
+            raise WeightsError(f"{self.path} was made for domain {self.domain}, not {domain.name}: load that domain")
+        known = METHODS.get(self.method)
+        if known is None or known.editor.KIND != self.kind or self.prompt is None:
+            raise WeightsError(
+                f"{self.path} does not say by which known method, or for which prompt, it was made: fit it again"
+            )
+        # a domain cannot be hashed; the editor keeps its generator alive, so that the id stays its own
+        key = (self.path, self.path.stat().st_mtime, id(domain.generator))
+        if key not in _OPEN:
+            while len(_OPEN) >= 16:
+                _OPEN.pop(next(iter(_OPEN)), None)
+            given = {k: v for k, v in self.training.items() if k not in ("prompt", *known.fixed)}
+            config = configure(self.method, self.prompt, **given)
+            _OPEN[key] = known.editor(self.method, domain, config, known.editor.open(self.path, domain))
+        return _OPEN[key]
+
+
+_OPEN: dict[tuple, Editor] = {}
+
+
+def read_trained(path: str | os.PathLike) -> Trained | None:
+    """What the header of ``path`` says; None if it is not an editor. Raises WeightsError for a file that is not ours."""
+    kind, _, card = weights.read_header(path)
+    training = card.get("training", {})
+    if kind != "mapper" and not (kind in KINDS and "prompt" in training):
+        return None
+    return Trained(Path(path), kind, card.get("method", "cfclip"), card.get("domain", ""), training)
+
+
+def scan(*places: str | os.PathLike, skip_damaged: bool = False) -> list[Trained]:
+    """The editors in ``places``: files, or folders with the folders in them. Reads headers only.
+
+    Raises WeightsError for a file that cannot be read, unless ``skip_damaged``.
+    """
+    found = []
+    for place in map(Path, places):
+        for path in [place] if place.is_file() else sorted([*place.glob("*.safetensors"), *place.glob("*/*.safetensors")]):
+            try:
+                found.append(read_trained(path))
+            except WeightsError:
+                if not skip_damaged:
+                    raise
+    return [one for one in found if one is not None]
+
+
+def load_editor(place: str | os.PathLike, domain: Domain) -> Editor:
+    """The editor in the folder ``place``, or in that file. WeightsError if there is none, or if it does not fit."""
+    place = Path(place)
+    if place.is_dir():
+        found = [one for path in sorted(place.glob("*.safetensors")) if (one := read_trained(path))]
+    else:
+        found = scan(place)
+    if len(found) != 1:
+        what = f"several editors ({', '.join(one.path.name for one in found)})" if found else "no editor"
+        raise WeightsError(f"{place} holds {what}: give the folder that one cfclip.baselines.fit(…, out=<folder>) wrote to")
+    return found[0].open(domain)
+
+
+def find_editors(folder: str | os.PathLike, domain: Domain, prompts: Sequence[str] = ()) -> dict[str, Editor]:
+    """label -> editor, for all in ``folder`` and the folders in it; ``prompts`` chooses and orders.
+
+    The label is the prompt; with the method if there are several, and with the seed if there are several.
+    Raises ValueError if there is none, none for one of ``prompts``, or two with one label.
+    """
+    known = _of_prompts(scan(folder), folder, prompts, "editor")
+    parts = [(one.prompt, one.method, f"seed {one.seed}") for one in known]
+    telling = [k for k in range(3) if k == 0 or len({part[k] for part in parts}) > 1]
+    labels = [", ".join(part[k] for k in telling) for part in parts]
+    if twice := sorted({label for label in labels if labels.count(label) > 1}):
+        raise ValueError(
+            f"{folder} holds several runs of {twice}, which differ in other settings: give a folder with one of each"
+        )
+    return {label: one.open(domain) for label, one in zip(labels, known, strict=True)}
+
+
+def find_mappers(folder: str | os.PathLike, prompts: Sequence[str] = ()) -> dict[str, Mapper]:
+    """prompt -> mapper, for all in ``folder`` and the folders in it; ``prompts`` chooses and orders.
+
+    Raises ValueError if there is none, or none for one of ``prompts``.
+    """
+    mappers = [one for one in scan(folder) if one.kind == "mapper"]
+    return {one.prompt: load_mapper(one.path) for one in _of_prompts(mappers, folder, prompts, "mapper")}
+
+
+def open_mapper(path: str | os.PathLike, domain: Domain) -> Mapper:
+    """The mapper in a file of any format that :func:`cfclip.load_mapper` reads; the last 16 stay open."""
+    path = Path(path)
+    if not path.exists():
+        raise WeightsError(f"{path} does not exist (any more): choose another mapper")
+    return _open_mapper(path, path.stat().st_mtime).to(domain.device)
+
+
+@lru_cache(maxsize=16)
+def _open_mapper(path: Path, modified: float) -> Mapper:
+    return load_mapper(path)
+
+
+def _of_prompts(found: Sequence[Trained], folder: str | os.PathLike, prompts: Sequence[str], what: str) -> list[Trained]:
+    found = [one for one in found if one.prompt is not None]
+    if not found:
+        raise ValueError(f"no {what} in {folder}: train one with 02_training, out=<a folder in there>")
+    there = list(dict.fromkeys(one.prompt for one in found))
+    if missing := [prompt for prompt in prompts if prompt not in there]:
+        raise ValueError(f"no {what} for {missing} in {folder}; there are {what}s for {there}")
+    return [one for prompt in prompts or there for one in found if one.prompt == prompt]
+
+
+def find_by_seed(*places: str | os.PathLike) -> tuple[dict[int, Mapper], dict[tuple[str, int], Mapper]]:
+    """(seed -> mapper of many prompts, (prompt, seed) -> CF-CLIP's mapper of this prompt). ValueError for two of one."""
+    many: dict[int, Mapper] = {}
+    alone: dict[tuple[str, int], Mapper] = {}
+    for one in scan(*places):
+        if one.kind != "mapper" or one.method != "cfclip":
+            continue
+        found, key = (many, one.seed) if one.prompt is None else (alone, (one.prompt, one.seed))
+        if key in found:
+            where = " and ".join(map(str, places))
+            raise ValueError(f"{one.path} is the second mapper of {key} in {where}: leave one of them out")
+        found[key] = load_mapper(one.path)
+    return many, alone
+
+
+def committed(domain: Domain) -> dict[str, Trained]:
+    """prompt -> the mapper that was committed with the domain for it."""
+    folder = DATA / domain.name / "mappers"
+    return {one.prompt: one for one in _scan_once(folder) if one.prompt is not None} if folder.is_dir() else {}
+
+
+@lru_cache(maxsize=8)
+def _scan_once(folder: Path) -> list[Trained]:
+    return scan(folder)
+
+
+def mapper_for(domain: Domain, prompt: str) -> Mapper:
+    """The mapper committed for this prompt, else the domain's of many prompts. ValueError if there is neither."""
+    known = committed(domain)
+    if prompt in known:
+        return known[prompt].open(domain).module
+    if domain.mapper is None:
+        only = f", only for {' and '.join(map(repr, known))}" if known else ""
+        raise ValueError(f"domain {domain.name} has no mapper for {prompt!r}{only}: train one ('refine'), or choose a file")
+    return domain.mapper

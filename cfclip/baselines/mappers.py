@@ -1,0 +1,48 @@
+"""Editors that train a latent mapper: CF-CLIP, StyleCLIP's mapper, StyleGAN-NADA's loss on that mapper."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cfclip.baselines.editor import Editor
+from cfclip.checkpoints.mappers import load_mapper
+from cfclip.domain import Domain
+from cfclip.method.loop import begin_run
+from cfclip.method.trainer import train_mapper
+from cfclip.models.mapper import Mapper
+
+
+class MapperEditor(Editor):
+    """``x' = G(w + strength * 0.1 * delta(w, t))``. The mapper has the half floats that its file has."""
+
+    KIND, STORE_AS = "mapper", torch.float16
+    module: Mapper
+
+    @property
+    def sizes(self) -> Mapping[str, Any]:
+        return self.module.metadata
+
+    @torch.no_grad()
+    def edit(self, w: Tensor, strength: float = 1.0) -> Tensor:
+        text = self.domain.clip.encode_text(self.config.prompt)
+        return self.domain.generator.synthesis(self.module.edit(w, text, strength))
+
+    @torch.no_grad()
+    def round_trip(self, w: Tensor, strength: float = 1.0) -> Tensor:
+        """``G(w' - strength * 0.1 * delta(w', t))``: the residual at w' is not the one at w, so faces may change."""
+        text = self.domain.clip.encode_text(self.config.prompt)
+        edited = self.module.edit(w, text, strength)
+        return self.domain.generator.synthesis(self.module.edit(edited, text, -strength))
+
+    @classmethod
+    def fit(cls, method, domain, config, out, progress, callbacks) -> Editor:
+        config = begin_run(config, domain.device, out, method=method, domain=domain.name)
+        mapper, rows = train_mapper(domain, config, out, callbacks, progress, method)
+        return cls(method, domain, config, mapper.half().float(), rows)
+
+    @classmethod
+    def open(cls, path: Path, domain: Domain) -> nn.Module:
+        return load_mapper(path).to(domain.device)

@@ -1,0 +1,82 @@
+"""StyleGAN-NADA (Gal et al. 2021): the generator itself is fine-tuned."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cfclip.baselines.editor import Editor
+from cfclip.checkpoints.generators import load_generator
+from cfclip.domain import Domain
+from cfclip.method.loop import begin_run, run_loop
+from cfclip.method.losses import directional
+from cfclip.models.stylegan2 import Generator
+from cfclip.settings import Settings, int_at_least, number, optional_text, setting, text
+
+
+@dataclass(frozen=True)
+class NADAGeneratorConfig(Settings):
+    """The directional loss; all of the generator is trained but the mapping network and ToRGB."""
+
+    prompt: str = setting(MISSING, text)
+    source_text: str | None = setting(None, optional_text)  # None: the domain's
+    steps: int = setting(300, int_at_least(1))
+    batch: int = setting(2, int_at_least(1))
+    lr: float = setting(0.002, number(above=True))  # of Adam, times 4/5 for StyleGAN2's lazy regularisation
+    train_latents: int = setting(512, int_at_least(1))
+    seed: int = setting(0, int_at_least(0))
+
+
+class GeneratorEditor(Editor):
+    """``x' = G'(w)``; the weights of G' are interpolated between the source's (strength 0) and the tuned ones (1)."""
+
+    KIND = "generator"
+    module: Generator
+
+    @property
+    def sizes(self) -> Mapping[str, Any]:
+        return self.module.config
+
+    @torch.no_grad()
+    def edit(self, w: Tensor, strength: float = 1.0) -> Tensor:
+        source, tuned = self.domain.generator.state_dict(), self.module.state_dict()
+        between = copy.deepcopy(self.module)
+        between.load_state_dict({name: source[name] + strength * (tuned[name] - source[name]) for name in tuned})
+        return between.synthesis(w)
+
+    @classmethod
+    def fit(cls, method, domain, config, out, progress, callbacks) -> Editor:
+        c = begin_run(config, domain.device, out, method=method, domain=domain.name)
+        clip = domain.clip
+        target = clip.template_features(c.prompt)
+        source_text = clip.template_features(c.source_text or domain.source_text)
+        latents = domain.latents(c.train_latents, "train", c.seed)
+        tuned = copy.deepcopy(domain.generator).requires_grad_(False)
+        tuned.convs.requires_grad_(True)
+        tuned.const.requires_grad_(True)
+        lazy = 4 / 5
+        optimizer = torch.optim.Adam([p for p in tuned.parameters() if p.requires_grad], lr=c.lr * lazy, betas=(0.0, 0.99 ** lazy))
+
+        def step(i: int, generator: torch.Generator) -> dict[str, float]:
+            w = latents[torch.randint(len(latents), (c.batch,), generator=generator)]
+            with torch.no_grad():
+                source = F.normalize(clip.encode_image(domain.generator.synthesis(w)), dim=-1)
+            edited = F.normalize(clip.encode_image(tuned.synthesis(w)), dim=-1)
+            loss = directional(edited, source, target, source_text)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return {"directional": loss.item()}
+
+        rows = run_loop(step, c.steps, state={"generator": tuned, "optimizer": optimizer}, out=out, seed=c.seed, callbacks=callbacks,
+                         checkpoint_every=100, desc=c.prompt, progress=progress)
+        return cls(method, domain, config, tuned.requires_grad_(False), rows)
+
+    @classmethod
+    def open(cls, path: Path, domain: Domain) -> nn.Module:
+        return load_generator(path, domain.device)

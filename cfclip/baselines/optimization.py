@@ -1,0 +1,101 @@
+"""StyleCLIP's latent optimisation (Patashnik et al. 2021, section 4): a search for each picture."""
+
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cfclip.baselines.editor import Editor
+from cfclip.domain import Domain
+from cfclip.method.config import DTYPES
+from cfclip.method.loop import begin_run, learning_rate, run_loop
+from cfclip.method.trainer import FrozenNetworks, check_networks
+from cfclip.settings import Settings, int_at_least, number, one_of, setting, text
+
+
+@dataclass(frozen=True)
+class OptimizationConfig(Settings):
+    """``1 - cos(E_I(x'), E_T(t)) + lambda_l2 |w' - w|^2 + lambda_id L_id``, minimised for each picture."""
+
+    prompt: str = setting(MISSING, text)
+    steps: int = setting(300, int_at_least(1))
+    lr: float = setting(0.1, number(above=True))  # of Adam, at the top of its ramp
+    lambda_id: float = setting(0.005, number())
+    lambda_l2: float = setting(0.008, number())  # of the sum of squares, not of their mean
+    batch: int = setting(4, int_at_least(1))  # pictures at a time; they do not influence each other
+    seed: int = setting(0, int_at_least(0))  # nothing is random here; all methods have a seed
+    dtype: str = setting("float32", one_of(DTYPES))  # of the convolutions
+
+
+class OptimizationEditor(Editor):
+    """``x' = G(w + strength * d)``, with d optimised for each w that :meth:`edit` is given. Fitting does nothing."""
+
+    KIND = "optimization"
+    progress, callbacks = False, ()
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self._shifts: dict[bytes, Tensor] = {}
+
+    def edit(self, w: Tensor, strength: float = 1.0) -> Tensor:
+        shift = torch.zeros_like(w) if strength == 0 else self.shift(w)
+        with torch.no_grad():
+            return self.domain.generator.synthesis(w + strength * shift)
+
+    def round_trip(self, w: Tensor, strength: float = 1.0) -> None:
+        """None: the reverse would be a second optimisation, for another prompt."""
+
+    def shift(self, w: Tensor) -> Tensor:
+        """d [N, L, D], kept for each picture: another strength costs no second optimisation."""
+        keys = [one.cpu().numpy().tobytes() for one in w]
+        if new := [i for i, key in enumerate(keys) if key not in self._shifts]:
+            shifts = torch.cat([self._optimise(part) for part in w[new].split(self.config.batch)])
+            self._shifts |= {keys[i]: shift for i, shift in zip(new, shifts, strict=True)}
+        return torch.stack([self._shifts[key] for key in keys])
+
+    @torch.enable_grad()
+    def _optimise(self, w: Tensor) -> Tensor:
+        c, identity = self.config, self.domain.identity
+        networks = FrozenNetworks(self.domain, c.dtype)
+        target = F.normalize(self.domain.clip.encode_text(c.prompt), dim=-1)
+        with torch.no_grad():
+            source = identity(networks.synthesise(w)) if c.lambda_id else None
+        shift = torch.zeros_like(w).requires_grad_()
+        optimizer = torch.optim.Adam([shift], lr=c.lr)
+
+        def step(i: int, generator: torch.Generator) -> dict[str, float]:
+            optimizer.param_groups[0]["lr"] = c.lr * learning_rate(i / c.steps)
+            images = networks.synthesise(w + shift)
+            losses = {"clip": 1 - networks.clip(images) @ target[0], "l2": shift.square().sum((1, 2))}  # [N] each
+            loss = losses["clip"] + c.lambda_l2 * losses["l2"]
+            if source is not None:
+                losses["id"] = 1 - (identity(images) * source).sum(1)
+                loss = loss + c.lambda_id * losses["id"]
+            optimizer.zero_grad()
+            loss.sum().backward()  # a sum: each picture's gradient is its own
+            optimizer.step()
+            return {"loss": loss.mean().item()} | {name: value.mean().item() for name, value in losses.items()}
+
+        self.rows = run_loop(
+            step,
+            c.steps,
+            state={},
+            callbacks=self.callbacks,
+            desc=c.prompt,
+            progress=self.progress,
+        )
+        return shift.detach()
+
+    @classmethod
+    def fit(cls, method, domain, config, out, progress, callbacks) -> Editor:
+        check_networks(domain, config)
+        editor = cls(method, domain, begin_run(config, domain.device, out, method=method, domain=domain.name), nn.Module())
+        editor.progress, editor.callbacks = progress, tuple(callbacks)
+        return editor
+
+    @classmethod
+    def open(cls, path: Path, domain: Domain) -> nn.Module:
+        return nn.Module()

@@ -1,0 +1,169 @@
+"""StyleCLIP's global directions (Patashnik et al. 2021, section 6): which channels of StyleSpace a text means, found once per domain.
+
+Shapes: C channels of StyleSpace without ToRGB; E the width of CLIP's embedding; L layers, D = w_dim.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cfclip.baselines.editor import Editor
+from cfclip.checkpoints import weights
+from cfclip.domain import Domain
+from cfclip.method.loop import Callback, begin_run, run_loop
+from cfclip.method.losses import direction
+from cfclip.models.stylegan2 import max_batch
+from cfclip.settings import Settings, int_at_least, number, optional_text, setting, text
+
+
+@dataclass(frozen=True)
+class GlobalConfig(Settings):
+    """StyleCLIP's global direction in StyleSpace; alpha and beta are the published demo's."""
+
+    prompt: str = setting(MISSING, text)
+    source_text: str | None = setting(None, optional_text)  # None: the domain's
+    alpha: float = setting(4.1, number(-math.inf))  # how far to go at strength 1
+    beta: float = setting(0.15, number())  # channels of less relevance stay as they are
+    samples: int = setting(100, int_at_least(1))  # pictures in which each channel is tried …
+    sigmas: float = setting(5.0, number(above=True))  # … this many standard deviations below and above its mean
+    style_samples: int = setting(100_000, int_at_least(2))  # latents behind that mean and standard deviation
+    seed: int = setting(0, int_at_least(0))
+
+
+class Channels(nn.Module):
+    """What every channel of StyleSpace does to pictures in CLIP's space: ``effect`` [C, E] unit or 0, its ``mean`` and ``std`` [C]."""
+
+    def __init__(self, channels: int, embed_dim: int):
+        super().__init__()
+        self.register_buffer("effect", torch.zeros(channels, embed_dim))
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("std", torch.zeros(channels))
+
+    def relevance(self, text: Tensor) -> Tensor:
+        """``R_c = cos(effect_c, text)`` [C] for a text direction [E]."""
+        return self.effect @ direction(text)
+
+
+class Direction(nn.Module):
+    """``step`` [C]: ``alpha * std_c * R_c / max |R|`` where ``|R_c| >= beta``, else 0; ``relevance`` [C]: R itself."""
+
+    def __init__(self, step: Tensor, relevance: Tensor):
+        super().__init__()
+        self.register_buffer("step", step)
+        self.register_buffer("relevance", relevance)
+
+
+def convolutions(styles: Sequence[Tensor]) -> list[int]:
+    """Where the convolutions are in ``style_space``'s order (conv, rgb, then conv, conv, rgb …): ToRGB is left alone, as published."""
+    return [i for i in range(len(styles)) if i % 3 != 1]
+
+
+@torch.no_grad()
+def channel_statistics(domain: Domain, config: GlobalConfig, folder: str | os.PathLike | None = None, progress: bool = True,
+                       callbacks: Iterable[Callback] = ()) -> tuple[Channels, list[dict[str, float]]]:
+    """Try every channel at its mean -/+ ``sigmas`` standard deviations on the same pictures (StyleCLIP, section 6.1).
+
+    ``effect_c`` is the mean over pictures of ``direction(E_I(above) - E_I(below))``, made unit again. With ``folder`` the
+    result is kept in ``folder/channels-<key>``, with a checkpoint to go on from; the key stands for the networks and settings,
+    so all prompts share it.
+    """
+    g, file = domain.generator, None
+    w = domain.latents(config.samples, "train", config.seed)
+    styles = g.style_space(w)
+    where = [(layer, c) for layer in convolutions(styles) for c in range(styles[layer].shape[1])]
+    channels = Channels(len(where), domain.clip.embed_dim).to(domain.device)
+    if folder is not None:
+        folder = Path(folder) / f"channels-{_key(domain, config)}"
+        file = folder / "channels.safetensors"
+        if file.exists():
+            return weights.load_into(channels, weights.read(file, "channels")[0], file), []
+    moments, draw = torch.zeros(2, len(where), dtype=torch.float64), torch.Generator().manual_seed(config.seed)
+    for size in [1000] * (config.style_samples // 1000) + [config.style_samples % 1000]:
+        sample = g.style_space(g.mapping(torch.randn(size, g.z_dim, generator=draw).to(w), domain.truncation))
+        sample = torch.cat([sample[layer] for layer in convolutions(sample)], 1).cpu().double()
+        moments += torch.stack([sample.sum(0), sample.square().sum(0)])
+    mean, square = moments / config.style_samples
+    channels.mean.copy_(mean)
+    channels.std.copy_((square - mean.square()).clamp(min=0).sqrt())
+
+    def features(layer: int, channel: int, value: Tensor) -> Tensor:
+        moved = list(styles)
+        moved[layer] = styles[layer].clone()
+        moved[layer][:, channel] = value
+        parts = zip(*(style.split(max_batch(g)) for style in moved), strict=True)
+        return F.normalize(torch.cat([domain.clip.encode_image(g.synthesis_from_styles(part)) for part in parts]), dim=-1)
+
+    def step(i: int, generator: torch.Generator) -> dict[str, float]:
+        reach = config.sigmas * channels.std[i]
+        change = features(*where[i], channels.mean[i] + reach) - features(*where[i], channels.mean[i] - reach)
+        mean = direction(change).mean(0)
+        channels.effect[i] = direction(mean)
+        return {"agreement": mean.norm().item()}                   # 1: the channel does the same to every picture
+
+    rows = run_loop(step, len(where), state={"channels": channels}, out=folder, seed=config.seed, callbacks=callbacks, checkpoint_every=50,
+               desc="channels", progress=progress)
+    if file is not None:
+        weights.save(channels, file, "channels", {}, domain=domain.name, samples=config.samples, sigmas=config.sigmas,
+                     style_samples=config.style_samples, seed=config.seed)
+    return channels, rows
+
+
+def _key(domain: Domain, config: GlobalConfig) -> str:
+    """12 digits for all that channel statistics depend on: a file with the same key may be used."""
+    digest = hashlib.sha256(json.dumps([domain.name, domain.truncation, config.samples, config.sigmas, config.style_samples, config.seed]).encode())
+    for network in (domain.generator, domain.clip):
+        for name, tensor in network.state_dict().items():
+            digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def global_direction(domain: Domain, config: GlobalConfig, channels: Channels) -> Direction:
+    """The direction of ``config.prompt``; no step at all if that is the source text. ValueError if no channel is relevant enough."""
+    described = config.source_text or domain.source_text
+    target, source = (direction(domain.clip.template_features(text).mean(0)) for text in (config.prompt, described))
+    relevance = channels.relevance(target - source)
+    most = relevance.abs().max()
+    if config.prompt == described:
+        return Direction(torch.zeros_like(relevance), relevance)
+    if most == 0 or most < config.beta:
+        raise ValueError(f"no channel of {domain.name} has a relevance of beta = {config.beta:g} for {config.prompt!r}, the most is {most:.3f}: "
+                         "set beta lower")
+    step = config.alpha * channels.std * torch.where(relevance.abs() < config.beta, 0.0, relevance) / most
+    return Direction(step, relevance)
+
+
+class GlobalEditor(Editor):
+    """``x' = G(s + strength * step)`` in StyleSpace, the same step for every picture."""
+
+    KIND = "direction"
+    module: Direction
+
+    @torch.no_grad()
+    def edit(self, w: Tensor, strength: float = 1.0) -> Tensor:
+        styles = self.domain.generator.style_space(w)
+        where = convolutions(styles)
+        for layer, step in zip(where, self.module.step.split([styles[i].shape[1] for i in where]), strict=True):
+            styles[layer] = styles[layer] + strength * step
+        return self.domain.generator.synthesis_from_styles(styles)
+
+    @classmethod
+    def fit(cls, method, domain, config, out, progress, callbacks) -> Editor:
+        config = begin_run(config, domain.device, out, method=method, domain=domain.name)
+        shared = None if out is None else out.resolve().parent  # all prompts can use the statistics
+        channels, rows = channel_statistics(domain, config, shared, progress, callbacks)
+        return cls(method, domain, config, global_direction(domain, config, channels), rows)
+
+    @classmethod
+    def open(cls, path: Path, domain: Domain) -> nn.Module:
+        tensors = weights.read(path, cls.KIND)[0]
+        styles = domain.generator.style_space(domain.generator.w_avg.expand(1, domain.generator.num_ws, -1))
+        blank = torch.zeros(sum(styles[i].shape[1] for i in convolutions(styles)))
+        return weights.load_into(Direction(blank, blank.clone()), tensors, path).to(domain.device)

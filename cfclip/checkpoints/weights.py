@@ -1,0 +1,92 @@
+"""Our own weight files: safetensors with a small JSON header that says what is inside. Opening one runs nothing."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from cfclip.files import atomic_write
+
+MAX_SIZE = 16384
+"""The largest number that a header may declare: a network is built before it is compared with the tensors."""
+
+
+class WeightsError(ValueError):
+    """A weight file that cannot be used; the message names the file, the cause and the fix."""
+
+
+class Header(NamedTuple):
+    """What a file says of itself."""
+
+    kind: str  # of network, e.g. "generator"
+    config: dict[str, Any]  # the constructor's arguments
+    card: dict[str, Any]  # anything worth keeping: how it was trained, by which method, for which domain
+
+
+def save(
+    module: nn.Module,
+    path: str | os.PathLike,
+    kind: str,
+    config: Mapping[str, Any],
+    store_as: torch.dtype | None = None,
+    **card: Any,
+) -> Path:
+    """Write ``module`` with its header; ``store_as`` is the dtype of floating-point tensors (default: unchanged)."""
+    tensors = {}
+    for name, tensor in module.state_dict().items():
+        tensor = tensor.to(store_as) if store_as and tensor.is_floating_point() else tensor
+        tensors[name] = tensor.detach().cpu().contiguous().clone()
+    header = json.dumps({"kind": kind, "config": dict(config), "card": card}, ensure_ascii=False)
+    return atomic_write(path, lambda part: save_file(tensors, part, metadata={"cfclip": header}))
+
+
+def read_header(path: str | os.PathLike) -> Header:
+    """The header of one of our files; reads no tensor. Raises WeightsError."""
+    path = Path(path)
+    if not path.exists():
+        raise WeightsError(f"{path} does not exist: check the path, or fetch or train the file first")
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get("cfclip", "null"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise WeightsError(
+            f"{path} is not a readable safetensors file (truncated, or of another type): {error}; fetch or train it again"
+        ) from None
+    if not isinstance(header, dict) or "kind" not in header:
+        raise WeightsError(f"{path} is a safetensors file without cfclip's header: another program wrote it")
+    return Header(header["kind"], header.get("config", {}), header.get("card", {}))
+
+
+def read(path: str | os.PathLike, kind: str) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """-> (tensors in float32, config, card) of a file of this ``kind`` that :func:`save` wrote. Raises WeightsError."""
+    header = read_header(path)
+    if header.kind != kind:
+        raise WeightsError(f"{path} holds a {header.kind}, where a {kind} is needed")
+    _check_sizes(path, header.config)
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    floats = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+    return floats, header.config, header.card
+
+
+def _check_sizes(path: str | os.PathLike, config: Any) -> None:
+    for value in config.values() if isinstance(config, dict) else config if isinstance(config, list) else ():
+        if isinstance(value, int | float) and abs(value) > MAX_SIZE:
+            raise WeightsError(f"{path} cannot be used: its header declares a size of {value:.3g}, above {MAX_SIZE}")
+        _check_sizes(path, value)
+
+
+def load_into(module: nn.Module, tensors: Mapping[str, Tensor], path: str | os.PathLike) -> nn.Module:
+    """Load ``tensors``, all of them and no others; eval mode, frozen. WeightsError names ``path``."""
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        why = str(error).splitlines()[-1].strip()
+        raise WeightsError(f"{path} does not fit its own header: {why}") from None
+    return module.eval().requires_grad_(False)

@@ -1,0 +1,137 @@
+"""A domain: frozen networks that belong together, and the words that go with them."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cfclip import latents
+from cfclip.checkpoints.latents import load_latents
+from cfclip.checkpoints.networks import find_lpips
+from cfclip.models.arcface import FaceIdentity
+from cfclip.models.clip import ClipGuide
+from cfclip.models.mapper import Mapper
+from cfclip.models.perceptual import PerceptualDistance, feature_distance
+from cfclip.models.stylegan2 import Generator
+from cfclip.models.vgg import VGG19
+
+Claim = tuple[str, str]
+"""What a prompt asks for: (part, colour), e.g. ("lipstick", "green")."""
+COUNTERFACTUAL = ("counterfactual", "counterfactual, held out from CLIP")
+GROUPS = (*COUNTERFACTUAL, "in the domain", "null edit", "other")
+"""Kinds of edit. A null edit asks for the source text; "other" does not name the colour of a part."""
+
+
+class Measurement(Protocol):
+    """What was measured in N pictures; P parts in the order of :attr:`GroundTruth.parts`."""
+
+    masks: np.ndarray  # probabilities [N, P, R, R]
+    area: np.ndarray  # pixels of a 64 x 64 picture [N, P]
+    lab: np.ndarray  # CIELAB (D65) of each part [N, P, 3], NaN where the part is too small to measure
+
+    def colour(self, part: str) -> list[str | None]:
+        """The name of the nearest colour of ``part`` in each picture; None where the part is not visible."""
+
+
+class GroundTruth(Protocol):
+    """What a world that can be rendered can answer. A domain of real photos has None in its place."""
+
+    parts: tuple[str, ...]  # what a picture is segmented into; P of them
+    regions: tuple[str, ...]  # those that an edit can be restricted to
+    prompts: tuple[str, ...]  # a prompt for each colour of each part
+
+    def claim(self, prompt: str) -> Claim | None:
+        """What ``prompt`` asks for; None if it does not name the colour of exactly one part."""
+
+    def group(self, claim: Claim) -> str:
+        """Which of the first three of :data:`GROUPS` a claim belongs to."""
+
+    def measure(self, images: Tensor) -> Measurement:
+        """Segment and measure pictures [N, 3, R, R] in [-1, 1]."""
+
+    def masks(self, images: Tensor) -> Tensor:
+        """Part probabilities [N, P, R, R]."""
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Feature maps [N, C_l, h_l, w_l], fine to coarse, for perceptual distances and KID; differentiable."""
+
+    def renders(self, n: int, claim: Claim | None = None) -> Tensor:
+        """``n`` natural faces [n, 3, R, R], the same ones at every call; with ``claim`` the same faces, recoloured."""
+
+    def counterfactuals(self, claim: Claim, n: int) -> tuple[Tensor, Tensor]:
+        """``n`` held-out faces that show the part, and the same faces with the part recoloured: [n, 3, R, R] each."""
+
+    def photos(self, n: int, seed: int) -> Tensor:
+        """``n`` held-out faces to invert [n, 3, R, R]."""
+
+    def to(self, device: torch.device) -> "GroundTruth":
+        """The same on ``device``; the original stays where it is."""
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Frozen networks and the words that go with them."""
+
+    name: str
+    generator: Generator
+    clip: ClipGuide
+    identity: FaceIdentity | None  # None where nobody has trained one (dogs, cats)
+    source_text: str  # what every picture of the domain shows
+    prompts: tuple[str, ...]  # examples, counterfactual ones first
+    truth: GroundTruth | None = None  # the judge, where the world can be rendered
+    truncation: float = 1.0  # psi of the latents that are edited
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    perceptual: VGG19 | None = None  # preserves the rest of the picture where there is no identity network
+    encoder: nn.Module | None = None  # photos -> W+, see cfclip.inversion.encode
+    heldout_clip: ClipGuide | None = None  # judges edits; no training uses it
+    mapper: Mapper | None = None  # edits by any prompt at once
+    latent_files: Mapping[str, Path] = field(default_factory=dict)  # split -> codes of real photos; else sampled
+
+    def latents(self, n: int, split: str = "train", seed: int = 0) -> Tensor:
+        """``n`` codes w_plus [n, L, D] to edit, or as many as ``latent_files`` has. The same codes for the same seed.
+
+        Raises WeightsError if the file is damaged or belongs to another generator.
+        """
+        if split not in self.latent_files:
+            return latents.sample(self.generator, n, split, seed, self.truncation)
+        w = load_latents(self.latent_files[split], self.generator)
+        order = torch.randperm(len(w), generator=torch.Generator().manual_seed(seed))
+        return w[order[:n]].to(self.device)
+
+    def group_of(self, prompt: str) -> str:
+        """One of :data:`GROUPS`: what kind of edit ``prompt`` asks for."""
+        if prompt == self.source_text:
+            return "null edit"
+        claim = self.truth and self.truth.claim(prompt)
+        return "other" if claim is None else self.truth.group(claim)
+
+    def distance(self) -> PerceptualDistance | None:
+        """LPIPS (AlexNet) where its weights are on this machine, else the same formula on the ground truth's features.
+
+        None if there is neither.
+        """
+        if (network := find_lpips()) is not None:
+            network = network.to(self.device)
+            return PerceptualDistance("lpips_alex", lambda a, b: network(a, b).flatten())
+        if self.truth is None:
+            return None
+        features = self.truth.features
+        return PerceptualDistance("lpips_readout", lambda a, b: feature_distance(features(a), features(b)))
+
+    def to(self, device: str | torch.device) -> "Domain":
+        """The same domain on ``device``. Networks that have to move are copied: this domain stays where it is."""
+        device = torch.device(device)
+        if device == self.device:
+            return self
+        moved = {"device": device}
+        for name in (f.name for f in fields(self)):
+            if isinstance(network := getattr(self, name), nn.Module):
+                moved[name] = copy.deepcopy(network).to(device)
+        if self.truth is not None:
+            moved["truth"] = self.truth.to(device)
+        return replace(self, **moved)

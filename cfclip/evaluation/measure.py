@@ -1,0 +1,95 @@
+"""Everything measured of an editor: on sampled faces, as a set, on inverted renders, and there and back again."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cfclip.baselines.editor import Editor
+from cfclip.domain import Claim, Domain
+from cfclip.evaluation.kid import kid_to_renders
+from cfclip.evaluation.metrics import (
+    Columns,
+    Edit,
+    Pictures,
+    distances,
+    edits,
+    evaluate,
+    identity,
+    leakage_by_part,
+    perceptual,
+    rows,
+)
+from cfclip.inversion.projector import encode
+from cfclip.models.stylegan2 import max_batch
+
+
+@dataclass(frozen=True, eq=False)
+class TrueEdits:
+    """N held-out renders, the same renders with the part recoloured, and the encoder's codes of the former.
+
+    renders, wanted: [N, 3, R, R] in [-1, 1]; w: [N, L, D].
+    """
+
+    domain: Domain
+    claim: Claim
+    renders: Tensor
+    wanted: Tensor
+    w: Tensor
+
+    @classmethod
+    def of(cls, domain: Domain, prompt: str, n: int) -> "TrueEdits | None":
+        """``n`` of them; None if the prompt does not name a part's colour, or there is no ground truth or encoder."""
+        claim = domain.truth and domain.truth.claim(prompt)
+        if claim is None or domain.encoder is None:
+            return None
+        renders, wanted = domain.truth.counterfactuals(claim, n)
+        return cls(domain, claim, renders, wanted, encode(domain, renders))
+
+    @cached_property
+    def floor(self) -> np.ndarray:
+        """Perceptual distance of the inverted pictures G(w) to the renders [N]: what inversion alone costs."""
+        parts = self.w.split(max_batch(self.domain.generator))
+        with torch.no_grad():
+            images = torch.cat([self.domain.generator.synthesis(part) for part in parts])
+        return distances(self.domain, images, self.renders)[1]
+
+    def columns(self, editor: Editor, strength: float) -> Columns:
+        """Of the edited inversions: ``truth_distance``, to the true counterfactual; ``truth_floor``; their success."""
+        (part, colour), parts = self.claim, self.w.split(max_batch(self.domain.generator))
+        edited = Pictures(self.domain, torch.cat([editor.edit(w, strength) for w in parts]))
+        return {
+            "truth_distance": distances(self.domain, edited.images, self.wanted)[1],
+            "truth_floor": self.floor,
+            "success_inverted": np.array([name == colour for name in edited.seen.colour(part)], dtype=float),
+        }
+
+
+def round_trip(editor: Editor, w: Tensor, strength: float, source: Pictures) -> Columns:
+    """Identity and perceptual distance to the source after the edit and its reverse; {} if it cannot be reversed."""
+    parts = [editor.round_trip(part, strength) for part in w.split(max_batch(editor.domain.generator))]
+    if parts[0] is None:
+        return {}
+    back = Edit(editor.domain, editor.config.prompt, source, torch.cat(parts))
+    return {f"round_trip_{name}": values for name, values in (identity(back) | perceptual(back)).items()}
+
+
+def measure(editor: Editor, w: Tensor, strengths: Sequence[float]) -> list[dict]:
+    """A row per strength and picture, with the columns for which the domain has the networks:
+
+    - of the edits of w [N, L, D]: :func:`metrics.evaluate`, ``leakage_<part>`` and :func:`round_trip`;
+    - ``kid_natural`` and ``kid_counterfactual`` of the set, the same number in all its rows;
+    - :meth:`TrueEdits.columns` of as many inverted renders: row i has the i-th of them, not the i-th sampled face.
+    """
+    domain, prompt, found = editor.domain, editor.config.prompt, []
+    true_edits = TrueEdits.of(domain, prompt, len(w))
+    for strength, edit in edits(domain, prompt, editor.edit, w, strengths):
+        columns = evaluate(edit) | {f"leakage_{part}": values for part, values in leakage_by_part(edit).items()}
+        columns |= {name: np.full(len(w), value) for name, value in kid_to_renders(edit).items()}
+        columns |= round_trip(editor, w, strength, edit.before)
+        columns |= true_edits.columns(editor, strength) if true_edits else {}
+        found += rows(columns, strength=strength)
+    return found

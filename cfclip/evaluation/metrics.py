@@ -1,0 +1,273 @@
+"""Metrics of an edit: a registry of functions, each of which takes an :class:`Edit` and returns a number per picture.
+
+N pictures, P parts of a picture, E and D the widths of the CLIP and the identity features.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cfclip.domain import Domain, GroundTruth, Measurement
+from cfclip.models.clip import ClipGuide
+from cfclip.models.stylegan2 import max_batch
+
+Columns = dict[str, np.ndarray]
+"""Name of a column -> its values [N]."""
+METRIC_DIRECTIONS: dict[str, str] = {
+    "success_before": "",
+    "success_after": "↑",
+    "success_inverted": "↑",
+    "truth_distance": "↓",
+    "truth_floor": "",
+    "leakage": "↓",
+    "identity": "↑",
+    "lpips_*": "↓",
+    "clip_before": "",
+    "clip_after": "↑",
+    "clip_direction": "↑",
+    "heldout_clip_before": "",
+    "heldout_clip_after": "↑",
+    "heldout_direction": "↑",
+    "kid_natural": "↓",
+    "kid_counterfactual": "↓",
+    "round_trip_*": "",
+}
+"""Column (or pattern) -> which way is better; in the order in which tables show them."""
+MAIN = (
+    "prompt",
+    "group",
+    "n",
+    "success_before",
+    "success_after",
+    "success_inverted",
+    "leakage",
+    "clip_before",
+    "clip_after",
+    "heldout_clip_after",
+    "clip_direction",
+    "heldout_direction",
+    "identity",
+    "lpips_alex",
+    "lpips_readout",
+    "kid_counterfactual",
+    "truth_distance",
+    "round_trip_identity",
+)
+"""The columns of a report that people read, in order; its files hold all."""
+PERCENT = ("success_before", "success_after", "success_inverted")
+"""Columns that are shares of pictures."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """Pictures [N, 3, R, R] in [-1, 1], and what the domain's networks see in them, computed when it is first needed."""
+
+    domain: Domain
+    images: Tensor
+
+    @torch.no_grad()
+    def _encode(self, network: Callable[[Tensor], Tensor]) -> Tensor:
+        return torch.cat([network(batch) for batch in self.images.split(64)])
+
+    @cached_property
+    def clip(self) -> Tensor:
+        """Unit CLIP features [N, E]."""
+        return F.normalize(self._encode(self.domain.clip.encode_image), dim=-1)
+
+    @cached_property
+    def heldout_clip(self) -> Tensor:
+        """Unit features [N, E'] of the CLIP that no edit was optimised for."""
+        return F.normalize(self._encode(self.domain.heldout_clip.encode_image), dim=-1)
+
+    @cached_property
+    def identity(self) -> Tensor:
+        """Unit identity features [N, D]."""
+        return self._encode(self.domain.identity)
+
+    @cached_property
+    def seen(self) -> Measurement:
+        """What the ground truth measures."""
+        return self.domain.truth.measure(self.images)
+
+
+class Edit:
+    """Pictures ``before`` and ``after`` an edit by ``prompt``.
+
+    source, edited: [N, 3, R, R] in [-1, 1]. A ``source`` that is the :class:`Pictures` of another edit is not measured
+    again.
+    """
+
+    def __init__(self, domain: Domain, prompt: str, source: Tensor | Pictures, edited: Tensor):
+        self.domain, self.prompt = domain, prompt
+        self.before = source if isinstance(source, Pictures) else Pictures(domain, source)
+        self.after = Pictures(domain, edited)
+
+    @cached_property
+    def moved(self) -> np.ndarray:
+        """How far each part moved: :func:`movement`, colours then shapes [N, 2 P], in units of :func:`natural_spread`."""
+        moved, spread = movement(self.before.seen, self.after.seen), natural_spread(self.domain.truth)
+        return np.concatenate([values / unit for values, unit in zip(moved, spread, strict=True)], 1)
+
+
+METRICS: dict[str, Callable[[Edit], Columns]] = {}
+"""name -> function that returns its columns, or {} where it does not apply."""
+
+
+def metric(function: Callable[[Edit], Columns]) -> Callable[[Edit], Columns]:
+    """Register a metric under its function's name."""
+    METRICS[function.__name__] = function
+    return function
+
+
+def _clip_score(guide: ClipGuide, prompt: str, feature: Tensor) -> np.ndarray:
+    text = F.normalize(guide.template_features(prompt).mean(0), dim=-1)
+    return (100 * feature @ text).cpu().numpy()
+
+
+def _clip_direction(guide: ClipGuide, edit: Edit, before: Tensor, after: Tensor) -> np.ndarray:
+    target, source = guide.template_features(edit.prompt), guide.template_features(edit.domain.source_text)
+    return (100 * F.cosine_similarity(after - before, (target - source).mean(0)[None])).cpu().numpy()
+
+
+@metric
+def clip_score(edit: Edit) -> Columns:
+    """``100 cos(image, text)`` with the mean of the unit template features as text; before and after."""
+    return {
+        f"clip_{when}": _clip_score(edit.domain.clip, edit.prompt, pictures.clip)
+        for when, pictures in (("before", edit.before), ("after", edit.after))
+    }
+
+
+@metric
+def clip_direction(edit: Edit) -> Columns:
+    """``100 cos(edited - source image, target - source text)``, the directional CLIP score; 0 for a null edit."""
+    return {"clip_direction": _clip_direction(edit.domain.clip, edit, edit.before.clip, edit.after.clip)}
+
+
+@metric
+def heldout_clip(edit: Edit) -> Columns:
+    """The same three numbers of the held-out CLIP: scores of the CLIP that was optimised are biased."""
+    if (guide := edit.domain.heldout_clip) is None:
+        return {}
+    before, after = edit.before.heldout_clip, edit.after.heldout_clip
+    return {
+        "heldout_clip_before": _clip_score(guide, edit.prompt, before),
+        "heldout_clip_after": _clip_score(guide, edit.prompt, after),
+        "heldout_direction": _clip_direction(guide, edit, before, after),
+    }
+
+
+@metric
+def identity(edit: Edit) -> Columns:
+    """Cosine of the identity features of source and edit; 1 for the same person."""
+    if edit.domain.identity is None:
+        return {}
+    return {"identity": (edit.before.identity * edit.after.identity).sum(1).cpu().numpy()}
+
+
+@torch.no_grad()
+def distances(domain: Domain, a: Tensor, b: Tensor) -> tuple[str, np.ndarray] | None:
+    """The domain's perceptual distance of pictures a and b [N, 3, R, R]: (its name, [N]). None if it has none."""
+    if (distance := domain.distance()) is None:
+        return None
+    batches = zip(a.split(64), b.split(64), strict=True)
+    return distance.name, torch.cat([distance.between(x, y) for x, y in batches]).cpu().numpy()
+
+
+@metric
+def perceptual(edit: Edit) -> Columns:
+    """Perceptual distance of edit and source; the name of the column says which distance it is."""
+    found = distances(edit.domain, edit.before.images, edit.after.images)
+    return {} if found is None else dict([found])
+
+
+@metric
+def ground_truth(edit: Edit) -> Columns:
+    """Success and leakage against the ground truth, if the prompt names the colour of a part or is a null edit.
+
+    success: the part is visible, and of all its colours the measured one is nearest, in CIELAB, to the one asked for.
+    leakage: how far the *other* parts moved, mean over parts of colour (CIELAB distance) and shape (1 - soft Dice), each
+    divided by its median between two random natural faces: 0 = untouched, 1 = another person's. A null edit cannot
+    succeed, and leaks wherever it moves.
+    """
+    truth = edit.domain.truth
+    claim = truth and truth.claim(edit.prompt)
+    if truth is None or (claim is None and edit.prompt != edit.domain.source_text):
+        return {}
+    part, colour = claim or (None, None)
+    columns: Columns = {}
+    if claim:
+        for when, pictures in (("before", edit.before), ("after", edit.after)):
+            named = [name == colour for name in pictures.seen.colour(part)]
+            columns[f"success_{when}"] = np.array(named, dtype=float)
+    others = np.array([name != part for name in truth.parts] * 2)
+    return columns | {"leakage": np.nanmean(edit.moved[:, others], 1)}
+
+
+def leakage_by_part(edit: Edit) -> Columns:
+    """part -> how far it moved [N], mean of colour and shape as in :func:`ground_truth`, NaN where it is not visible."""
+    if edit.domain.truth is None:
+        return {}
+    colour, shape = np.split(edit.moved, 2, 1)
+    both = np.where(np.isnan(colour), shape, np.where(np.isnan(shape), colour, (colour + shape) / 2))
+    return dict(zip(edit.domain.truth.parts, both.T, strict=True))
+
+
+def movement(before: Measurement, after: Measurement) -> tuple[np.ndarray, np.ndarray]:
+    """Per picture and part [N, P]: CIELAB distance of the mean colours, and 1 - soft Dice of the masks; NaN if unseen."""
+    colour = np.linalg.norm(after.lab - before.lab, axis=-1)
+    common = 2 * np.minimum(before.masks, after.masks).sum((2, 3))
+    overlap = common / (before.masks + after.masks).sum((2, 3))
+    seen = (before.area > 4) | (after.area > 4)
+    return colour, np.where(seen, 1 - overlap, np.nan)
+
+
+@lru_cache(maxsize=4)
+def natural_spread(truth: GroundTruth, n: int = 256) -> tuple[np.ndarray, np.ndarray]:
+    """Median :func:`movement` between two random natural renders, per part: ([P], [P])."""
+    images = truth.renders(2 * n)
+    colour, shape = movement(truth.measure(images[:n]), truth.measure(images[n:]))
+    return np.nanmedian(colour, 0), np.nanmedian(shape, 0)
+
+
+def evaluate(edit: Edit) -> Columns:
+    """Every registered metric of ``edit``."""
+    return {column: values for function in METRICS.values() for column, values in function(edit).items()}
+
+
+def edits(
+    domain: Domain, prompt: str, edit: Callable[[Tensor, float], Tensor], w: Tensor, strengths: Sequence[float]
+) -> Iterator[tuple[float, Edit]]:
+    """(strength, edit) at each strength; the sources are measured once.
+
+    edit: (w [N, L, D], strength) -> pictures [N, 3, R, R], e.g. an editor's ``edit``.
+    """
+    parts = w.split(max_batch(domain.generator))
+    with torch.no_grad():
+        source = Pictures(domain, torch.cat([domain.generator.synthesis(part) for part in parts]))
+    for strength in strengths:
+        yield strength, Edit(domain, prompt, source, torch.cat([edit(part, strength) for part in parts]))
+
+
+def rows(columns: Mapping[str, np.ndarray], **labels: Any) -> list[dict]:
+    """Columns [N] as N rows, which begin with ``labels`` and their ``index``; NaN is left out."""
+    return [
+        labels | {"index": i} | {n: float(v) for n, v in zip(columns, values, strict=True) if not np.isnan(v)}
+        for i, values in enumerate(zip(*columns.values(), strict=True))
+    ]
+
+
+def over_strengths(
+    domain: Domain, prompt: str, edit: Callable[[Tensor, float], Tensor], w: Tensor, strengths: Sequence[float]
+) -> list[dict]:
+    """:func:`evaluate` at each strength: a row per strength and picture. See :func:`cfclip.evaluation.measure`."""
+    found = []
+    for strength, one in edits(domain, prompt, edit, w, strengths):
+        found += rows(evaluate(one), strength=strength)
+    return found

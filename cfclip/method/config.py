@@ -1,0 +1,117 @@
+"""What a training is: one dataclass, whose defaults are the paper's for faces."""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, replace
+from typing import Any, ClassVar
+
+from cfclip.method.objectives import CLIPNCE, OBJECTIVES, Objective
+from cfclip.models.mapper import LEVELS, NORM_AXES
+from cfclip.settings import (
+    Settings,
+    check_known,
+    defaults,
+    flag,
+    int_at_least,
+    number,
+    one_of,
+    optional_text,
+    setting,
+    some_of,
+    text,
+)
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def objective_or_error(value: Any) -> str | None:
+    """The check of an objective."""
+    known = ", ".join(f"{one.__name__}()" for one in OBJECTIVES.values())
+    return None if isinstance(value, tuple(OBJECTIVES.values())) else f"one of {known}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(Settings):
+    """The settings of a training that do not depend on its prompts."""
+
+    source_text: str | None = setting(None, optional_text)  # None: the domain's
+    steps: int = setting(50_000, int_at_least(1))
+    batch: int = setting(2, int_at_least(1))
+    # pictures of a batch that are in memory at a time; None: all. The step is the same
+    micro_batch: int | None = setting(None, int_at_least(1, optional=True))
+    lr: float = setting(0.5, number(above=True))  # of Ranger
+    objective: Objective = setting(CLIPNCE(), objective_or_error)
+    lambda_nce: float = setting(0.3, number())  # weight of the objective, whichever it is
+    lambda_id: float = setting(0.2, number())
+    lambda_l2: float = setting(0.8, number())
+    lambda_perc: float = setting(0.0, number())  # VGG19; the paper's dogs and cats: 0.02, with lambda_id 0
+    num_views: int = setting(8, int_at_least(0))  # perspective views of each edited image; 0: the image itself
+    text_mapper: bool = setting(True, flag)  # False: StyleCLIP's mapper, which is not conditioned on text
+    levels: tuple[str, ...] = setting(tuple(LEVELS), some_of(LEVELS))  # layer groups of W+ that are edited
+    norm_axis: str = setting("layer", one_of(NORM_AXES))  # "layer" as published: only the signs of the text pass
+    train_latents: int = setting(512, int_at_least(1))
+    seed: int = setting(0, int_at_least(0))
+    dtype: str = setting("float32", one_of(DTYPES))  # of convolutions; "auto": bfloat16 where it is clearly faster
+
+
+@dataclass(frozen=True)
+class CFCLIPConfig(TrainingConfig):
+    """A run of CF-CLIP for one prompt. All defaults are the paper's but ``train_latents``: the paper has 30 000."""
+
+    prompt: str = setting(MISSING, text)  # target text, e.g. "green lipstick"
+
+    prompts_at_once: ClassVar[int] = 1
+    ramp_down: ClassVar[float] = 0.0
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompts that a step chooses from."""
+        return (self.prompt,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiPromptConfig(TrainingConfig):
+    """A run over many prompts. PixelNorm is over channels: over layers only the signs of a text feature pass."""
+
+    prompts: tuple[str, ...] = setting(MISSING, lambda value: None)
+    prompts_at_once: int = setting(1, int_at_least(1))  # different prompts in a step; they share its batch equally
+    ramp_down: float = setting(0.0, number(0, 1))  # share of the steps, at the end, over which a cosine takes lr to 0
+    norm_axis: str = setting("channel", one_of(NORM_AXES))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.prompts, tuple) or not self.prompts or len(set(self.prompts)) < len(self.prompts):
+            raise ValueError(f"prompts must be different texts, at least one, not {self.prompts!r}")
+        if self.prompts_at_once > len(self.prompts) or self.batch % self.prompts_at_once:
+            raise ValueError(
+                f"prompts_at_once must divide the batch of {self.batch} and be at most the number of prompts, "
+                f"{len(self.prompts)}, not {self.prompts_at_once}"
+            )
+        if not self.text_mapper:
+            raise ValueError("text_mapper must be True: without text a mapper edits all prompts alike")
+
+
+def flat(config: Settings) -> dict[str, Any]:
+    """All settings as JSON-ready values; those of the objective are beside the others, ``objective`` is its name."""
+    values = defaults(config)
+    if isinstance(objective := values.get("objective"), Settings):
+        values |= {"objective": objective.name, **defaults(objective)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def with_settings(config: Settings, given: Mapping[str, Any], fixed: tuple[str, ...] = ()) -> Settings:
+    """``config`` with the settings ``given``, written as :func:`flat` writes them.
+
+    ValueError names a setting that does not exist, that is ``fixed``, or whose value cannot work.
+    """
+    objective, own = getattr(config, "objective", None), {}
+    if objective is not None:
+        if (name := given.get("objective", objective.name)) not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, not {name!r}")
+        objective = objective if name == objective.name else OBJECTIVES[name]()
+        own = {name: given[name] for name in defaults(objective) if name in given}
+    known = [name for name in (*defaults(config), *own) if name not in fixed]
+    check_known(given, known, "this method" if objective is None else f"this method with objective {objective.name!r}")
+    changed = {name: value for name, value in given.items() if name not in (*own, "objective")}
+    if objective is not None:
+        changed["objective"] = replace(objective, **own)
+    return replace(config, **changed)

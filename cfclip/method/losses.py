@@ -1,0 +1,188 @@
+"""The losses of CF-CLIP and of the methods before it, as pure functions.
+
+All embeddings are unit vectors. N rows, E wide; T prompt templates.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def direction(x: Tensor) -> Tensor:
+    """``x / |x|`` over the last dim. A vector that is zero up to rounding stays zero, with zero gradient."""
+    size = x.square().sum(-1, keepdim=True)
+    known = size > 1e-12
+    return torch.where(known, x, 0.0) / torch.where(known, size, 1.0).sqrt()
+
+
+class Directions(NamedTuple):
+    """The directions in CLIP space that CLIP-NCE compares (section 3.3 of the paper); unit vectors."""
+
+    q: Tensor  # query [N, E]: how each augmented edited image differs from its source
+    p1: Tensor  # positive 1 [1, E]: target text - source text
+    p2: Tensor  # positive 2 [N, E]: target text - source image
+    n_k: Tensor | None  # negatives [T, E], or [N, T, E]: source text under template k - source image
+
+
+def query_difference(edited: Tensor, source: Tensor) -> Tensor:
+    """The published query: ``norm(q_img - s)``. [N, E] each."""
+    return direction(edited - source)
+
+
+def query_image(edited: Tensor, source: Tensor) -> Tensor:
+    """Ablation: the edited image itself, ``norm(q_img)``."""
+    return direction(edited)
+
+
+def negatives_first(described: Tensor, source: Tensor, first: Tensor) -> Tensor:
+    """The published negatives: ``norm(S_k - s_0)`` [T, E], with s_0 the batch's first source image."""
+    return direction(described - first)
+
+
+def negatives_per_image(described: Tensor, source: Tensor, first: Tensor) -> Tensor:
+    """Ablation: ``norm(S_k - s)`` [N, T, E], each image's own."""
+    return direction(described[None] - source[:, None])
+
+
+def negatives_none(described: Tensor, source: Tensor, first: Tensor) -> None:
+    """Ablation: no negatives."""
+    return None
+
+
+QUERIES = {"difference": query_difference, "image": query_image}
+NEGATIVES = {"first": negatives_first, "per_image": negatives_per_image, "none": negatives_none}
+POSITIVES = ("text", "target")
+"""Names of p1 and p2."""
+
+
+def nce_directions(
+    edited: Tensor,
+    source: Tensor,
+    target_text: Tensor,
+    source_text: Tensor,
+    *,
+    negatives: str = "first",
+    query: str = "difference",
+    negative_templates: int | None = None,
+    first: Tensor | None = None,
+) -> Directions:
+    """The directions that :func:`clip_nce` compares. Raises ValueError.
+
+    Args:
+        edited: features of the augmented edited images [N, E], draw-major (all images of view 1, then of view 2, …).
+        source: features of the source images [N, E], or [B, E] with N a multiple of B.
+        target_text, source_text: features of the target and source prompt under each template [T, E].
+        negatives: a key of :data:`NEGATIVES`.
+        query: a key of :data:`QUERIES`.
+        negative_templates: number of S_k that are negatives, the first ones (default: all T). The positives use all.
+        first: s_0 [1, E], where ``source`` is only a part of a batch (default: its first).
+    """
+    if negative_templates is not None and not 1 <= negative_templates <= len(source_text):
+        raise ValueError(
+            f"negative_templates must be from 1 to {len(source_text)}, not {negative_templates!r}; "
+            'negatives="none" leaves all out'
+        )
+    for name, value, known in (("query", query, QUERIES), ("negatives", negatives, NEGATIVES)):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+    s = per_view(source, edited)
+    return Directions(
+        q=QUERIES[query](edited, s),
+        p1=direction((target_text - source_text).mean(0, keepdim=True)),
+        p2=direction(target_text.mean(0, keepdim=True) - s),
+        n_k=NEGATIVES[negatives](source_text[:negative_templates], s, s[:1] if first is None else first),
+    )
+
+
+def info_nce(directions: Directions, positives: Sequence[str] = POSITIVES, temperature: float = 0.1) -> Tensor:
+    """``-log( e^{q p / tau} / (e^{q p / tau} + sum_k e^{q n_k / tau}) )``, mean over rows and positives.
+
+    positives: some of "text" (p1) and "target" (p2). Without negatives the loss is ``-q p / tau``: the positives of
+    other rows are not negatives either.
+    """
+    if not positives or set(positives) - set(POSITIVES):
+        raise ValueError(f"positives must be some of {', '.join(POSITIVES)}, not {tuple(positives)}")
+    q, p1, p2, n_k = directions
+    chosen = [{"text": p1, "target": p2}[name] for name in positives]
+    if n_k is None:
+        return -torch.stack([(q * p).sum(-1).mean() for p in chosen]).mean() / temperature
+    pushed = q @ n_k.t() if n_k.ndim == 2 else (q[:, None] * n_k).sum(-1)  # [N, T]
+    rows = []
+    for p in chosen:
+        logits = torch.cat([(q * p).sum(-1, keepdim=True), pushed], 1) / temperature
+        rows.append(-F.log_softmax(logits, 1)[:, 0])
+    return torch.cat(rows).mean()
+
+
+def clip_nce(
+    edited: Tensor,
+    source: Tensor,
+    target_text: Tensor,
+    source_text: Tensor,
+    temperature: float = 0.1,
+    *,
+    positives: Sequence[str] = POSITIVES,
+    **variant,
+) -> Tensor:
+    """CLIP-NCE (eq. 5-8 of the paper): pulls the edit towards the text's directions, pushes it from the source's.
+
+    The features and ``variant`` are the arguments of :func:`nce_directions`, the others those of :func:`info_nce`.
+    Returns a scalar. Finite, with finite gradients, where an edited image equals its source. Raises ValueError.
+    """
+    directions = nce_directions(edited, source, target_text, source_text, **variant)
+    return info_nce(directions, positives, temperature)
+
+
+def clip_distance(edited: Tensor, text: Tensor) -> Tensor:
+    """StyleCLIP's loss (Patashnik et al. 2021): ``1 - mean cos(E_I(x'), E_T(t))``.
+
+    edited: [N, E]; text: the plain target prompt [1, E]. The published ``1 - logit / 100`` is the same number.
+    """
+    return 1 - (edited * text).sum(-1).mean()
+
+
+def directional(edited: Tensor, source: Tensor, target_text: Tensor, source_text: Tensor) -> Tensor:
+    """StyleGAN-NADA's loss (Gal et al. 2021, eq. 3): ``1 - mean cos(dI, dT)``.
+
+    ``dI = q_img - s``, ``dT = mean_k T_k - S_k``; arguments as of :func:`clip_nce`. Where an edited image equals its
+    source the loss is 1 and its gradient that of ``-dI dT / |dT|``: fine-tuning starts from the source generator
+    itself, where the cosine has no gradient.
+    """
+    moved = edited - per_view(source, edited)
+    size = moved.square().sum(-1, keepdim=True)
+    moved = moved / torch.where(size > 1e-12, size, 1.0).sqrt()
+    return 1 - (moved * direction((target_text - source_text).mean(0, keepdim=True))).sum(-1).mean()
+
+
+def per_view(source: Tensor, edited: Tensor) -> Tensor:
+    """Source features [B, E] repeated for each row of ``edited`` [N, E]. ValueError if N is not a multiple of B."""
+    if len(edited) % len(source):
+        raise ValueError(f"{len(edited)} edited features are not a multiple of {len(source)} source features")
+    return source.repeat(len(edited) // len(source), 1)
+
+
+def latent_l2(w_edited: Tensor, w: Tensor) -> Tensor:
+    """``mean (w' - w)^2``."""
+    return F.mse_loss(w_edited, w)
+
+
+def identity_loss(facenet: Callable[[Tensor], Tensor], edited_images: Tensor, source_images: Tensor) -> Tensor:
+    """``1 - mean cos(R(x'), R(x))``; ``facenet`` maps images [N, 3, H, W] in [-1, 1] to unit features [N, D]."""
+    with torch.no_grad():
+        source = facenet(source_images)
+    return identity_loss_from_features(facenet(edited_images), source)
+
+
+def identity_loss_from_features(edited: Tensor, source: Tensor) -> Tensor:
+    """:func:`identity_loss` from unit features [N, D], for sources that were encoded before."""
+    return 1 - (edited * source).sum(1).mean()
+
+
+def perceptual_loss(vgg: nn.Module, edited_images: Tensor, source_images: Tensor) -> Tensor:
+    """``mean |VGG(x') - VGG(x)|``, L1 between VGG19 features at conv5_2. Images: [N, 3, H, W] in [-1, 1]."""
+    with torch.no_grad():
+        source = vgg(source_images)
+    return F.l1_loss(vgg(edited_images), source)

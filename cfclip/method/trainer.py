@@ -1,0 +1,203 @@
+"""CF-CLIP's training step: the frozen networks, the mapper in training, and the objective's terms.
+
+Shapes: B pictures of a batch, L layers of W+, D = w_dim, R = resolution, E = CLIP's embedding width, T templates,
+P prompts.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.nn.functional as F
+from pytorch_optimizer import Ranger
+from torch import Tensor
+
+from cfclip.checkpoints.mappers import save_mapper
+from cfclip.domain import Domain
+from cfclip.method.config import TrainingConfig, flat
+from cfclip.method.loop import Callback, begin_run, learning_rate, resolve_dtype, run_loop
+from cfclip.method.losses import identity_loss_from_features, latent_l2, perceptual_loss
+from cfclip.method.objectives import Features
+from cfclip.method.views import perspective_views
+from cfclip.models.mapper import Mapper, MapperConfig
+from cfclip.models.stylegan2 import max_batch
+
+
+def check_networks(domain: Domain, config: object) -> None:
+    """ValueError that names a loss of ``config`` for which ``domain`` has no network."""
+    for name, network, kind in (
+        ("lambda_id", domain.identity, "identity"),
+        ("lambda_perc", domain.perceptual, "perceptual"),
+    ):
+        if getattr(config, name, 0) and network is None:
+            raise ValueError(
+                f"{name} is {getattr(config, name):g}, but domain {domain.name} has no {kind} network: "
+                f"set {name}=0 (notebooks/presets/ has the paper's values)"
+            )
+
+
+class FrozenNetworks:
+    """A domain's generator and CLIP, convolving in ``dtype``; all they return is float32."""
+
+    def __init__(self, domain: Domain, dtype: str):
+        self.dtype = getattr(torch, resolve_dtype(dtype, domain.device))
+        self.half = None if self.dtype == torch.float32 else self.dtype
+        self.generator, self.guide = domain.generator, domain.clip.in_dtype(self.dtype)
+
+    def synthesise(self, w: Tensor) -> Tensor:
+        """w [N, L, D] -> pictures [N, 3, R, R]."""
+        return self.generator.synthesis(w, dtype=self.half)
+
+    def clip(self, images: Tensor, num_views: int = 0, generator: torch.Generator | None = None) -> Tensor:
+        """Pictures [N, 3, R, R] in [-1, 1] -> unit CLIP features [N, E].
+
+        With ``num_views`` those of random perspective views, [num_views * N, E], draw-major.
+        """
+        views = perspective_views(images, num_views, then=self.guide.preprocess, generator=generator)
+        with torch.autocast(images.device.type, self.dtype, enabled=self.half is not None):
+            feature = self.guide.encode_image(views, preprocessed=True)
+        return F.normalize(feature.float(), dim=-1)
+
+
+class MapperTrainer:
+    """A mapper in training: ``step`` is one optimisation step, to be passed to :func:`cfclip.method.run_loop`.
+
+    Whatever stays the same is computed once: the text features, and each latent's CLIP and identity features.
+    ``config`` is a :class:`CFCLIPConfig` or a :class:`MultiPromptConfig` of P prompts.
+    """
+
+    def __init__(self, domain: Domain, config: TrainingConfig):
+        self.domain, self.config, c = domain, config, config
+        check_networks(domain, c)
+        clip, g = domain.clip, domain.generator
+        self.text_feature = clip.encode_text(c.prompts)  # [P, E], raw
+        self.target_text = torch.stack([clip.template_features(prompt) for prompt in c.prompts])  # [P, T, E]
+        self.source_text = clip.template_features(c.source_text or domain.source_text)  # [T, E]
+        text_dim = clip.embed_dim if c.text_mapper else None
+        sizes = MapperConfig(g.num_ws, g.w_dim, text_dim, c.levels, c.norm_axis)
+        self.mapper = Mapper.initialised(sizes, torch.Generator().manual_seed(c.seed)).to(domain.device)
+        self.optimizer = Ranger(
+            self.mapper.parameters(),
+            lr=c.lr,
+            betas=(0.95, 0.999),
+            eps=1e-5,
+            k=6,
+            alpha=0.5,
+            degenerated_to_sgd=True,
+        )
+        self.networks = FrozenNetworks(domain, c.dtype)
+        self.w = domain.latents(c.train_latents, "train", c.seed)
+        self.source_clip, self.source_id = self._encode_sources()
+
+    @torch.no_grad()
+    def _encode_sources(self) -> tuple[Tensor, Tensor | None]:
+        clip, identity = [], []
+        for w in self.w.split(max_batch(self.domain.generator)):
+            images = self.networks.synthesise(w)
+            clip.append(self.networks.clip(images))
+            if self.domain.identity is not None:
+                identity.append(self.domain.identity(images))
+        return torch.cat(clip), torch.cat(identity) if identity else None
+
+    def choose_prompts(self, generator: torch.Generator) -> list[int]:
+        """The prompts of a step, ``prompts_at_once`` different ones. A single prompt takes no random numbers."""
+        count = len(self.config.prompts)
+        if count == 1:
+            return [0]
+        return torch.randperm(count, generator=generator)[: self.config.prompts_at_once].tolist()
+
+    def features(self, prompt: int, views: Tensor, source: Tensor, first: Tensor) -> Features:
+        """What the objective compares for one prompt.
+
+        views: unit CLIP features of the edited pictures [V * B, E]; source: of the sources [B, E]; first: of the first
+        source of the whole batch that is edited by this prompt [1, E].
+        """
+        plain = F.normalize(self.text_feature[prompt, None], dim=-1)
+        return Features(views, source, plain, self.target_text[prompt], self.source_text, first)
+
+    def losses(
+        self, index: Tensor, prompts: Tensor, first: Mapping[int, Tensor], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Each term of the loss, unweighted, and their weighted sum "loss"; means over pictures.
+
+        index, prompts: [B], which latents are edited by which prompts; first: prompt -> s_0, see :meth:`features`.
+        """
+        c, w = self.config, self.w[index]
+        w_edited = self.mapper.edit(w, self.text_feature[prompts])
+        edited = self.networks.synthesise(w_edited)
+        views = self.networks.clip(edited, c.num_views, generator).unflatten(0, (-1, len(index)))  # [V, B, E]
+        pull = torch.zeros((), device=w.device)
+        for prompt, s_0 in first.items():
+            if (mine := prompts == prompt).any():
+                compared = self.features(prompt, views[:, mine].flatten(0, 1), self.source_clip[index][mine], s_0)
+                pull = pull + mine.float().mean() * c.objective(compared)
+        terms = {c.objective.name: pull, "l2": latent_l2(w_edited, w)}
+        loss = c.lambda_nce * pull + c.lambda_l2 * terms["l2"]
+        if c.lambda_id:
+            terms["id"] = identity_loss_from_features(self.domain.identity(edited), self.source_id[index])
+            loss = loss + c.lambda_id * terms["id"]
+        if c.lambda_perc:
+            with torch.no_grad():  # synthesised again: features of all sources would not fit in memory
+                source = self.networks.synthesise(w)
+            terms["perc"] = perceptual_loss(self.domain.perceptual, edited, source)
+            loss = loss + c.lambda_perc * terms["perc"]
+        return {"loss": loss} | terms
+
+    def step(self, i: int, generator: torch.Generator) -> dict[str, float]:
+        """One step on a batch: ``lambda_nce L_NCE + lambda_l2 L_2 + lambda_id L_id + lambda_perc L_perc``.
+
+        Another objective takes the place of L_NCE, and is logged under its name. Several prompts share the batch
+        equally, each with a loss of its own; the mean of these counts. The parts of a ``micro_batch`` see the same
+        perspectives, and their gradients add up to those of the batch.
+        """
+        c = self.config
+        if c.ramp_down:
+            for group in self.optimizer.param_groups:
+                group["lr"] = c.lr * learning_rate(i / c.steps, 0, c.ramp_down)
+        index = torch.randint(len(self.w), (c.batch,), generator=generator)
+        chosen = self.choose_prompts(generator)
+        prompts = torch.tensor(chosen).repeat_interleave(c.batch // len(chosen))
+        first = {prompt: self.source_clip[index[prompts == prompt][:1]] for prompt in chosen}
+        self.optimizer.zero_grad()
+        logs, perspectives = Counter(), generator.get_state()
+        for rows in torch.arange(c.batch).split(c.micro_batch or c.batch):
+            generator.set_state(perspectives)
+            terms = self.losses(index[rows], prompts[rows], first, generator)
+            share = len(rows) / c.batch
+            (share * terms["loss"]).backward()
+            logs.update({name: share * value.item() for name, value in terms.items()})
+        self.optimizer.step()
+        return dict(logs)
+
+
+def train_mapper(
+    domain: Domain,
+    config: TrainingConfig,
+    out: str | os.PathLike | None = None,
+    callbacks: Iterable[Callback] = (),
+    progress: bool = True,
+    method: str = "cfclip",
+) -> tuple[Mapper, list[dict[str, float]]]:
+    """Train a mapper for the prompt(s) of ``config``; returns it (frozen, eval mode) and the logged rows.
+
+    With ``out`` the folder gets ``log.jsonl``, a checkpoint from which a stopped run is resumed, and finally
+    ``mapper.safetensors``, which says that ``method`` made it. Raises ValueError if ``out`` holds another run.
+    """
+    config = begin_run(config, domain.device, out, method=method, domain=domain.name)
+    run = MapperTrainer(domain, config)
+    rows = run_loop(
+        run.step,
+        config.steps,
+        state={"mapper": run.mapper, "optimizer": run.optimizer},
+        out=out,
+        seed=config.seed,
+        callbacks=callbacks,
+        checkpoint_every=500,
+        desc=config.prompts[0] if len(config.prompts) == 1 else f"{len(config.prompts)} prompts",
+        progress=progress,
+    )
+    mapper = run.mapper.eval().requires_grad_(False)
+    if out is not None:
+        save_mapper(mapper, f"{out}/mapper.safetensors", method=method, domain=domain.name, training=flat(config))
+    return mapper, rows

@@ -1,0 +1,1 @@
+"""Networks: one file each, shapes in comments, the equation cited."""

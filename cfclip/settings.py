@@ -1,0 +1,102 @@
+"""Settings of runs: frozen dataclasses in which each field has a default, a comment and one check.
+
+    @dataclass(frozen=True)
+    class Config(Settings):
+        steps: int = setting(300, int_at_least(1))  # optimisation steps
+"""
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any
+
+Check = Callable[[Any], str | None]
+"""Returns what a value must be, e.g. "a whole number from 1", or None if it is that."""
+
+
+def setting(default: Any, check: Check) -> Any:
+    """A dataclass field with its check; ``MISSING`` as the default makes it required."""
+    return field(default=default, metadata={"check": check})
+
+
+def int_at_least(minimum: int, optional: bool = False) -> Check:
+    """A whole number; with ``optional`` also None."""
+
+    def check(value: Any) -> str | None:
+        fine = isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+        return None if fine or (optional and value is None) else f"a whole number from {minimum}"
+
+    return check
+
+
+def number(minimum: float = 0.0, maximum: float = math.inf, above: bool = False) -> Check:
+    """A finite number from ``minimum`` to ``maximum``; with ``above`` larger than ``minimum``."""
+
+    def check(value: Any) -> str | None:
+        fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if fine and minimum <= value <= maximum and not (above and value == minimum):
+            return None
+        upper = "" if maximum == math.inf else f" to {maximum:g}"
+        return f"a finite number {'above' if above else 'from'} {minimum:g}{upper}"
+
+    return check
+
+
+def flag(value: Any) -> str | None:
+    """True or False."""
+    return None if isinstance(value, bool) else "True or False"
+
+
+def text(value: Any) -> str | None:
+    """A text that is not blank."""
+    return None if isinstance(value, str) and value.strip() else "a text"
+
+
+def optional_text(value: Any) -> str | None:
+    """A text that is not blank, or None."""
+    return None if value is None else text(value)
+
+
+def one_of(known: Collection[str]) -> Check:
+    """One of the names ``known``."""
+    return lambda value: None if isinstance(value, str) and value in known else f"one of {', '.join(known)}"
+
+
+def some_of(known: Collection[str]) -> Check:
+    """A tuple of at least one of the names ``known``, none of them twice."""
+
+    def check(value: Any) -> str | None:
+        fine = isinstance(value, tuple | list) and value and len(set(map(str, value))) == len(value)
+        return None if fine and set(map(str, value)) <= set(known) else f"a list of some of {', '.join(known)}"
+
+    return check
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Base of all configurations. Lists become tuples; ValueError names the first setting that cannot work."""
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if isinstance(value, list):
+                object.__setattr__(self, one.name, value := tuple(value))
+            if (check := one.metadata.get("check")) and (wanted := check(value)):
+                raise ValueError(f"{one.name} must be {wanted}, not {value!r}")
+
+
+def defaults(config: type | Settings) -> dict[str, Any]:
+    """name -> default of each optional field of a configuration's class, or of the values of an instance."""
+    if isinstance(config, Settings):
+        return {one.name: getattr(config, one.name) for one in fields(config)}
+    return {one.name: one.default for one in fields(config) if _has_default(one)}
+
+
+def _has_default(one: Field) -> bool:
+    return one.default is not MISSING
+
+
+def check_known(given: Mapping[str, Any], known: Collection[str], what: str) -> None:
+    """ValueError that names the keys of ``given`` that ``what`` does not have."""
+    if unknown := sorted(set(given) - set(known)):
+        raise ValueError(f"{what} has no setting {', '.join(map(repr, unknown))}; it has: {', '.join(known)}")

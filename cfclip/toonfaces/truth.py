@@ -1,0 +1,79 @@
+"""The ground truth of toonfaces: the renderer draws what was asked for, the readout measures what an edit did."""
+
+import copy
+from functools import lru_cache
+from itertools import count, islice
+
+import torch
+from torch import Tensor
+
+from cfclip.domain import COUNTERFACTUAL, GROUPS, Claim
+from cfclip.images import to_tensor
+from cfclip.toonfaces.captions import claim_of, phrase
+from cfclip.toonfaces.factors import HELD_OUT, NATURAL, PARTS, Face, colours, sample_face
+from cfclip.toonfaces.readout import VISIBLE, Measurement, Readout
+from cfclip.toonfaces.render import MASKS, render, render_image
+
+# first numbers of the seeds of faces that nothing was trained on
+NATURAL_FACES, PHOTOS, COUNTERFACTUALS = 40_000, 70_000, 80_000
+
+
+class ToonTruth:
+    """A :class:`cfclip.domain.GroundTruth` that asks the renderer and the readout."""
+
+    parts = MASKS
+    regions = tuple(part for part in MASKS if part not in ("background", "shirt"))
+    prompts = tuple(phrase(part, colour) for part in PARTS for colour in colours(part))
+
+    def __init__(self, readout: Readout, resolution: int):
+        self.readout, self.resolution = readout, resolution
+
+    def claim(self, prompt: str) -> Claim | None:
+        return claim_of(prompt)
+
+    def group(self, claim: Claim) -> str:
+        part, colour = claim
+        return GROUPS[2] if colour in NATURAL[part] else COUNTERFACTUAL[claim in HELD_OUT]
+
+    def measure(self, images: Tensor) -> Measurement:
+        return self.readout.measure(images)
+
+    def masks(self, images: Tensor) -> Tensor:
+        return self.readout(images.clamp(-1, 1))[0].softmax(1)
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """The four stages of the readout's encoder, 176 channels in all."""
+        stages = []
+        for block in self.readout.down:
+            images = block(images)
+            stages.append(images)
+        return stages
+
+    def renders(self, n: int, claim: Claim | None = None) -> Tensor:
+        return natural_renders(self.resolution, n, claim).to(self._device)
+
+    def counterfactuals(self, claim: Claim, n: int) -> tuple[Tensor, Tensor]:
+        part, size = claim[0], self.resolution
+        everyone = (sample_face((COUNTERFACTUALS, k)) for k in count())
+        faces = list(islice((face for face in everyone if render(face, size).area(part) > VISIBLE), n))
+        return self._draw(faces), self._draw([face.with_colour(*claim) for face in faces])
+
+    def photos(self, n: int, seed: int) -> Tensor:
+        return self._draw([sample_face((PHOTOS, seed, k)) for k in range(n)])
+
+    def to(self, device: torch.device) -> "ToonTruth":
+        return ToonTruth(copy.deepcopy(self.readout).to(device), self.resolution)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.readout.parameters()).device
+
+    def _draw(self, faces: list[Face]) -> Tensor:
+        return to_tensor([render_image(face, self.resolution) for face in faces]).to(self._device)
+
+
+@lru_cache(maxsize=4)
+def natural_renders(resolution: int, n: int, claim: Claim | None = None) -> Tensor:
+    """Renders of ``n`` natural faces [n, 3, R, R]; with ``claim`` the same faces, recoloured."""
+    faces = [sample_face((NATURAL_FACES, k)) for k in range(n)]
+    return to_tensor([render_image(face.with_colour(*claim) if claim else face, resolution) for face in faces])

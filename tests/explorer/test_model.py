@@ -1,0 +1,323 @@
+"""The explorer's model, on tiny networks: what it shows is what its recipe says, whatever is done to it and in whatever order."""
+
+import gc
+import io
+import json
+import resource
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from PIL import Image
+
+from cfclip.checkpoints import weights
+
+# FIXME explorer.SHOWS
+from cfclip.explorer.model import MERGE_SECONDS, Explorer
+from cfclip.explorer.recipe import Recipe, draw_faces, render
+from cfclip.explorer.workers import LatestJobThread
+from cfclip.images import to_uint8
+from cfclip.models.mapper import Mapper, MapperConfig
+
+PROMPTS = ("green lipstick", "blue hair")
+
+
+def domain_folder(domain, folder: Path) -> Path:
+    """``folder`` with a mapper for each of PROMPTS."""
+    for i, prompt in enumerate(PROMPTS):
+        torch.manual_seed(i)
+        mapper = Mapper(MapperConfig(domain.generator.num_ws, domain.generator.w_dim, domain.clip.embed_dim)).eval().requires_grad_(False)
+        weights.save(mapper, folder / "runs" / str(i) / "mapper.safetensors", "mapper", mapper.metadata, domain="tiny", prompt=prompt)
+    return folder
+
+
+@pytest.fixture
+def folder(domain, tmp_path):
+    return domain_folder(domain, tmp_path)
+
+
+def started(domain, folder) -> Explorer:
+    explorer = Explorer(domain, n=3, out=folder / "out", runs=[folder / "runs"], photo_steps=2,
+                        settings={"cfclip": {"steps": 30, "batch": 1, "train_latents": 2, "draws": 0, "negative_templates": 1}})
+    explorer.set_prompt("green lipstick")
+    return explorer
+
+
+@pytest.fixture
+def explorer(domain, folder):
+    explorer = started(domain, folder)
+    explorer.set_mapper(str(folder / "runs" / "0" / "mapper.safetensors"))
+    assert explorer.wait()
+    yield explorer
+    explorer.close()
+
+
+def check(explorer: Explorer) -> None:
+    """The picture on show is the recipe's, unless the message says why there is none."""
+    assert explorer.wait()
+    assert not explorer.busy and explorer.history[explorer.at] == explorer.recipe
+    if explorer.message:
+        return
+    frame = explorer.frame
+    assert (frame.recipe, frame.show) == (explorer.recipe, explorer.show)
+    expected = to_uint8(render(explorer.domain, explorer.recipe))
+    if explorer.show == "edit":
+        assert np.array_equal(list(frame.rows.values())[1], expected)
+    assert all(len(row) == len(frame.headers) for row in frame.rows.values())
+
+
+def test_it_shows_the_recipe(explorer):
+    check(explorer)
+    assert explorer.suggestions == ("green lipstick", "blue hair") and explorer.message == ""
+    assert {"clip_before", "clip_after", "identity", "leakage"} <= explorer.frame.scores.keys()
+    before = explorer.frame.edited
+    explorer.change(strength=0.25)
+    check(explorer)
+    assert not torch.equal(explorer.frame.edited, before)
+
+
+@pytest.mark.parametrize("show", SHOWS)
+def test_ways_to_show(explorer, show):
+    explorer.set_show(show)
+    check(explorer)
+    assert list(explorer.frame.rows) == {
+        "edit": ["source", "green lipstick"], "difference": ["source", "green lipstick", "difference"], "methods": ["source", "green lipstick"],
+        "strengths": ["× -1", "× 0", "× 0.5", "× 1", "× 1.5", "× 2"], "prompts × strengths": ["green lipstick", "blue hair"]}[show]
+    assert explorer.frame.sheet.shape == (16 * len(explorer.frame.rows), 16 * len(explorer.frame.headers), 3)
+
+
+def test_the_newest_wins():
+    worker, go, done = LatestJobThread(), threading.Event(), []
+    worker.ask(lambda stale: (go.wait(5), done.append(("first", stale()))))
+    time.sleep(0.05)
+    for i in range(10):
+        worker.ask(lambda stale, i=i: done.append((i, stale())))
+    go.set()
+    assert worker.wait(5)
+    assert done == [("first", True), (9, False)], "of ten requests behind a slow one, the last is done and no other"
+    worker.close()
+
+
+def test_a_word_being_typed_draws_few_and_is_one_entry_of_the_history(explorer):
+    time.sleep(TOGETHER)                                           # what the fixture typed is an entry of its own
+    entries = len(explorer.history)
+    for n in range(1, 11):
+        explorer.set_prompt("green lipstick and so on"[:n + 14])
+    check(explorer)
+    assert len(explorer.history) == entries + 1
+    explorer.undo()
+    check(explorer)
+    assert explorer.recipe.prompt == "green lipstick" and explorer.recipe.mapper
+
+
+def test_undo_redo(explorer):
+    first = explorer.recipe
+    explorer.change(strength=0.5)
+    explorer.set_levels(coarse=False)
+    assert explorer.recipe.layers == (0.0,) * 4 + (1.0,) * 2
+    explorer.undo()
+    explorer.undo()
+    assert explorer.recipe == first
+    explorer.redo()
+    assert explorer.recipe == replace(first, strength=0.5)
+    explorer.change(strength=0.75)
+    assert explorer.at == len(explorer.history) - 1, "what was undone is gone"
+    explorer.redo()
+    check(explorer)
+
+
+def test_locked_faces_stay(explorer):
+    explorer.lock(1)
+    explorer.new_faces()
+    assert explorer.recipe.faces[1] == 1 and not {0, 2} & set(explorer.recipe.faces)
+    explorer.lock(1, False)
+    explorer.new_faces()
+    assert 1 not in explorer.recipe.faces
+    explorer.set_seeds("3, 14 15,9")
+    check(explorer)
+    assert explorer.recipe.faces == (3, 14, 15, 9) and explorer.frame.headers == ("3", "14", "15", "9")
+    explorer.set_seeds("-1")
+    assert "whole numbers" in explorer.message and explorer.recipe.faces == (3, 14, 15, 9)
+
+
+@pytest.mark.parametrize(("change", "match"), [
+    ({"prompt": "word " * 40}, "shorten it"), ({"strength": 7.0}, "from -1.5 to 2"), ({"region": "nose"}, "the parts of domain tiny"),
+    ({"mapper": "/no/where"}, "not there"), ({"colour": "red"}, "colour"), ({"layers": (1.0,)}, "but this generator has 6"),
+])
+def test_errors_are_said_and_pass(explorer, change, match):
+    shown, at = explorer.frame.edited, explorer.at
+    explorer.change(**change)
+    explorer.wait()
+    assert match in explorer.message and "Traceback" not in explorer.message
+    assert explorer.frame.edited is shown, "the last picture stays"
+    explorer.go(at)
+    explorer.change(strength=0.3)
+    check(explorer)
+    assert explorer.message == ""
+
+
+def test_a_domain_that_is_not_there(explorer):
+    explorer.choose_domain("ffhq")
+    explorer.wait()
+    assert explorer.recipe.domain == "tiny" and "cfclip fetch" in explorer.message
+
+
+def test_a_photo_becomes_a_face(explorer):
+    file = io.BytesIO()
+    Image.effect_noise((40, 40), 60).convert("RGB").save(file, "PNG")
+    explorer.lock(0)
+    explorer.add_photo(file.getvalue())
+    check(explorer)
+    assert explorer.message == "" and "dB" in explorer.note
+    path = explorer.recipe.faces[1]
+    assert Path(path).exists() and path in explorer.locked and explorer.recipe.faces[0] == 0
+    explorer.add_photo(b"not a picture")
+    explorer.wait()
+    assert explorer.message
+
+
+def test_export_and_open(explorer, tmp_path):
+    explorer.set_show("difference")
+    explorer.wait()
+    explorer.export()
+    explorer.wait()
+    assert explorer.note.startswith("written: ")
+    png, gif, recipe, code = (Path(path) for path in explorer.note.removeprefix("written: ").split(", "))
+    assert np.array_equal(np.asarray(Image.open(png)), explorer.frame.sheet)
+    assert Image.open(gif).n_frames >= 9 and Image.open(gif).size == (48, 16)
+    assert code.read_text() == explorer.recipe.code()
+    before = explorer.recipe
+    explorer.change(strength=-1.0)
+    explorer.open(recipe.read_bytes())
+    check(explorer)
+    assert explorer.recipe == before
+    for wrong in ("{}x", b"\xff\xfe", json.dumps({"domain": "atlantis"})):
+        explorer.open(wrong)
+        explorer.wait()
+        assert explorer.message and explorer.recipe == before
+
+
+def test_refine(explorer):
+    looks, steps = [], []
+    explorer.observe(lambda change: looks.append(change.new), "preview")
+    explorer.observe(lambda change: steps.append(change.new), "progress")
+    explorer.change(prompt="red lipstick", mapper="")
+    explorer.refine()
+    explorer.refine()
+    assert "a training is running" in explorer.message
+    explorer.training.thread.join(60)
+    check(explorer)
+    assert explorer.training is None and explorer.recipe.mapper.endswith("red-lipstick-cfclip/mapper.safetensors")
+    assert any(look is not None and look.shape == (3, 16, 16, 3) for look in looks) and max(steps) == 1.0
+    assert "red lipstick (cfclip)" in [label for label, _ in explorer.mappers.values()]
+
+
+def test_refine_cancelled_or_impossible(explorer):
+    explorer.settings = {"cfclip": explorer.settings["cfclip"] | {"steps": 1_000_000}}
+    explorer.change(prompt="red lipstick", mapper="")
+    explorer.refine()
+    thread = explorer.training.thread
+    explorer.cancel()
+    thread.join(60)
+    assert explorer.training is None and not list(explorer.out.glob("*/mapper.safetensors"))
+    for method, prompt, match in (("nothing", "a", "'refine' trains"), ("cfclip", "a + b", "one prompt at a time"), ("cfclip", "", "one prompt")):
+        explorer.change(prompt=prompt)
+        explorer.wait()
+        explorer.refine(method)
+        assert match in explorer.message and explorer.training is None
+
+
+def resident() -> float:
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+
+
+def test_any_two_hundred_interactions(domain, folder):
+    sizes = []
+
+    class Interactions(RuleBasedStateMachine):
+        def __init__(self):
+            super().__init__()
+            self.explorer, self.count = started(domain, folder), 0
+
+        @rule(prompt=st.sampled_from((*PROMPTS, "", "green lipstick + blue hair", "word " * 40, "é🙂")))
+        def prompt(self, prompt):
+            self.explorer.set_prompt(prompt)
+
+        @rule(strength=st.floats(-3, 3))
+        def strength(self, strength):
+            self.explorer.change(strength=strength)
+
+        @rule(level=st.sampled_from(("coarse", "medium", "fine")), on=st.booleans())
+        def level(self, level, on):
+            self.explorer.set_levels(**{level: on})
+
+        @rule(layers=st.lists(st.floats(0, 2), max_size=6).map(tuple))
+        def layers(self, layers):
+            self.explorer.change(layers=layers)
+
+        @rule(region=st.sampled_from(("", "hair", "nose", (0.0, 0.0, 0.5, 0.5), (0.5, 0.5, 0.5, 0.5))))
+        def region(self, region):
+            self.explorer.change(region=region)
+
+        @rule(show=st.sampled_from(SHOWS))
+        def show(self, show):
+            self.explorer.set_show(show)
+
+        @rule(face=st.integers(0, 5), on=st.booleans())
+        def lock(self, face, on):
+            self.explorer.lock(face, on)
+
+        @rule()
+        def new_faces(self):
+            self.explorer.new_faces()
+
+        @rule(which=st.integers(0, 2))
+        def mapper(self, which):
+            self.explorer.set_mapper(["", *self.explorer.mappers][which])
+
+        @rule(to=st.integers(-1, 300))
+        def go(self, to):
+            self.explorer.go(to)
+
+        @rule(back=st.booleans())
+        def undo(self, back):
+            self.explorer.undo() if back else self.explorer.redo()
+
+        @rule()
+        def look(self):
+            check(self.explorer)
+
+        @invariant()
+        def history_holds_the_recipe(self):
+            self.count += 1
+            if self.count in (60, 200):
+                self.explorer.wait()
+                sizes.append(resident())
+            assert self.explorer.history[self.explorer.at] == self.explorer.recipe and len(self.explorer.history) <= 100
+            assert isinstance(self.explorer.recipe, Recipe)
+
+        def teardown(self):
+            check(self.explorer)
+            self.explorer.close()
+
+    run_state_machine_as_test(Interactions, settings=settings(max_examples=3, stateful_step_count=200, deadline=None, derandomize=True, database=None,
+                                                              suppress_health_check=list(HealthCheck)))
+    assert len(sizes) >= 2 and sizes[-1] < 1.05 * sizes[0], f"memory grew from {sizes[0]:.0f} to {sizes[-1]:.0f} MB"
+
+
+def test_the_picture_before_the_scores(explorer):
+    """What is waited for is the picture; the scores of an overtaken picture are never shown."""
+    seen = []
+    explorer.observe(lambda change: seen.append(change.new), "frame")
+    explorer.change(strength=0.5)
+    explorer.wait()
+    assert seen[0].scores == {} and seen[-1].scores and all(frame.recipe == explorer.recipe for frame in seen)
+    assert torch.equal(seen[-1].source, draw_faces(explorer.domain, explorer.recipe.faces).images)
