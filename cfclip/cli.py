@@ -29,7 +29,8 @@ def _plain_errors() -> Iterator[None]:
 
 
 Name = Annotated[
-    str, typer.Argument(help="generator, clip, heldout_clip, identity, readout, encoder, multi or heldout_multi")
+    str,
+    typer.Argument(help="generator, clip, heldout_clip, identity, readout, encoder, multi or heldout_multi"),
 ]
 
 
@@ -45,7 +46,9 @@ def toonfaces_train(
     name: Name,
     steps: Annotated[int | None, typer.Option(help="optimisation steps; default: the recipe's")] = None,
     seed: Annotated[int | None, typer.Option(help="default: the recipe's")] = None,
-    out: Annotated[Path | None, typer.Option(help="checkpoints and logs; a stopped run is resumed from here")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="checkpoints and logs; a stopped run is resumed from here")
+    ] = None,
     weights: Annotated[Path, typer.Option(help="where the trained file goes")] = DATA / "toonfaces",
 ) -> None:
     """Train one network and store it with its card. Stop it at any time: the same command resumes it."""
@@ -89,7 +92,9 @@ def toonfaces_ceiling(
 def run_sweep(
     spec: Annotated[Path, typer.Argument(help="what to run, e.g. notebooks/presets/paper-toonfaces.yaml")],
     quick: Annotated[bool, typer.Option("--quick", help="the file's small version of itself")] = False,
-    out: Annotated[Path, typer.Option(help="a folder per run; finished runs are not repeated")] = Path("reports/runs"),
+    out: Annotated[Path, typer.Option(help="a folder per run; finished runs are not repeated")] = Path(
+        "reports/runs"
+    ),
     reports: Annotated[Path, typer.Option(help="where tables and figures go")] = Path("reports"),
     workers: Annotated[
         int | None, typer.Option(min=1, help="processes on this machine; default: one per core")
@@ -126,12 +131,18 @@ def run_sweep(
 def run_bench(
     parts: Annotated[
         str,
-        typer.Option(help="some of generator, step, explorer, scaling, fidelity, profile, with commas; default: all"),
+        typer.Option(
+            help="some of generator, step, explorer, scaling, fidelity, profile, with commas; default: all"
+        ),
     ] = "",
-    quick: Annotated[bool, typer.Option("--quick", help="tiny sizes, to see that it runs: about a minute")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="tiny sizes, to see that it runs: about a minute")
+    ] = False,
     out: Annotated[
         Path | None,
-        typer.Option(help="tables and figures; default: reports/bench/MACHINE, or reports/runs/bench if --quick"),
+        typer.Option(
+            help="tables and figures; default: reports/bench/MACHINE, or reports/runs/bench if --quick"
+        ),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="default: one per core; --quick: one")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda; default: all that this machine has")] = "",
@@ -189,7 +200,9 @@ def check(domain: DomainName, folder: Folder = DOWNLOADS) -> None:
 def convert(
     source: Annotated[Path, typer.Argument(help="a generator or mapper in any format that cfclip reads")],
     out: Annotated[Path, typer.Argument(help="the .safetensors to write")],
-    kind: Annotated[str, typer.Option(help="auto, generator or mapper; a mapper's file holds a generator too")] = "auto",
+    kind: Annotated[
+        str, typer.Option(help="auto, generator or mapper; a mapper's file holds a generator too")
+    ] = "auto",
 ) -> None:
     """Rewrite a generator or a mapper as safetensors: safe, small, quick to open. Never changes its input."""
     from cfclip.checkpoints import convert as run

@@ -90,7 +90,9 @@ class Domain:
     encoder: nn.Module | None = None  # photos -> W+, see cfclip.inversion.encode
     heldout_clip: ClipGuide | None = None  # judges edits; no training uses it
     mapper: Mapper | None = None  # edits by any prompt at once
-    latent_files: Mapping[str, Path] = field(default_factory=dict)  # split -> codes of real photos; else sampled
+    latent_files: Mapping[str, Path] = field(
+        default_factory=dict
+    )  # split -> codes of real photos; else sampled
 
     def latents(self, n: int, split: str = "train", seed: int = 0) -> Tensor:
         """``n`` codes w_plus [n, L, D] to edit, or as many as ``latent_files`` has. The same codes for the same seed.

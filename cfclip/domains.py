@@ -70,5 +70,7 @@ def load_domain(name: str = "toonfaces", device: str | torch.device = "cpu") -> 
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # checked first: loading takes minutes
         why = str(error).splitlines()[0]
-        raise ValueError(f"device {str(device)!r} cannot be used on this machine ({why}); \"cpu\" always can") from None
+        raise ValueError(
+            f'device {str(device)!r} cannot be used on this machine ({why}); "cpu" always can'
+        ) from None
     return DOMAINS[name]().to(device)

@@ -8,7 +8,9 @@ from cfclip.models.stylegan2 import Generator
 SPLITS = {"train": 0, "test": 1}
 
 
-def sample(generator: Generator, n: int, split: str = "train", seed: int = 0, truncation: float = 1.0) -> Tensor:
+def sample(
+    generator: Generator, n: int, split: str = "train", seed: int = 0, truncation: float = 1.0
+) -> Tensor:
     """``n`` codes w_plus [n, L, D] (one w repeated over the layers); never the same z in two splits.
 
     The draw is made on the CPU whatever the generator's device, so it is the same everywhere; a longer sample starts
@@ -16,7 +18,13 @@ def sample(generator: Generator, n: int, split: str = "train", seed: int = 0, tr
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {list(SPLITS)}, not {split!r}")
-    draws = [torch.randn(1, generator.z_dim, generator=torch.Generator().manual_seed(2 * (1_000_003 * seed + i) + SPLITS[split]))
-             for i in range(n)]
+    draws = [
+        torch.randn(
+            1,
+            generator.z_dim,
+            generator=torch.Generator().manual_seed(2 * (1_000_003 * seed + i) + SPLITS[split]),
+        )
+        for i in range(n)
+    ]
     with torch.no_grad():
         return generator.mapping(torch.cat(draws).to(generator.w_avg), truncation)

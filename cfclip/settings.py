@@ -1,8 +1,8 @@
 """Settings of runs: frozen dataclasses in which each field has a default, a comment and one check.
 
-    @dataclass(frozen=True)
-    class Config(Settings):
-        steps: int = setting(300, int_at_least(1))  # optimisation steps
+@dataclass(frozen=True)
+class Config(Settings):
+    steps: int = setting(300, int_at_least(1))  # optimisation steps
 """
 
 import math
@@ -67,7 +67,9 @@ def some_of(known: Collection[str]) -> Check:
 
     def check(value: Any) -> str | None:
         fine = isinstance(value, tuple | list) and value and len(set(map(str, value))) == len(value)
-        return None if fine and set(map(str, value)) <= set(known) else f"a list of some of {', '.join(known)}"
+        return (
+            None if fine and set(map(str, value)) <= set(known) else f"a list of some of {', '.join(known)}"
+        )
 
     return check
 

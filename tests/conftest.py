@@ -24,7 +24,17 @@ def generator() -> Generator:
 @pytest.fixture
 def domain(generator) -> Domain:
     torch.manual_seed(1)
-    clip = CLIP(16, CLIPVisionCfg(layers=1, width=32, head_width=16, patch_size=8, image_size=16),
-                CLIPTextCfg(context_length=24, width=16, heads=2, layers=1))
-    return Domain(name="tiny", generator=generator, clip=ClipGuide(clip), identity=FaceIdentity(IRSE(16, ((16, 16, 1), (16, 32, 1)), 8), crop=False),
-                  readout=Readout(8).eval(), source_text="face", prompts=("green lipstick",))
+    clip = CLIP(
+        16,
+        CLIPVisionCfg(layers=1, width=32, head_width=16, patch_size=8, image_size=16),
+        CLIPTextCfg(context_length=24, width=16, heads=2, layers=1),
+    )
+    return Domain(
+        name="tiny",
+        generator=generator,
+        clip=ClipGuide(clip),
+        identity=FaceIdentity(IRSE(16, ((16, 16, 1), (16, 32, 1)), 8), crop=False),
+        readout=Readout(8).eval(),
+        source_text="face",
+        prompts=("green lipstick",),
+    )

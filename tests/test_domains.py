@@ -66,7 +66,9 @@ def test_a_held_out_clip_is_taken_where_it_is(folder, monkeypatch):
     (folder / "ViT-B-16.pt").touch()
     for load in (domains.load_ffhq, domains.DOMAINS["afhq-dog"]):
         d = load(folder=folder)
-        assert d.heldout_clip == (folder / "ViT-B-16.pt", "ViT-B-16-quickgelu") and d.clip == (folder / "ViT-B-32.pt",)
+        assert d.heldout_clip == (folder / "ViT-B-16.pt", "ViT-B-16-quickgelu") and d.clip == (
+            folder / "ViT-B-32.pt",
+        )
 
 
 def test_ffhq_takes_the_photos_codes(folder):
@@ -96,30 +98,41 @@ def test_afhq(animal, prompt, folder):
 def test_the_step_with_the_perceptual_term_is_the_published_loss(folder):
     """One step written out from images; the weights are large, so that no term hides behind another."""
     d = domains.load_afhq("dog", ("blue dog",), folder)
-    logs, w, w_edited, x, edited, nce = one_step(MapperTrainer(d, CFCLIPConfig("blue dog", lambda_id=0.0, lambda_perc=2.0, train_latents=6)))
+    logs, w, w_edited, x, edited, nce = one_step(
+        MapperTrainer(d, CFCLIPConfig("blue dog", lambda_id=0.0, lambda_perc=2.0, train_latents=6))
+    )
     perc = perceptual_loss(d.perceptual, edited, x)
     loss = 0.3 * nce + 2 * perc + 0.8 * latent_l2(w_edited, w)
-    assert logs["loss"] == pytest.approx(loss.item(), rel=1e-5) and logs["perc"] == pytest.approx(perc.item(), rel=1e-5)
+    assert logs["loss"] == pytest.approx(loss.item(), rel=1e-5) and logs["perc"] == pytest.approx(
+        perc.item(), rel=1e-5
+    )
     assert perc > 0 and "id" not in logs
 
 
 def test_a_weight_without_its_network(folder, domain):
     dog = domains.load_afhq("dog", ("blue dog",), folder)
-    with pytest.raises(ValueError, match=r"lambda_id is 0\.2, but domain afhq-dog has no identity network: set lambda_id=0"):
+    with pytest.raises(
+        ValueError, match=r"lambda_id is 0\.2, but domain afhq-dog has no identity network: set lambda_id=0"
+    ):
         MapperTrainer(dog, CFCLIPConfig("blue dog"))
     with pytest.raises(ValueError, match=r"lambda_perc is 0\.02, but domain tiny has no perceptual network"):
         MapperTrainer(domain, CFCLIPConfig("x", lambda_perc=0.02))
 
 
-@pytest.mark.parametrize(("name", "load"), [(name, load) for name, load in domains.DOMAINS.items() if name != "toonfaces"])
+@pytest.mark.parametrize(
+    ("name", "load"), [(name, load) for name, load in domains.DOMAINS.items() if name != "toonfaces"]
+)
 def test_missing_files_are_named(name, load, folder):
     for role, needed in sources.require(name, folder).items():
         content = needed.read_bytes()
         needed.unlink()
         with pytest.raises(WeightsError) as caught:
             load(folder)
-        source, = (s for s in sources.sources_of(name) if s.name == needed.name)
-        assert all(text in str(caught.value) for text in (role, str(needed), source.urls[0] if source.urls else source.page)), role
+        (source,) = (s for s in sources.sources_of(name) if s.name == needed.name)
+        assert all(
+            text in str(caught.value)
+            for text in (role, str(needed), source.urls[0] if source.urls else source.page)
+        ), role
         needed.write_bytes(b"<html>Quota exceeded</html>")
         if role != "clip":
             with pytest.raises(WeightsError, match=f"{needed.name} is a web page"):
@@ -133,12 +146,13 @@ def test_missing_files_are_named(name, load, folder):
 @pytest.fixture
 def toon_clip():
     torch.manual_seed(0)
-    build()                                                        # open_clip now knows our configs
+    build()  # open_clip now knows our configs
     return open_clip.create_model("toonfaces-rn", load_weights=False).eval()
 
 
 def test_clip_from_open_clips_files(toon_clip, tmp_path):
     from safetensors.torch import save_file
+
     state = {k: v.clone() for k, v in toon_clip.state_dict().items()}
     half = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
     save_file(half, tmp_path / "clip.safetensors")
@@ -168,10 +182,16 @@ def test_only_the_known_torchscript_archive_is_opened(tmp_path, monkeypatch):
     with pytest.raises(WeightsError, match=r"ViT-B-32\.pt.*TorchScript archive, but not OpenAI's"):
         load_openai_clip(path)
     monkeypatch.undo()
-    monkeypatch.setitem(clip_module.OPENAI_SHA256, "ViT-B-16-quickgelu", hashlib.sha256(path.read_bytes()).hexdigest())
-    with pytest.raises(WeightsError, match=r"not OpenAI's ViT-B-32\.pt"):          # the checksum of one model opens no other
+    monkeypatch.setitem(
+        clip_module.OPENAI_SHA256, "ViT-B-16-quickgelu", hashlib.sha256(path.read_bytes()).hexdigest()
+    )
+    with pytest.raises(
+        WeightsError, match=r"not OpenAI's ViT-B-32\.pt"
+    ):  # the checksum of one model opens no other
         load_openai_clip(path)
-    with pytest.raises(WeightsError, match="it has no positional_embedding"):      # opened, and found to be something else
+    with pytest.raises(
+        WeightsError, match="it has no positional_embedding"
+    ):  # opened, and found to be something else
         load_openai_clip(path, "ViT-B-16-quickgelu")
 
 
@@ -180,12 +200,17 @@ def test_only_the_known_torchscript_archive_is_opened(tmp_path, monkeypatch):
 
 def same(a, b):
     assert a.state_dict().keys() == b.state_dict().keys()
-    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
 
 
 def test_convert_generators(tmp_path):
     g = official.random_generator(16, (6, 5, 4), conv_clamp=256)
-    for path in (official.nvidia(g, tmp_path / "a.pkl"), official.tensorflow(g, tmp_path / "b.pkl", conv_clamp=256)):
+    for path in (
+        official.nvidia(g, tmp_path / "a.pkl"),
+        official.tensorflow(g, tmp_path / "b.pkl", conv_clamp=256),
+    ):
         out = tmp_path / "new" / f"{path.stem}.safetensors"
         result = CliRunner().invoke(app, ["convert", str(path), str(out)])
         assert result.exit_code == 0 and "a generator" in result.output
@@ -199,8 +224,13 @@ def test_convert_mappers(tmp_path):
     m = Mapper(official.SMALL_MAPPER).eval()
     g = official.random_generator(64, (6, 5, 4, 3, 2))
     decoder = {f"decoder.{k}": v for k, v in official.rosinality(g).items()}
-    torch.save({"state_dict": official.mapper_state(m) | decoder, "opts": {"stylegan_size": 64, "description": "green lipstick"}},
-               tmp_path / "m.pt")
+    torch.save(
+        {
+            "state_dict": official.mapper_state(m) | decoder,
+            "opts": {"stylegan_size": 64, "description": "green lipstick"},
+        },
+        tmp_path / "m.pt",
+    )
     assert convert(tmp_path / "m.pt", tmp_path / "m.safetensors") == "mapper"
     same(load_mapper(tmp_path / "m.safetensors"), m)
     assert list(cfclip.find_mappers(tmp_path)) == ["green lipstick"]
@@ -216,14 +246,16 @@ def test_convert_says_what_is_wrong(tmp_path):
     convert(path, tmp_path / "g.safetensors")
     (tmp_path / "link.safetensors").symlink_to(tmp_path / "g.safetensors")
     own = (tmp_path / "g.safetensors").read_bytes()
-    for words, message in (((tmp_path / "page.pt", tmp_path / "o.safetensors"), "web page"),
-                           ((tmp_path / "none.pt", tmp_path / "o.safetensors"), "does not exist"),
-                           ((path, tmp_path / "o.pt"), "must end in .safetensors"),
-                           ((tmp_path / "g.safetensors", tmp_path / "g.safetensors"), "is the input itself"),
-                           ((tmp_path / "g.safetensors", tmp_path / "link.safetensors"), "is the input itself"),
-                           ((path, tmp_path / "o.safetensors", "--kind", "mapper"), "a pickle file, where"),
-                           ((path, tmp_path / "o.safetensors", "--kind", "x"), "kind must be"),
-                           ((path, path / "o.safetensors"), "g.pkl")):
+    for words, message in (
+        ((tmp_path / "page.pt", tmp_path / "o.safetensors"), "web page"),
+        ((tmp_path / "none.pt", tmp_path / "o.safetensors"), "does not exist"),
+        ((path, tmp_path / "o.pt"), "must end in .safetensors"),
+        ((tmp_path / "g.safetensors", tmp_path / "g.safetensors"), "is the input itself"),
+        ((tmp_path / "g.safetensors", tmp_path / "link.safetensors"), "is the input itself"),
+        ((path, tmp_path / "o.safetensors", "--kind", "mapper"), "a pickle file, where"),
+        ((path, tmp_path / "o.safetensors", "--kind", "x"), "kind must be"),
+        ((path, path / "o.safetensors"), "g.pkl"),
+    ):
         result = CliRunner().invoke(app, ["convert", *map(str, words)])
         text = str(result.exception)
         assert isinstance(result.exception, SystemExit) and result.exit_code == 1
@@ -233,7 +265,12 @@ def test_convert_says_what_is_wrong(tmp_path):
 
 
 def test_the_readme_lines_work_when_pasted(folder, monkeypatch):
-    readme = (Path(cfclip.__file__).parents[1] / "README.md").read_text().split("## Bring your own")[1].split("\n## ")[0]
+    readme = (
+        (Path(cfclip.__file__).parents[1] / "README.md")
+        .read_text()
+        .split("## Bring your own")[1]
+        .split("\n## ")[0]
+    )
     g = official.random_generator(16, (6, 5, 4), z_dim=512, w_dim=512)
     monkeypatch.chdir(folder)
     monkeypatch.setitem(domains.DOMAINS, "ffhq", lambda: domains.load_ffhq(folder))
@@ -242,15 +279,27 @@ def test_the_readme_lines_work_when_pasted(folder, monkeypatch):
     clip = domains.load_ffhq(folder).clip
     mapper = Mapper(MapperConfig(num_ws=6, w_dim=512, text_dim=clip.embed_dim))
     torch.save({"state_dict": official.mapper_state(mapper), "opts": {}}, "green_lipstick.pt")
-    encoder = {f"encoder.{k}": v for k, v in official.shared_views(shapes(lambda: Encoder4Editing(6))).items() if k != "latent_avg"}
+    encoder = {
+        f"encoder.{k}": v
+        for k, v in official.shared_views(shapes(lambda: Encoder4Editing(6))).items()
+        if k != "latent_avg"
+    }
     torch.save({"state_dict": encoder, "latent_avg": torch.zeros(6, 512), "opts": {}}, "e4e_ffhq_encode.pt")
     Image.new("RGB", (800, 900), "grey").save("me.jpg")
     # LPIPS' AlexNet cannot be had here
-    monkeypatch.setattr(cfclip.metrics, "perceptual_distance", lambda domain: ("stand-in", lambda a, b: (a - b).square().mean((1, 2, 3))))
+    monkeypatch.setattr(
+        cfclip.metrics,
+        "perceptual_distance",
+        lambda domain: ("stand-in", lambda a, b: (a - b).square().mean((1, 2, 3))),
+    )
     space: dict = {}
     for block in re.findall(r"```python\n(.*?)```", readme, re.S):
         exec(block, space)
-    assert space["w"].shape == (4, 6, 512) and space["start"].shape == space["found"].w_plus.shape == (1, 6, 512)
+    assert space["w"].shape == (4, 6, 512) and space["start"].shape == space["found"].w_plus.shape == (
+        1,
+        6,
+        512,
+    )
     assert space["images"].shape == (1, 3, 16, 16)
     for line in re.findall(r"bin/cfclip (.*)", readme):
         words = line.replace("my.", f"{folder}/my.").split()
@@ -259,7 +308,9 @@ def test_the_readme_lines_work_when_pasted(folder, monkeypatch):
         elif words[0] == "check":
             words += ["--folder", str(folder)]
         result = CliRunner().invoke(app, words)
-        assert "Usage" not in result.output and (result.exit_code == 0 or words[0] != "convert"), result.output
+        assert "Usage" not in result.output and (result.exit_code == 0 or words[0] != "convert"), (
+            result.output
+        )
     assert load_generator("my.safetensors").resolution == 16
 
 

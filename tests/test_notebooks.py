@@ -11,7 +11,9 @@ from cfclip.experiments.spec import NOTEBOOKS, load_preset, parameters_of
 from cfclip.files import slug
 
 BOOKS = sorted(NOTEBOOKS.glob("*.ipynb"))
-PRESETS = sorted(p for p in (NOTEBOOKS / "presets").glob("*.yaml") if not p.name.startswith("paper-"))   # those are sweeps: test_sweep.py
+PRESETS = sorted(
+    p for p in (NOTEBOOKS / "presets").glob("*.yaml") if not p.name.startswith("paper-")
+)  # those are sweeps: test_sweep.py
 
 
 def cells(path: Path) -> list:
@@ -19,15 +21,20 @@ def cells(path: Path) -> list:
 
 
 def parameters(path: Path) -> dict[str, ast.expr]:
-    cell, = (c for c in cells(path) if "parameters" in c.metadata.get("tags", []))
+    (cell,) = (c for c in cells(path) if "parameters" in c.metadata.get("tags", []))
     return {node.targets[0].id: node.value for node in ast.parse(cell.source).body}
 
 
 @pytest.mark.parametrize("path", BOOKS, ids=lambda p: p.stem)
 def test_house_rules(path):
     for cell in cells(path):
-        assert not cell.outputs and cell.execution_count is None, "commit notebooks stripped: nbstripout notebooks/*.ipynb"
-        assert not any(isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)) for node in ast.walk(ast.parse(cell.source)))
+        assert not cell.outputs and cell.execution_count is None, (
+            "commit notebooks stripped: nbstripout notebooks/*.ipynb"
+        )
+        assert not any(
+            isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef))
+            for node in ast.walk(ast.parse(cell.source))
+        )
     for name, value in parameters(path).items():
         ast.literal_eval(value), name
     assert any("assert " in cell.source for cell in cells(path)), "a notebook checks itself"
@@ -41,7 +48,9 @@ def test_every_preset_key_is_a_parameter(path):
         assert owners, f"{key} of {path.name} is a parameter of no notebook"
         for owner in owners:
             default = ast.literal_eval(books[owner][key])
-            assert type(default) is type(value), f"{key}: {value!r} is not a {type(default).__name__} as in {owner}"
+            assert type(default) is type(value), (
+                f"{key}: {value!r} is not a {type(default).__name__} as in {owner}"
+            )
 
 
 def test_smoke_is_the_defaults():
@@ -62,7 +71,9 @@ def test_a_failed_notebook_keeps_what_it_did(tmp_path):
     assert "unknown domain" in (tmp_path / "04_evaluation.ipynb").read_text()
 
 
-@pytest.mark.parametrize(("text", "name"), [("green lipstick", "green-lipstick"), ("Ünï/../x", "ünï-x"), ("🙂", "prompt")])
+@pytest.mark.parametrize(
+    ("text", "name"), [("green lipstick", "green-lipstick"), ("Ünï/../x", "ünï-x"), ("🙂", "prompt")]
+)
 def test_prompts_as_file_names(text, name):
     assert slug(text) == name
 

@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cfclip.method.losses import clip_nce
-from cfclip.method.trainer import MapperTrainer
 from cfclip.method.views import perspective_views
 
 
@@ -21,6 +20,10 @@ def one_step(run: CFCLIP) -> tuple[dict[str, float], Tensor, Tensor, Tensor, Ten
     w = run.w[torch.randint(len(run.w), (2,))]
     w_edited = run.mapper.edit(w, d.clip.encode_text(prompt))
     source, edited = d.generator.synthesis(w), d.generator.synthesis(w_edited)
-    views, unit_source = (F.normalize(d.clip.encode_image(x), dim=-1) for x in (perspective_views(edited, 8), source))
-    nce = clip_nce(views, unit_source, d.clip.template_features(prompt), d.clip.template_features(d.source_text))
+    views, unit_source = (
+        F.normalize(d.clip.encode_image(x), dim=-1) for x in (perspective_views(edited, 8), source)
+    )
+    nce = clip_nce(
+        views, unit_source, d.clip.template_features(prompt), d.clip.template_features(d.source_text)
+    )
     return logs, w, w_edited, source, edited, nce

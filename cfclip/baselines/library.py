@@ -41,7 +41,9 @@ class Trained:
     def open(self, domain: Domain) -> Editor:
         """The editor; the last 16 stay open. WeightsError if it belongs to another domain, or is of no known method."""
         if self.domain not in ("", domain.name):
-            raise WeightsError(f"{self.path} was made for domain {self.domain}, not {domain.name}: load that domain")
+            raise WeightsError(
+                f"{self.path} was made for domain {self.domain}, not {domain.name}: load that domain"
+            )
         known = METHODS.get(self.method)
         if known is None or known.editor.KIND != self.kind or self.prompt is None:
             raise WeightsError(
@@ -77,7 +79,11 @@ def scan(*places: str | os.PathLike, skip_damaged: bool = False) -> list[Trained
     """
     found = []
     for place in map(Path, places):
-        for path in [place] if place.is_file() else sorted([*place.glob("*.safetensors"), *place.glob("*/*.safetensors")]):
+        for path in (
+            [place]
+            if place.is_file()
+            else sorted([*place.glob("*.safetensors"), *place.glob("*/*.safetensors")])
+        ):
             try:
                 found.append(read_trained(path))
             except WeightsError:
@@ -95,7 +101,9 @@ def load_editor(place: str | os.PathLike, domain: Domain) -> Editor:
         found = scan(place)
     if len(found) != 1:
         what = f"several editors ({', '.join(one.path.name for one in found)})" if found else "no editor"
-        raise WeightsError(f"{place} holds {what}: give the folder that one cfclip.baselines.fit(…, out=<folder>) wrote to")
+        raise WeightsError(
+            f"{place} holds {what}: give the folder that one cfclip.baselines.fit(…, out=<folder>) wrote to"
+        )
     return found[0].open(domain)
 
 
@@ -138,7 +146,9 @@ def _open_mapper(path: Path, modified: float) -> Mapper:
     return load_mapper(path)
 
 
-def _of_prompts(found: Sequence[Trained], folder: str | os.PathLike, prompts: Sequence[str], what: str) -> list[Trained]:
+def _of_prompts(
+    found: Sequence[Trained], folder: str | os.PathLike, prompts: Sequence[str], what: str
+) -> list[Trained]:
     found = [one for one in found if one.prompt is not None]
     if not found:
         raise ValueError(f"no {what} in {folder}: train one with 02_training, out=<a folder in there>")
@@ -166,7 +176,9 @@ def find_by_seed(*places: str | os.PathLike) -> tuple[dict[int, Mapper], dict[tu
 def committed(domain: Domain) -> dict[str, Trained]:
     """prompt -> the mapper that was committed with the domain for it."""
     folder = DATA / domain.name / "mappers"
-    return {one.prompt: one for one in _scan_once(folder) if one.prompt is not None} if folder.is_dir() else {}
+    return (
+        {one.prompt: one for one in _scan_once(folder) if one.prompt is not None} if folder.is_dir() else {}
+    )
 
 
 @lru_cache(maxsize=8)
@@ -181,5 +193,7 @@ def mapper_for(domain: Domain, prompt: str) -> Mapper:
         return known[prompt].open(domain).module
     if domain.mapper is None:
         only = f", only for {' and '.join(map(repr, known))}" if known else ""
-        raise ValueError(f"domain {domain.name} has no mapper for {prompt!r}{only}: train one ('refine'), or choose a file")
+        raise ValueError(
+            f"domain {domain.name} has no mapper for {prompt!r}{only}: train one ('refine'), or choose a file"
+        )
     return domain.mapper

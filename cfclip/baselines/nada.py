@@ -46,7 +46,9 @@ class GeneratorEditor(Editor):
     def edit(self, w: Tensor, strength: float = 1.0) -> Tensor:
         source, tuned = self.domain.generator.state_dict(), self.module.state_dict()
         between = copy.deepcopy(self.module)
-        between.load_state_dict({name: source[name] + strength * (tuned[name] - source[name]) for name in tuned})
+        between.load_state_dict({
+            name: source[name] + strength * (tuned[name] - source[name]) for name in tuned
+        })
         return between.synthesis(w)
 
     @classmethod
@@ -60,7 +62,9 @@ class GeneratorEditor(Editor):
         tuned.convs.requires_grad_(True)
         tuned.const.requires_grad_(True)
         lazy = 4 / 5
-        optimizer = torch.optim.Adam([p for p in tuned.parameters() if p.requires_grad], lr=c.lr * lazy, betas=(0.0, 0.99 ** lazy))
+        optimizer = torch.optim.Adam(
+            [p for p in tuned.parameters() if p.requires_grad], lr=c.lr * lazy, betas=(0.0, 0.99**lazy)
+        )
 
         def step(i: int, generator: torch.Generator) -> dict[str, float]:
             w = latents[torch.randint(len(latents), (c.batch,), generator=generator)]
@@ -73,8 +77,17 @@ class GeneratorEditor(Editor):
             optimizer.step()
             return {"directional": loss.item()}
 
-        rows = run_loop(step, c.steps, state={"generator": tuned, "optimizer": optimizer}, out=out, seed=c.seed, callbacks=callbacks,
-                         checkpoint_every=100, desc=c.prompt, progress=progress)
+        rows = run_loop(
+            step,
+            c.steps,
+            state={"generator": tuned, "optimizer": optimizer},
+            out=out,
+            seed=c.seed,
+            callbacks=callbacks,
+            checkpoint_every=100,
+            desc=c.prompt,
+            progress=progress,
+        )
         return cls(method, domain, config, tuned.requires_grad_(False), rows)
 
     @classmethod

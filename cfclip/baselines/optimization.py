@@ -69,7 +69,10 @@ class OptimizationEditor(Editor):
         def step(i: int, generator: torch.Generator) -> dict[str, float]:
             optimizer.param_groups[0]["lr"] = c.lr * learning_rate(i / c.steps)
             images = networks.synthesise(w + shift)
-            losses = {"clip": 1 - networks.clip(images) @ target[0], "l2": shift.square().sum((1, 2))}  # [N] each
+            losses = {
+                "clip": 1 - networks.clip(images) @ target[0],
+                "l2": shift.square().sum((1, 2)),
+            }  # [N] each
             loss = losses["clip"] + c.lambda_l2 * losses["l2"]
             if source is not None:
                 losses["id"] = 1 - (identity(images) * source).sum(1)
@@ -77,7 +80,9 @@ class OptimizationEditor(Editor):
             optimizer.zero_grad()
             loss.sum().backward()  # a sum: each picture's gradient is its own
             optimizer.step()
-            return {"loss": loss.mean().item()} | {name: value.mean().item() for name, value in losses.items()}
+            return {"loss": loss.mean().item()} | {
+                name: value.mean().item() for name, value in losses.items()
+            }
 
         self.rows = run_loop(
             step,
@@ -92,7 +97,12 @@ class OptimizationEditor(Editor):
     @classmethod
     def fit(cls, method, domain, config, out, progress, callbacks) -> Editor:
         check_networks(domain, config)
-        editor = cls(method, domain, begin_run(config, domain.device, out, method=method, domain=domain.name), nn.Module())
+        editor = cls(
+            method,
+            domain,
+            begin_run(config, domain.device, out, method=method, domain=domain.name),
+            nn.Module(),
+        )
         editor.progress, editor.callbacks = progress, tuple(callbacks)
         return editor
 

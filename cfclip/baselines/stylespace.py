@@ -33,7 +33,9 @@ class GlobalConfig(Settings):
     alpha: float = setting(4.1, number(-math.inf))  # how far to go at strength 1
     beta: float = setting(0.15, number())  # channels of less relevance stay as they are
     samples: int = setting(100, int_at_least(1))  # pictures in which each channel is tried …
-    sigmas: float = setting(5.0, number(above=True))  # … this many standard deviations below and above its mean
+    sigmas: float = setting(
+        5.0, number(above=True)
+    )  # … this many standard deviations below and above its mean
     style_samples: int = setting(100_000, int_at_least(2))  # latents behind that mean and standard deviation
     seed: int = setting(0, int_at_least(0))
 
@@ -67,8 +69,13 @@ def convolutions(styles: Sequence[Tensor]) -> list[int]:
 
 
 @torch.no_grad()
-def channel_statistics(domain: Domain, config: GlobalConfig, folder: str | os.PathLike | None = None, progress: bool = True,
-                       callbacks: Iterable[Callback] = ()) -> tuple[Channels, list[dict[str, float]]]:
+def channel_statistics(
+    domain: Domain,
+    config: GlobalConfig,
+    folder: str | os.PathLike | None = None,
+    progress: bool = True,
+    callbacks: Iterable[Callback] = (),
+) -> tuple[Channels, list[dict[str, float]]]:
     """Try every channel at its mean -/+ ``sigmas`` standard deviations on the same pictures (StyleCLIP, section 6.1).
 
     ``effect_c`` is the mean over pictures of ``direction(E_I(above) - E_I(below))``, made unit again. With ``folder`` the
@@ -85,7 +92,10 @@ def channel_statistics(domain: Domain, config: GlobalConfig, folder: str | os.Pa
         file = folder / "channels.safetensors"
         if file.exists():
             return weights.load_into(channels, weights.read(file, "channels")[0], file), []
-    moments, draw = torch.zeros(2, len(where), dtype=torch.float64), torch.Generator().manual_seed(config.seed)
+    moments, draw = (
+        torch.zeros(2, len(where), dtype=torch.float64),
+        torch.Generator().manual_seed(config.seed),
+    )
     for size in [1000] * (config.style_samples // 1000) + [config.style_samples % 1000]:
         sample = g.style_space(g.mapping(torch.randn(size, g.z_dim, generator=draw).to(w), domain.truncation))
         sample = torch.cat([sample[layer] for layer in convolutions(sample)], 1).cpu().double()
@@ -99,26 +109,55 @@ def channel_statistics(domain: Domain, config: GlobalConfig, folder: str | os.Pa
         moved[layer] = styles[layer].clone()
         moved[layer][:, channel] = value
         parts = zip(*(style.split(max_batch(g)) for style in moved), strict=True)
-        return F.normalize(torch.cat([domain.clip.encode_image(g.synthesis_from_styles(part)) for part in parts]), dim=-1)
+        return F.normalize(
+            torch.cat([domain.clip.encode_image(g.synthesis_from_styles(part)) for part in parts]), dim=-1
+        )
 
     def step(i: int, generator: torch.Generator) -> dict[str, float]:
         reach = config.sigmas * channels.std[i]
         change = features(*where[i], channels.mean[i] + reach) - features(*where[i], channels.mean[i] - reach)
         mean = direction(change).mean(0)
         channels.effect[i] = direction(mean)
-        return {"agreement": mean.norm().item()}                   # 1: the channel does the same to every picture
+        return {"agreement": mean.norm().item()}  # 1: the channel does the same to every picture
 
-    rows = run_loop(step, len(where), state={"channels": channels}, out=folder, seed=config.seed, callbacks=callbacks, checkpoint_every=50,
-               desc="channels", progress=progress)
+    rows = run_loop(
+        step,
+        len(where),
+        state={"channels": channels},
+        out=folder,
+        seed=config.seed,
+        callbacks=callbacks,
+        checkpoint_every=50,
+        desc="channels",
+        progress=progress,
+    )
     if file is not None:
-        weights.save(channels, file, "channels", {}, domain=domain.name, samples=config.samples, sigmas=config.sigmas,
-                     style_samples=config.style_samples, seed=config.seed)
+        weights.save(
+            channels,
+            file,
+            "channels",
+            {},
+            domain=domain.name,
+            samples=config.samples,
+            sigmas=config.sigmas,
+            style_samples=config.style_samples,
+            seed=config.seed,
+        )
     return channels, rows
 
 
 def _key(domain: Domain, config: GlobalConfig) -> str:
     """12 digits for all that channel statistics depend on: a file with the same key may be used."""
-    digest = hashlib.sha256(json.dumps([domain.name, domain.truncation, config.samples, config.sigmas, config.style_samples, config.seed]).encode())
+    digest = hashlib.sha256(
+        json.dumps([
+            domain.name,
+            domain.truncation,
+            config.samples,
+            config.sigmas,
+            config.style_samples,
+            config.seed,
+        ]).encode()
+    )
     for network in (domain.generator, domain.clip):
         for name, tensor in network.state_dict().items():
             digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
@@ -128,14 +167,18 @@ def _key(domain: Domain, config: GlobalConfig) -> str:
 def global_direction(domain: Domain, config: GlobalConfig, channels: Channels) -> Direction:
     """The direction of ``config.prompt``; no step at all if that is the source text. ValueError if no channel is relevant enough."""
     described = config.source_text or domain.source_text
-    target, source = (direction(domain.clip.template_features(text).mean(0)) for text in (config.prompt, described))
+    target, source = (
+        direction(domain.clip.template_features(text).mean(0)) for text in (config.prompt, described)
+    )
     relevance = channels.relevance(target - source)
     most = relevance.abs().max()
     if config.prompt == described:
         return Direction(torch.zeros_like(relevance), relevance)
     if most == 0 or most < config.beta:
-        raise ValueError(f"no channel of {domain.name} has a relevance of beta = {config.beta:g} for {config.prompt!r}, the most is {most:.3f}: "
-                         "set beta lower")
+        raise ValueError(
+            f"no channel of {domain.name} has a relevance of beta = {config.beta:g} for {config.prompt!r}, the most is {most:.3f}: "
+            "set beta lower"
+        )
     step = config.alpha * channels.std * torch.where(relevance.abs() < config.beta, 0.0, relevance) / most
     return Direction(step, relevance)
 
@@ -150,7 +193,9 @@ class GlobalEditor(Editor):
     def edit(self, w: Tensor, strength: float = 1.0) -> Tensor:
         styles = self.domain.generator.style_space(w)
         where = convolutions(styles)
-        for layer, step in zip(where, self.module.step.split([styles[i].shape[1] for i in where]), strict=True):
+        for layer, step in zip(
+            where, self.module.step.split([styles[i].shape[1] for i in where]), strict=True
+        ):
             styles[layer] = styles[layer] + strength * step
         return self.domain.generator.synthesis_from_styles(styles)
 

@@ -13,7 +13,7 @@ from jupyter_client.manager import start_new_kernel
 from cfclip.bench.measure import stats
 from cfclip.files import NOTEBOOKS
 
-EDITED = 1                                                         # the row of the edited faces, under the sources
+EDITED = 1  # the row of the edited faces, under the sources
 
 FIND = f"""
 import json
@@ -28,7 +28,9 @@ class Panel:
     """The other end of the explorer's widgets."""
 
     def __init__(self, faces: int, folder: str):
-        self.manager, self.client = start_new_kernel(kernel_name="python3", startup_timeout=300, cwd=str(NOTEBOOKS))
+        self.manager, self.client = start_new_kernel(
+            kernel_name="python3", startup_timeout=300, cwd=str(NOTEBOOKS)
+        )
         for cell in nbformat.read(NOTEBOOKS / "05_explorer.ipynb", 4).cells:
             if cell.cell_type == "code":
                 self.run(cell.source)
@@ -39,7 +41,9 @@ class Panel:
     def run(self, code: str) -> str:
         """What ``code`` prints in the kernel. RuntimeError with its words if it fails."""
         printed = []
-        reply = self.client.execute_interactive(code, timeout=600, output_hook=lambda message: printed.append(message["content"].get("text", "")))
+        reply = self.client.execute_interactive(
+            code, timeout=600, output_hook=lambda message: printed.append(message["content"].get("text", ""))
+        )
         if reply["content"]["status"] == "error":
             raise RuntimeError(f"{reply['content']['ename']}: {reply['content']['evalue']}")
         return "".join(printed)
@@ -55,8 +59,13 @@ class Panel:
 
     def change(self, widget: str, value: Any, timeout: float = 60) -> float:
         """Seconds from the control's message until the new picture is here and the panel no longer says that it is drawing."""
-        message = self.client.session.msg("comm_msg", {"comm_id": self.ids[widget],
-                                                       "data": {"method": "update", "state": {"value": value}, "buffer_paths": []}})
+        message = self.client.session.msg(
+            "comm_msg",
+            {
+                "comm_id": self.ids[widget],
+                "data": {"method": "update", "state": {"value": value}, "buffer_paths": []},
+            },
+        )
         picture, begun = False, time.perf_counter()
         self.client.shell_channel.send(message)
         while time.perf_counter() < begun + timeout:
@@ -82,14 +91,22 @@ def explorer(device: str, faces: int, moves: int) -> Iterator[dict[str, Any]]:
             panel.settle()
             prompts = panel.ids["prompts"]
             strengths = [round(0.5 + 0.05 * (i % 20), 2) for i in range(moves)]
-            for name, widget, values, rest in (("slider", "strength", strengths, True), ("slider, dragged", "strength", strengths, False),
-                                               ("prompt", "prompt", [prompts[(i + 1) % len(prompts)] for i in range(moves)], True)):
+            for name, widget, values, rest in (
+                ("slider", "strength", strengths, True),
+                ("slider, dragged", "strength", strengths, False),
+                ("prompt", "prompt", [prompts[(i + 1) % len(prompts)] for i in range(moves)], True),
+            ):
                 seconds = []
                 for value in values:
                     if rest:
                         panel.settle()
                     seconds.append(panel.change(widget, value))
                 panel.settle()
-                yield {"name": name, "faces": faces, "different": len(set(values)), "p90": sorted(seconds)[int(0.9 * (len(seconds) - 1))]} | stats(seconds)
+                yield {
+                    "name": name,
+                    "faces": faces,
+                    "different": len(set(values)),
+                    "p90": sorted(seconds)[int(0.9 * (len(seconds) - 1))],
+                } | stats(seconds)
         finally:
             panel.close()

@@ -39,10 +39,17 @@ def describe(threads: int) -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     words = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
     memory = psutil.virtual_memory()
-    return {"cpu": machine(), "flags": [flag for flag in FLAGS if flag in words], "memory_gb": round(memory.total / 1e9, 1),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "system": f"{platform.system()} {platform.machine()}",
-            "cpu_threads": threads, "niceness": os.nice(0), "date": date.today().isoformat(),
-            **{name: value for name, value in versions().items() if name not in ("device", "threads", "machine")}}
+    return {
+        "cpu": machine(),
+        "flags": [flag for flag in FLAGS if flag in words],
+        "memory_gb": round(memory.total / 1e9, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu_threads": threads,
+        "niceness": os.nice(0),
+        "date": date.today().isoformat(),
+        **{name: value for name, value in versions().items() if name not in ("device", "threads", "machine")},
+    }
 
 
 def free_gb(device: str) -> float:

@@ -20,7 +20,13 @@ from cfclip.models.ops import fast_dtype, name_of
 
 def stats(seconds: Sequence[float]) -> dict[str, Any]:
     """What a row says of its repeats: all of them, median, least, most and how many."""
-    return {"seconds": [round(s, 7) for s in seconds], "median": median(seconds), "low": min(seconds), "high": max(seconds), "n": len(seconds)}
+    return {
+        "seconds": [round(s, 7) for s in seconds],
+        "median": median(seconds),
+        "low": min(seconds),
+        "high": max(seconds),
+        "n": len(seconds),
+    }
 
 
 def synchronise(device: str) -> None:
@@ -45,9 +51,15 @@ def peak_gb(device: str) -> float:
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     status = Path("/proc/self/status")
-    if status.exists():                                            # ru_maxrss would begin with the parent's memory there
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024 / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    if status.exists():  # ru_maxrss would begin with the parent's memory there
+        return (
+            next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+            * 1024
+            / 1e9
+        )
+    return (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    )
 
 
 def forget_peak(device: str) -> None:

@@ -13,7 +13,6 @@ from cfclip.models.clip import ClipGuide
 from cfclip.models.stylegan2 import Generator
 
 CONFIG_F = (512, 512, 512, 512, 512, 256, 128, 64, 32)
-
 """Channels of StyleGAN2 config-f at 4², 8², …, 1024²."""
 
 
@@ -22,7 +21,11 @@ def random_generator(resolution: int, tiny: bool = False) -> Generator:
     levels = int(math.log2(resolution)) - 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        g = Generator(resolution, (8,) * levels, 16, 16, 2) if tiny else Generator(resolution, CONFIG_F[:levels])
+        g = (
+            Generator(resolution, (8,) * levels, 16, 16, 2)
+            if tiny
+            else Generator(resolution, CONFIG_F[:levels])
+        )
     for conv in g.convs:
         conv.noise_strength.data.fill_(0.1)
     return g.eval().requires_grad_(False)
@@ -34,8 +37,11 @@ def judges(tiny: bool, device: str) -> tuple[ClipGuide, FaceIdentity]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         if tiny:
-            clip = CLIP(16, CLIPVisionCfg(layers=1, width=32, head_width=16, patch_size=8, image_size=16),
-                        CLIPTextCfg(context_length=24, width=16, heads=2, layers=1))
+            clip = CLIP(
+                16,
+                CLIPVisionCfg(layers=1, width=32, head_width=16, patch_size=8, image_size=16),
+                CLIPTextCfg(context_length=24, width=16, heads=2, layers=1),
+            )
             identity = FaceIdentity(IRSE(16, ((16, 16, 1), (16, 32, 1)), 8), crop=False)
         else:
             clip = open_clip.CLIP(**open_clip.get_model_config("ViT-B-32-quickgelu"))

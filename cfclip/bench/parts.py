@@ -38,15 +38,33 @@ PROMPT = "green lipstick"
 
 # ---- the floors of the device ----
 
+
 def floors(device: str, side: int, copied: int, repeats: int) -> Rows:
     """Arithmetic (TFLOP/s) of a matrix product of ``side`` and of a 3x3 convolution, per dtype; bandwidth (GB/s) of a copy of ``copied`` bytes."""
-    for dtype in (torch.float32, torch.bfloat16, torch.float16) if device == "cuda" else (torch.float32, torch.bfloat16):
-        n = side if dtype in dtypes(device) else side // 4         # what is slow there would take minutes
+    for dtype in (
+        (torch.float32, torch.bfloat16, torch.float16)
+        if device == "cuda"
+        else (torch.float32, torch.bfloat16)
+    ):
+        n = side if dtype in dtypes(device) else side // 4  # what is slow there would take minutes
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         channels = max(16, n // 16)
-        x = torch.randn(4, channels, 64, 64, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
-        k = torch.randn(channels, channels, 3, 3, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
-        for name, call in (("matrix product", lambda a=a, b=b: a @ b), ("convolution", lambda x=x, k=k: F.conv2d(x, k, padding=1))):
+        x = (
+            torch
+            .randn(4, channels, 64, 64, device=device)
+            .to(dtype)
+            .contiguous(memory_format=torch.channels_last)
+        )
+        k = (
+            torch
+            .randn(channels, channels, 3, 3, device=device)
+            .to(dtype)
+            .contiguous(memory_format=torch.channels_last)
+        )
+        for name, call in (
+            ("matrix product", lambda a=a, b=b: a @ b),
+            ("convolution", lambda x=x, k=k: F.conv2d(x, k, padding=1)),
+        ):
             flop = sum(entry[0] for entry in work_of(call).values())
             found = stats(timed(call, device, repeats))
             yield {"name": name, "dtype": name_of(dtype), "tflops": flop / found["low"] / 1e12} | found
@@ -57,6 +75,7 @@ def floors(device: str, side: int, copied: int, repeats: int) -> Rows:
 
 
 # ---- (a) the generator ----
+
 
 def _passes(draw: Callable, g: Generator, batch: int, device: str) -> dict[str, Callable[[], Any]]:
     """The two passes of ``draw`` (w -> pictures): without graph, and with the gradient with respect to w."""
@@ -76,11 +95,15 @@ def _passes(draw: Callable, g: Generator, batch: int, device: str) -> dict[str, 
     return {"forward": forward, "forward + backward": both}
 
 
-def _ours(g: Generator, dtype: torch.dtype, fold: bool | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
+def _ours(
+    g: Generator, dtype: torch.dtype, fold: bool | None = None
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """w -> pictures in ``dtype``; with every FIR filter in its convolution's kernel, or with none, or as we choose."""
+
     def draw(w: torch.Tensor) -> torch.Tensor:
         with nullcontext() if fold is None else folding(fold):
             return g.synthesis(w, dtype=None if dtype == torch.float32 else dtype)
+
     return draw
 
 
@@ -89,18 +112,35 @@ def generator(device: str, sizes: Sequence[tuple[int, int]], repeats: int, tiny:
     for resolution, batch in sizes:
         draws = {("plain", "float32"): PlainGenerator(g := random_generator(resolution, tiny).to(device))}
         for dtype in dtypes(device):
-            draws |= {(name, name_of(dtype)): _ours(copy.deepcopy(g), dtype, fold)          # a copy keeps its own kernels
-                      for name, fold in (("ours", None), ("folded", True), *((("unfolded", False),) if dtype in HALF else ()))}
-        calls = {(*key, name): call for key, draw in draws.items() for name, call in _passes(draw, g, batch, device).items()}
-        work = {key: work_of(call) for key, call in calls.items()}     # it warms up as well
+            draws |= {
+                (name, name_of(dtype)): _ours(copy.deepcopy(g), dtype, fold)  # a copy keeps its own kernels
+                for name, fold in (
+                    ("ours", None),
+                    ("folded", True),
+                    *((("unfolded", False),) if dtype in HALF else ()),
+                )
+            }
+        calls = {
+            (*key, name): call
+            for key, draw in draws.items()
+            for name, call in _passes(draw, g, batch, device).items()
+        }
+        work = {key: work_of(call) for key, call in calls.items()}  # it warms up as well
         seconds = {key: [] for key in calls}
         for _ in range(repeats):
             for key, call in calls.items():
                 seconds[key] += timed(call, device, 1, warm=0)
         for (name, dtype, which), taken in seconds.items():
             flop, moved = (sum(entry[i] for entry in work[name, dtype, which].values()) for i in (0, 1))
-            yield {"name": name, "dtype": dtype, "pass": which, "resolution": resolution, "batch": batch, "tflop": flop / 1e12,
-                   "moved_gb": moved / 1e9} | stats(taken)
+            yield {
+                "name": name,
+                "dtype": dtype,
+                "pass": which,
+                "resolution": resolution,
+                "batch": batch,
+                "tflop": flop / 1e12,
+                "moved_gb": moved / 1e9,
+            } | stats(taken)
 
 
 def compiled(device: str, resolution: int, batch: int, repeats: int, tiny: bool) -> Rows:
@@ -111,8 +151,14 @@ def compiled(device: str, resolution: int, batch: int, repeats: int, tiny: bool)
         call()
         synchronise(device)
         compiling = time.perf_counter() - begun
-        yield {"name": "torch.compile of plain", "dtype": "float32", "pass": which, "resolution": resolution, "batch": batch,
-               "compiling": compiling} | stats(timed(call, device, repeats))
+        yield {
+            "name": "torch.compile of plain",
+            "dtype": "float32",
+            "pass": which,
+            "resolution": resolution,
+            "batch": batch,
+            "compiling": compiling,
+        } | stats(timed(call, device, repeats))
 
 
 def generator_memory(device: str, resolution: int, batch: int, dtype: str, plain: bool, tiny: bool) -> Rows:
@@ -120,17 +166,35 @@ def generator_memory(device: str, resolution: int, batch: int, dtype: str, plain
     g = random_generator(resolution, tiny).to(device)
     draw = PlainGenerator(g) if plain else _ours(g, getattr(torch, dtype))
     found = stats(timed(_passes(draw, g, batch, device)["forward + backward"], device, 1, warm=0))
-    yield {"name": "plain" if plain else "ours", "dtype": dtype, "resolution": resolution, "batch": batch, "peak_gb": peak_gb(device)} | found
+    yield {
+        "name": "plain" if plain else "ours",
+        "dtype": dtype,
+        "resolution": resolution,
+        "batch": batch,
+        "peak_gb": peak_gb(device),
+    } | found
 
 
 # ---- (b) the mapper's step ----
 
-def _run(device: str, resolution: int, tiny: bool, dtype: str = "float32", batch: int = 2, micro_batch: int | None = None) -> MapperTrainer:
-    config = CFCLIPConfig(PROMPT, batch=batch, train_latents=max(4, batch), dtype=dtype, micro_batch=micro_batch)
+
+def _run(
+    device: str,
+    resolution: int,
+    tiny: bool,
+    dtype: str = "float32",
+    batch: int = 2,
+    micro_batch: int | None = None,
+) -> MapperTrainer:
+    config = CFCLIPConfig(
+        PROMPT, batch=batch, train_latents=max(4, batch), dtype=dtype, micro_batch=micro_batch
+    )
     return MapperTrainer(random_domain(resolution, tiny, device), config)
 
 
-def _measured(run: MapperTrainer, step: Callable[[int, torch.Generator], dict], device: str, repeats: int, warm: int = 1) -> dict[str, Any]:
+def _measured(
+    run: MapperTrainer, step: Callable[[int, torch.Generator], dict], device: str, repeats: int, warm: int = 1
+) -> dict[str, Any]:
     """The same step again and again: from the same mapper, on the same draws. Its losses and the norm of the mapper's gradient with it."""
     start = {name: value.clone() for name, value in run.mapper.state_dict().items()}
     seconds = []
@@ -146,15 +210,35 @@ def _measured(run: MapperTrainer, step: Callable[[int, torch.Generator], dict], 
     return stats(seconds[warm:]) | {"losses": losses | {"gradient": norm}}
 
 
-def step(device: str, resolution: int, tiny: bool, dtype: str, repeats: int, sources: bool = False, again: bool = False, batch: int = 2,
-         micro_batch: int | None = None) -> Rows:
+def step(
+    device: str,
+    resolution: int,
+    tiny: bool,
+    dtype: str,
+    repeats: int,
+    sources: bool = False,
+    again: bool = False,
+    batch: int = 2,
+    micro_batch: int | None = None,
+) -> Rows:
     """Our step; with ``sources``: though the source pictures are drawn and encoded in every step. ``again``: later, to see what has drifted."""
     run = _run(device, resolution, tiny, dtype, batch, micro_batch)
     forget_peak(device)
     take = Published(run, Wastes.none(sources=True)).step if sources else run.step
     found = _measured(run, take, device, repeats)
-    name = "ours" + (", sources drawn" if sources else "") + (f", {micro_batch} at a time" if micro_batch else "") + (" (again)" if again else "")
-    yield {"name": name, "dtype": dtype, "resolution": resolution, "batch": batch, "peak_gb": peak_gb(device)} | found
+    name = (
+        "ours"
+        + (", sources drawn" if sources else "")
+        + (f", {micro_batch} at a time" if micro_batch else "")
+        + (" (again)" if again else "")
+    )
+    yield {
+        "name": name,
+        "dtype": dtype,
+        "resolution": resolution,
+        "batch": batch,
+        "peak_gb": peak_gb(device),
+    } | found
 
 
 def ladder(device: str, resolution: int, tiny: bool, repeats: int, batch: int = 2) -> Rows:
@@ -169,18 +253,31 @@ def ladder(device: str, resolution: int, tiny: bool, repeats: int, batch: int = 
         wastes = replace(wastes, **{name: False})
         if name == "gram" and run.domain.perceptual is None:
             continue
-        if name == "second_clip":                                  # it takes no time
+        if name == "second_clip":  # it takes no time
             yield {"name": f"- {name}", "off": name, "saves_gb": copy_gb} | known
             continue
-        yield {"name": f"- {name}", "off": name} | known | _measured(run, Published(run, wastes).step, device, 1, warm=0)
+        yield (
+            {"name": f"- {name}", "off": name}
+            | known
+            | _measured(run, Published(run, wastes).step, device, 1, warm=0)
+        )
 
 
 def wastes(device: str, resolution: int, tiny: bool, rounds: int) -> Rows:
     """Each waste turned off alone, and turned on alone, in turns: published, without texts, …, only texts, …, none."""
     run = _run(device, resolution, tiny)
-    timely = [name for name in NAMES if name != "second_clip" and (name != "gram" or run.domain.perceptual is not None)]
-    variants = {("all", None): Wastes()} | {("off", name): replace(Wastes(), **{name: False}) for name in timely}
-    variants |= {("on", name): Wastes.none(**{name: True}, **({"sources": True} if name == "source_views" else {})) for name in timely}
+    timely = [
+        name
+        for name in NAMES
+        if name != "second_clip" and (name != "gram" or run.domain.perceptual is not None)
+    ]
+    variants = {("all", None): Wastes()} | {
+        ("off", name): replace(Wastes(), **{name: False}) for name in timely
+    }
+    variants |= {
+        ("on", name): Wastes.none(**{name: True}, **({"sources": True} if name == "source_views" else {}))
+        for name in timely
+    }
     variants |= {("none", None): Wastes.none()}
     found = {key: [] for key in variants}
     _measured(run, Published(run).step, device, 1, warm=0)
@@ -188,11 +285,19 @@ def wastes(device: str, resolution: int, tiny: bool, rounds: int) -> Rows:
         for key, what in variants.items():
             found[key].append(_measured(run, Published(run, what).step, device, 1, warm=0))
     for (kind, name), measured in found.items():
-        yield {"name": f"{kind} {name}" if name else kind, "kind": kind, "waste": name, "dtype": "float32", "resolution": resolution, "batch": 2,
-               "losses": measured[0]["losses"]} | stats([row["median"] for row in measured])
+        yield {
+            "name": f"{kind} {name}" if name else kind,
+            "kind": kind,
+            "waste": name,
+            "dtype": "float32",
+            "resolution": resolution,
+            "batch": 2,
+            "losses": measured[0]["losses"],
+        } | stats([row["median"] for row in measured])
 
 
 # ---- (e) how cost grows ----
+
 
 def growing_resolution(device: str, resolutions: Sequence[int], tiny: bool, dtype: str, repeats: int) -> Rows:
     """Our step from small to large, so that the peak so far is each one's own."""
@@ -200,29 +305,59 @@ def growing_resolution(device: str, resolutions: Sequence[int], tiny: bool, dtyp
         run = _run(device, resolution, tiny, dtype)
         forget_peak(device)
         found = _measured(run, run.step, device, repeats)
-        yield {"name": "resolution", "value": resolution, "dtype": dtype, "batch": 2, "peak_gb": peak_gb(device)} | found
+        yield {
+            "name": "resolution",
+            "value": resolution,
+            "dtype": dtype,
+            "batch": 2,
+            "peak_gb": peak_gb(device),
+        } | found
 
 
-def growing_batch(device: str, resolution: int, batches: Sequence[int], tiny: bool, dtype: str, repeats: int) -> Rows:
+def growing_batch(
+    device: str, resolution: int, batches: Sequence[int], tiny: bool, dtype: str, repeats: int
+) -> Rows:
     """Our step from small to large batches."""
     for batch in batches:
         run = _run(device, resolution, tiny, dtype, batch)
         forget_peak(device)
         found = _measured(run, run.step, device, repeats)
-        yield {"name": "batch", "value": batch, "dtype": dtype, "resolution": resolution, "peak_gb": peak_gb(device)} | found
+        yield {
+            "name": "batch",
+            "value": batch,
+            "dtype": dtype,
+            "resolution": resolution,
+            "peak_gb": peak_gb(device),
+        } | found
 
 
-def growing_prompts(device: str, prompts: Sequence[int], prompts_at_once: Sequence[int], tiny: bool, repeats: int) -> Rows:
+def growing_prompts(
+    device: str, prompts: Sequence[int], prompts_at_once: Sequence[int], tiny: bool, repeats: int
+) -> Rows:
     """One mapper of many prompts on toonfaces (``tiny``: random networks), batch 8: prompts to draw from, and prompts in one step."""
     domain = random_domain(16, True, device) if tiny else load_domain("toonfaces", device)
     texts = load_domain("toonfaces").truth.prompts if tiny else domain.truth.prompts
-    for count, together in [(count, 1) for count in prompts] + [(max(prompts), k) for k in prompts_at_once if k > 1]:
+    for count, together in [(count, 1) for count in prompts] + [
+        (max(prompts), k) for k in prompts_at_once if k > 1
+    ]:
         begun = time.perf_counter()
-        run = MapperTrainer(domain, MultiPromptConfig(prompts=tuple(texts[:count]), prompts_at_once=together, batch=8, train_latents=8))
+        run = MapperTrainer(
+            domain,
+            MultiPromptConfig(
+                prompts=tuple(texts[:count]), prompts_at_once=together, batch=8, train_latents=8
+            ),
+        )
         prepared = time.perf_counter() - begun
         found = _measured(run, run.step, device, repeats)
-        yield {"name": "prompts" if together == 1 else "prompts at once", "value": count if together == 1 else together, "prompts": count,
-               "prompts_at_once": together, "dtype": "float32", "batch": 8, "preparing": prepared} | found
+        yield {
+            "name": "prompts" if together == 1 else "prompts at once",
+            "value": count if together == 1 else together,
+            "prompts": count,
+            "prompts_at_once": together,
+            "dtype": "float32",
+            "batch": 8,
+            "preparing": prepared,
+        } | found
 
 
 def growing_sweep(device: str, runs: Sequence[int], repeats: int) -> Rows:
@@ -231,16 +366,25 @@ def growing_sweep(device: str, runs: Sequence[int], repeats: int) -> Rows:
         with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as executor:
             out = Path(folder, "runs")
             out.mkdir()
-            spec = Spec("bench", Path(folder), ({"notebook": "02_training", "prompt": PROMPT, "seed": list(range(count))},))
+            spec = Spec(
+                "bench",
+                Path(folder),
+                ({"notebook": "02_training", "prompt": PROMPT, "seed": list(range(count))},),
+            )
             planned, _ = plan(spec, out)
-            yield {"name": "sweep, plan", "value": count} | stats(timed(lambda spec=spec, out=out: plan(spec, out), device, repeats))
+            yield {"name": "sweep, plan", "value": count} | stats(
+                timed(lambda spec=spec, out=out: plan(spec, out), device, repeats)
+            )
             for run in planned:
                 write_record(run, out / run.id, "finished")
-            again = timed(lambda spec=spec, out=out, executor=executor: sweep(spec, out, out, executor), device, repeats)
+            again = timed(
+                lambda spec=spec, out=out, executor=executor: sweep(spec, out, out, executor), device, repeats
+            )
             yield {"name": "sweep, resume", "value": count} | stats(again)
 
 
 # ---- (f) what the fast ways change ----
+
 
 @torch.no_grad()
 def pictures(device: str, faces: int) -> Rows:
@@ -252,10 +396,15 @@ def pictures(device: str, faces: int) -> Rows:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for fold in (False, True):
             drawn, draw = [], _ours(domain.generator, dtype, fold)
-            found = stats(timed(lambda: drawn.append(draw(w)), device, 1, warm=0))          # noqa: B023 (called here)
+            found = stats(timed(lambda: drawn.append(draw(w)), device, 1, warm=0))  # noqa: B023 (called here)
             apart = (drawn[0] - exact).abs() * 127.5
-            yield {"name": "folded" if fold else "unfolded", "dtype": name_of(dtype), "faces": faces, "mean": apart.mean().item(),
-                   "most": apart.max().item()} | found
+            yield {
+                "name": "folded" if fold else "unfolded",
+                "dtype": name_of(dtype),
+                "faces": faces,
+                "mean": apart.mean().item(),
+                "most": apart.max().item(),
+            } | found
 
 
 def success(device: str, prompts: Sequence[str], seeds: Sequence[int], steps: int, faces: int) -> Rows:
@@ -268,14 +417,33 @@ def success(device: str, prompts: Sequence[str], seeds: Sequence[int], steps: in
             for operators, dtype in ways:
                 begun = time.perf_counter()
                 with using("reference") if operators == "reference" else nullcontext():
-                    editor = fit("cfclip", domain, prompt, progress=False, **settings | {"steps": steps, "seed": seed, "dtype": dtype})
+                    editor = fit(
+                        "cfclip",
+                        domain,
+                        prompt,
+                        progress=False,
+                        **settings | {"steps": steps, "seed": seed, "dtype": dtype},
+                    )
                 taken = time.perf_counter() - begun
-                rows = metrics.over_strengths(domain, prompt, editor.edit, domain.latents(faces, "test", seed), [1.0])
-                yield {"name": operators, "dtype": dtype, "prompt": prompt, "seed": seed, "steps": steps, "faces": faces,
-                       **{name: sum(row[name] for row in rows) / len(rows) for name in ("success_after", "identity")}} | stats([taken])
+                rows = metrics.over_strengths(
+                    domain, prompt, editor.edit, domain.latents(faces, "test", seed), [1.0]
+                )
+                yield {
+                    "name": operators,
+                    "dtype": dtype,
+                    "prompt": prompt,
+                    "seed": seed,
+                    "steps": steps,
+                    "faces": faces,
+                    **{
+                        name: sum(row[name] for row in rows) / len(rows)
+                        for name in ("success_after", "identity")
+                    },
+                } | stats([taken])
 
 
 # ---- the profile ----
+
 
 class Phases:
     """Splits ``run``'s step: seconds, and dtype -> [FLOP, bytes], of each phase. Everything until a mark belongs to the phase that the mark names."""
@@ -297,6 +465,7 @@ class Phases:
             then(result)
             self.mark(after)
             return result
+
         return wrapped
 
     def _watch(self, pictures: torch.Tensor) -> None:
@@ -338,12 +507,31 @@ def profile(device: str, resolution: int, tiny: bool, dtype: str, repeats: int, 
         for phase, taken in phases.seconds.items():
             seconds.setdefault(phase, []).append(taken)
     for phase, taken in seconds.items():
-        yield {"name": phase, "kind": "phase", "dtype": dtype, "resolution": resolution, "work": counted.get(phase, {})} | stats(taken)
+        yield {
+            "name": phase,
+            "kind": "phase",
+            "dtype": dtype,
+            "resolution": resolution,
+            "work": counted.get(phase, {}),
+        } | stats(taken)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
     with torch.profiler.profile(activities=activities) as found:
         phases.take()
-    events = [(event.key, (event.self_device_time_total if device == "cuda" else event.self_cpu_time_total) / 1e6, event.count)
-              for event in found.key_averages()]
+    events = [
+        (
+            event.key,
+            (event.self_device_time_total if device == "cuda" else event.self_cpu_time_total) / 1e6,
+            event.count,
+        )
+        for event in found.key_averages()
+    ]
     total = sum(taken for _, taken, _ in events)
     for name, taken, count in sorted(events, key=lambda event: -event[1])[:top]:
-        yield {"name": name, "kind": "operator", "dtype": dtype, "resolution": resolution, "share": taken / total, "calls": count} | stats([taken])
+        yield {
+            "name": name,
+            "kind": "operator",
+            "dtype": dtype,
+            "resolution": resolution,
+            "share": taken / total,
+            "calls": count,
+        } | stats([taken])

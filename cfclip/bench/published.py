@@ -25,15 +25,21 @@ from cfclip.models.stylegan2 import Generator, StyledConv, ToRGB
 class Wastes:
     """What the published step does though its losses do not need it. All on: the published step; all off: ours."""
 
-    texts: bool = True             # both sets of 79 templated texts go through CLIP's text tower again, ``text_passes`` times
-    source_views: bool = True      # the source pictures go through CLIP once per view of the edit (8 times); off: once
+    texts: bool = (
+        True  # both sets of 79 templated texts go through CLIP's text tower again, ``text_passes`` times
+    )
+    source_views: bool = (
+        True  # the source pictures go through CLIP once per view of the edit (8 times); off: once
+    )
     weight_gradients: bool = True  # generator, CLIP and identity keep requires_grad
-    plane_filters: bool = True     # FIR filters insert zeros, pad, and convolve plane by plane; off: depthwise
-    sample_weights: bool = True    # every sample has modulated weights of its own, in a grouped convolution; off: modulated activations
-    second_clip: bool = True       # a second copy of CLIP, for the text that the mapper sees; costs memory alone
-    gram: bool = True              # Gram matrices of the perceptual features, dropped; only where the domain has a perceptual network
-    sources: bool = True           # the source pictures are drawn and encoded anew; off: their features are kept per latent
-    text_passes: int = 2           # the text direction needs both sets, the second positive the targets again, the negatives the sources again
+    plane_filters: bool = True  # FIR filters insert zeros, pad, and convolve plane by plane; off: depthwise
+    sample_weights: bool = True  # every sample has modulated weights of its own, in a grouped convolution; off: modulated activations
+    second_clip: bool = True  # a second copy of CLIP, for the text that the mapper sees; costs memory alone
+    gram: bool = True  # Gram matrices of the perceptual features, dropped; only where the domain has a perceptual network
+    sources: bool = (
+        True  # the source pictures are drawn and encoded anew; off: their features are kept per latent
+    )
+    text_passes: int = 2  # the text direction needs both sets, the second positive the targets again, the negatives the sources again
 
     @classmethod
     def none(cls, **on: bool) -> "Wastes":
@@ -42,12 +48,18 @@ class Wastes:
 
 
 NAMES = tuple(f.name for f in fields(Wastes) if f.type is bool)
-
 """The switches, in the order in which the ladder of the report turns them off: the sources last, as keeping them needs a small set of latents."""
 
-WORDS = {"texts": "constant texts encoded again", "source_views": "source encoded once per view", "weight_gradients": "gradients of frozen weights",
-         "plane_filters": "FIR plane by plane", "sample_weights": "weights per sample", "second_clip": "second copy of CLIP",
-         "gram": "Gram matrices, dropped", "sources": "sources drawn and encoded again"}
+WORDS = {
+    "texts": "constant texts encoded again",
+    "source_views": "source encoded once per view",
+    "weight_gradients": "gradients of frozen weights",
+    "plane_filters": "FIR plane by plane",
+    "sample_weights": "weights per sample",
+    "second_clip": "second copy of CLIP",
+    "gram": "Gram matrices, dropped",
+    "sources": "sources drawn and encoded again",
+}
 
 
 def plane_filter(x: Tensor, f: Tensor, up: int, pad: tuple[int, int], gain: float) -> Tensor:
@@ -74,7 +86,10 @@ class PlainGenerator:
                 x = self.modulated(x, conv, conv.affine(w[:, i]), up=conv.up)
                 x = x + conv.noise_strength * conv.noise_const
                 x = F.leaky_relu(x + conv.bias[None, :, None, None], 0.2) * math.sqrt(2)
-            picture = self.modulated(x, rgb, rgb.affine(w[:, 2 * level + 1]), demodulate=False) + rgb.bias[None, :, None, None]
+            picture = (
+                self.modulated(x, rgb, rgb.affine(w[:, 2 * level + 1]), demodulate=False)
+                + rgb.bias[None, :, None, None]
+            )
             image = picture if image is None else picture + self.filter(image, 2, (2, 1))
         return image
 
@@ -83,7 +98,9 @@ class PlainGenerator:
             return plane_filter(x, self.generator.fir, up, pad, 4.0)
         return upfirdn2d(x, self.generator.fir, up=up, pad=pad * 2, gain=4.0)
 
-    def modulated(self, x: Tensor, layer: StyledConv | ToRGB, style: Tensor, demodulate: bool = True, up: bool = False) -> Tensor:
+    def modulated(
+        self, x: Tensor, layer: StyledConv | ToRGB, style: Tensor, demodulate: bool = True, up: bool = False
+    ) -> Tensor:
         weight = layer.weight * layer.scale
         n, (o, i, k, _) = len(x), weight.shape
         if self.sample_weights:
@@ -116,12 +133,18 @@ class Published:
     def __init__(self, run: MapperTrainer, wastes: Wastes | None = None):
         self.run, self.wastes = run, wastes or Wastes()
         d, on = run.domain, self.wastes
-        self.plain = PlainGenerator(d.generator, on.plane_filters, on.sample_weights) if on.plane_filters or on.sample_weights else None
+        self.plain = (
+            PlainGenerator(d.generator, on.plane_filters, on.sample_weights)
+            if on.plane_filters or on.sample_weights
+            else None
+        )
         if run.config.dtype != "float32" and (self.plain or on.weight_gradients or on.texts):
             raise ValueError(f"the published step is float32, not {run.config.dtype}")
-        self.networks = [network for network in (d.generator, d.clip, d.identity, d.perceptual) if network is not None]
+        self.networks = [
+            network for network in (d.generator, d.clip, d.identity, d.perceptual) if network is not None
+        ]
         for network in self.networks:
-            network.zero_grad(set_to_none=True)                    # what another step's waste has left
+            network.zero_grad(set_to_none=True)  # what another step's waste has left
         clip = copy.deepcopy(d.clip) if on.second_clip else d.clip
         with torch.no_grad():
             self.text = clip.model.encode_text(clip.tokenize(run.config.prompt).to(d.device))

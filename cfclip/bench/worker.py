@@ -13,16 +13,39 @@ import torch
 from cfclip.bench import parts
 from cfclip.bench.explorer import explorer
 
-WHAT = {name: getattr(parts, name) for name in ("floors", "generator", "compiled", "generator_memory", "step", "ladder", "wastes", "growing_resolution",
-                                                "growing_batch", "growing_prompts", "growing_sweep",
-                                                "pictures", "success", "profile")} | {"explorer": explorer}
+WHAT = {
+    name: getattr(parts, name)
+    for name in (
+        "floors",
+        "generator",
+        "compiled",
+        "generator_memory",
+        "step",
+        "ladder",
+        "wastes",
+        "growing_resolution",
+        "growing_batch",
+        "growing_prompts",
+        "growing_sweep",
+        "pictures",
+        "success",
+        "profile",
+    )
+} | {"explorer": explorer}
 
 
 def work(jobs: list[dict[str, Any]], out: Path) -> None:
     """``jobs``: {id, part, what, arguments}. A row more per job says that it is done, or why not."""
     with out.open("a", encoding="utf-8") as file:
+
         def write(job: dict[str, Any], **row: Any) -> None:
-            file.write(json.dumps({"job": job["id"], "part": job["part"], "device": job["arguments"]["device"]} | row, ensure_ascii=False) + "\n")
+            file.write(
+                json.dumps(
+                    {"job": job["id"], "part": job["part"], "device": job["arguments"]["device"]} | row,
+                    ensure_ascii=False,
+                )
+                + "\n"
+            )
             file.flush()
 
         for job in jobs:
@@ -30,7 +53,7 @@ def work(jobs: list[dict[str, Any]], out: Path) -> None:
             try:
                 for row in WHAT[job["what"]](**job["arguments"]):
                     write(job, **row)
-            except Exception as error:                             # one part that does not work here keeps no other from being measured
+            except Exception as error:  # one part that does not work here keeps no other from being measured
                 words = str(error).strip().splitlines() or [""]
                 write(job, status="failed", why=f"{type(error).__name__}: {words[0]}"[:300])
             else:
@@ -38,8 +61,8 @@ def work(jobs: list[dict[str, Any]], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    with suppress(OSError):                                        # if memory runs out, this process goes, and no other
+    with suppress(OSError):  # if memory runs out, this process goes, and no other
         Path("/proc/self/oom_score_adj").write_text("1000")
-    torch.backends.cudnn.allow_tf32 = False                        # float32 is to mean it
+    torch.backends.cudnn.allow_tf32 = False  # float32 is to mean it
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     work(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2]))

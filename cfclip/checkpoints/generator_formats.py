@@ -15,17 +15,18 @@ from torch import Tensor
 from cfclip.checkpoints.safe_pickle import PickleError, Record, to_tensor
 
 Parts = tuple[dict[str, Any], dict[str, Tensor | None]]
-
 """(constructor arguments, state dict); ``w_avg`` is None where the file has none."""
 
 LR_MUL = 0.01
-
 """The learning-rate multiplier that our mapping layers have; others are folded into the weights."""
 
 
 def from_rosinality(state: Mapping[str, Tensor], latent_avg: Tensor | None = None) -> Parts:
     """A state dict of rosinality's ``Generator`` (keys without a prefix) and the mean latent beside it."""
-    convs, rgbs = (sorted({int(m[1]) for key in state if (m := re.match(rf"{name}\.(\d+)\.", key))}) for name in ("convs", "to_rgbs"))
+    convs, rgbs = (
+        sorted({int(m[1]) for key in state if (m := re.match(rf"{name}\.(\d+)\.", key))})
+        for name in ("convs", "to_rgbs")
+    )
     layers = []
     for i, name in enumerate(["conv1", *(f"convs.{k}" for k in convs)]):
         noise = state.get(f"noises.noise_{i}")
@@ -37,17 +38,32 @@ def from_rosinality(state: Mapping[str, Tensor], latent_avg: Tensor | None = Non
             "noise_strength": _need(state, f"{name}.noise.weight").reshape(()),
             "noise_const": _seeded_noise(i) if noise is None else noise[0, 0],
         })
-    to_rgbs = [{
-        "weight": _need(state, f"{name}.conv.weight")[0],
-        "bias": _need(state, f"{name}.bias").reshape(-1),
-        "affine.weight": _need(state, f"{name}.conv.modulation.weight"),
-        "affine.bias": _need(state, f"{name}.conv.modulation.bias"),
-    } for name in ["to_rgb1", *(f"to_rgbs.{k}" for k in rgbs)]]
+    to_rgbs = [
+        {
+            "weight": _need(state, f"{name}.conv.weight")[0],
+            "bias": _need(state, f"{name}.bias").reshape(-1),
+            "affine.weight": _need(state, f"{name}.conv.modulation.weight"),
+            "affine.bias": _need(state, f"{name}.conv.modulation.bias"),
+        }
+        for name in ["to_rgb1", *(f"to_rgbs.{k}" for k in rgbs)]
+    ]
     depth = len({m[1] for key in state if (m := re.match(r"style\.(\d+)\.weight", key))})
-    style = [(_need(state, f"style.{i + 1}.weight"), _need(state, f"style.{i + 1}.bias")) for i in range(depth)]
+    style = [
+        (_need(state, f"style.{i + 1}.weight"), _need(state, f"style.{i + 1}.bias")) for i in range(depth)
+    ]
     if latent_avg is not None:
-        latent_avg = latent_avg.reshape(-1, latent_avg.shape[-1])[0]          # [D], or e4e's [L, D] of one repeated row
-    return _assemble(style, _need(state, "input.input")[0], layers, to_rgbs, latent_avg, state.get("convs.0.conv.blur.kernel"), None)
+        latent_avg = latent_avg.reshape(-1, latent_avg.shape[-1])[
+            0
+        ]  # [D], or e4e's [L, D] of one repeated row
+    return _assemble(
+        style,
+        _need(state, "input.input")[0],
+        layers,
+        to_rgbs,
+        latent_avg,
+        state.get("convs.0.conv.blur.kernel"),
+        None,
+    )
 
 
 def _seeded_noise(i: int) -> Tensor:
@@ -62,29 +78,47 @@ def from_nvidia(network: Any) -> Parts:
     modules: dict[str, Record] = {}
     _flatten(network, "", flat, modules)
     if "synthesis.input" in modules:
-        raise ValueError("it is a StyleGAN3 (alias-free) generator, which has another synthesis network: use a StyleGAN2 checkpoint")
+        raise ValueError(
+            "it is a StyleGAN3 (alias-free) generator, which has another synthesis network: use a StyleGAN2 checkpoint"
+        )
     if "synthesis.b4" not in modules or "mapping" not in modules:
-        raise ValueError("its generator is no StyleGAN2: it has no synthesis block b4 behind a mapping network")
-    if any(key.endswith("skip.weight") for key in flat) or any(m.get("architecture", "skip") != "skip" for m in modules.values()):
-        raise ValueError("it is a StyleGAN2 of another architecture (resnet or orig), where only 'skip' works")
+        raise ValueError(
+            "its generator is no StyleGAN2: it has no synthesis block b4 behind a mapping network"
+        )
+    if any(key.endswith("skip.weight") for key in flat) or any(
+        m.get("architecture", "skip") != "skip" for m in modules.values()
+    ):
+        raise ValueError(
+            "it is a StyleGAN2 of another architecture (resnet or orig), where only 'skip' works"
+        )
     mapping = modules["mapping"]
     _unconditional(network.get("c_dim", mapping.get("c_dim")), "mapping.embed.weight" in flat)
-    layers = {name: m for name, m in modules.items() if re.fullmatch(r"synthesis\.b\d+\.(conv0|conv1|torgb)", name)}
+    layers = {
+        name: m for name, m in modules.items() if re.fullmatch(r"synthesis\.b\d+\.(conv0|conv1|torgb)", name)
+    }
     clamps = {_number(m.get("conv_clamp")) for m in layers.values()}
-    activations = {m.get("activation", "lrelu") for name, m in modules.items() if re.search(r"\.(conv\d|fc\d+)$", name)}
+    activations = {
+        m.get("activation", "lrelu") for name, m in modules.items() if re.search(r"\.(conv\d|fc\d+)$", name)
+    }
     if len(clamps) > 1 or activations != {"lrelu"}:
-        raise ValueError(f"it is a changed StyleGAN2: activations {sorted(map(str, activations))}, clamps {sorted(map(str, clamps))}")
+        raise ValueError(
+            f"it is a changed StyleGAN2: activations {sorted(map(str, activations))}, clamps {sorted(map(str, clamps))}"
+        )
     depth = sum(bool(re.fullmatch(r"mapping\.fc\d+\.weight", key)) for key in flat)
     style = []
     for i in range(depth):
         lr_mul = _number(modules[f"mapping.fc{i}"].get("bias_gain", LR_MUL))
-        style.append(_mapping_layer(_take(flat, f"mapping.fc{i}.weight"), _take(flat, f"mapping.fc{i}.bias"), lr_mul))
+        style.append(
+            _mapping_layer(_take(flat, f"mapping.fc{i}.weight"), _take(flat, f"mapping.fc{i}.bias"), lr_mul)
+        )
     fir = next((to_tensor(flat[key]) for key in flat if key.endswith("resample_filter")), None)
     w_avg = to_tensor(flat["mapping.w_avg"]) if "mapping.w_avg" in flat else None
     return _from_blocks(lambda key: _take(flat, key), set(flat), style, w_avg, fir, clamps.pop())
 
 
-def _flatten(module: Any, prefix: str, flat: dict[str, Any], modules: dict[str, Record], depth: int = 0) -> None:
+def _flatten(
+    module: Any, prefix: str, flat: dict[str, Any], modules: dict[str, Record], depth: int = 0
+) -> None:
     """Collect parameters and buffers, and the modules themselves, under their dotted names."""
     if not isinstance(module, Record) or not isinstance(module.state, dict) or depth > 8:
         raise ValueError("it holds no network where one should be")
@@ -106,21 +140,37 @@ def from_tensorflow(network: Record) -> Parts:
     kwargs = kwargs.items if isinstance(kwargs, Record) else kwargs or {}
     if "synthesis/4x4/Conv/mod_weight" not in flat:
         version = _number(network.get("version"))
-        raise ValueError(f"it is a TensorFlow network (version {version:g}) from before StyleGAN2, or no generator: use a StyleGAN2 one")
-    if kwargs.get("architecture", "skip") != "skip" or any("/Skip/" in key or "/ToRGB_lod" in key for key in flat):
-        raise ValueError("it is a StyleGAN2 of another architecture (config a-d, resnet or orig), where only 'skip' works")
+        raise ValueError(
+            f"it is a TensorFlow network (version {version:g}) from before StyleGAN2, or no generator: use a StyleGAN2 one"
+        )
+    if kwargs.get("architecture", "skip") != "skip" or any(
+        "/Skip/" in key or "/ToRGB_lod" in key for key in flat
+    ):
+        raise ValueError(
+            "it is a StyleGAN2 of another architecture (config a-d, resnet or orig), where only 'skip' works"
+        )
     if {kwargs.get("nonlinearity", "lrelu"), kwargs.get("mapping_nonlinearity", "lrelu")} != {"lrelu"}:
         raise ValueError("it is a changed StyleGAN2: its activation is no leaky ReLU")
     _unconditional(kwargs.get("label_size"), "mapping/LabelEmbed/weight" in flat)
     lr_mul = _number(kwargs.get("mapping_lrmul", LR_MUL))
     depth = sum(bool(re.fullmatch(r"mapping/Dense\d+/weight", key)) for key in flat)
-    style = [_mapping_layer(_take(flat, f"mapping/Dense{i}/weight").t(), _take(flat, f"mapping/Dense{i}/bias"), lr_mul)
-             for i in range(depth)]
+    style = [
+        _mapping_layer(
+            _take(flat, f"mapping/Dense{i}/weight").t(), _take(flat, f"mapping/Dense{i}/bias"), lr_mul
+        )
+        for i in range(depth)
+    ]
     kernel = kwargs.get("resample_kernel", [1, 3, 3, 1])
     fir = torch.tensor([1.0] if kernel is None else [float(_number(tap)) for tap in kernel])
     w_avg = to_tensor(flat["dlatent_avg"]) if "dlatent_avg" in flat else None
-    return _from_blocks(lambda key: _take_tensorflow(flat, key), {_nvidia_key(key) for key in flat}, style, w_avg, fir,
-                        _number(kwargs.get("conv_clamp")))
+    return _from_blocks(
+        lambda key: _take_tensorflow(flat, key),
+        {_nvidia_key(key) for key in flat},
+        style,
+        w_avg,
+        fir,
+        _number(kwargs.get("conv_clamp")),
+    )
 
 
 def _flatten_tensorflow(network: Any, prefix: str, flat: dict[str, Any], depth: int = 0) -> None:
@@ -156,37 +206,64 @@ def _take_tensorflow(flat: Mapping[str, Any], key: str) -> Tensor:
     tf_layer = "Conv" if (res, layer) == ("4", "conv1") else TF_LAYERS[layer]
     value = _take(flat, f"synthesis/{res}x{res}/{tf_layer}/{TF_TENSORS.get(name, name)}")
     if name == "weight":
-        value = value.permute(3, 2, 0, 1)                          # [k, k, in, out]
-        return value.flip(2, 3) if layer == "conv0" else value     # TensorFlow's up-sampling convolution is a correlation
+        value = value.permute(3, 2, 0, 1)  # [k, k, in, out]
+        return (
+            value.flip(2, 3) if layer == "conv0" else value
+        )  # TensorFlow's up-sampling convolution is a correlation
     return value.t() if name == "affine.weight" else value + 1 if name == "affine.bias" else value
 
 
-def _from_blocks(take: Callable[[str], Tensor], keys: set[str], style: Sequence[tuple[Tensor, Tensor]], w_avg: Tensor | None,
-                 fir: Tensor | None, conv_clamp: float | None) -> Parts:
+def _from_blocks(
+    take: Callable[[str], Tensor],
+    keys: set[str],
+    style: Sequence[tuple[Tensor, Tensor]],
+    w_avg: Tensor | None,
+    fir: Tensor | None,
+    conv_clamp: float | None,
+) -> Parts:
     """The parts from NVIDIA's blocks ``synthesis.b4``, ``b8``, …; ``take`` gives a tensor by its PyTorch name."""
-    resolutions = sorted(int(m[1]) for key in keys if (m := re.fullmatch(r"synthesis\.b(\d+)\.conv1\.weight", key)))
-    if resolutions != [4 * 2 ** i for i in range(len(resolutions))]:
-        raise ValueError(f"its synthesis blocks are {resolutions[:12]}, where 4, 8, … without a gap are needed: the file is incomplete")
+    resolutions = sorted(
+        int(m[1]) for key in keys if (m := re.fullmatch(r"synthesis\.b(\d+)\.conv1\.weight", key))
+    )
+    if resolutions != [4 * 2**i for i in range(len(resolutions))]:
+        raise ValueError(
+            f"its synthesis blocks are {resolutions[:12]}, where 4, 8, … without a gap are needed: the file is incomplete"
+        )
     layers, rgbs = [], []
     for res in resolutions:
         for name in ("conv0", "conv1") if res > 4 else ("conv1",):
             prefix = f"synthesis.b{res}.{name}."
             layer = {part: take(prefix + part) for part in ("weight", "bias", "affine.weight", "affine.bias")}
             try:
-                layer |= {"noise_strength": take(prefix + "noise_strength").reshape(()), "noise_const": take(prefix + "noise_const")}
-            except LookupError:                                    # trained with use_noise=False
+                layer |= {
+                    "noise_strength": take(prefix + "noise_strength").reshape(()),
+                    "noise_const": take(prefix + "noise_const"),
+                }
+            except LookupError:  # trained with use_noise=False
                 layer |= {"noise_strength": torch.zeros(()), "noise_const": torch.zeros(res, res)}
             layers.append(layer)
-        rgbs.append({part: take(f"synthesis.b{res}.torgb.{part}") for part in ("weight", "bias", "affine.weight", "affine.bias")})
+        rgbs.append({
+            part: take(f"synthesis.b{res}.torgb.{part}")
+            for part in ("weight", "bias", "affine.weight", "affine.bias")
+        })
     return _assemble(style, take("synthesis.b4.const"), layers, rgbs, w_avg, fir, conv_clamp)
 
 
-def _assemble(style: Sequence[tuple[Tensor, Tensor]], const: Tensor, convs: Sequence[Mapping[str, Tensor]],
-              rgbs: Sequence[Mapping[str, Tensor]], w_avg: Tensor | None, fir: Tensor | None, conv_clamp: float | None) -> Parts:
+def _assemble(
+    style: Sequence[tuple[Tensor, Tensor]],
+    const: Tensor,
+    convs: Sequence[Mapping[str, Tensor]],
+    rgbs: Sequence[Mapping[str, Tensor]],
+    w_avg: Tensor | None,
+    fir: Tensor | None,
+    conv_clamp: float | None,
+) -> Parts:
     if not style:
         raise ValueError("it has no mapping network")
     if rgbs[0]["weight"].shape[0] != 3:
-        raise ValueError(f"its images have {rgbs[0]['weight'].shape[0]} channels (grey or with alpha), where only RGB works")
+        raise ValueError(
+            f"its images have {rgbs[0]['weight'].shape[0]} channels (grey or with alpha), where only RGB works"
+        )
     if fir is None:
         fir = torch.tensor([1.0, 3.0, 3.0, 1.0])
     fir = torch.outer(fir, fir) if fir.ndim == 1 else fir
@@ -198,9 +275,15 @@ def _assemble(style: Sequence[tuple[Tensor, Tensor]], const: Tensor, convs: Sequ
     for name, layers in (("convs", convs), ("rgbs", rgbs)):
         for i, layer in enumerate(layers):
             tensors |= {f"{name}.{i}.{part}": value for part, value in layer.items()}
-    config = {"resolution": 4 * 2 ** (len(rgbs) - 1), "channels": [rgb["weight"].shape[1] for rgb in rgbs],
-              "z_dim": style[0][0].shape[1], "w_dim": rgbs[0]["affine.weight"].shape[1], "mapping_layers": len(style),
-              "conv_clamp": conv_clamp, "fir": tensors["fir"]}
+    config = {
+        "resolution": 4 * 2 ** (len(rgbs) - 1),
+        "channels": [rgb["weight"].shape[1] for rgb in rgbs],
+        "z_dim": style[0][0].shape[1],
+        "w_dim": rgbs[0]["affine.weight"].shape[1],
+        "mapping_layers": len(style),
+        "conv_clamp": conv_clamp,
+        "fir": tensors["fir"],
+    }
     return config, tensors
 
 

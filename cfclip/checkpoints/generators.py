@@ -33,28 +33,45 @@ def load_generator(path: str | os.PathLike, device: str | torch.device = "cpu") 
         elif kind.startswith("torch"):
             tree = read_torch(path)
             state = state_dict(tree, "g_ema", "g", "state_dict")
-            prefix = next((key.removesuffix("input.input") for key in state if key.endswith("input.input")), None)
+            prefix = next(
+                (key.removesuffix("input.input") for key in state if key.endswith("input.input")), None
+            )
             if prefix is None:
                 raise ValueError(f"it holds {describe(tree)}, where a StyleGAN2 generator is needed")
-            avg = next((tree[name] for name in ("latent_avg", "mean_latent") if isinstance(tree.get(name), Tensor)), None)
-            config, tensors = from_rosinality({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}, avg)
+            avg = next(
+                (tree[name] for name in ("latent_avg", "mean_latent") if isinstance(tree.get(name), Tensor)),
+                None,
+            )
+            config, tensors = from_rosinality(
+                {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}, avg
+            )
         else:
             raise ValueError(f"it is a {kind} file, where a StyleGAN2 generator is needed")
         known = tensors["w_avg"] is not None
-        generator = build(lambda: Generator(**config), tensors if known else tensors | {"w_avg": torch.zeros(config["w_dim"])}, "generator")
+        generator = build(
+            lambda: Generator(**config),
+            tensors if known else tensors | {"w_avg": torch.zeros(config["w_dim"])},
+            "generator",
+        )
         if not known:
             generator.w_avg.copy_(estimate_w_avg(generator))
     return generator.to(device)
 
 
 def _from_pickle(tree: Any):
-    if isinstance(tree, (tuple, list)) and len(tree) == 3 and all(isinstance(n, Record) and n.name.name == "Network" for n in tree):
-        return from_tensorflow(tree[2])                            # (G, D, Gs); Gs is the moving average
+    if (
+        isinstance(tree, (tuple, list))
+        and len(tree) == 3
+        and all(isinstance(n, Record) and n.name.name == "Network" for n in tree)
+    ):
+        return from_tensorflow(tree[2])  # (G, D, Gs); Gs is the moving average
     if isinstance(tree, dict) and isinstance(tree.get("G_ema"), Record):
         return from_nvidia(tree["G_ema"])
     if isinstance(tree, Record) and isinstance(tree.get("_modules"), dict):
         return from_nvidia(tree)
-    raise ValueError(f"it is a pickle that holds {describe(tree)}, where NVIDIA's 'G_ema' or (G, D, Gs) is needed")
+    raise ValueError(
+        f"it is a pickle that holds {describe(tree)}, where NVIDIA's 'G_ema' or (G, D, Gs) is needed"
+    )
 
 
 @torch.no_grad()

@@ -31,8 +31,15 @@ def load_latents(path: str | os.PathLike, generator: Generator | None = None) ->
             found = read_torch(path)
         if isinstance(found, Mapping) and len(found) == 1:
             found = next(iter(found.values()))
-        if not isinstance(found, Tensor) or not found.is_floating_point() or found.ndim not in (2, 3) or not found.numel():
-            raise ValueError(f"it holds {describe(found)}, where latents are needed: one float tensor [N, L, D] (W+) or [N, D] (W)")
+        if (
+            not isinstance(found, Tensor)
+            or not found.is_floating_point()
+            or found.ndim not in (2, 3)
+            or not found.numel()
+        ):
+            raise ValueError(
+                f"it holds {describe(found)}, where latents are needed: one float tensor [N, L, D] (W+) or [N, D] (W)"
+            )
         w = found.detach().float().clone(memory_format=torch.contiguous_format)
         if not w.isfinite().all():
             raise ValueError("its latents are not all finite: the file is damaged, or the inversion failed")
@@ -43,11 +50,19 @@ def fit_latents(w: Tensor, generator: Generator, what: str = "the latents") -> T
     """W [N, D] (or [N, 1, D]) or W+ [N, L, D] -> [N, L, D] for ``generator``; WeightsError with both numbers if the sizes differ."""
     layers, width, res = generator.num_ws, generator.w_dim, generator.resolution
     if w.shape[-1] != width:
-        raise WeightsError(f"{what}: codes are {w.shape[-1]} wide, but this generator's are {width}: they belong to another generator")
+        raise WeightsError(
+            f"{what}: codes are {w.shape[-1]} wide, but this generator's are {width}: they belong to another generator"
+        )
     if w.ndim == 2 or w.shape[1] == 1:
         return w.reshape(-1, 1, width).repeat(1, layers, 1)
     if w.shape[1] != layers:
-        other = f" (they are of a {2 ** (w.shape[1] // 2 + 1)} px generator)" if w.shape[1] >= 4 and w.shape[1] % 2 == 0 else ""
-        raise WeightsError(f"{what}: codes have {w.shape[1]} layers{other}, but this {res} px generator takes {layers}: load the "
-                           f"generator they were made with, or invert the photos again; w[:, :{layers}] cuts what is too long")
+        other = (
+            f" (they are of a {2 ** (w.shape[1] // 2 + 1)} px generator)"
+            if w.shape[1] >= 4 and w.shape[1] % 2 == 0
+            else ""
+        )
+        raise WeightsError(
+            f"{what}: codes have {w.shape[1]} layers{other}, but this {res} px generator takes {layers}: load the "
+            f"generator they were made with, or invert the photos again; w[:, :{layers}] cuts what is too long"
+        )
     return w

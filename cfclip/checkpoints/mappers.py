@@ -36,11 +36,16 @@ def save_mapper(mapper: Mapper, path: str | os.PathLike, **card: Any) -> Path:
 
 
 def _official_mapper(tree: Any, state: Mapping[str, Tensor]) -> tuple[MapperConfig, dict[str, Tensor]]:
-    levels = tuple(name for name in LEVELS if f"mapper.{OFFICIAL_LEVELS[name]}_mapping.mapping.1.weight" in state)
+    levels = tuple(
+        name for name in LEVELS if f"mapper.{OFFICIAL_LEVELS[name]}_mapping.mapping.1.weight" in state
+    )
     if not levels:
         other = any(key.startswith("mapper.") for key in state)
-        raise ValueError("it is a mapper of another type (SingleMapper or StyleSpace), where a LevelsMapper is needed" if other else
-                         f"it holds {describe(tree)}, where a mapper is needed")
+        raise ValueError(
+            "it is a mapper of another type (SingleMapper or StyleSpace), where a LevelsMapper is needed"
+            if other
+            else f"it holds {describe(tree)}, where a mapper is needed"
+        )
     tensors: dict[str, Tensor] = {}
     texts = len({key.split(".")[1] for key in state if key.startswith("text_mapper.")})
     stacks = {f"mapper.{OFFICIAL_LEVELS[name]}_mapping": f"levels.{name}" for name in levels}
@@ -63,4 +68,6 @@ def _official_mapper(tree: Any, state: Mapping[str, Tensor]) -> tuple[MapperConf
     width, text_dim = state[f"mapper.{OFFICIAL_LEVELS[levels[0]]}_mapping.mapping.1.weight"].shape[0], None
     if texts:
         text_dim = tensors["text.0.layers.0.weight"].shape[1]
-    return MapperConfig(num_ws=num_ws, w_dim=width, text_dim=text_dim, levels=levels, norm_axis="layer"), tensors
+    return MapperConfig(
+        num_ws=num_ws, w_dim=width, text_dim=text_dim, levels=levels, norm_axis="layer"
+    ), tensors

@@ -62,8 +62,10 @@ def load_openai_clip(path: str | os.PathLike, model: str = "ViT-B-32-quickgelu")
             with path.open("rb") as file:  # TorchScript is a program: only OpenAI's own file is opened
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             if digest != OPENAI_SHA256.get(model):
-                raise ValueError(f"it is a TorchScript archive, but not OpenAI's {model.removesuffix('-quickgelu')}.pt: its sha256 is {digest}")
-            with warnings.catch_warnings():                        # torch deprecates TorchScript
+                raise ValueError(
+                    f"it is a TorchScript archive, but not OpenAI's {model.removesuffix('-quickgelu')}.pt: its sha256 is {digest}"
+                )
+            with warnings.catch_warnings():  # torch deprecates TorchScript
                 warnings.simplefilter("ignore", FutureWarning)
                 tensors = torch.jit.load(path, map_location="cpu").state_dict()
         else:
@@ -71,7 +73,7 @@ def load_openai_clip(path: str | os.PathLike, model: str = "ViT-B-32-quickgelu")
             tensors = state_dict(tree, "state_dict")
             if "text_projection" not in tensors:
                 raise ValueError(f"it holds {describe(tree)}, where OpenAI's CLIP is needed")
-        with torch.random.fork_rng(devices=[]):                    # its random start is overwritten
+        with torch.random.fork_rng(devices=[]):  # its random start is overwritten
             network = open_clip.CLIP(**open_clip.get_model_config(model))
         for name, tensor in network.state_dict().items():
             if name not in tensors or tensors[name].shape != tensor.shape:
@@ -84,7 +86,7 @@ def _is_torchscript(path: Path) -> bool:
     try:
         with ZipFile(path) as archive:
             return any("/code/" in name for name in archive.namelist())
-    except BadZipFile:                                             # read_torch says what is wrong
+    except BadZipFile:  # read_torch says what is wrong
         return False
 
 
@@ -94,7 +96,9 @@ def load_e4e(path: str | os.PathLike) -> Encoder4Editing:
     with about(path):
         tree = read_torch(path)
         state = state_dict(tree, "state_dict")
-        tensors = {key.removeprefix("encoder."): value for key, value in state.items() if key.startswith("encoder.")}
+        tensors = {
+            key.removeprefix("encoder."): value for key, value in state.items() if key.startswith("encoder.")
+        }
         kind = option(tree, "encoder_type", "Encoder4Editing")
         if kind != "Encoder4Editing" or "latlayer1.weight" not in tensors:
             raise ValueError(f"it holds {describe(tree)} ({kind}), where an e4e encoder is needed")
@@ -104,8 +108,14 @@ def load_e4e(path: str | os.PathLike) -> Encoder4Editing:
         if not isinstance(average, Tensor) or not option(tree, "start_from_latent_avg", True):
             average = torch.zeros(dim)
         if average.shape not in ((dim,), (1, dim), (num_ws, dim)):
-            raise ValueError(f"its latent_avg has shape {list(average.shape)}, where [{num_ws}, {dim}] is needed")
-        return build(lambda: Encoder4Editing(num_ws, dim), tensors | {"latent_avg": average.expand(num_ws, dim)}, "encoder")
+            raise ValueError(
+                f"its latent_avg has shape {list(average.shape)}, where [{num_ws}, {dim}] is needed"
+            )
+        return build(
+            lambda: Encoder4Editing(num_ws, dim),
+            tensors | {"latent_avg": average.expand(num_ws, dim)},
+            "encoder",
+        )
 
 
 def load_vgg(path: str | os.PathLike) -> VGG19:

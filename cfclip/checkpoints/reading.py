@@ -26,10 +26,17 @@ NOT_WEIGHTS = {
     b"\xfd7zXZ": "is compressed (xz): unpack it first",
 }
 
-KINDS = (("mapper.fc.", "a CF-CLIP mapper"), ("mapper.", "a StyleCLIP mapper"), ("encoder.", "an image encoder (e4e or pSp)"),
-         ("input.input", "a StyleGAN2 generator"), ("conv1_1.", "VGG19"), ("input_layer.", "an ArcFace IR-SE network"),
-         ("visual.", "a CLIP"), ("final_linear.", "a discriminator"), ("decoder.", "a generator inside a larger network"))
-
+KINDS = (
+    ("mapper.fc.", "a CF-CLIP mapper"),
+    ("mapper.", "a StyleCLIP mapper"),
+    ("encoder.", "an image encoder (e4e or pSp)"),
+    ("input.input", "a StyleGAN2 generator"),
+    ("conv1_1.", "VGG19"),
+    ("input_layer.", "an ArcFace IR-SE network"),
+    ("visual.", "a CLIP"),
+    ("final_linear.", "a discriminator"),
+    ("decoder.", "a generator inside a larger network"),
+)
 """How the keys of a state dict begin -> what it holds, for messages."""
 
 
@@ -40,17 +47,19 @@ def about(path: Path) -> Iterator[None]:
         yield
     except WeightsError:
         raise
-    except ValueError as error:                                    # our own messages
+    except ValueError as error:  # our own messages
         raise WeightsError(f"{path} cannot be used: {error}") from None
     except KeyError as error:
         raise WeightsError(f"{path} cannot be used: {error.args[0] if error.args else error}") from None
-    except Exception as error:                                     # a damaged file may break anything
-        raise WeightsError(f"{path} is damaged, or of an unknown kind ({type(error).__name__}: {str(error)[:200]}); "
-                           "download or export it again") from error
+    except Exception as error:  # a damaged file may break anything
+        raise WeightsError(
+            f"{path} is damaged, or of an unknown kind ({type(error).__name__}: {str(error)[:200]}); "
+            "download or export it again"
+        ) from error
 
 
 def sniff(path: str | os.PathLike) -> str:
-    """"torch-zip", "torch-legacy", "pickle", "npy" or "safetensors", by content. Raises WeightsError for anything else."""
+    """ "torch-zip", "torch-legacy", "pickle", "npy" or "safetensors", by content. Raises WeightsError for anything else."""
     path = Path(path)
     if not path.exists():
         raise WeightsError(f"{path} does not exist: check the path, or fetch the file first")
@@ -67,8 +76,10 @@ def sniff(path: str | os.PathLike) -> str:
         return "safetensors"
     kind = next(kind for magic, kind in MAGIC.items() if head.startswith(magic))
     if kind == "unknown":
-        raise WeightsError(f"{path} is no weight file that is known here: neither torch's, NVIDIA's pickle, safetensors nor numpy's; "
-                           "check that the download is the right file, and complete")
+        raise WeightsError(
+            f"{path} is no weight file that is known here: neither torch's, NVIDIA's pickle, safetensors nor numpy's; "
+            "check that the download is the right file, and complete"
+        )
     legacy = safe_pickle.LEGACY_MAGIC.to_bytes(10, "little") in head
     return "torch-legacy" if kind == "pickle" and legacy else kind
 
@@ -91,13 +102,15 @@ def read_torch(path: str | os.PathLike) -> Any:
         else:
             with mapped(path) as file:
                 safe_pickle.load_legacy(file)
-        with torch.serialization.safe_globals([argparse.Namespace]):           # many checkpoints keep their options so
+        with torch.serialization.safe_globals([argparse.Namespace]):  # many checkpoints keep their options so
             try:
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "torch-zip")
             except pickle.UnpicklingError as error:
                 why = str(error).rpartition("WeightsUnpickler error:")[2].split("\n")[0].strip()[:120]
-                raise ValueError(f"it holds more than tensors and options, or was saved in an unusual way ({why}), which is not opened "
-                                 "for safety: export it again with torch.save(model.state_dict(), …)") from None
+                raise ValueError(
+                    f"it holds more than tensors and options, or was saved in an unusual way ({why}), which is not opened "
+                    "for safety: export it again with torch.save(model.state_dict(), …)"
+                ) from None
 
 
 def state_dict(tree: Any, *names: str) -> dict[str, Tensor]:
@@ -115,22 +128,31 @@ def describe(tree: Any) -> str:
     if not isinstance(tree, Mapping):
         return f"a {tree.name if isinstance(tree, Record) else type(tree).__name__}"
     keys = [str(key) for part in (tree, *tree.values()) if isinstance(part, Mapping) for key in part]
-    return next((what for start, what in KINDS if any(key.startswith(start) for key in keys)),
-                f"a dict of {', '.join(list(map(str, tree))[:6]) or 'nothing'}")
+    return next(
+        (what for start, what in KINDS if any(key.startswith(start) for key in keys)),
+        f"a dict of {', '.join(list(map(str, tree))[:6]) or 'nothing'}",
+    )
 
 
 def build(make: Callable[[], nn.Module], tensors: Mapping[str, Tensor], what: str) -> Any:
     """``make()`` filled with float32 copies of ``tensors``; eval mode, frozen. Raises ValueError naming the first misfit."""
-    with torch.device("meta"):                                     # neither memory nor random numbers are spent
+    with torch.device("meta"):  # neither memory nor random numbers are spent
         module = make()
     expected = module.state_dict()
     for name, tensor in expected.items():
         if name not in tensors:
             raise ValueError(f"its {what} has no {name}: the file is incomplete, or of another kind")
         if tensors[name].shape != tensor.shape:
-            raise ValueError(f"its {what} has {name} of shape {list(tensors[name].shape)}, where {list(tensor.shape)} would fit the rest")
-    module.load_state_dict({name: tensors[name].detach().to(tensor.dtype).clone(memory_format=torch.contiguous_format)
-                            for name, tensor in expected.items()}, assign=True)
+            raise ValueError(
+                f"its {what} has {name} of shape {list(tensors[name].shape)}, where {list(tensor.shape)} would fit the rest"
+            )
+    module.load_state_dict(
+        {
+            name: tensors[name].detach().to(tensor.dtype).clone(memory_format=torch.contiguous_format)
+            for name, tensor in expected.items()
+        },
+        assign=True,
+    )
     return module.eval().requires_grad_(False)
 
 

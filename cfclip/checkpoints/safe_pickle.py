@@ -22,27 +22,78 @@ import torch
 from torch import Tensor
 
 MAX_REPEAT = 64
-
 """How often a tensor may show each element of its storage (strides of 0): W expanded over 18 layers is 18 times."""
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-
 """The first pickle of a torch file from before the zip format."""
 
-STORAGES = {"FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
-            "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16,
-            "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool, "UntypedStorage": torch.uint8}
+STORAGES = {
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "UntypedStorage": torch.uint8,
+}
 
-PLAIN_MODULES = {"_codecs", "argparse", "collections", "copyreg", "datetime", "functools", "pathlib", "types", "typing"}
+PLAIN_MODULES = {
+    "_codecs",
+    "argparse",
+    "collections",
+    "copyreg",
+    "datetime",
+    "functools",
+    "pathlib",
+    "types",
+    "typing",
+}
 
-PLAIN_BUILTINS = {"bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object", "range", "set",
-                  "slice", "str", "tuple"}
-
+PLAIN_BUILTINS = {
+    "bool",
+    "bytearray",
+    "bytes",
+    "complex",
+    "dict",
+    "float",
+    "frozenset",
+    "int",
+    "list",
+    "object",
+    "range",
+    "set",
+    "slice",
+    "str",
+    "tuple",
+}
 """The part of the standard library that an honest weight file may mention; a call of the rest is reported as hostile."""
 
-PUSHED = {"BINBYTES", "BINBYTES8", "BINFLOAT", "BININT", "BININT1", "BININT2", "BINSTRING", "BINUNICODE", "BINUNICODE8",
-          "BYTEARRAY8", "FLOAT", "INT", "LONG", "LONG1", "LONG4", "SHORT_BINBYTES", "SHORT_BINSTRING", "SHORT_BINUNICODE",
-          "STRING", "UNICODE"}
+PUSHED = {
+    "BINBYTES",
+    "BINBYTES8",
+    "BINFLOAT",
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "BINSTRING",
+    "BINUNICODE",
+    "BINUNICODE8",
+    "BYTEARRAY8",
+    "FLOAT",
+    "INT",
+    "LONG",
+    "LONG1",
+    "LONG4",
+    "SHORT_BINBYTES",
+    "SHORT_BINSTRING",
+    "SHORT_BINUNICODE",
+    "STRING",
+    "UNICODE",
+}
 
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 
@@ -76,7 +127,13 @@ class Record:
 
     def get(self, key: str, default: Any = None) -> Any:
         """An item (of a dict-like object) or an attribute."""
-        return self.items[key] if key in self.items else self.state.get(key, default) if isinstance(self.state, dict) else default
+        return (
+            self.items[key]
+            if key in self.items
+            else self.state.get(key, default)
+            if isinstance(self.state, dict)
+            else default
+        )
 
 
 @dataclass(eq=False)
@@ -93,7 +150,11 @@ class Storage:
 
     @cached_property
     def tensor(self) -> Tensor:
-        return torch.frombuffer(bytearray(self.data), dtype=self.dtype) if self.numel else torch.empty(0, dtype=self.dtype)
+        return (
+            torch.frombuffer(bytearray(self.data), dtype=self.dtype)
+            if self.numel
+            else torch.empty(0, dtype=self.dtype)
+        )
 
 
 @dataclass(eq=False)
@@ -115,7 +176,9 @@ class View:
             count *= n
         last = self.offset + sum((n - 1) * s for n, s in zip(self.size, self.stride, strict=True))
         if count and (last >= self.storage.numel or count > MAX_REPEAT * self.storage.numel):
-            raise PickleError(f"a tensor of size {list(self.size)[:8]} is declared over a storage of {self.storage.numel} elements")
+            raise PickleError(
+                f"a tensor of size {list(self.size)[:8]} is declared over a storage of {self.storage.numel} elements"
+            )
 
     def tensor(self) -> Tensor:
         return self.storage.tensor.as_strided(self.size, self.stride, self.offset)
@@ -130,8 +193,10 @@ def load(file: BinaryIO, persistent: Callable[[Any], Any] | None = None) -> Any:
         return _interpret(file, persistent)
     except PickleError:
         raise
-    except Exception as error:                                     # whatever a mangled pickle breaks, this is the cause
-        raise PickleError(f"the pickle is damaged or truncated ({type(error).__name__}: {str(error)[:100]})") from None
+    except Exception as error:  # whatever a mangled pickle breaks, this is the cause
+        raise PickleError(
+            f"the pickle is damaged or truncated ({type(error).__name__}: {str(error)[:100]})"
+        ) from None
 
 
 def _interpret(file: BinaryIO, persistent: Callable[[Any], Any] | None) -> Any:
@@ -186,17 +251,21 @@ def _interpret(file: BinaryIO, persistent: Callable[[Any], Any] | None) -> Any:
                 stack[-1].update(values)
         elif kind in ("GLOBAL", "STACK_GLOBAL"):
             module, name = map(str, arg.split(" ", 1) if kind == "GLOBAL" else take(2))
-            stack.append(Name(_compat_pickle.IMPORT_MAPPING.get(module, module), name))    # protocol 2 uses Python 2's names
+            stack.append(
+                Name(_compat_pickle.IMPORT_MAPPING.get(module, module), name)
+            )  # protocol 2 uses Python 2's names
         elif kind in ("REDUCE", "NEWOBJ"):
             stack.append(_call(*take(2)))
         elif kind == "NEWOBJ_EX":
             cls, args, _ = take(3)
             stack.append(_call(cls, args))
         elif kind == "BUILD":
-            state, = take(1)
+            (state,) = take(1)
             if isinstance(stack[-1], Record):
                 stack[-1].state = state
-            elif not isinstance(stack[-1], dict):                  # an OrderedDict's own attributes (``_metadata``) are not needed
+            elif not isinstance(
+                stack[-1], dict
+            ):  # an OrderedDict's own attributes (``_metadata``) are not needed
                 raise PickleError("the pickle sets the state of something that is no object")
         elif kind == "BINPERSID" and persistent is not None:
             stack.append(persistent(stack.pop()))
@@ -208,7 +277,7 @@ def _interpret(file: BinaryIO, persistent: Callable[[Any], Any] | None) -> Any:
             stack.append(stack[-1])
         elif kind not in ("PROTO", "FRAME", "STOP"):
             raise PickleError(f"the pickle uses {kind}, which no weight file needs")
-    result, = stack
+    (result,) = stack
     return result
 
 
@@ -217,7 +286,9 @@ def _set_items(target: Any, pairs: list[Any]) -> None:
     if not isinstance(items, dict):
         raise PickleError("the pickle sets items of something that is no dict")
     for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-        if isinstance(key, (str, int, float, bytes, type(None))):  # hashing a deeply nested key would overflow the C stack
+        if isinstance(
+            key, (str, int, float, bytes, type(None))
+        ):  # hashing a deeply nested key would overflow the C stack
             items[key] = value
 
 
@@ -240,8 +311,10 @@ def _call(name: Any, args: Any) -> Any:
     root = name.module.split(".")[0]
     plain = name.name in PLAIN_BUILTINS if root == "builtins" else root in PLAIN_MODULES
     if not plain and root in sys.stdlib_module_names:
-        raise PickleError(f"it would call {name} when opened the usual way: no weight file needs that, and it may be hostile "
-                          "(nothing was run); delete it")
+        raise PickleError(
+            f"it would call {name} when opened the usual way: no weight file needs that, and it may be hostile "
+            "(nothing was run); delete it"
+        )
     return Record(name, args)
 
 
@@ -281,7 +354,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": _dict,
     "builtins.set": lambda values=(): {v for v in values if isinstance(v, (str, int, float))},
     "builtins.frozenset": lambda values=(): frozenset(v for v in values if isinstance(v, (str, int, float))),
-    "builtins.bytes": lambda: b"",                                 # how protocol 2 writes the empty one
+    "builtins.bytes": lambda: b"",  # how protocol 2 writes the empty one
     "_codecs.encode": lambda text, encoding="latin1": text.encode("latin1"),
     "torch.storage._load_from_bytes": _load_from_bytes,
     "torch._utils._rebuild_tensor": _declared_view,
@@ -296,7 +369,7 @@ def load_legacy(file: BinaryIO, keep: bool = False) -> Any:
     """A torch file from before the zip format, as data; with ``keep`` its storages are filled, else only checked."""
     if load(file) != LEGACY_MAGIC:
         raise PickleError("it is no torch file")
-    load(file), load(file)                                         # protocol version, byte order of the machine
+    load(file), load(file)  # protocol version, byte order of the machine
     storages: dict[str, Storage] = {}
     value = load(file, lambda pid: _declare(pid, storages))
     for key in load(file):
@@ -306,7 +379,9 @@ def load_legacy(file: BinaryIO, keep: bool = False) -> Any:
         start = file.tell()
         file.seek(0, io.SEEK_END)
         if file.tell() - start < storage.nbytes:
-            raise PickleError(f"the torch file is truncated: {file.tell() - start} bytes where {storage.nbytes} are declared")
+            raise PickleError(
+                f"the torch file is truncated: {file.tell() - start} bytes where {storage.nbytes} are declared"
+            )
         file.seek(start)
         if keep:
             storage.data = file.read(storage.nbytes)
@@ -318,7 +393,12 @@ def load_legacy(file: BinaryIO, keep: bool = False) -> Any:
 
 def _declare(pid: Any, storages: dict[str, Storage]) -> Storage:
     """Persistent id ``("storage", torch.FloatStorage, key, location, numel[, view])`` -> Storage."""
-    if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage" or (len(pid) == 6 and pid[5] is not None):
+    if (
+        not isinstance(pid, tuple)
+        or len(pid) not in (5, 6)
+        or pid[0] != "storage"
+        or (len(pid) == 6 and pid[5] is not None)
+    ):
         raise PickleError("the torch file refers to something that is no storage")
     _, cls, key, _, numel, *_ = pid
     dtype = STORAGES.get(cls.name) if isinstance(cls, Name) else None
@@ -335,11 +415,15 @@ def check_zip(path: Any) -> None:
     try:
         with ZipFile(path) as archive:
             entries = {i.filename: i for i in archive.infolist()}
-            roots = [n.removesuffix("data.pkl") for n in entries if n.count("/") == 1 and n.endswith("/data.pkl")]
+            roots = [
+                n.removesuffix("data.pkl") for n in entries if n.count("/") == 1 and n.endswith("/data.pkl")
+            ]
             if len(roots) != 1:
                 raise PickleError("it is a zip archive, but no torch file: unpack it first")
             if roots[0] + "constants.pkl" in entries:
-                raise PickleError("it is a TorchScript archive, which is a program: export a plain state dict instead")
+                raise PickleError(
+                    "it is a TorchScript archive, which is a program: export a plain state dict instead"
+                )
             if any(i.compress_type != ZIP_STORED for i in entries.values()):
                 raise PickleError("the torch file was re-compressed: save it again with torch.save")
             if damaged := archive.testzip():
@@ -349,7 +433,9 @@ def check_zip(path: Any) -> None:
             for key, storage in storages.items():
                 entry = entries.get(f"{roots[0]}data/{key}")
                 if entry is None or entry.file_size < storage.nbytes:
-                    raise PickleError(f"it declares {storage.nbytes} bytes for a storage that has {entry.file_size if entry else 0}")
+                    raise PickleError(
+                        f"it declares {storage.nbytes} bytes for a storage that has {entry.file_size if entry else 0}"
+                    )
     except PickleError:
         raise
     except (BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError, EOFError) as error:
@@ -375,7 +461,9 @@ def to_tensor(value: Any) -> Tensor:
                 return _array(raw, dtype, (), "C")
         except (TypeError, ValueError, AttributeError) as error:
             raise PickleError(f"a numpy array is damaged ({str(error)[:100]})") from None
-    raise PickleError(f"a {value.name if isinstance(value, Record) else type(value).__name__} stands where a tensor is needed")
+    raise PickleError(
+        f"a {value.name if isinstance(value, Record) else type(value).__name__} stands where a tensor is needed"
+    )
 
 
 def _array(raw: Any, dtype: Any, shape: Any, order: str) -> Tensor:
@@ -384,6 +472,6 @@ def _array(raw: Any, dtype: Any, shape: Any, order: str) -> Tensor:
         raise PickleError(f"a numpy array of dtype {code[:20]} stands where numbers are needed")
     byte_order = dtype.state[1] if isinstance(dtype.state, tuple) else "="
     kind = np.dtype((byte_order if byte_order in ("<", ">") else "=") + code)
-    raw = raw.encode("latin1") if isinstance(raw, str) else raw    # Python 2 had no bytes
+    raw = raw.encode("latin1") if isinstance(raw, str) else raw  # Python 2 had no bytes
     array = np.frombuffer(raw, kind).reshape([int(n) for n in shape], order=order)
     return torch.from_numpy(array.astype(kind.newbyteorder("="), order="C"))

@@ -78,7 +78,9 @@ def read(path: str | os.PathLike, kind: str) -> tuple[dict[str, Tensor], dict[st
 def _check_sizes(path: str | os.PathLike, config: Any) -> None:
     for value in config.values() if isinstance(config, dict) else config if isinstance(config, list) else ():
         if isinstance(value, int | float) and abs(value) > MAX_SIZE:
-            raise WeightsError(f"{path} cannot be used: its header declares a size of {value:.3g}, above {MAX_SIZE}")
+            raise WeightsError(
+                f"{path} cannot be used: its header declares a size of {value:.3g}, above {MAX_SIZE}"
+            )
         _check_sizes(path, value)
 
 

@@ -12,8 +12,16 @@ from cfclip.inversion.projector import InversionConfig, invert
 from cfclip.models.mapper import Mapper
 
 
-def tradeoff(domain: Domain, photos: Tensor, mapper: Mapper, prompt: str, configs: Iterable[tuple[Mapping[str, Any], InversionConfig]],
-             start: Tensor | None = None, strength: float = 1.0, progress: bool = True) -> list[dict[str, Any]]:
+def tradeoff(
+    domain: Domain,
+    photos: Tensor,
+    mapper: Mapper,
+    prompt: str,
+    configs: Iterable[tuple[Mapping[str, Any], InversionConfig]],
+    start: Tensor | None = None,
+    strength: float = 1.0,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
     """Reconstruction against editability: invert under each config, edit what comes out, score both.
 
     ``configs``: pairs of a label (columns, e.g. ``{"varied": "w_centre", "value": 0.1}``) and a config. A row per config and photo:
@@ -24,9 +32,13 @@ def tradeoff(domain: Domain, photos: Tensor, mapper: Mapper, prompt: str, config
     for label, config in configs:
         found = invert(domain, photos, config, start, progress)
         with torch.no_grad():
-            edited = domain.generator.synthesis(mapper.edit(found.w_plus, text, strength), found.synthesis_noise)
+            edited = domain.generator.synthesis(
+                mapper.edit(found.w_plus, text, strength), found.synthesis_noise
+            )
         scores = metrics.evaluate(metrics.Edit(domain, prompt, found.images, edited))
         scores = {"moved" if name.startswith("lpips") else name: values for name, values in scores.items()}
-        rows += [{**label, "index": k, **row, **{name: float(values[k]) for name, values in scores.items()}}
-                 for k, row in enumerate(found.metrics)]
+        rows += [
+            {**label, "index": k, **row, **{name: float(values[k]) for name, values in scores.items()}}
+            for k, row in enumerate(found.metrics)
+        ]
     return rows

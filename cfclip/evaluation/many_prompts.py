@@ -20,8 +20,14 @@ MEASURED = ("success_before", "success_after", "leakage", "identity")
 
 
 @torch.no_grad()
-def compare(domain: Domain, many: Mapping[tuple[str, int], Mapper], alone: Mapping[tuple[str, int], Mapper], prompts: Iterable[str],
-            n: int = 32, strength: float = 1.0) -> list[dict]:
+def compare(
+    domain: Domain,
+    many: Mapping[tuple[str, int], Mapper],
+    alone: Mapping[tuple[str, int], Mapper],
+    prompts: Iterable[str],
+    n: int = 32,
+    strength: float = 1.0,
+) -> list[dict]:
     """Mappers of many prompts beside those of one, on the same ``n`` test faces: a row per prompt, mapper and face.
 
     Args:
@@ -33,14 +39,27 @@ def compare(domain: Domain, many: Mapping[tuple[str, int], Mapper], alone: Mappi
     """
     w, found = domain.latents(n, "test"), []
     draw = domain.generator.synthesis
-    source = metrics.Pictures(domain, torch.cat([draw(part) for part in w.split(max_batch(domain.generator))]))
+    source = metrics.Pictures(
+        domain, torch.cat([draw(part) for part in w.split(max_batch(domain.generator))])
+    )
     for prompt in prompts:
         text = domain.clip.encode_text(prompt)
-        runs = [*many.items(), *((("this prompt", seed), mapper) for (other, seed), mapper in alone.items() if other == prompt)]
+        runs = [
+            *many.items(),
+            *((("this prompt", seed), mapper) for (other, seed), mapper in alone.items() if other == prompt),
+        ]
         for (trained_on, seed), mapper in runs:
-            edited = torch.cat([draw(mapper.edit(part, text, strength)) for part in w.split(max_batch(domain.generator))])
+            edited = torch.cat([
+                draw(mapper.edit(part, text, strength)) for part in w.split(max_batch(domain.generator))
+            ])
             edit = metrics.Edit(domain, prompt, source, edited)
-            found += metrics.rows(metrics.ground_truth(edit) | metrics.identity(edit), prompt=prompt, trained_on=trained_on, seed=seed, strength=strength)
+            found += metrics.rows(
+                metrics.ground_truth(edit) | metrics.identity(edit),
+                prompt=prompt,
+                trained_on=trained_on,
+                seed=seed,
+                strength=strength,
+            )
     return found
 
 
@@ -52,7 +71,15 @@ def summarise(table: pd.DataFrame, by: str) -> pd.DataFrame:
     lines = []
     for (value, trained_on), rows in table.groupby([by, "trained_on"], sort=False, observed=True):
         seeds = rows.groupby("seed")[list(MEASURED)].mean()
-        cells = {f"{name.replace('_after', '').replace('_', ' ')}{' %' if name in PERCENT else ''}":
-                 plus_minus(seeds[name].mean(), half_width(seeds[name]), 100 if name in PERCENT else 1) for name in MEASURED}
-        lines.append({by: value, "trained on": trained_on} | cells | {"prompts": rows["prompt"].nunique(), "seeds": len(seeds)})
+        cells = {
+            f"{name.replace('_after', '').replace('_', ' ')}{' %' if name in PERCENT else ''}": plus_minus(
+                seeds[name].mean(), half_width(seeds[name]), 100 if name in PERCENT else 1
+            )
+            for name in MEASURED
+        }
+        lines.append(
+            {by: value, "trained on": trained_on}
+            | cells
+            | {"prompts": rows["prompt"].nunique(), "seeds": len(seeds)}
+        )
     return pd.DataFrame(lines)

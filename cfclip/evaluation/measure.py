@@ -87,7 +87,9 @@ def measure(editor: Editor, w: Tensor, strengths: Sequence[float]) -> list[dict]
     domain, prompt, found = editor.domain, editor.config.prompt, []
     true_edits = TrueEdits.of(domain, prompt, len(w))
     for strength, edit in edits(domain, prompt, editor.edit, w, strengths):
-        columns = evaluate(edit) | {f"leakage_{part}": values for part, values in leakage_by_part(edit).items()}
+        columns = evaluate(edit) | {
+            f"leakage_{part}": values for part, values in leakage_by_part(edit).items()
+        }
         columns |= {name: np.full(len(w), value) for name, value in kid_to_renders(edit).items()}
         columns |= round_trip(editor, w, strength, edit.before)
         columns |= true_edits.columns(editor, strength) if true_edits else {}

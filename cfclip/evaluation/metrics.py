@@ -242,7 +242,11 @@ def evaluate(edit: Edit) -> Columns:
 
 
 def edits(
-    domain: Domain, prompt: str, edit: Callable[[Tensor, float], Tensor], w: Tensor, strengths: Sequence[float]
+    domain: Domain,
+    prompt: str,
+    edit: Callable[[Tensor, float], Tensor],
+    w: Tensor,
+    strengths: Sequence[float],
 ) -> Iterator[tuple[float, Edit]]:
     """(strength, edit) at each strength; the sources are measured once.
 
@@ -264,7 +268,11 @@ def rows(columns: Mapping[str, np.ndarray], **labels: Any) -> list[dict]:
 
 
 def over_strengths(
-    domain: Domain, prompt: str, edit: Callable[[Tensor, float], Tensor], w: Tensor, strengths: Sequence[float]
+    domain: Domain,
+    prompt: str,
+    edit: Callable[[Tensor, float], Tensor],
+    w: Tensor,
+    strengths: Sequence[float],
 ) -> list[dict]:
     """:func:`evaluate` at each strength: a row per strength and picture. See :func:`cfclip.evaluation.measure`."""
     found = []

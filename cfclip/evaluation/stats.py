@@ -24,6 +24,10 @@ def half_width(values: Sequence[float], confidence: float = 0.95) -> float:
 
 
 def plus_minus(mean: float, half: float, scale: float = 1) -> str:
-    """"12 ± 3", or "12" where no interval is known, or "–" where there is no number."""
-    half = 0.0 if half < 1e-9 * abs(mean) else half          # equal numbers whose mean was rounded
-    return "–" if np.isnan(mean) else f"{scale * mean:.3g}" + ("" if np.isnan(half) else f" ± {scale * half:.2g}")
+    """ "12 ± 3", or "12" where no interval is known, or "–" where there is no number."""
+    half = 0.0 if half < 1e-9 * abs(mean) else half  # equal numbers whose mean was rounded
+    return (
+        "–"
+        if np.isnan(mean)
+        else f"{scale * mean:.3g}" + ("" if np.isnan(half) else f" ± {scale * half:.2g}")
+    )

@@ -22,16 +22,22 @@ KEYS = ["method", "group", "prompt", "seed", "strength"]
 
 def columns_of(table: pd.DataFrame) -> list[str]:
     """The metrics that ``table`` has, in :data:`METRIC_DIRECTIONS`'s order."""
-    return [name for pattern in METRIC_DIRECTIONS for name in table.columns if fnmatch(name, pattern) and table[name].notna().any()]
+    return [
+        name
+        for pattern in METRIC_DIRECTIONS
+        for name in table.columns
+        if fnmatch(name, pattern) and table[name].notna().any()
+    ]
 
 
 def label(metric: str) -> str:
-    """"success_after" -> "success % ↑"."""
+    """ "success_after" -> "success % ↑"."""
     arrow = next((arrow for pattern, arrow in METRIC_DIRECTIONS.items() if fnmatch(metric, pattern)), "")
     return f"{metric.removesuffix('_after').replace('_', ' ')}{' %' if metric in PERCENT else ''} {arrow}".strip()
 
 
 # ---- numbers ----
+
 
 def trainings(table: pd.DataFrame, group_of: Callable[[str], str], by: str = "method") -> pd.DataFrame:
     """:data:`KEYS` and metrics, a line a training and strength. ``by="row"``: the ablation's rows as methods.
@@ -42,16 +48,27 @@ def trainings(table: pd.DataFrame, group_of: Callable[[str], str], by: str = "me
     names = columns_of(own)
     if own.empty:
         return pd.DataFrame(columns=[*KEYS, *names])
-    own = own.assign(method=own[by], group=[group_of(prompt) for prompt in own.prompt], seed=own.seed.astype(int))
+    own = own.assign(
+        method=own[by], group=[group_of(prompt) for prompt in own.prompt], seed=own.seed.astype(int)
+    )
     runs = own.groupby(["method", "prompt", "seed"]).run.nunique()
     if len(twice := runs[runs > 1]):
-        raise ValueError(f"{twice.iloc[0]} runs of {', '.join(map(str, twice.index[0]))} differ in other parameters: gather one setting at a time")
+        raise ValueError(
+            f"{twice.iloc[0]} runs of {', '.join(map(str, twice.index[0]))} differ in other parameters: gather one setting at a time"
+        )
     if (twice := own.duplicated(["run", "method", "prompt", "seed", "strength", "index"])).any():
-        raise ValueError(f"run {own.run[twice].iloc[0]} has two rows of one face at strength {own.strength[twice].iloc[0]:g}")
+        raise ValueError(
+            f"run {own.run[twice].iloc[0]} has two rows of one face at strength {own.strength[twice].iloc[0]:g}"
+        )
     order = [name for name in (METHODS if by == "method" else ablation.ROWS) if name in set(own.method)]
     own["method"] = pd.Categorical(own.method, [*order, *sorted(set(own.method) - set(order))])
     own["group"] = pd.Categorical(own.group, [group for group in GROUPS if group in set(own.group)])
-    return own.groupby(["method", "group", "prompt", "seed", "strength"], observed=True)[names].mean().reset_index()
+    return (
+        own
+        .groupby(["method", "group", "prompt", "seed", "strength"], observed=True)[names]
+        .mean()
+        .reset_index()
+    )
 
 
 def over_seeds(each: pd.DataFrame, by: Sequence[str] = ("group", "method")) -> pd.DataFrame:
@@ -63,26 +80,42 @@ def over_seeds(each: pd.DataFrame, by: Sequence[str] = ("group", "method")) -> p
     per_seed = each.groupby([*by, "seed"], observed=True)[names].mean()
     rows = []
     for key, group in per_seed.groupby(list(by), observed=True):
-        rows += [dict(zip(by, key, strict=True)) | {"metric": name, "mean": values.mean(), "half": half_width(values), "seeds": len(values)}
-                 for name in names for values in [group[name].dropna()]]
+        rows += [
+            dict(zip(by, key, strict=True))
+            | {"metric": name, "mean": values.mean(), "half": half_width(values), "seeds": len(values)}
+            for name in names
+            for values in [group[name].dropna()]
+        ]
     long = pd.DataFrame(rows, columns=[*by, "metric", "mean", "half", "seeds"])
     return long.astype({name: each[name].dtype for name in by} if rows else {})
 
 
 def wide(long: pd.DataFrame, rows: Sequence[str], across: str = "metric") -> pd.DataFrame:
     """:func:`over_seeds` as people read it: cells "mean ± half", a column per ``across``; one metric's table has its own label."""
-    shown = long.assign(cell=[plus_minus(line.mean, line.half, 100 if line.metric in PERCENT else 1)
-                              for line in long.itertuples(index=False)])
+    shown = long.assign(
+        cell=[
+            plus_minus(line.mean, line.half, 100 if line.metric in PERCENT else 1)
+            for line in long.itertuples(index=False)
+        ]
+    )
     order = list(shown[across].unique())
     table = shown.pivot(index=list(rows), columns=across, values="cell").loc[:, order].fillna("–")
-    return table.sort_index().rename(columns=label if across == "metric" else str).rename_axis(columns=None).reset_index()
+    return (
+        table
+        .sort_index()
+        .rename(columns=label if across == "metric" else str)
+        .rename_axis(columns=None)
+        .reset_index()
+    )
 
 
 def whole_curve(training: pd.DataFrame, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
     """(x, y) of one training over growing strength, begun with strength 0, which is the source itself: identity 1, ``_after`` = ``_before``."""
     curve = training.sort_values("strength")
     curve = curve[curve.strength > 0]
-    start = [1.0 if name == "identity" else training[name.replace("_after", "_before")].iloc[0] for name in (x, y)]
+    start = [
+        1.0 if name == "identity" else training[name.replace("_after", "_before")].iloc[0] for name in (x, y)
+    ]
     return tuple(np.concatenate([[zero], curve[name]]) for name, zero in zip((x, y), start, strict=True))
 
 
@@ -100,12 +133,16 @@ def matched(each: pd.DataFrame, hold: str, at: float, gain: str) -> pd.DataFrame
     Methods differ in what strength 1 is, so each is read off its own curve (:func:`whole_curve`), linearly between measured strengths and
     never beyond them. ``open``: ``hold`` is still there at the largest strength, so a larger one might have had more.
     """
-    if each.empty or not {hold, gain, *(name.replace("_after", "_before") for name in (hold, gain))} <= set(columns_of(each)):
+    if each.empty or not {hold, gain, *(name.replace("_after", "_before") for name in (hold, gain))} <= set(
+        columns_of(each)
+    ):
         return each[KEYS[:-1]].drop_duplicates().assign(**{gain: np.nan, "open": np.nan})
     rows = []
     for key, training in each.groupby(["method", "group", "prompt", "seed"], observed=True):
         x, y = whole_curve(training, hold, gain)
-        rows.append(dict(zip(KEYS, key, strict=False)) | {gain: best_where(x, y, at), "open": float(x[-1] >= at)})
+        rows.append(
+            dict(zip(KEYS, key, strict=False)) | {gain: best_where(x, y, at), "open": float(x[-1] >= at)}
+        )
     return pd.DataFrame(rows).astype({name: each[name].dtype for name in ("method", "group")})
 
 
@@ -115,16 +152,36 @@ def fair(each: pd.DataFrame, identity_at: float, success_at: float) -> pd.DataFr
     "open": of how many trainings identity is still above ``identity_at`` at the largest strength. "reached": how many trainings come to
     ``success_at`` at all; the mean identity is that of those.
     """
-    gained, kept = matched(each, "identity", identity_at, "success_after"), matched(each, "success_after", success_at, "identity")
+    gained, kept = (
+        matched(each, "identity", identity_at, "success_after"),
+        matched(each, "success_after", success_at, "identity"),
+    )
     long = pd.concat([over_seeds(gained), over_seeds(kept)], ignore_index=True)
-    long = long[long.group.isin(gained.group[gained.success_after.notna()].unique())]      # success is undefined in the others
+    long = long[
+        long.group.isin(gained.group[gained.success_after.notna()].unique())
+    ]  # success is undefined in the others
     if long.empty:
         return pd.DataFrame()
     by, share = ["group", "method"], {"open %": gained.open, "reached %": kept.identity.notna()}
-    shares = gained[by].assign(**{name: 100 * values.astype(float) for name, values in share.items()}).groupby(by, observed=True).mean().round(0)
-    table = wide(long.astype({name: each[name].dtype for name in by}), by).set_index(by).join(shares.astype(int)).reset_index()
-    return table.rename(columns={label("success_after"): f"success % at identity ≥ {identity_at:g}",
-                                 label("identity"): f"identity at success ≥ {100 * success_at:g} %"})
+    shares = (
+        gained[by]
+        .assign(**{name: 100 * values.astype(float) for name, values in share.items()})
+        .groupby(by, observed=True)
+        .mean()
+        .round(0)
+    )
+    table = (
+        wide(long.astype({name: each[name].dtype for name in by}), by)
+        .set_index(by)
+        .join(shares.astype(int))
+        .reset_index()
+    )
+    return table.rename(
+        columns={
+            label("success_after"): f"success % at identity ≥ {identity_at:g}",
+            label("identity"): f"identity at success ≥ {100 * success_at:g} %",
+        }
+    )
 
 
 def search(table: pd.DataFrame, identity_at: float) -> pd.DataFrame:
@@ -140,12 +197,27 @@ def search(table: pd.DataFrame, identity_at: float) -> pd.DataFrame:
         f"{method}: " + ", ".join(f"{name} {own.get(name)}" for name in varied[method])
         for method, own in zip(table.method, given, strict=True)
     ]
-    gained = matched(trainings(table.assign(trial=trial), lambda prompt: GROUPS[-1], by="trial"), "identity", identity_at, "success_after")
-    found = gained.astype({"method": str}).pivot_table("success_after", "method", "prompt", aggfunc="mean", sort=False).reindex(dict.fromkeys(trial))
+    gained = matched(
+        trainings(table.assign(trial=trial), lambda prompt: GROUPS[-1], by="trial"),
+        "identity",
+        identity_at,
+        "success_after",
+    )
+    found = (
+        gained
+        .astype({"method": str})
+        .pivot_table("success_after", "method", "prompt", aggfunc="mean", sort=False)
+        .reindex(dict.fromkeys(trial))
+    )
     found.insert(0, "mean", found.mean(axis=1))
     method = [name.split(":")[0] for name in found.index]
     best = found["mean"].groupby(method).idxmax()
-    return found.assign(chosen=[name == best[m] for name, m in zip(found.index, method, strict=True)]).rename_axis("trial", columns=None).reset_index()
+    return (
+        found
+        .assign(chosen=[name == best[m] for name, m in zip(found.index, method, strict=True)])
+        .rename_axis("trial", columns=None)
+        .reset_index()
+    )
 
 
 def budget(table: pd.DataFrame, records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -155,10 +227,23 @@ def budget(table: pd.DataFrame, records: Sequence[Mapping[str, Any]]) -> pd.Data
     given = runs.get("settings", pd.Series(np.nan, runs.index, dtype=object))
     runs["steps"] = [own.get("steps", np.nan) if isinstance(own, dict) else np.nan for own in given]
     name = runs.get("method", pd.Series(np.nan, runs.index, dtype=object)).fillna("ablation")
-    seeds = table.assign(method=table.run.map(dict(zip(runs.run, name, strict=True)))).groupby("method").seed.unique()
-    return pd.DataFrame([{"method": method, "runs": len(own), "steps": _span(own.steps), "pictures": _span(own.n),
-                          "seeds": ", ".join(f"{seed:g}" for seed in sorted(seeds[method])), "seconds a run": f"{own.seconds.mean():.0f}"}
-                         for method, own in runs.groupby(name)])
+    seeds = (
+        table
+        .assign(method=table.run.map(dict(zip(runs.run, name, strict=True))))
+        .groupby("method")
+        .seed.unique()
+    )
+    return pd.DataFrame([
+        {
+            "method": method,
+            "runs": len(own),
+            "steps": _span(own.steps),
+            "pictures": _span(own.n),
+            "seeds": ", ".join(f"{seed:g}" for seed in sorted(seeds[method])),
+            "seconds a run": f"{own.seconds.mean():.0f}",
+        }
+        for method, own in runs.groupby(name)
+    ])
 
 
 def _span(values: pd.Series) -> str:
@@ -167,10 +252,15 @@ def _span(values: pd.Series) -> str:
 
 # ---- files ----
 
+
 def ablation_rows(table: pd.DataFrame, strength: float = 1.0, names: Sequence[str] = ()) -> pd.DataFrame:
     """The rows of 03_ablation_directions at ``strength``, as :mod:`cfclip.ablation` takes them; with the metrics ``names``, or all."""
     if "row" not in table:
         return pd.DataFrame(columns=ablation.KEYS)
     own = table[table.row.notna() & (table.strength == strength)]
-    own = own.assign(row=pd.Categorical(own.row, [row for row in ablation.ROWS if row in set(own.row)])).sort_values(["row", "seed", "index"])
-    return own.astype({"row": str, "seed": int})[[*ablation.KEYS, *(name for name in columns_of(own) if not names or name in names)]]
+    own = own.assign(
+        row=pd.Categorical(own.row, [row for row in ablation.ROWS if row in set(own.row)])
+    ).sort_values(["row", "seed", "index"])
+    return own.astype({"row": str, "seed": int})[
+        [*ablation.KEYS, *(name for name in columns_of(own) if not names or name in names)]
+    ]

@@ -11,9 +11,11 @@ from contextlib import contextmanager
 
 def _follow_parent() -> None:
     """In a worker: end with the process that started it. Its queue alone would keep it, and a run, alive for ever."""
+
     def watch() -> None:
         multiprocessing.parent_process().join()
-        os._exit(1)                                          # its kernel sees that and ends as well
+        os._exit(1)  # its kernel sees that and ends as well
+
     threading.Thread(target=watch, daemon=True).start()
 
 
@@ -61,9 +63,16 @@ def cluster_executor(scheduler: str) -> Iterator[Executor]:
     try:
         client = Client(scheduler, timeout=30)
     except (OSError, ValueError) as error:
-        raise ValueError(f"no dask scheduler answers at {scheduler} ({error}): start one with `dask scheduler`") from None
+        raise ValueError(
+            f"no dask scheduler answers at {scheduler} ({error}): start one with `dask scheduler`"
+        ) from None
     with client:
-        if not any("run" in worker["resources"] for worker in client.scheduler_info(n_workers=-1)["workers"].values()):
-            print(f"no worker offers the resource yet, so runs wait; start some: dask worker {scheduler} --nthreads 1 --resources run=1", file=sys.stderr)
+        if not any(
+            "run" in worker["resources"] for worker in client.scheduler_info(n_workers=-1)["workers"].values()
+        ):
+            print(
+                f"no worker offers the resource yet, so runs wait; start some: dask worker {scheduler} --nthreads 1 --resources run=1",
+                file=sys.stderr,
+            )
         with client.get_executor(resources={"run": 1}, pure=False) as executor:
             yield executor

@@ -19,13 +19,13 @@ from cfclip.experiments.spec import code_of, find_notebook, parameters_of
 from cfclip.files import DATA, DOWNLOADS, PACKAGE, FolderInUse, locked, read_rows, write_json
 
 KERNEL_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",                    # one run a core: runs do not disturb each other, and numbers do not depend on the cores
-    "MALLOC_MMAP_THRESHOLD_": "4000000000",    # glibc would give every big tensor back to the kernel and fault it in again
+    "OMP_NUM_THREADS": "1",  # one run a core: runs do not disturb each other, and numbers do not depend on the cores
+    "MALLOC_MMAP_THRESHOLD_": "4000000000",  # glibc would give every big tensor back to the kernel and fault it in again
     "MALLOC_TRIM_THRESHOLD_": "8000000000",
     "MALLOC_TOP_PAD_": "500000000",
 }
 
-OUTPUT_PARAMS = ("out", "runs", "reports")            # parameters that the sweep sets, and that make no run another one
+OUTPUT_PARAMS = ("out", "runs", "reports")  # parameters that the sweep sets, and that make no run another one
 
 NOT_HASHED = ("cli.py", "bench/", "experiments/", "explorer/", "evaluation/claims.py", "evaluation/tables.py")
 """Code that no run of a grid depends on."""
@@ -33,19 +33,22 @@ NOT_HASHED = ("cli.py", "bench/", "experiments/", "explorer/", "evaluation/claim
 
 # ---- what a run is: its content ----
 
+
 @dataclass(frozen=True)
 class Run:
     """One notebook and everything that its numbers depend on."""
 
-    id: str                              # its folder's name
+    id: str  # its folder's name
     notebook: Path
-    parameters: Mapping[str, Any]        # all the notebook has, but for OUTPUT_PARAMS
-    content: Mapping[str, str]           # what was hashed: notebook, code, weights
+    parameters: Mapping[str, Any]  # all the notebook has, but for OUTPUT_PARAMS
+    content: Mapping[str, str]  # what was hashed: notebook, code, weights
     gathers: tuple[str, ...] | None = None  # of a notebook of `then`: the runs it looks at
 
 
 def digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False, default=str).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(content, sort_keys=True, ensure_ascii=False, default=str).encode()
+    ).hexdigest()
 
 
 def notebook_hash(notebook: Path) -> str:
@@ -70,24 +73,40 @@ def weights_hash(domain: str, known: dict[str, list]) -> str:
         stat = path.stat()
         if known.get(str(path), [])[:2] != [stat.st_size, stat.st_mtime_ns]:
             with path.open("rb") as file:
-                known[str(path)] = [stat.st_size, stat.st_mtime_ns, hashlib.filedigest(file, "sha256").hexdigest()]
+                known[str(path)] = [
+                    stat.st_size,
+                    stat.st_mtime_ns,
+                    hashlib.filedigest(file, "sha256").hexdigest(),
+                ]
         hashes.append((path.relative_to(DATA).as_posix(), known[str(path)][2]))
     return digest(hashes)
 
 
 # ---- one run, in a worker ----
 
-def run_notebook(notebook: str | os.PathLike, folder: str | os.PathLike, parameters: Mapping[str, Any]) -> Path:
+
+def run_notebook(
+    notebook: str | os.PathLike, folder: str | os.PathLike, parameters: Mapping[str, Any]
+) -> Path:
     """Execute ``notebook``; the executed copy (also of a failed run) lands in ``folder``."""
     source = find_notebook(notebook)
     path = Path(folder) / source.name
     path.parent.mkdir(parents=True, exist_ok=True)
-    literal = [str(p).replace("{", "{{").replace("}", "}}") for p in (source, path)]  # papermill takes braces in a path for parameters
+    literal = [
+        str(p).replace("{", "{{").replace("}", "}}") for p in (source, path)
+    ]  # papermill takes braces in a path for parameters
     before = dict(os.environ)
-    os.environ.update(KERNEL_ENVIRONMENT)      # the kernel inherits it, and nobody else
+    os.environ.update(KERNEL_ENVIRONMENT)  # the kernel inherits it, and nobody else
     try:
-        papermill.execute_notebook(*literal, dict(parameters), kernel_name="python3", language="python", progress_bar=False, start_timeout=300,
-                                   extra_arguments=["--log-level=50"])  # a kernel warns of its own transport, once a run
+        papermill.execute_notebook(
+            *literal,
+            dict(parameters),
+            kernel_name="python3",
+            language="python",
+            progress_bar=False,
+            start_timeout=300,
+            extra_arguments=["--log-level=50"],
+        )  # a kernel warns of its own transport, once a run
     finally:
         for name in KERNEL_ENVIRONMENT:
             os.environ.pop(name)
@@ -102,13 +121,24 @@ def status(folder: Path) -> str:
     return json.loads(path.read_text(encoding="utf-8"))["status"] if path.exists() else ""
 
 
-def write_record(run: Run, folder: Path, status: str, error: str = "", seconds: float = 0.0) -> dict[str, str]:
+def write_record(
+    run: Run, folder: Path, status: str, error: str = "", seconds: float = 0.0
+) -> dict[str, str]:
     """Write run.json, which makes a run finished (or failed); the last thing that happens in its folder."""
     device = run.parameters.get("device", "cpu")
-    found = versions(device if status == "finished" else "cpu")    # that of a failed run may not be there
-    record = {"run": run.id, "notebook": run.notebook.stem, "status": status, "error": error, "seconds": round(seconds, 2),
-              "seed": run.parameters.get("seed"), "parameters": run.parameters, "content": run.content, "gathers": run.gathers,
-              "versions": found | {"device": device, "threads": KERNEL_ENVIRONMENT["OMP_NUM_THREADS"]}}
+    found = versions(device if status == "finished" else "cpu")  # that of a failed run may not be there
+    record = {
+        "run": run.id,
+        "notebook": run.notebook.stem,
+        "status": status,
+        "error": error,
+        "seconds": round(seconds, 2),
+        "seed": run.parameters.get("seed"),
+        "parameters": run.parameters,
+        "content": run.content,
+        "gathers": run.gathers,
+        "versions": found | {"device": device, "threads": KERNEL_ENVIRONMENT["OMP_NUM_THREADS"]},
+    }
     write_json(folder / "run.json", record)
     return {"status": status, "error": error}
 
@@ -132,16 +162,22 @@ def _execute(run: Run, folder: Path, reports: str) -> dict[str, str]:
     start = time.perf_counter()
     try:
         if (run.content["notebook"], run.content["code"]) != (notebook_hash(run.notebook), code_hash()):
-            raise RuntimeError("the notebook or the package changed since the sweep began: start the sweep again")
+            raise RuntimeError(
+                "the notebook or the package changed since the sweep began: start the sweep again"
+            )
         values = {**run.parameters, "out": str(folder)}
         if run.gathers is not None:
             _link(folder / "runs", run.gathers)
             values |= {"runs": str(folder / "runs"), "reports": reports}
         defaults = parameters_of(run.notebook)
-        given = {name: values[name] for name, default in defaults.items() if values.get(name, default) != default}
+        given = {
+            name: values[name] for name, default in defaults.items() if values.get(name, default) != default
+        }
         run_notebook(run.notebook, folder, given)
     except Exception as error:
-        if str(error).startswith("Kernel died"):  # e.g. out of memory; papermill has no class for all of these
+        if str(error).startswith(
+            "Kernel died"
+        ):  # e.g. out of memory; papermill has no class for all of these
             return {"status": "lost", "error": "its kernel died"}
         text = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         return write_record(run, folder, "failed", text[-1].strip(), time.perf_counter() - start)
@@ -172,7 +208,9 @@ def gather(out: str | os.PathLike) -> pd.DataFrame:
     for record in records(out):
         metrics = Path(out) / record["run"] / "metrics.jsonl"
         own = read_rows(metrics) if metrics.exists() else [{}]
-        given = {f"{name}_parameter" if any(row.get(name, value) != value for row in own) else name: value
-                 for name, value in record["parameters"].items()}
+        given = {
+            f"{name}_parameter" if any(row.get(name, value) != value for row in own) else name: value
+            for name, value in record["parameters"].items()
+        }
         rows += [{"run": record["run"], "notebook": record["notebook"], **given} | row for row in own]
     return pd.DataFrame(rows)

@@ -26,7 +26,6 @@ SHOWS = ("edit", "difference", "strengths", "prompts × strengths", "methods")
 STEPS = (-1.0, 0.0, 0.5, 1.0, 1.5, 2.0)
 
 HEAT = 0.4
-
 """The difference of two pictures in [-1, 1], mean over the channels, at which the heat map is brightest."""
 
 SWEEP = (*np.linspace(0, 1, 9).tolist(), 1.0, 1.0, 1.0, 1.0, *np.linspace(1, 0, 9).tolist(), 0.0, 0.0)
@@ -74,8 +73,15 @@ def heat_map(source: Tensor, edited: Tensor) -> np.ndarray:
     return (colormaps["inferno"](heat)[..., :3] * 255).round().astype(np.uint8)
 
 
-def draw(domain: Domain, recipe: Recipe, show: str, faces: Faces, others: Sequence[Recipe] = (), labels: Sequence[str] = (),
-         stale: Callable[[], bool] = lambda: False) -> Frame | None:
+def draw(
+    domain: Domain,
+    recipe: Recipe,
+    show: str,
+    faces: Faces,
+    others: Sequence[Recipe] = (),
+    labels: Sequence[str] = (),
+    stale: Callable[[], bool] = lambda: False,
+) -> Frame | None:
     """The frame of ``recipe`` in the way ``show``; None if it went ``stale`` on the way.
 
     ``others``: recipes of the other rows of "methods" and of "prompts × strengths"; ``labels``: what they are called.
@@ -99,14 +105,27 @@ def draw(domain: Domain, recipe: Recipe, show: str, faces: Faces, others: Sequen
                 yield f"× {strength:g}", to_uint8(render(domain, replace(recipe, strength=strength), faces))
         if show == "prompts × strengths":
             for label, other in zip(labels, others, strict=True):
-                yield label, np.concatenate([to_uint8(render(domain, replace(other, strength=strength), first)) for strength in STEPS])
+                yield (
+                    label,
+                    np.concatenate([
+                        to_uint8(render(domain, replace(other, strength=strength), first))
+                        for strength in STEPS
+                    ]),
+                )
 
     drawn = {}
     for label, row in rows():
         if stale():
             return None
         drawn[label] = row
-    return Frame(recipe, show, drawn, tuple(f"× {s:g}" for s in STEPS) if show == "prompts × strengths" else headers, faces.images, edited)
+    return Frame(
+        recipe,
+        show,
+        drawn,
+        tuple(f"× {s:g}" for s in STEPS) if show == "prompts × strengths" else headers,
+        faces.images,
+        edited,
+    )
 
 
 def score(domain: Domain, frame: Frame, stale: Callable[[], bool] = lambda: False) -> dict[str, float]:
@@ -120,7 +139,7 @@ def score(domain: Domain, frame: Frame, stale: Callable[[], bool] = lambda: Fals
         if stale():
             return {}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)        # of parts that nobody has
+            warnings.simplefilter("ignore", RuntimeWarning)  # of parts that nobody has
             found |= function(edit)
     return {name: float(np.nanmean(values)) for name, values in found.items() if not np.isnan(values).all()}
 
@@ -128,14 +147,21 @@ def score(domain: Domain, frame: Frame, stale: Callable[[], bool] = lambda: Fals
 def export(folder: Path, domain: Domain, frame: Frame) -> list[Path]:
     """Write what is on show (.png), the edit from nothing to its strength and back (.gif), the recipe (.json) and its cell (.py)."""
     recipe, text = frame.recipe, frame.recipe.to_json()
-    stem = writable(folder) / f"{slug(recipe.prompt)}-{hashlib.sha256((text + frame.show).encode()).hexdigest()[:6]}"
+    stem = (
+        writable(folder)
+        / f"{slug(recipe.prompt)}-{hashlib.sha256((text + frame.show).encode()).hexdigest()[:6]}"
+    )
     faces = draw_faces(domain, recipe.faces)
     steps = [replace(recipe, strength=recipe.strength * share) for share in SWEEP]
-    drawn = {step: Image.fromarray(strip(to_uint8(render(domain, step, faces)))) for step in dict.fromkeys(steps)}
+    drawn = {
+        step: Image.fromarray(strip(to_uint8(render(domain, step, faces)))) for step in dict.fromkeys(steps)
+    }
     frames = [drawn[step] for step in steps]
     animation = {"format": "GIF", "save_all": True, "append_images": frames[1:], "duration": 70, "loop": 0}
     return [
-        atomic_write(stem.with_suffix(".png"), lambda part: Image.fromarray(frame.sheet).save(part, format="PNG")),
+        atomic_write(
+            stem.with_suffix(".png"), lambda part: Image.fromarray(frame.sheet).save(part, format="PNG")
+        ),
         atomic_write(stem.with_suffix(".gif"), lambda part: frames[0].save(part, **animation)),
         write_text(stem.with_suffix(".json"), text),
         write_text(stem.with_suffix(".py"), recipe.code()),

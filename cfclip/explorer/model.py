@@ -33,13 +33,11 @@ from cfclip.models.mapper import LEVELS
 from cfclip.models.stylegan2 import max_batch
 
 MERGE_SECONDS = 0.7
-
 """Seconds within which two changes of the same setting are one entry of the history: a slider on its way, a word being typed."""
 
 OUT = Path("reports", "runs", "explorer")
 
 HISTORY_LENGTH = 100
-
 """Entries of the history."""
 
 
@@ -64,16 +62,34 @@ class Explorer(HasTraits):
     progress = Float(help="of the training, from 0 to 1")
     preview = Instance(np.ndarray, allow_none=True, help="what the training has come to, uint8 [N, R, R, 3]")
 
-    def __init__(self, domain: str | Domain = "toonfaces", prompt: str = "", n: int = 8, out: str | Path = "",
-                 runs: Sequence[str | Path] = (), settings: Mapping[str, Mapping[str, Any]] | None = None, photo_steps: int = 100):
+    def __init__(
+        self,
+        domain: str | Domain = "toonfaces",
+        prompt: str = "",
+        n: int = 8,
+        out: str | Path = "",
+        runs: Sequence[str | Path] = (),
+        settings: Mapping[str, Mapping[str, Any]] | None = None,
+        photo_steps: int = 100,
+    ):
         super().__init__()
         domain = load_domain(domain) if isinstance(domain, str) else domain
-        self.out, self.settings, self.n, self.photo_steps = Path(out or ROOT / OUT).resolve(), dict(settings or {}), n, photo_steps
+        self.out, self.settings, self.n, self.photo_steps = (
+            Path(out or ROOT / OUT).resolve(),
+            dict(settings or {}),
+            n,
+            photo_steps,
+        )
         self.runs = [self.out, *(Path(folder).resolve() for folder in runs)]
         self._domains, self._lock = {domain.name: domain}, threading.RLock()
         self._faces: tuple[tuple, Faces] | None = None
         self._last_change: tuple[frozenset, float] = (frozenset(), 0.0)
-        self._drawing, self._scoring, self._tasks, self._jobs = LatestJobThread(), LatestJobThread(), ThreadPoolExecutor(1), set[Future]()
+        self._drawing, self._scoring, self._tasks, self._jobs = (
+            LatestJobThread(),
+            LatestJobThread(),
+            ThreadPoolExecutor(1),
+            set[Future](),
+        )
         self.recipe = Recipe(domain.name, prompt or domain.prompts[0], faces=self._first_faces(domain))
         self.history = (self.recipe,)
         self.find_mappers()
@@ -99,7 +115,11 @@ class Explorer(HasTraits):
         own = sorted(committed(self.domain))
         claims = self.domain.truth.prompts if self.domain.truth else ()
         of_files = [prompt for _, prompt in self.mappers.values()]
-        return tuple(p for p in dict.fromkeys((*self.domain.prompts, *own, *of_files, *claims)) if self.mapper_for(p) is not None)
+        return tuple(
+            p
+            for p in dict.fromkeys((*self.domain.prompts, *own, *of_files, *claims))
+            if self.mapper_for(p) is not None
+        )
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -136,9 +156,11 @@ class Explorer(HasTraits):
             if recipe == self.recipe:
                 return
             what, now = frozenset(fields), time.monotonic()
-            together = what == self._last_change[0] and now - self._last_change[1] < MERGE_SECONDS and self.at > 0
+            together = (
+                what == self._last_change[0] and now - self._last_change[1] < MERGE_SECONDS and self.at > 0
+            )
             self._last_change = what, now
-            self.history = (*self.history[:self.at + (not together)], recipe)[-HISTORY_LENGTH:]
+            self.history = (*self.history[: self.at + (not together)], recipe)[-HISTORY_LENGTH:]
             self.at = len(self.history) - 1
             self.recipe = recipe
         self.refresh()
@@ -146,15 +168,21 @@ class Explorer(HasTraits):
     def set_prompt(self, prompt: str) -> None:
         """A mapper that was trained for another prompt is let go of."""
         plain, mapper = prompt.strip(), self.recipe.mapper
-        keep = self.mappers.get(mapper, ("", plain))[1] == plain and (mapper or self.mapper_for(plain) is None)
+        keep = self.mappers.get(mapper, ("", plain))[1] == plain and (
+            mapper or self.mapper_for(plain) is None
+        )
         self.change(prompt=prompt, mapper=mapper if keep else self.mapper_for(plain) or "")
 
     def set_mapper(self, path: str) -> None:
         """One of :attr:`mappers`, with its prompt; a mapper's file; or "", the domain's own."""
         if path not in self.mappers:
             self.change(mapper=path)
-        else:                                                      # an editor that is no mapper edits all layers
-            self.change(mapper=path, prompt=self.mappers[path][1], layers=() if Path(path).is_dir() else self.recipe.layers)
+        else:  # an editor that is no mapper edits all layers
+            self.change(
+                mapper=path,
+                prompt=self.mappers[path][1],
+                layers=() if Path(path).is_dir() else self.recipe.layers,
+            )
 
     def set_levels(self, **on: bool) -> None:
         """``coarse=False``, …: switch levels of W+ off or on."""
@@ -168,8 +196,12 @@ class Explorer(HasTraits):
 
     def new_faces(self) -> None:
         """Faces that have not been seen, but for the locked ones."""
-        seed = 1 + max((face for recipe in self.history for face in recipe.faces if isinstance(face, int)), default=-1)
-        self.change(faces=tuple(face if face in self.locked else seed + i for i, face in enumerate(self.recipe.faces)))
+        seed = 1 + max(
+            (face for recipe in self.history for face in recipe.faces if isinstance(face, int)), default=-1
+        )
+        self.change(
+            faces=tuple(face if face in self.locked else seed + i for i, face in enumerate(self.recipe.faces))
+        )
 
     def set_seeds(self, text: str) -> None:
         """The faces by their seeds, "3, 14, 15"; own photos stay."""
@@ -206,7 +238,9 @@ class Explorer(HasTraits):
         """Draw what the recipe says, and forget what was asked for before."""
         with self._lock:
             self.busy, self.message = True, ""
-            self._drawing.ask(lambda stale, recipe=self.recipe, show=self.show: self._draw(recipe, show, stale))
+            self._drawing.ask(
+                lambda stale, recipe=self.recipe, show=self.show: self._draw(recipe, show, stale)
+            )
 
     def _draw(self, recipe: Recipe, show: str, stale: Callable[[], bool]) -> None:
         begun, frame, message = time.perf_counter(), None, ""
@@ -215,7 +249,7 @@ class Explorer(HasTraits):
             if self._faces is None or self._faces[0] != key:
                 self._faces = key, draw_faces(domain, recipe.faces)
             frame = draw(domain, recipe, show, self._faces[1], *self._others(recipe, show), stale)
-        except Exception as error:                                 # whatever it is: in words, and the thread goes on
+        except Exception as error:  # whatever it is: in words, and the thread goes on
             message = in_words(error)
         with self._lock:
             if stale():
@@ -230,17 +264,32 @@ class Explorer(HasTraits):
     def _others(self, recipe: Recipe, show: str) -> tuple[list[Recipe], list[str]]:
         """The recipes of the rows beside the edit, and what they are called."""
         if show == "methods":
-            same = [(path, label) for path, (label, of) in self.mappers.items() if of == recipe.prompt.strip() and path != recipe.mapper]
-            return [replace(recipe, mapper=path, layers=() if Path(path).is_dir() else recipe.layers) for path, _ in same], [label for _, label in same]
+            same = [
+                (path, label)
+                for path, (label, of) in self.mappers.items()
+                if of == recipe.prompt.strip() and path != recipe.mapper
+            ]
+            return [
+                replace(recipe, mapper=path, layers=() if Path(path).is_dir() else recipe.layers)
+                for path, _ in same
+            ], [label for _, label in same]
         if show == "prompts × strengths":
-            prompts = list(dict.fromkeys((*recipe.prompts, *self.suggestions)))[:max(4, len(recipe.prompts))]
-            return [replace(recipe, prompt=prompt, mapper=recipe.mapper if [prompt] == recipe.prompts else self.mapper_for(prompt) or "")
-                    for prompt in prompts], prompts
+            prompts = list(dict.fromkeys((*recipe.prompts, *self.suggestions)))[: max(4, len(recipe.prompts))]
+            return [
+                replace(
+                    recipe,
+                    prompt=prompt,
+                    mapper=recipe.mapper if [prompt] == recipe.prompts else self.mapper_for(prompt) or "",
+                )
+                for prompt in prompts
+            ], prompts
         return [], []
 
     def _score(self, frame: Frame, stale: Callable[[], bool]) -> None:
         try:
-            scores = score(self._domains[frame.recipe.domain], frame, lambda: stale() or self.frame is not frame)
+            scores = score(
+                self._domains[frame.recipe.domain], frame, lambda: stale() or self.frame is not frame
+            )
         except Exception as error:
             scores, self.message = {}, in_words(error)
         with self._lock:
@@ -251,6 +300,7 @@ class Explorer(HasTraits):
 
     def _task(self, what: str, job: Callable[[], str]) -> None:
         """Do ``job`` in its thread; what it returns is the note."""
+
         def run() -> None:
             note = ""
             try:
@@ -269,9 +319,18 @@ class Explorer(HasTraits):
 
     def choose_domain(self, name: str) -> None:
         """Load it, and begin there; where that fails the explorer stays where it is."""
+
         def job() -> str:
             domain = self._load(name)
-            self.change(domain=name, prompt=domain.prompts[0], source_text="", layers=(), mapper="", region="", faces=self._first_faces(domain))
+            self.change(
+                domain=name,
+                prompt=domain.prompts[0],
+                source_text="",
+                layers=(),
+                mapper="",
+                region="",
+                faces=self._first_faces(domain),
+            )
             self.find_mappers()
             return f"domain {name}"
 
@@ -280,14 +339,26 @@ class Explorer(HasTraits):
 
     def add_photo(self, content: bytes, points: Sequence[Sequence[float]] = ()) -> None:
         """A photo file -> a code in ``out``, in the place of the first face that is not locked; aligned as :func:`cfclip.align.load_photo` says."""
+
         def job() -> str:
             domain, size = self.domain, self.domain.generator.resolution
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always", UserWarning)
-                photo = load_photo(io.BytesIO(content), size, points, detect=not len(points) and size >= 256 and detector_file() is not None)
+                photo = load_photo(
+                    io.BytesIO(content),
+                    size,
+                    points,
+                    detect=not len(points) and size >= 256 and detector_file() is not None,
+                )
             photo = photo.to(domain.device)
             start = projector.encode(domain, photo) if domain.encoder is not None else None
-            found = projector.invert(domain, photo, projector.InversionConfig(steps=self.photo_steps, noise_maps=False), start, progress=False)
+            found = projector.invert(
+                domain,
+                photo,
+                projector.InversionConfig(steps=self.photo_steps, noise_maps=False),
+                start,
+                progress=False,
+            )
             name = hashlib.sha256(content + repr((domain.name, points)).encode()).hexdigest()[:12]
             code = found.w_plus.cpu()
             path = str(atomic_write(self.out / "faces" / f"{name}.pt", lambda part: torch.save(code, part)))
@@ -296,22 +367,30 @@ class Explorer(HasTraits):
                 faces[next((i for i, face in enumerate(faces) if face not in self.locked), 0)] = path
             self.lock(path)
             self.change(faces=tuple(faces))
-            return " ".join([f"photo inverted, {found.metrics[0]['psnr']:.1f} dB;", *(str(w.message) for w in said)])
+            return " ".join([
+                f"photo inverted, {found.metrics[0]['psnr']:.1f} dB;",
+                *(str(w.message) for w in said),
+            ])
 
         self._task("inverting the photo …", job)
 
     def export(self) -> None:
         """Write the picture on show, its animation, the recipe and its cell into ``out``."""
+
         def job() -> str:
             self._drawing.wait()
             if self.frame is None or self.frame.recipe != self.recipe:
-                raise ValueError("there is no picture of this recipe to export" + (f": {self.message}" if self.message else ""))
+                raise ValueError(
+                    "there is no picture of this recipe to export"
+                    + (f": {self.message}" if self.message else "")
+                )
             return "written: " + ", ".join(str(path) for path in export(self.out, self.domain, self.frame))
 
         self._task("exporting …", job)
 
     def open(self, text: str | bytes) -> None:
         """A recipe, as the export's .json has it."""
+
         def job() -> str:
             recipe = Recipe.from_json(text if isinstance(text, str) else text.decode())
             self._load(recipe.domain)
@@ -330,7 +409,15 @@ class Explorer(HasTraits):
             return
         try:
             w = codes(self.domain, self.recipe.faces[:4])
-            self.training = Training(self.domain, self.recipe, method, self.settings.get(method, {}), self.out, w, self._on_training)
+            self.training = Training(
+                self.domain,
+                self.recipe,
+                method,
+                self.settings.get(method, {}),
+                self.out,
+                w,
+                self._on_training,
+            )
         except Exception as error:
             self.message = in_words(error)
             return
@@ -348,7 +435,7 @@ class Explorer(HasTraits):
             self.note = f"trained: {training.path}"
             if (self.recipe.domain, self.recipe.prompts) == (training.recipe.domain, training.recipe.prompts):
                 self.set_mapper(str(training.path))
-                self.refresh()                                     # the path may be the same, and the mapper another
+                self.refresh()  # the path may be the same, and the mapper another
 
     def cancel(self) -> None:
         if (training := self.training) is not None:

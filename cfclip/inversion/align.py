@@ -26,17 +26,14 @@ from cfclip.images import to_tensor
 FORMATS = ("PNG", "JPEG", "WEBP")
 
 MAX_PIXELS = 150_000_000
-
 """Of a photo: more is taken for a decompression bomb."""
 
 POINTS = ("left eye", "right eye", "nose", "left mouth corner", "right mouth corner")
 
 SUPERSAMPLE = 4
-
 """The square is cut out at this many times the output's size, then averaged down; FFHQ: 4096 for 1024."""
 
 TOLERANCE = 0.08
-
 """How far, in widths of the picture, a corner of the aligned square may be off before :func:`looks_aligned` warns."""
 
 Points = Sequence[Sequence[float]] | np.ndarray
@@ -59,21 +56,29 @@ def read_photo(file: str | os.PathLike | BinaryIO) -> Image.Image:
     except FileNotFoundError:
         raise ValueError(f"{name} does not exist: check the path") from None
     except UnidentifiedImageError:
-        raise ValueError(f"{name} is no PNG, JPEG or WebP (or its beginning is damaged): convert it to one of them") from None
+        raise ValueError(
+            f"{name} is no PNG, JPEG or WebP (or its beginning is damaged): convert it to one of them"
+        ) from None
     except Image.DecompressionBombError:
-        raise ValueError(f"{name} has more than {MAX_PIXELS / 1e6:g} million pixels, or claims to: shrink it first") from None
+        raise ValueError(
+            f"{name} has more than {MAX_PIXELS / 1e6:g} million pixels, or claims to: shrink it first"
+        ) from None
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, zlib.error) as error:
-        raise ValueError(f"{name} cannot be read ({error}): it is damaged or cut short, get it again") from None
+        raise ValueError(
+            f"{name} cannot be read ({error}): it is damaged or cut short, get it again"
+        ) from None
     try:
         image = ImageOps.exif_transpose(image)
-    except Exception as error:                                     # whatever a damaged EXIF block makes Pillow raise
+    except Exception as error:  # whatever a damaged EXIF block makes Pillow raise
         warnings.warn(f"{name}: its EXIF data are damaged ({error}); it is taken as it lies", stacklevel=2)
     return _rgb(image)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):                                 # 16-bit grey: Pillow's own conversion would clip at 255
-        return Image.fromarray(np.rint(np.asarray(image, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip at 255
+        return Image.fromarray(
+            np.rint(np.asarray(image, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8)
+        ).convert("RGB")
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -87,19 +92,29 @@ def check_points(points: Points, size: tuple[int, int] | None = None) -> np.ndar
     except (ValueError, TypeError):
         array = np.empty(0)
     if array.shape != (5, 2):
-        raise ValueError(f"points must be five [x, y] pairs ({', '.join(POINTS)}), not {np.shape(array) if array.size else points!r}")
+        raise ValueError(
+            f"points must be five [x, y] pairs ({', '.join(POINTS)}), not {np.shape(array) if array.size else points!r}"
+        )
     for name, (x, y) in zip(POINTS, array, strict=True):
         if not np.isfinite([x, y]).all():
             raise ValueError(f"the {name} is at [{x:g}, {y:g}], which is no place")
         if size and not (0 <= x <= size[0] and 0 <= y <= size[1]):
-            raise ValueError(f"the {name} at [{x:g}, {y:g}] is outside the picture of {size[0]} x {size[1]}: points are in pixels of the picture "
-                             "as one sees it, turned upright")
+            raise ValueError(
+                f"the {name} at [{x:g}, {y:g}] is outside the picture of {size[0]} x {size[1]}: points are in pixels of the picture "
+                "as one sees it, turned upright"
+            )
     left, right, _, mouth_left, mouth_right = array
     across, down = right - left, (mouth_left + mouth_right - left - right) / 2
     if min(np.hypot(*across), np.hypot(*down)) < 2:
         raise ValueError("the points fall together: eyes and mouth must be at least 2 pixels apart")
-    if across[0] * down[1] - across[1] * down[0] <= 0.2 * np.hypot(*across) * np.hypot(*down) or (mouth_right - mouth_left) @ across < 0:
-        raise ValueError("the points are no face: left is the left side of the picture, not of the person, and the order is " + ", ".join(POINTS))
+    if (
+        across[0] * down[1] - across[1] * down[0] <= 0.2 * np.hypot(*across) * np.hypot(*down)
+        or (mouth_right - mouth_left) @ across < 0
+    ):
+        raise ValueError(
+            "the points are no face: left is the left side of the picture, not of the person, and the order is "
+            + ", ".join(POINTS)
+        )
     return array
 
 
@@ -135,7 +150,7 @@ def align(photo: Image.Image, points: Points, size: int) -> Image.Image:
     quad = face_quad(check_points(points, photo.size))
     side = np.hypot(*(quad[3] - quad[0]))
     shrink = int(side / size * 0.5)
-    if shrink > 1:                                                 # far larger than needed: average down before cutting
+    if shrink > 1:  # far larger than needed: average down before cutting
         small = [max(1, round(length / shrink)) for length in photo.size]
         photo = photo.resize(small, Image.Resampling.LANCZOS)
         quad, side = quad / shrink, side / shrink
@@ -152,7 +167,9 @@ def align(photo: Image.Image, points: Points, size: int) -> Image.Image:
         before, after = np.maximum(before, rim), np.maximum(after, rim)
         photo, quad = _extend(photo, before, after, side * 0.02), quad + before
     large = SUPERSAMPLE * size
-    photo = photo.transform((large, large), Image.Transform.QUAD, (quad + 0.5).flatten().tolist(), Image.Resampling.BILINEAR)
+    photo = photo.transform(
+        (large, large), Image.Transform.QUAD, (quad + 0.5).flatten().tolist(), Image.Resampling.BILINEAR
+    )
     return photo.resize((size, size), Image.Resampling.LANCZOS)
 
 
@@ -162,8 +179,12 @@ def _extend(photo: Image.Image, before: np.ndarray, after: np.ndarray, blur: flo
     pixels = np.pad(np.asarray(photo, dtype=np.float32), ((top, bottom), (left, right), (0, 0)), "reflect")
     height, width = pixels.shape[:2]
     y, x = np.ogrid[:height, :width]
-    outside = 1 - np.minimum(np.minimum(x / left, (width - 1 - x) / right), np.minimum(y / top, (height - 1 - y) / bottom))
-    outside = outside[..., None].astype(np.float32)                # 1 at the rim, 0 where the picture begins, negative inside
+    outside = 1 - np.minimum(
+        np.minimum(x / left, (width - 1 - x) / right), np.minimum(y / top, (height - 1 - y) / bottom)
+    )
+    outside = outside[..., None].astype(
+        np.float32
+    )  # 1 at the rim, 0 where the picture begins, negative inside
     pixels += (gaussian_filter(pixels, [blur, blur, 0]) - pixels) * np.clip(3 * outside + 1, 0, 1)
     pixels += (np.median(pixels, (0, 1)) - pixels) * np.clip(outside, 0, 1)
     return Image.fromarray(np.rint(pixels).clip(0, 255).astype(np.uint8))
@@ -175,19 +196,28 @@ def looks_aligned(photo: Image.Image, points: Points | None = None) -> bool:
     With ``points`` their square must be the whole picture, to ``TOLERANCE``. Without, only the shape can be judged.
     """
     width, height = photo.size
-    problem = "" if abs(width - height) <= 0.01 * max(width, height) else f"it is not square ({width} x {height})"
+    problem = (
+        "" if abs(width - height) <= 0.01 * max(width, height) else f"it is not square ({width} x {height})"
+    )
     if points is not None and not problem:
         corners = np.array([[0, 0], [0, height], [width, height], [width, 0]])
         off = np.abs(face_quad(check_points(points, photo.size)) - corners).max() / width
-        problem = "" if off <= TOLERANCE else f"an aligned face has its eyes and mouth elsewhere: its square is {off:.0%} of the width off"
+        problem = (
+            ""
+            if off <= TOLERANCE
+            else f"an aligned face has its eyes and mouth elsewhere: its square is {off:.0%} of the width off"
+        )
     if problem:
-        warnings.warn(f"the photo does not look aligned: {problem}; an inversion will be poor, align it by its points first", stacklevel=2)
+        warnings.warn(
+            f"the photo does not look aligned: {problem}; an inversion will be poor, align it by its points first",
+            stacklevel=2,
+        )
     return not problem
 
 
 def detector_file(folder: Path = files.DOWNLOADS) -> Path | None:
     """YuNet's file if it is in ``folder`` and OpenCV is installed, else None. ValueError if the file is not the documented one."""
-    source, = (s for s in sources.SOURCES if s.role == "detector")
+    (source,) = (s for s in sources.SOURCES if s.role == "detector")
     path = sources.locate(source, folder)
     if path is None or find_spec("cv2") is None:
         return None
@@ -204,22 +234,30 @@ def detect_points(photo: Image.Image, file: str | os.PathLike | None = None) -> 
     """
     file = file or detector_file()
     if file is None:
-        raise ValueError("finding the face needs OpenCV (pip install opencv-python-headless) and YuNet's file (cfclip fetch ffhq --all); "
-                         f"or give five points by hand: {', '.join(POINTS)}")
+        raise ValueError(
+            "finding the face needs OpenCV (pip install opencv-python-headless) and YuNet's file (cfclip fetch ffhq --all); "
+            f"or give five points by hand: {', '.join(POINTS)}"
+        )
     import cv2  # no dependency: most people click five points once
 
     scale = min(1.0, 1024 / max(photo.size))
     small = photo.resize([max(1, round(length * scale)) for length in photo.size], Image.Resampling.BILINEAR)
     detector = cv2.FaceDetectorYN.create(os.fspath(file), "", small.size, 0.6)
-    _, faces = detector.detect(np.ascontiguousarray(np.asarray(small)[..., ::-1]))     # BGR
+    _, faces = detector.detect(np.ascontiguousarray(np.asarray(small)[..., ::-1]))  # BGR
     if faces is None or not len(faces):
-        raise ValueError(f"no face was found in the photo of {photo.width} x {photo.height}: give its five points by hand ({', '.join(POINTS)})")
-    face = max(faces, key=lambda row: row[2] * row[3])             # x, y, w, h, then the points, from the picture's left to its right
+        raise ValueError(
+            f"no face was found in the photo of {photo.width} x {photo.height}: give its five points by hand ({', '.join(POINTS)})"
+        )
+    face = max(
+        faces, key=lambda row: row[2] * row[3]
+    )  # x, y, w, h, then the points, from the picture's left to its right
     points = np.asarray(face[4:14], dtype=np.float64).reshape(5, 2) / scale
     return np.clip(points, 0, photo.size)
 
 
-def load_photo(file: str | os.PathLike | BinaryIO, size: int, points: Points = (), detect: bool = False) -> Tensor:
+def load_photo(
+    file: str | os.PathLike | BinaryIO, size: int, points: Points = (), detect: bool = False
+) -> Tensor:
     """A photo file for a generator of ``size``: [1, 3, size, size] in [-1, 1].
 
     Aligned by ``points``, or with ``detect`` by those that :func:`detect_points` finds; else it is taken as aligned already, with a
@@ -231,6 +269,6 @@ def load_photo(file: str | os.PathLike | BinaryIO, size: int, points: Points = (
     elif detect:
         photo = align(photo, detect_points(photo), size)
     elif not looks_aligned(photo):
-        side = min(photo.size)                                     # its middle, unstretched
+        side = min(photo.size)  # its middle, unstretched
         photo = ImageOps.fit(photo, (side, side))
     return to_tensor([np.asarray(photo.resize((size, size), Image.Resampling.LANCZOS))])

@@ -23,7 +23,6 @@ from cfclip.settings import Settings, flag, int_at_least, number, one_of, settin
 SPACES = ("w", "w_plus")
 
 PERCEPTUAL_SIZE = 256
-
 """Larger pictures are pooled to this before the perceptual distance, as the projector does."""
 
 
@@ -115,7 +114,9 @@ def reconstruction(domain: Domain, photos: Tensor, images: Tensor, w_plus: Tenso
 def encode(domain: Domain, photos: Tensor) -> Tensor:
     """The encoder's guess: photos [N, 3, R, R] in [-1, 1], resized to what it takes -> [N, L, D]. ValueError if the domain has none."""
     if domain.encoder is None:
-        raise ValueError(f"domain {domain.name} has no encoder: start without one, or get it (cfclip toonfaces train encoder, or cfclip fetch ffhq --all)")
+        raise ValueError(
+            f"domain {domain.name} has no encoder: start without one, or get it (cfclip toonfaces train encoder, or cfclip fetch ffhq --all)"
+        )
     size = domain.encoder.image_size
     if photos.shape[-2:] != (size, size):
         photos = F.interpolate(photos, (size, size), mode="bilinear", align_corners=False, antialias=True)
@@ -125,7 +126,13 @@ def encode(domain: Domain, photos: Tensor) -> Tensor:
     return w
 
 
-def invert(domain: Domain, photos: Tensor, config: InversionConfig | None = None, start: Tensor | None = None, progress: bool = True) -> Inversion:
+def invert(
+    domain: Domain,
+    photos: Tensor,
+    config: InversionConfig | None = None,
+    start: Tensor | None = None,
+    progress: bool = True,
+) -> Inversion:
     """Invert aligned ``photos`` [N, 3, R, R] in [-1, 1].
 
     ``start``: [N, L, D], e.g. from :func:`encode`; default W's centre. Photos do not influence each other.
@@ -133,7 +140,9 @@ def invert(domain: Domain, photos: Tensor, config: InversionConfig | None = None
     """
     config, r = config or InversionConfig(), domain.generator.resolution
     if photos.ndim != 4 or photos.shape[1:] != (3, r, r) or not len(photos):
-        raise ValueError(f"photos must be [N, 3, {r}, {r}] for this generator, not {list(photos.shape)}: see cfclip.align.load_photo")
+        raise ValueError(
+            f"photos must be [N, 3, {r}, {r}] for this generator, not {list(photos.shape)}: see cfclip.align.load_photo"
+        )
     if not photos.isfinite().all() or photos.abs().max() > 1.01:
         raise ValueError("photos must be finite and in [-1, 1]: see cfclip.align.load_photo")
     photos = photos.to(domain.device, torch.float32)
@@ -145,34 +154,48 @@ def invert(domain: Domain, photos: Tensor, config: InversionConfig | None = None
     batches = zip(photos.split(size), starts, strict=start is not None)
     parts = [_invert(domain, x, config, begin, i * size, progress) for i, (x, begin) in enumerate(batches)]
     w = torch.cat([part[0] for part in parts])
-    noise = None if parts[0][1] is None else tuple(map(torch.cat, zip(*(part[1] for part in parts), strict=True)))
+    noise = (
+        None if parts[0][1] is None else tuple(map(torch.cat, zip(*(part[1] for part in parts), strict=True)))
+    )
     with torch.no_grad():
         images = torch.cat([domain.generator.synthesis(part[0], part[1] or "const") for part in parts])
-    log = [{key: sum(row[key] * len(part[0]) for row, part in zip(rows, parts, strict=True)) / len(w) for key in rows[0]}
-           for rows in zip(*(part[2] for part in parts), strict=True)]
+    log = [
+        {
+            key: sum(row[key] * len(part[0]) for row, part in zip(rows, parts, strict=True)) / len(w)
+            for key in rows[0]
+        }
+        for rows in zip(*(part[2] for part in parts), strict=True)
+    ]
     return Inversion(w, noise, images, reconstruction(domain, photos, images, w), log)
 
 
 def _fits(generator: Generator, w: Tensor, n: int, what: str) -> None:
     if w.shape != (n, generator.num_ws, generator.w_dim):
-        raise ValueError(f"{what} gives codes of shape {list(w.shape)}, where this generator needs [{n}, {generator.num_ws}, {generator.w_dim}]")
+        raise ValueError(
+            f"{what} gives codes of shape {list(w.shape)}, where this generator needs [{n}, {generator.num_ws}, {generator.w_dim}]"
+        )
 
 
-def _invert(domain: Domain, photos: Tensor, c: InversionConfig, start: Tensor | None, first: int,
-            progress: bool) -> tuple[Tensor, tuple[Tensor, ...] | None, list[dict[str, float]]]:
+def _invert(
+    domain: Domain, photos: Tensor, c: InversionConfig, start: Tensor | None, first: int, progress: bool
+) -> tuple[Tensor, tuple[Tensor, ...] | None, list[dict[str, float]]]:
     g, n, spread = domain.generator, len(photos), w_spread(domain.generator)
     distance = domain.distance() if c.perceptual else None
     if c.perceptual and distance is None:
-        raise ValueError(f"perceptual is {c.perceptual:g}, but domain {domain.name} has no ground truth and AlexNet is not on this machine: "
-                         f"'cfclip fetch {domain.name} --all' gets it, or set perceptual=0")
+        raise ValueError(
+            f"perceptual is {c.perceptual:g}, but domain {domain.name} has no ground truth and AlexNet is not on this machine: "
+            f"'cfclip fetch {domain.name} --all' gets it, or set perceptual=0"
+        )
     w = g.w_avg.expand(n, g.num_ws, -1) if start is None else start
     w = ((w.mean(1, keepdim=True) if c.space == "w" else w) - g.w_avg) / spread
-    w = w.clone().requires_grad_()                                 # in units of W's standard deviation, about its centre
+    w = w.clone().requires_grad_()  # in units of W's standard deviation, about its centre
     maps = []
     if c.noise_maps and any(conv.noise_strength != 0 for conv in g.convs):
         maps = [conv.noise_const.expand(n, 1, -1, -1).clone().requires_grad_() for conv in g.convs]
     optimizer = torch.optim.Adam([w, *maps], c.lr, betas=(0.9, 0.999))
-    shakes = [torch.Generator().manual_seed(c.seed * 1_000_003 + first + k) for k in range(n)]  # one each: photos are independent
+    shakes = [
+        torch.Generator().manual_seed(c.seed * 1_000_003 + first + k) for k in range(n)
+    ]  # one each: photos are independent
     shake = 0.0 if start is not None else c.w_noise * math.sqrt(g.w_dim)
 
     def codes(noise: Tensor | float = 0.0) -> Tensor:
@@ -182,7 +205,11 @@ def _invert(domain: Domain, photos: Tensor, c: InversionConfig, start: Tensor | 
         t = i / c.steps
         optimizer.param_groups[0]["lr"] = c.lr * learning_rate(t, c.ramp_up, c.ramp_down)
         scale = shake * max(0.0, 1 - t / c.w_noise_until) ** 2 if c.w_noise_until else 0.0
-        noise = scale * torch.stack([torch.randn(w.shape[1:], generator=one) for one in shakes]).to(w) if scale else 0.0
+        noise = (
+            scale * torch.stack([torch.randn(w.shape[1:], generator=one) for one in shakes]).to(w)
+            if scale
+            else 0.0
+        )
         w_plus = codes(noise)
         images = g.synthesis(w_plus, maps or "const")
         terms = {"mse": c.mse * (images - photos).square().mean((1, 2, 3))}
@@ -194,7 +221,7 @@ def _invert(domain: Domain, photos: Tensor, c: InversionConfig, start: Tensor | 
             terms["noise"] = c.noise_weight * noise_autocorrelation(maps)
         loss = sum(terms.values())
         optimizer.zero_grad()
-        loss.sum().backward()                                      # the sum: a photo's gradient is the same in every batch
+        loss.sum().backward()  # the sum: a photo's gradient is the same in every batch
         optimizer.step()
         with torch.no_grad():
             for x in maps:
@@ -202,7 +229,15 @@ def _invert(domain: Domain, photos: Tensor, c: InversionConfig, start: Tensor | 
                 x *= x.square().mean((1, 2, 3), keepdim=True).rsqrt()
         return {"loss": loss.mean().item()} | {name: value.mean().item() for name, value in terms.items()}
 
-    log = run_loop(step, c.steps, state={}, seed=c.seed, log_every=max(1, c.steps // 20), desc="inversion", progress=progress)
+    log = run_loop(
+        step,
+        c.steps,
+        state={},
+        seed=c.seed,
+        log_every=max(1, c.steps // 20),
+        desc="inversion",
+        progress=progress,
+    )
     return codes().detach().clone(), tuple(x.detach() for x in maps) or None, log
 
 
@@ -217,6 +252,8 @@ def held_out(domain: Domain, n: int, seed: int = 0) -> Tensor:
     """
     if domain.truth is not None:
         return domain.truth.photos(n, seed)
-    warnings.warn(f"domain {domain.name} has no pictures of its own: inverting samples of its generator", stacklevel=2)
+    warnings.warn(
+        f"domain {domain.name} has no pictures of its own: inverting samples of its generator", stacklevel=2
+    )
     with torch.no_grad():
         return domain.generator.synthesis(domain.latents(n, "test", seed)).clamp(-1, 1)

@@ -44,13 +44,19 @@ class TrainingConfig(Settings):
     lambda_id: float = setting(0.2, number())
     lambda_l2: float = setting(0.8, number())
     lambda_perc: float = setting(0.0, number())  # VGG19; the paper's dogs and cats: 0.02, with lambda_id 0
-    num_views: int = setting(8, int_at_least(0))  # perspective views of each edited image; 0: the image itself
+    num_views: int = setting(
+        8, int_at_least(0)
+    )  # perspective views of each edited image; 0: the image itself
     text_mapper: bool = setting(True, flag)  # False: StyleCLIP's mapper, which is not conditioned on text
     levels: tuple[str, ...] = setting(tuple(LEVELS), some_of(LEVELS))  # layer groups of W+ that are edited
-    norm_axis: str = setting("layer", one_of(NORM_AXES))  # "layer" as published: only the signs of the text pass
+    norm_axis: str = setting(
+        "layer", one_of(NORM_AXES)
+    )  # "layer" as published: only the signs of the text pass
     train_latents: int = setting(512, int_at_least(1))
     seed: int = setting(0, int_at_least(0))
-    dtype: str = setting("float32", one_of(DTYPES))  # of convolutions; "auto": bfloat16 where it is clearly faster
+    dtype: str = setting(
+        "float32", one_of(DTYPES)
+    )  # of convolutions; "auto": bfloat16 where it is clearly faster
 
 
 @dataclass(frozen=True)
@@ -73,13 +79,21 @@ class MultiPromptConfig(TrainingConfig):
     """A run over many prompts. PixelNorm is over channels: over layers only the signs of a text feature pass."""
 
     prompts: tuple[str, ...] = setting(MISSING, lambda value: None)
-    prompts_at_once: int = setting(1, int_at_least(1))  # different prompts in a step; they share its batch equally
-    ramp_down: float = setting(0.0, number(0, 1))  # share of the steps, at the end, over which a cosine takes lr to 0
+    prompts_at_once: int = setting(
+        1, int_at_least(1)
+    )  # different prompts in a step; they share its batch equally
+    ramp_down: float = setting(
+        0.0, number(0, 1)
+    )  # share of the steps, at the end, over which a cosine takes lr to 0
     norm_axis: str = setting("channel", one_of(NORM_AXES))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.prompts, tuple) or not self.prompts or len(set(self.prompts)) < len(self.prompts):
+        if (
+            not isinstance(self.prompts, tuple)
+            or not self.prompts
+            or len(set(self.prompts)) < len(self.prompts)
+        ):
             raise ValueError(f"prompts must be different texts, at least one, not {self.prompts!r}")
         if self.prompts_at_once > len(self.prompts) or self.batch % self.prompts_at_once:
             raise ValueError(
@@ -110,7 +124,9 @@ def with_settings(config: Settings, given: Mapping[str, Any], fixed: tuple[str, 
         objective = objective if name == objective.name else OBJECTIVES[name]()
         own = {name: given[name] for name in defaults(objective) if name in given}
     known = [name for name in (*defaults(config), *own) if name not in fixed]
-    check_known(given, known, "this method" if objective is None else f"this method with objective {objective.name!r}")
+    check_known(
+        given, known, "this method" if objective is None else f"this method with objective {objective.name!r}"
+    )
     changed = {name: value for name, value in given.items() if name not in (*own, "objective")}
     if objective is not None:
         changed["objective"] = replace(objective, **own)

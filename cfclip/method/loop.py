@@ -61,7 +61,9 @@ def resolve_dtype(name: str, device: str | torch.device) -> str:
     return name_of(fast_dtype(torch.device(device))) if name == "auto" else name
 
 
-def begin_run(config: Settings, device: str | torch.device, out: str | os.PathLike | None = None, **what: str) -> Any:
+def begin_run(
+    config: Settings, device: str | torch.device, out: str | os.PathLike | None = None, **what: str
+) -> Any:
     """``config`` with its dtype resolved. With ``out`` the folder is marked as that of this run.
 
     A run that is resumed keeps the dtype it began with. ``what`` else tells runs apart, e.g. the method.
@@ -154,4 +156,6 @@ def _restore(state: Mapping[str, Any], out: Path) -> tuple[int, list[dict[str, f
     for name, thing in state.items():
         thing.load_state_dict(saved["state"][name])
     log = out / "log.jsonl"
-    return saved["step"], [row for row in read_rows(log) if row["step"] <= saved["step"]] if log.exists() else []
+    return saved["step"], [
+        row for row in read_rows(log) if row["step"] <= saved["step"]
+    ] if log.exists() else []

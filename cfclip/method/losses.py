@@ -97,7 +97,9 @@ def nce_directions(
     )
 
 
-def info_nce(directions: Directions, positives: Sequence[str] = POSITIVES, temperature: float = 0.1) -> Tensor:
+def info_nce(
+    directions: Directions, positives: Sequence[str] = POSITIVES, temperature: float = 0.1
+) -> Tensor:
     """``-log( e^{q p / tau} / (e^{q p / tau} + sum_k e^{q n_k / tau}) )``, mean over rows and positives.
 
     positives: some of "text" (p1) and "target" (p2). Without negatives the loss is ``-q p / tau``: the positives of
@@ -169,7 +171,9 @@ def latent_l2(w_edited: Tensor, w: Tensor) -> Tensor:
     return F.mse_loss(w_edited, w)
 
 
-def identity_loss(facenet: Callable[[Tensor], Tensor], edited_images: Tensor, source_images: Tensor) -> Tensor:
+def identity_loss(
+    facenet: Callable[[Tensor], Tensor], edited_images: Tensor, source_images: Tensor
+) -> Tensor:
     """``1 - mean cos(R(x'), R(x))``; ``facenet`` maps images [N, 3, H, W] in [-1, 1] to unit features [N, D]."""
     with torch.no_grad():
         source = facenet(source_images)

@@ -130,7 +130,9 @@ class MapperTrainer:
         pull = torch.zeros((), device=w.device)
         for prompt, s_0 in first.items():
             if (mine := prompts == prompt).any():
-                compared = self.features(prompt, views[:, mine].flatten(0, 1), self.source_clip[index][mine], s_0)
+                compared = self.features(
+                    prompt, views[:, mine].flatten(0, 1), self.source_clip[index][mine], s_0
+                )
                 pull = pull + mine.float().mean() * c.objective(compared)
         terms = {c.objective.name: pull, "l2": latent_l2(w_edited, w)}
         loss = c.lambda_nce * pull + c.lambda_l2 * terms["l2"]
@@ -199,5 +201,7 @@ def train_mapper(
     )
     mapper = run.mapper.eval().requires_grad_(False)
     if out is not None:
-        save_mapper(mapper, f"{out}/mapper.safetensors", method=method, domain=domain.name, training=flat(config))
+        save_mapper(
+            mapper, f"{out}/mapper.safetensors", method=method, domain=domain.name, training=flat(config)
+        )
     return mapper, rows

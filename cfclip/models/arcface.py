@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 IRSE50 = ((64, 64, 3), (64, 128, 4), (128, 256, 14), (256, 512, 3))
-
 """(in, out, units) of the four stages of IR-SE50."""
 
 
@@ -28,11 +27,19 @@ class Unit(nn.Module):
 
     def __init__(self, in_ch: int, out_ch: int, stride: int):
         super().__init__()
-        self.shortcut_layer = nn.MaxPool2d(1, stride) if in_ch == out_ch else nn.Sequential(
-            nn.Conv2d(in_ch, out_ch, 1, stride, bias=False), nn.BatchNorm2d(out_ch))
+        self.shortcut_layer = (
+            nn.MaxPool2d(1, stride)
+            if in_ch == out_ch
+            else nn.Sequential(nn.Conv2d(in_ch, out_ch, 1, stride, bias=False), nn.BatchNorm2d(out_ch))
+        )
         self.res_layer = nn.Sequential(
-            nn.BatchNorm2d(in_ch), nn.Conv2d(in_ch, out_ch, 3, 1, 1, bias=False), nn.PReLU(out_ch),
-            nn.Conv2d(out_ch, out_ch, 3, stride, 1, bias=False), nn.BatchNorm2d(out_ch), SqueezeExcite(out_ch))
+            nn.BatchNorm2d(in_ch),
+            nn.Conv2d(in_ch, out_ch, 3, 1, 1, bias=False),
+            nn.PReLU(out_ch),
+            nn.Conv2d(out_ch, out_ch, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(out_ch),
+            SqueezeExcite(out_ch),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.res_layer(x) + self.shortcut_layer(x)
@@ -47,19 +54,34 @@ class IRSE(nn.Module):
         embed_dim: D.
     """
 
-    def __init__(self, input_size: int = 112, stages: Sequence[tuple[int, int, int]] = IRSE50, embed_dim: int = 512):
+    def __init__(
+        self, input_size: int = 112, stages: Sequence[tuple[int, int, int]] = IRSE50, embed_dim: int = 512
+    ):
         super().__init__()
         first, last = stages[0][0], stages[-1][1]
         self.input_size, self.stages, self.embed_dim = input_size, tuple(map(tuple, stages)), embed_dim
-        self.input_layer = nn.Sequential(nn.Conv2d(3, first, 3, 1, 1, bias=False), nn.BatchNorm2d(first), nn.PReLU(first))
-        self.body = nn.Sequential(*(Unit(a if i == 0 else b, b, 2 if i == 0 else 1) for a, b, n in stages for i in range(n)))
+        self.input_layer = nn.Sequential(
+            nn.Conv2d(3, first, 3, 1, 1, bias=False), nn.BatchNorm2d(first), nn.PReLU(first)
+        )
+        self.body = nn.Sequential(
+            *(Unit(a if i == 0 else b, b, 2 if i == 0 else 1) for a, b, n in stages for i in range(n))
+        )
         side = input_size // 2 ** len(stages)
-        self.output_layer = nn.Sequential(nn.BatchNorm2d(last), nn.Dropout(0.6), nn.Flatten(),
-                                          nn.Linear(last * side * side, embed_dim), nn.BatchNorm1d(embed_dim))
+        self.output_layer = nn.Sequential(
+            nn.BatchNorm2d(last),
+            nn.Dropout(0.6),
+            nn.Flatten(),
+            nn.Linear(last * side * side, embed_dim),
+            nn.BatchNorm1d(embed_dim),
+        )
 
     @property
     def metadata(self) -> dict:
-        return {"input_size": self.input_size, "stages": [list(s) for s in self.stages], "embed_dim": self.embed_dim}
+        return {
+            "input_size": self.input_size,
+            "stages": [list(s) for s in self.stages],
+            "embed_dim": self.embed_dim,
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.output_layer(self.body(self.input_layer(x)))

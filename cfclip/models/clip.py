@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 TEMPLATES = tuple(t for t in OPENAI_IMAGENET_TEMPLATES if t("X") != "a photo of many X.")
-
 """The paper's 79 prompt templates: OpenAI's 80 without "a photo of many {}."."""
 
 
@@ -55,7 +54,13 @@ class ClipGuide(nn.Module):
     def preprocess(self, images: Tensor) -> Tensor:
         """[N, 3, H, W] in [-1, 1] -> CLIP's input [N, 3, S, S]: bicubic resize, to [0, 1], mean/std. (Resizing is linear: it may come first.)"""
         if images.shape[-2:] != (self.image_size, self.image_size):
-            images = F.interpolate(images, (self.image_size, self.image_size), mode="bicubic", align_corners=False, antialias=self.antialias)
+            images = F.interpolate(
+                images,
+                (self.image_size, self.image_size),
+                mode="bicubic",
+                align_corners=False,
+                antialias=self.antialias,
+            )
         return (images + (1 - 2 * self.mean)) / (2 * self.std)
 
     def encode_image(self, images: Tensor, preprocessed: bool = False) -> Tensor:
@@ -67,9 +72,11 @@ class ClipGuide(nn.Module):
 
         Itself where that changes nothing. All but the image tower is shared: move the guide it is made of, not this one.
         """
-        if dtype == torch.float32 and not any(isinstance(module, nn.BatchNorm2d) for module in self.model.visual.modules()):
+        if dtype == torch.float32 and not any(
+            isinstance(module, nn.BatchNorm2d) for module in self.model.visual.modules()
+        ):
             return self
-        guide, model = copy.copy(self), copy.copy(self.model)      # shallow: only the image tower is another
+        guide, model = copy.copy(self), copy.copy(self.model)  # shallow: only the image tower is another
         guide._modules, model._modules = self._modules | {"model": model}, dict(self.model._modules)
         model.visual = fold_batch_norms(copy.deepcopy(self.model.visual))
         for module in model.visual.modules():
@@ -83,8 +90,10 @@ class ClipGuide(nn.Module):
             raise ValueError("the prompt is empty: say what you want to see, e.g. 'green lipstick'")
         count = len(self.tokenizer.encode(text)) + 2
         if count > self.context_length:
-            raise ValueError(f"the prompt {text!r} has {count} tokens, but this CLIP reads at most {self.context_length} "
-                             "(start and end included): shorten it")
+            raise ValueError(
+                f"the prompt {text!r} has {count} tokens, but this CLIP reads at most {self.context_length} "
+                "(start and end included): shorten it"
+            )
         return self.tokenizer([text])
 
     def encode_text(self, texts: str | Sequence[str]) -> Tensor:
@@ -106,7 +115,7 @@ class ClipGuide(nn.Module):
 
     def template_features(self, prompt: str) -> Tensor:
         """Unit text features of ``prompt`` under the T templates, [T, D]."""
-        self.tokenize(prompt)                                      # the error should quote the prompt, not a template
+        self.tokenize(prompt)  # the error should quote the prompt, not a template
         return F.normalize(self.encode_text([template(prompt) for template in TEMPLATES]), dim=-1)
 
 
@@ -124,7 +133,9 @@ def fold_batch_norms(module: nn.Module) -> nn.Module:
         before = None
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.BatchNorm2d) and before is not None:
-                setattr(parent, before, fuse_conv_bn_eval(getattr(parent, before), child).requires_grad_(False))
+                setattr(
+                    parent, before, fuse_conv_bn_eval(getattr(parent, before), child).requires_grad_(False)
+                )
                 setattr(parent, name, nn.Identity())
             before = name if isinstance(child, nn.Conv2d) else None
     return module

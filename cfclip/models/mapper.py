@@ -11,13 +11,11 @@ from torch import Tensor, nn
 from cfclip.models.stylegan2 import EqualLinear, pixel_norm
 
 LEVELS: dict[str, slice] = {"coarse": slice(0, 4), "medium": slice(4, 8), "fine": slice(8, None)}
-
 """Layer groups of W+, each with its own residual mapper."""
 
 NORM_AXES = {"layer": 1, "channel": -1}
 
 RESIDUAL_SCALE = 0.1
-
 """The published scale of the residual: ``w' = w + 0.1 delta``."""
 
 
@@ -25,11 +23,13 @@ RESIDUAL_SCALE = 0.1
 class MapperConfig:
     """What a mapper is made of; everything else can be read off its tensors."""
 
-    num_ws: int = 18                # L
-    w_dim: int = 512                # D
-    text_dim: int | None = 512      # E; None: not conditioned on text (StyleCLIP's mapper)
+    num_ws: int = 18  # L
+    w_dim: int = 512  # D
+    text_dim: int | None = 512  # E; None: not conditioned on text (StyleCLIP's mapper)
     levels: tuple[str, ...] = tuple(LEVELS)
-    norm_axis: str = "layer"        # "layer": as published, only the signs of the text feature get through; or "channel"
+    norm_axis: str = (
+        "layer"  # "layer": as published, only the signs of the text feature get through; or "channel"
+    )
 
     def __post_init__(self):
         if self.norm_axis not in NORM_AXES:
@@ -39,7 +39,10 @@ class MapperConfig:
 
     def fits(self, generator: nn.Module, clip: nn.Module) -> bool:
         """Whether such a mapper is of the sizes of this generator and this CLIP."""
-        return (self.num_ws, self.w_dim) == (generator.num_ws, generator.w_dim) and self.text_dim in (None, clip.embed_dim)
+        return (self.num_ws, self.w_dim) == (generator.num_ws, generator.w_dim) and self.text_dim in (
+            None,
+            clip.embed_dim,
+        )
 
 
 class PixelNormMLP(nn.Module):
@@ -52,7 +55,9 @@ class PixelNormMLP(nn.Module):
     def __init__(self, in_dim: int, dim: int, norm_axis: str):
         super().__init__()
         self.dim = NORM_AXES[norm_axis]
-        self.layers = nn.ModuleList(EqualLinear(in_dim if i == 0 else dim, dim, lr_mul=0.01, activate=True) for i in range(4))
+        self.layers = nn.ModuleList(
+            EqualLinear(in_dim if i == 0 else dim, dim, lr_mul=0.01, activate=True) for i in range(4)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = pixel_norm(x, self.dim)
@@ -69,7 +74,9 @@ class Mapper(nn.Module):
         self.config = config
         d = config.w_dim
         if config.text_dim is not None:
-            self.text = nn.ModuleList(PixelNormMLP(config.text_dim, d, config.norm_axis) for _ in range(config.num_ws))
+            self.text = nn.ModuleList(
+                PixelNormMLP(config.text_dim, d, config.norm_axis) for _ in range(config.num_ws)
+            )
             self.fuse = EqualLinear(2 * d, d, lr_mul=0.01, activate=True)
         self.levels = nn.ModuleDict({name: PixelNormMLP(d, d, config.norm_axis) for name in config.levels})
 
@@ -92,23 +99,34 @@ class Mapper(nn.Module):
     def embed_text(self, text_feature: Tensor) -> Tensor:
         """TEM: raw CLIP feature of the plain prompt [1 or N, E] -> t [1 or N, L, D]."""
         if text_feature.ndim != 2 or text_feature.shape[1] != self.config.text_dim:
-            raise ValueError(f"this mapper takes a text feature of shape [N, {self.config.text_dim}], not {list(text_feature.shape)}: "
-                             "it was trained with another CLIP")
+            raise ValueError(
+                f"this mapper takes a text feature of shape [N, {self.config.text_dim}], not {list(text_feature.shape)}: "
+                "it was trained with another CLIP"
+            )
         return torch.cat([mlp(text_feature[:, None]) for mlp in self.text], 1)
 
     def residual(self, w: Tensor, text_feature: Tensor | None = None) -> Tensor:
         """delta [N, L, D], before the step of 0.1."""
         if w.ndim != 3 or w.shape[1:] != (self.config.num_ws, self.config.w_dim):
-            raise ValueError(f"this mapper takes w of shape [N, {self.config.num_ws}, {self.config.w_dim}], not {list(w.shape)}: "
-                             "it belongs to a generator of another size")
+            raise ValueError(
+                f"this mapper takes w of shape [N, {self.config.num_ws}, {self.config.w_dim}], not {list(w.shape)}: "
+                "it belongs to a generator of another size"
+            )
         x = w
         if self.config.text_dim is not None:
             if text_feature is None:
-                raise ValueError("this mapper is conditioned on text: pass text_feature, the raw CLIP feature of the prompt")
+                raise ValueError(
+                    "this mapper is conditioned on text: pass text_feature, the raw CLIP feature of the prompt"
+                )
             t = self.embed_text(text_feature).expand(len(w), -1, -1)
             x = self.fuse(torch.cat([w, t], -1))
-        return torch.cat([self.levels[name](x[:, layers]) if name in self.levels else torch.zeros_like(w[:, layers])
-                          for name, layers in LEVELS.items()], 1)
+        return torch.cat(
+            [
+                self.levels[name](x[:, layers]) if name in self.levels else torch.zeros_like(w[:, layers])
+                for name, layers in LEVELS.items()
+            ],
+            1,
+        )
 
     def edit(self, w: Tensor, text_feature: Tensor | None = None, strength: float = 1.0) -> Tensor:
         """``w' = w + strength * 0.1 * delta(w, text)``. w: [N, L, D]; text_feature: [1, E] or [N, E]."""

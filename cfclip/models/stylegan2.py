@@ -4,15 +4,24 @@ One class for every checkpoint: NVIDIA's, rosinality's and our own. All sizes ar
 ``checkpoints.py`` reads off the tensors. Notation: N images, L = num_ws = 2 log2(R) - 2 layers, D = w_dim.
 """
 
-
-
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from cfclip.models.ops import HALF, Prepared, bias_act, folds, layout_of, modulate, prepare, setup_filter, styled_conv2d, upfirdn2d
+from cfclip.models.ops import (
+    HALF,
+    Prepared,
+    bias_act,
+    folds,
+    layout_of,
+    modulate,
+    prepare,
+    setup_filter,
+    styled_conv2d,
+    upfirdn2d,
+)
 
 HALF_FROM = 32
 """The lowest resolution that is computed in half precision on request: smaller layers cost little and feed all others."""
@@ -21,7 +30,9 @@ HALF_FROM = 32
 class EqualLinear(nn.Module):
     """Linear layer with run-time weight scaling: ``y = act(x (W lr_mul / sqrt(in))^T + b lr_mul)``."""
 
-    def __init__(self, in_dim: int, out_dim: int, lr_mul: float = 1.0, bias_init: float = 0.0, activate: bool = False):
+    def __init__(
+        self, in_dim: int, out_dim: int, lr_mul: float = 1.0, bias_init: float = 0.0, activate: bool = False
+    ):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_dim, in_dim) / lr_mul)
         self.bias = nn.Parameter(torch.full((out_dim,), float(bias_init)))
@@ -34,7 +45,7 @@ class EqualLinear(nn.Module):
         self.weight.copy_(torch.randn(self.weight.shape, generator=generator) / self.lr_mul)
         self.bias.fill_(self.bias_init)
 
-    def forward(self, x: Tensor) -> Tensor:                        # [..., in] -> [..., out]
+    def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         y = nn.functional.linear(x, self.weight * self.scale, self.bias * self.lr_mul)
         return nn.functional.leaky_relu(y, 0.2) * math.sqrt(2) if self.activate else y
 
@@ -67,21 +78,39 @@ class StyledConv(nn.Module):
         state = (self.weight.data_ptr(), self.weight._version, self.weight.device, dtype)
         if fir is not None:
             state += fir.data_ptr(), fir._version, folds(self.weight, fir, dtype)
-        kept = self._kept                                          # another thread may keep its own at any moment
+        kept = self._kept  # another thread may keep its own at any moment
         if kept is None or kept[0] != state:
-            with torch.inference_mode(False):                      # what is kept there could never be trained through
+            with torch.inference_mode(False):  # what is kept there could never be trained through
                 kept = self._kept = state, prepare(self.weight * self.scale, fir, dtype)
         return kept[1]
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_kept": None}                     # a copy makes its own
+        return self.__dict__ | {"_kept": None}  # a copy makes its own
 
-    def forward(self, x: Tensor, style: Tensor, noise: Tensor | None, fir: Tensor, clamp: float | None, styles: Sequence[Tensor],
-                rgb: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
+    def forward(
+        self,
+        x: Tensor,
+        style: Tensor,
+        noise: Tensor | None,
+        fir: Tensor,
+        clamp: float | None,
+        styles: Sequence[Tensor],
+        rgb: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, ...]:
         """x: times ``style`` already. Returns the output times each of ``styles``, those of the convolutions that read it, and what ``rgb`` makes of it."""
         noise = None if noise is None else noise * self.noise_strength
         fir = fir if self.up else None
-        return styled_conv2d(x, self.prepared(x.dtype, fir), style, fir, noise=noise, bias=self.bias, clamp=clamp, styles=styles, rgb=rgb)
+        return styled_conv2d(
+            x,
+            self.prepared(x.dtype, fir),
+            style,
+            fir,
+            noise=noise,
+            bias=self.bias,
+            clamp=clamp,
+            styles=styles,
+            rgb=rgb,
+        )
 
 
 class ToRGB(nn.Module):
@@ -111,21 +140,34 @@ class Generator(nn.Module):
         conv_clamp: NVIDIA's clamp of every layer's output, None for none.
     """
 
-    def __init__(self, resolution: int, channels: Sequence[int], z_dim: int = 512, w_dim: int = 512, mapping_layers: int = 8,
-                 fir: Sequence[float] | Tensor = (1, 3, 3, 1), conv_clamp: float | None = None):
+    def __init__(
+        self,
+        resolution: int,
+        channels: Sequence[int],
+        z_dim: int = 512,
+        w_dim: int = 512,
+        mapping_layers: int = 8,
+        fir: Sequence[float] | Tensor = (1, 3, 3, 1),
+        conv_clamp: float | None = None,
+    ):
         super().__init__()
         levels = int(math.log2(resolution)) - 1
         if resolution < 8 or 2 ** (levels + 1) != resolution:
             raise ValueError(f"resolution must be a power of two from 8, not {resolution}")
         if len(channels) != levels:
-            raise ValueError(f"resolution {resolution} needs {levels} channel counts (4 … {resolution}), not {len(channels)}")
+            raise ValueError(
+                f"resolution {resolution} needs {levels} channel counts (4 … {resolution}), not {len(channels)}"
+            )
         self.resolution, self.channels, self.z_dim, self.w_dim = resolution, tuple(channels), z_dim, w_dim
         self.mapping_layers, self.conv_clamp, self.num_ws = mapping_layers, conv_clamp, 2 * levels
-        self.style = nn.ModuleList(EqualLinear(z_dim if i == 0 else w_dim, w_dim, lr_mul=0.01, activate=True) for i in range(mapping_layers))
+        self.style = nn.ModuleList(
+            EqualLinear(z_dim if i == 0 else w_dim, w_dim, lr_mul=0.01, activate=True)
+            for i in range(mapping_layers)
+        )
         self.const = nn.Parameter(torch.randn(channels[0], 4, 4))
         self.convs, self.rgbs = nn.ModuleList(), nn.ModuleList()
         for level, ch in enumerate(channels):
-            res = 4 * 2 ** level
+            res = 4 * 2**level
             if level:
                 self.convs.append(StyledConv(channels[level - 1], ch, w_dim, res, up=True))
             self.convs.append(StyledConv(ch, ch, w_dim, res, up=False))
@@ -137,8 +179,14 @@ class Generator(nn.Module):
     @property
     def config(self) -> dict:
         """The constructor arguments that cannot be read off the tensors or are handy to have beside them."""
-        return {"resolution": self.resolution, "channels": list(self.channels), "z_dim": self.z_dim, "w_dim": self.w_dim,
-                "mapping_layers": self.mapping_layers, "conv_clamp": self.conv_clamp}
+        return {
+            "resolution": self.resolution,
+            "channels": list(self.channels),
+            "z_dim": self.z_dim,
+            "w_dim": self.w_dim,
+            "mapping_layers": self.mapping_layers,
+            "conv_clamp": self.conv_clamp,
+        }
 
     def mapping(self, z: Tensor, truncation: float = 1.0, truncation_cutoff: int | None = None) -> Tensor:
         """z [N, z_dim] -> w [N, L, D]; ``truncation`` psi pulls (the first ``truncation_cutoff`` layers) towards ``w_avg``."""
@@ -171,14 +219,18 @@ class Generator(nn.Module):
     def style_space(self, w: Tensor) -> list[Tensor]:
         """w [N, L, D] -> the modulation vectors [N, C_i], in the order conv, rgb, then conv, conv, rgb per resolution."""
         if w.ndim != 3 or w.shape[1:] != (self.num_ws, self.w_dim):
-            raise ValueError(f"this generator takes w of shape [N, {self.num_ws}, {self.w_dim}], not {list(w.shape)}; "
-                             "repeat one w per image over the layers with w[:, None].repeat(1, G.num_ws, 1)")
+            raise ValueError(
+                f"this generator takes w of shape [N, {self.num_ws}, {self.w_dim}], not {list(w.shape)}; "
+                "repeat one w per image over the layers with w[:, None].repeat(1, G.num_ws, 1)"
+            )
         return [layer.affine(w[:, i]) for layer, i, _ in self._layers()]
 
     def noise_shapes(self) -> list[tuple[int, int]]:
         return [tuple(conv.noise_const.shape) for conv in self.convs]
 
-    def synthesis(self, w: Tensor, noise: str | Sequence[Tensor] = "const", dtype: torch.dtype | None = None) -> Tensor:
+    def synthesis(
+        self, w: Tensor, noise: str | Sequence[Tensor] = "const", dtype: torch.dtype | None = None
+    ) -> Tensor:
         """w [N, L, D] -> images [N, 3, R, R], nominally in [-1, 1].
 
         noise: "const" (the stored maps), "random", "none", or one tensor per convolution, broadcastable to [N, 1, r, r].
@@ -186,17 +238,26 @@ class Generator(nn.Module):
         """
         return self.synthesis_from_styles(self.style_space(w), noise, dtype)
 
-    def synthesis_from_styles(self, styles: Sequence[Tensor], noise: str | Sequence[Tensor] = "const", dtype: torch.dtype | None = None) -> Tensor:
+    def synthesis_from_styles(
+        self,
+        styles: Sequence[Tensor],
+        noise: str | Sequence[Tensor] = "const",
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
         """As :meth:`synthesis`, from the modulation vectors that :meth:`style_space` returns."""
         if isinstance(noise, str) and noise not in ("const", "random", "none"):
-            raise ValueError(f"noise must be 'const', 'random', 'none' or {len(self.convs)} tensors, not {noise!r}")
+            raise ValueError(
+                f"noise must be 'const', 'random', 'none' or {len(self.convs)} tensors, not {noise!r}"
+            )
         if not isinstance(noise, str) and len(noise) != len(self.convs):
             raise ValueError(f"this generator takes {len(self.convs)} noise tensors, not {len(noise)}")
         if len(counts := {len(style) for style in styles}) > 1:
-            raise ValueError(f"all styles must be of the same number of pictures, not of {', '.join(map(str, sorted(counts)))}")
+            raise ValueError(
+                f"all styles must be of the same number of pictures, not of {', '.join(map(str, sorted(counts)))}"
+            )
         n, dtype, styles, image = styles[0].shape[0], dtype or styles[0].dtype, list(styles), None
         const = self.const[None].expand(n, -1, -1, -1).to(styles[0].dtype if dtype in HALF else dtype)
-        x = modulate(const, styles[0])                             # the next convolution's input is times its style already
+        x = modulate(const, styles[0])  # the next convolution's input is times its style already
         for i, conv in enumerate(self.convs):
             style, rgb = styles.pop(0), None
             if i % 2 == 0:

@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 STAGES = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 2))
-
 """(channels, convolutions) up to conv5_2, the last one that is used; a 2 x 2 max-pooling between stages."""
 
 MEAN_BGR = (0.40760392, 0.45795686, 0.48501961)
@@ -24,7 +23,7 @@ class VGG19(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         mean = torch.tensor(MEAN_BGR, dtype=images.dtype, device=images.device).reshape(1, 3, 1, 1)
-        x = ((images.flip(1) + 1) / 2 - mean) * 255                # the weights are from Caffe: BGR, 0 … 255
+        x = ((images.flip(1) + 1) / 2 - mean) * 255  # the weights are from Caffe: BGR, 0 … 255
         for name, conv in self.named_children():
             if name.endswith("_1") and name != "conv1_1":
                 x = F.max_pool2d(x, 2)

@@ -16,17 +16,31 @@ Fact = tuple[str, str]
 
 FACTS: tuple[Fact, ...] = (
     *((part, name) for part in PARTS for name in colours(part)),
-    *(("style", style) for style in HAIR_STYLES), ("beard?", "yes"), ("glasses", "yes"), ("smile", "yes"),
-    ("person", "man"), ("person", "woman"),
+    *(("style", style) for style in HAIR_STYLES),
+    ("beard?", "yes"),
+    ("glasses", "yes"),
+    ("smile", "yes"),
+    ("person", "man"),
+    ("person", "woman"),
 )
-
 """Everything that a caption can claim; the order of :func:`fact_vector`."""
 
-_NOUNS = {"lipstick": ("lipstick", "lipstick", "lips"), "hair": ("hair",), "eyebrows": ("eyebrows", "eyebrows", "brows"),
-          "eyes": ("eyes",), "skin": ("skin",), "beard": ("beard",)}
+_NOUNS = {
+    "lipstick": ("lipstick", "lipstick", "lips"),
+    "hair": ("hair",),
+    "eyebrows": ("eyebrows", "eyebrows", "brows"),
+    "eyes": ("eyes",),
+    "skin": ("skin",),
+    "beard": ("beard",),
+}
 
-_STYLES = {"short": ("short hair",), "long": ("long hair",), "bob": ("a bob", "a bob haircut"), "curly": ("curly hair", "curls"),
-           "bald": ("a bald head",)}
+_STYLES = {
+    "short": ("short hair",),
+    "long": ("long hair",),
+    "bob": ("a bob", "a bob haircut"),
+    "curly": ("curly hair", "curls"),
+    "bald": ("a bald head",),
+}
 
 
 def facts_of(face: Face) -> set[Fact]:
@@ -57,7 +71,7 @@ def matches(faces: Tensor, claims: Tensor) -> Tensor:
 
 
 def phrase(part: str, colour: str, rng: np.random.Generator | None = None) -> str:
-    """"green lipstick", or with ``rng`` "green lips"; without ``rng`` the plainest wording."""
+    """ "green lipstick", or with ``rng`` "green lips"; without ``rng`` the plainest wording."""
     noun = _NOUNS[part][0 if rng is None else rng.integers(len(_NOUNS[part]))]
     return f"{colour} {noun}"
 
@@ -65,8 +79,13 @@ def phrase(part: str, colour: str, rng: np.random.Generator | None = None) -> st
 def claim_of(prompt: str) -> tuple[str, str] | None:
     """The (part, colour) that a prompt such as "green lipstick" or "a man with a blue beard" asks for; None if unclear."""
     text = " ".join(prompt.lower().split())
-    claims = {(part, colour) for part in PARTS for colour in colours(part) for noun in _NOUNS[part]
-              if re.search(rf"\b{colour} {noun}\b", text)}
+    claims = {
+        (part, colour)
+        for part in PARTS
+        for colour in colours(part)
+        for noun in _NOUNS[part]
+        if re.search(rf"\b{colour} {noun}\b", text)
+    }
     return claims.pop() if len(claims) == 1 else None
 
 
@@ -76,8 +95,12 @@ def caption(face: Face, rng: np.random.Generator) -> tuple[str, set[Fact]]:
     visible = [part for part in PARTS if face.has(part)]
     count = rng.choice(7, p=(0.03, 0.32, 0.22, 0.17, 0.12, 0.08, 0.06))
     chosen = list(rng.permutation(len(visible))[:count])
-    extras = [fact for fact in sorted(facts) if fact[0] in ("style", "glasses", "smile", "beard?")
-              and not (fact[0] == "beard?" and "beard" in [visible[i] for i in chosen])]
+    extras = [
+        fact
+        for fact in sorted(facts)
+        if fact[0] in ("style", "glasses", "smile", "beard?")
+        and not (fact[0] == "beard?" and "beard" in [visible[i] for i in chosen])
+    ]
     claims: set[Fact] = set()
     words, adjectives = [], []
     for i in chosen:
@@ -119,9 +142,16 @@ def caption(face: Face, rng: np.random.Generator) -> tuple[str, set[Fact]]:
 
 def vocabulary() -> list[str]:
     """Texts that between them hold every word of every :func:`caption`."""
-    named = [text for part in PARTS for text in (*colours(part), *_NOUNS[part])] + [text for texts in _STYLES.values() for text in texts]
-    return [*named, *(template("a") for template in OPENAI_IMAGENET_TEMPLATES),
-            "glasses, a beard and a smile", "smiling bald face with", "person man woman"]
+    named = [text for part in PARTS for text in (*colours(part), *_NOUNS[part])] + [
+        text for texts in _STYLES.values() for text in texts
+    ]
+    return [
+        *named,
+        *(template("a") for template in OPENAI_IMAGENET_TEMPLATES),
+        "glasses, a beard and a smile",
+        "smiling bald face with",
+        "person man woman",
+    ]
 
 
 def training_face(seed: tuple[int, ...]) -> Face:

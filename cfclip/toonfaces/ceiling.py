@@ -29,10 +29,14 @@ def ceiling(
     """
     part, colour = claim_of(prompt) or (None, None)
     if part is None:
-        raise ValueError(f"{prompt!r} does not name the colour of a part: there is no true counterfactual to aim at")
+        raise ValueError(
+            f"{prompt!r} does not name the colour of a part: there is no true counterfactual to aim at"
+        )
     faces = [f for f in (sample_face((seed, k)) for k in range(4 * n)) if f.has(part)][:n]
     g = domain.generator
-    area = torch.from_numpy(np.stack([render(f, g.resolution).masks[MASKS.index(part)] for f in faces]))[:, None]
+    area = torch.from_numpy(np.stack([render(f, g.resolution).masks[MASKS.index(part)] for f in faces]))[
+        :, None
+    ]
     rest = 1 - area
     weight = area / area.mean((1, 2, 3), keepdim=True) + rest / rest.mean((1, 2, 3), keepdim=True)
 
@@ -49,7 +53,9 @@ def ceiling(
         return w.detach()
 
     wanted_faces = [f.with_colour(part, colour) for f in faces]
-    natural, wanted = (to_tensor([render(f, g.resolution).image for f in group]) for group in (faces, wanted_faces))
+    natural, wanted = (
+        to_tensor([render(f, g.resolution).image for f in group]) for group in (faces, wanted_faces)
+    )
     w = invert(natural, g.w_avg.expand(len(faces), g.num_ws, -1))
     w_edited = invert(wanted, w)
     with torch.no_grad():

@@ -20,7 +20,7 @@ class KnownWords(nn.Module):
 
     def __init__(self, tokens: Tensor, width: int):
         super().__init__()
-        self.register_buffer("tokens", tokens)                     # [V], sorted
+        self.register_buffer("tokens", tokens)  # [V], sorted
         self.weight = nn.Parameter(0.02 * torch.randn(len(tokens) + 1, width))
 
     def rows(self, tokens: Tensor) -> Tensor:
@@ -30,8 +30,10 @@ class KnownWords(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         row = self.rows(tokens)
-        if self.training:                                          # a word in fifty goes unread, or the last row would stay noise
-            row = torch.where((torch.rand(row.shape) < 0.02) & (tokens < self.tokens[-2]), len(self.tokens), row)
+        if self.training:  # a word in fifty goes unread, or the last row would stay noise
+            row = torch.where(
+                (torch.rand(row.shape) < 0.02) & (tokens < self.tokens[-2]), len(self.tokens), row
+            )
         return F.embedding(row, self.weight)
 
 
@@ -39,9 +41,17 @@ def build(name: str = "toonfaces-rn") -> nn.Module:
     """The untrained ``open_clip`` model of ``clip_configs/<name>.json``, reading the words of our captions (:class:`KnownWords`)."""
     if name not in open_clip.list_models():
         open_clip.add_model_config(CONFIGS)
-    model = open_clip.CLIP(**open_clip.get_model_config(name))     # create_model warns that there are no weights yet
+    model = open_clip.CLIP(
+        **open_clip.get_model_config(name)
+    )  # create_model warns that there are no weights yet
     tokenizer = open_clip.tokenizer.SimpleTokenizer()
     known = {token for text in vocabulary() for token in tokenizer.encode(text)}
-    ends = {0, tokenizer.sot_token_id, tokenizer.eot_token_id}     # padding, start, end: the two largest ids are the last two
-    model.token_embedding = KnownWords(torch.tensor(sorted(known | ends)), model.token_embedding.embedding_dim)
+    ends = {
+        0,
+        tokenizer.sot_token_id,
+        tokenizer.eot_token_id,
+    }  # padding, start, end: the two largest ids are the last two
+    model.token_embedding = KnownWords(
+        torch.tensor(sorted(known | ends)), model.token_embedding.embedding_dim
+    )
     return model

@@ -31,7 +31,9 @@ def load_toonfaces(folder: Path = DATA / "toonfaces") -> Domain:
         tensors, config, _ = weights.read(path, name)
         return weights.load_into(make(config), tensors, path)
 
-    def load_fitting(name: str, opened: Callable[[], nn.Module], fits: Callable[[nn.Module], bool]) -> nn.Module | None:
+    def load_fitting(
+        name: str, opened: Callable[[], nn.Module], fits: Callable[[nn.Module], bool]
+    ) -> nn.Module | None:
         path = folder / f"{name}.safetensors"
         if not path.exists():
             return None
@@ -55,9 +57,18 @@ def load_toonfaces(folder: Path = DATA / "toonfaces") -> Domain:
         identity=FaceIdentity(load("identity", lambda c: IRSE(**c)), crop=False),
         truth=ToonTruth(load("readout", lambda c: Readout(**c)), generator.resolution),
         source_text="face",
-        prompts=("green lipstick", "purple eyebrows", "blue hair", "blue skin", "red lipstick", "blonde hair"),
+        prompts=(
+            "green lipstick",
+            "purple eyebrows",
+            "blue hair",
+            "blue skin",
+            "red lipstick",
+            "blonde hair",
+        ),
         encoder=load_fitting(
-            "encoder", lambda: load("encoder", lambda c: ToonEncoder(**c)), lambda encoder: encoder.fits(generator)
+            "encoder",
+            lambda: load("encoder", lambda c: ToonEncoder(**c)),
+            lambda encoder: encoder.fits(generator),
         ),
         heldout_clip=load_clip("heldout_clip") if (folder / "heldout_clip.safetensors").exists() else None,
         mapper=load_fitting(

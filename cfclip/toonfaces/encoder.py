@@ -25,8 +25,12 @@ class ToonEncoder(nn.Module):
         self.stages, self.width = tuple(map(tuple, stages)), width
         first, last, side = stages[0][0], stages[-1][1], image_size // 2 ** len(stages)
         self.body = nn.Sequential(
-            nn.Conv2d(3, first, 3, 1, 1, bias=False), nn.BatchNorm2d(first), nn.PReLU(first),
-            *(Unit(a if i == 0 else b, b, 2 if i == 0 else 1) for a, b, n in self.stages for i in range(n)), nn.BatchNorm2d(last))
+            nn.Conv2d(3, first, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(first),
+            nn.PReLU(first),
+            *(Unit(a if i == 0 else b, b, 2 if i == 0 else 1) for a, b, n in self.stages for i in range(n)),
+            nn.BatchNorm2d(last),
+        )
         self.code = nn.Sequential(nn.Flatten(), nn.Linear(last * side * side, width), nn.PReLU(width))
         self.base, self.offsets = nn.Linear(width, w_dim), nn.Linear(width, (num_ws - 1) * w_dim)
         nn.init.zeros_(self.offsets.weight)
@@ -36,12 +40,19 @@ class ToonEncoder(nn.Module):
 
     @property
     def metadata(self) -> dict:
-        return {"image_size": self.image_size, "num_ws": self.num_ws, "w_dim": self.w_dim, "stages": [list(s) for s in self.stages], "width": self.width}
+        return {
+            "image_size": self.image_size,
+            "num_ws": self.num_ws,
+            "w_dim": self.w_dim,
+            "stages": [list(s) for s in self.stages],
+            "width": self.width,
+        }
 
     def fits(self, generator: Generator) -> bool:
         """Whether it was trained for this generator: its centre of W is the generator's, to the digits of float16."""
         return (self.num_ws, self.w_dim) == (generator.num_ws, generator.w_dim) and torch.allclose(
-            self.w_avg, generator.w_avg, rtol=2e-3, atol=1e-3 * self.w_spread.item())
+            self.w_avg, generator.w_avg, rtol=2e-3, atol=1e-3 * self.w_spread.item()
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         return self.unlocked(images, self.num_ws)[0]
@@ -49,7 +60,9 @@ class ToonEncoder(nn.Module):
     def unlocked(self, images: Tensor, layers: int) -> tuple[Tensor, Tensor]:
         """-> W+ [N, L, D] with the offsets of the first ``layers`` layers only, and the offsets [N, L - 1, D] in units of s."""
         if images.shape[1:] != (3, self.image_size, self.image_size):
-            raise ValueError(f"the encoder takes photos of shape [N, 3, {self.image_size}, {self.image_size}], not {list(images.shape)}: resize them first")
+            raise ValueError(
+                f"the encoder takes photos of shape [N, 3, {self.image_size}, {self.image_size}], not {list(images.shape)}: resize them first"
+            )
         code = self.code(self.body(images))
         offsets = self.offsets(code).reshape(len(images), self.num_ws - 1, self.w_dim)
         offsets = offsets * (torch.arange(1, self.num_ws, device=images.device) < layers)[:, None]

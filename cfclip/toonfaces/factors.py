@@ -12,13 +12,23 @@ from scipy.special import ndtr
 RGB = tuple[float, float, float]  # 0 … 255
 
 _VIVID: dict[str, RGB] = {
-    "red": (214, 36, 42), "orange": (247, 134, 24), "yellow": (247, 224, 40), "green": (38, 168, 62),
-    "cyan": (32, 206, 214), "blue": (36, 74, 220), "purple": (138, 40, 182), "pink": (248, 112, 176),
-    "white": (246, 246, 246), "black": (26, 24, 26),
+    "red": (214, 36, 42),
+    "orange": (247, 134, 24),
+    "yellow": (247, 224, 40),
+    "green": (38, 168, 62),
+    "cyan": (32, 206, 214),
+    "blue": (36, 74, 220),
+    "purple": (138, 40, 182),
+    "pink": (248, 112, 176),
+    "white": (246, 246, 246),
+    "black": (26, 24, 26),
 }
 
 _HAIR: dict[str, RGB] = {
-    "black": (30, 26, 27), "brown": (98, 62, 36), "blonde": (224, 188, 112), "ginger": (186, 84, 34),
+    "black": (30, 26, 27),
+    "brown": (98, 62, 36),
+    "blonde": (224, 188, 112),
+    "ginger": (186, 84, 34),
     "grey": (146, 146, 150),
 }
 
@@ -28,15 +38,19 @@ def _vivid(*names: str) -> dict[str, RGB]:
 
 
 NATURAL: dict[str, dict[str, RGB]] = {
-    "skin": {"pale": (250, 222, 200), "fair": (240, 198, 164), "tan": (212, 160, 118), "brown": (158, 106, 72),
-             "dark": (104, 68, 46)},
+    "skin": {
+        "pale": (250, 222, 200),
+        "fair": (240, 198, 164),
+        "tan": (212, 160, 118),
+        "brown": (158, 106, 72),
+        "dark": (104, 68, 46),
+    },
     "hair": _HAIR,
     "eyebrows": _HAIR,
     "eyes": {"brown": (108, 66, 34), "blue": (66, 128, 208), "green": (84, 150, 84)},
     "lipstick": {"pink": (226, 128, 142), "red": (196, 44, 54), "rose": (176, 88, 100)},
     "beard": _HAIR,
 }
-
 """part -> colour name -> RGB seen by the generator. Eyebrows and beard follow the hair in natural faces."""
 
 COUNTERFACTUAL: dict[str, dict[str, RGB]] = {
@@ -47,15 +61,12 @@ COUNTERFACTUAL: dict[str, dict[str, RGB]] = {
     "lipstick": _vivid("green", "blue", "purple", "yellow", "orange", "cyan", "white", "black"),
     "beard": _vivid("green", "blue", "purple", "cyan", "pink", "red", "white"),
 }
-
 """part -> colour name -> RGB that the generator never sees."""
 
 PARTS: tuple[str, ...] = tuple(NATURAL)
-
 """The parts whose colour a prompt can name."""
 
 HELD_OUT: frozenset[tuple[str, str]] = frozenset({("skin", "cyan"), ("beard", "cyan")})
-
 """(part, colour) pairs that CLIP never sees in training: each word is known, the composition is not."""
 
 HAIR_STYLES: tuple[str, ...] = ("short", "long", "bob", "curly", "bald")
@@ -88,15 +99,15 @@ class Face:
     # free colours
     background: RGB
     shirt: RGB
-    frame: RGB            # of the glasses
+    frame: RGB  # of the glasses
     # presence and style
-    hair_style: str       # one of HAIR_STYLES
+    hair_style: str  # one of HAIR_STYLES
     has_beard: bool
     has_glasses: bool
     # geometry: what makes a person, together with skin, eyes and hair style
     face_width: float
     face_height: float
-    jaw: float            # 0 pointed … 1 square
+    jaw: float  # 0 pointed … 1 square
     eye_spacing: float
     eye_size: float
     eye_height: float
@@ -109,10 +120,10 @@ class Face:
     hairline: float
     parting: float
     # what changes from photo to photo
-    smile: float          # -0.3 … 1
+    smile: float  # -0.3 … 1
     shift: tuple[float, float]
-    roll: float           # radians
-    yaw: float            # -1 … 1, moves the features across the head
+    roll: float  # radians
+    yaw: float  # -1 … 1, moves the features across the head
     zoom: float
 
     @property
@@ -128,17 +139,36 @@ class Face:
         return replace(self, **{part: Colour(name, colours(part)[name])})
 
 
-_UNIT = {"face_width": (0.47, 0.57), "face_height": (0.58, 0.68), "jaw": (0, 1), "eye_spacing": (0.205, 0.265), "eye_size": (0.85, 1.15),
-         "eye_height": (-0.10, -0.02), "nose_length": (0.13, 0.22), "nose_width": (0.05, 0.10), "brow_thickness": (0.058, 0.092),
-         "brow_tilt": (-0.035, 0.045), "mouth_width": (0.155, 0.235), "lip_fullness": (0.125, 0.185), "hairline": (-0.52, -0.40),
-         "parting": (-0.3, 0.3), "smile": (-0.3, 1), "roll": (-0.12, 0.12), "yaw": (-1, 1), "zoom": (0.92, 1.06)}
-
+_UNIT = {
+    "face_width": (0.47, 0.57),
+    "face_height": (0.58, 0.68),
+    "jaw": (0, 1),
+    "eye_spacing": (0.205, 0.265),
+    "eye_size": (0.85, 1.15),
+    "eye_height": (-0.10, -0.02),
+    "nose_length": (0.13, 0.22),
+    "nose_width": (0.05, 0.10),
+    "brow_thickness": (0.058, 0.092),
+    "brow_tilt": (-0.035, 0.045),
+    "mouth_width": (0.155, 0.235),
+    "lip_fullness": (0.125, 0.185),
+    "hairline": (-0.52, -0.40),
+    "parting": (-0.3, 0.3),
+    "smile": (-0.3, 1),
+    "roll": (-0.12, 0.12),
+    "yaw": (-1, 1),
+    "zoom": (0.92, 1.06),
+}
 """Ranges of the uniform factors."""
 
 
 def factor_vector(face: Face) -> np.ndarray:
     """All factors as numbers in about [-1, 1]: nine colours, styles and presence, geometry, pose. [54]."""
-    colour = [c for part in PARTS for c in getattr(face, part).rgb] + [*face.background, *face.shirt, *face.frame]
+    colour = [c for part in PARTS for c in getattr(face, part).rgb] + [
+        *face.background,
+        *face.shirt,
+        *face.frame,
+    ]
     flags = [face.hair_style == style for style in HAIR_STYLES] + [face.has_beard, face.has_glasses]
     lengths = [(getattr(face, name) - low) / (high - low) for name, (low, high) in _UNIT.items()]
     place = [face.shift[0] / 0.12 + 0.5, face.shift[1] / 0.1 + 0.5]
@@ -146,10 +176,24 @@ def factor_vector(face: Face) -> np.ndarray:
 
 
 IDENTITY_FACTORS: tuple[str, ...] = (
-    "skin", "eyes", "hair_style", "face_width", "face_height", "jaw", "eye_spacing", "eye_size", "eye_height",
-    "nose_length", "nose_width", "brow_thickness", "brow_tilt", "mouth_width", "lip_fullness", "hairline", "parting",
+    "skin",
+    "eyes",
+    "hair_style",
+    "face_width",
+    "face_height",
+    "jaw",
+    "eye_spacing",
+    "eye_size",
+    "eye_height",
+    "nose_length",
+    "nose_width",
+    "brow_thickness",
+    "brow_tilt",
+    "mouth_width",
+    "lip_fullness",
+    "hairline",
+    "parting",
 )
-
 """What makes a person; everything else may differ between two pictures of them."""
 
 
@@ -217,10 +261,15 @@ def sample_face(seed: int | tuple[int, ...] | LatentDraws, support: str = "natur
     style = HAIR_STYLES[rng.choice(5, p=(0.26, 0.24, 0.18, 0.18, 0.14))]
     u = rng.uniform
     return Face(
-        **colour, background=_any_hue(rng, saturation), shirt=_any_hue(rng, saturation), frame=_jitter(rng, (40, 34, 36), 0.15),
-        hair_style=style, has_beard=bool(u() < (0.12 if style in ("long", "bob") else 0.4)),
+        **colour,
+        background=_any_hue(rng, saturation),
+        shirt=_any_hue(rng, saturation),
+        frame=_jitter(rng, (40, 34, 36), 0.15),
+        hair_style=style,
+        has_beard=bool(u() < (0.12 if style in ("long", "bob") else 0.4)),
         has_glasses=bool(u() < 0.25),
-        shift=(u(-0.06, 0.06), u(-0.05, 0.05)), **{name: u(low, high) for name, (low, high) in _UNIT.items()},
+        shift=(u(-0.06, 0.06), u(-0.05, 0.05)),
+        **{name: u(low, high) for name, (low, high) in _UNIT.items()},
     )
 
 
@@ -234,9 +283,7 @@ def new_photo(face: Face, seed: int | tuple[int, ...], support: str = "both") ->
 assert set(IDENTITY_FACTORS) < {f.name for f in fields(Face)}
 
 FACTORS: int = factor_vector(sample_face(0)).size
-
 """Length of :func:`factor_vector`."""
 
 LATENT_DRAWS = 71
-
 """How many numbers of z a natural face takes (see :class:`LatentDraws`)."""

@@ -12,15 +12,20 @@ from cfclip.toonfaces.factors import HAIR_STYLES, colours
 from cfclip.toonfaces.render import MASKS
 
 VISIBLE = 12.0
-
 """A part smaller than this many pixels of a 64 x 64 picture has no measurable colour."""
 
 _PRESENCE = len(HAIR_STYLES) + 2
 
 
 def _block(in_ch: int, out_ch: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(in_ch, out_ch, 3, stride, 1, bias=False), nn.BatchNorm2d(out_ch), nn.ReLU(),
-                         nn.Conv2d(out_ch, out_ch, 3, 1, 1, bias=False), nn.BatchNorm2d(out_ch), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(in_ch, out_ch, 3, stride, 1, bias=False),
+        nn.BatchNorm2d(out_ch),
+        nn.ReLU(),
+        nn.Conv2d(out_ch, out_ch, 3, 1, 1, bias=False),
+        nn.BatchNorm2d(out_ch),
+        nn.ReLU(),
+    )
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,12 @@ class Measurement:
     def is_face(self) -> np.ndarray:
         """bool [N]: skin, eyes, brows and lips are all there, in plausible sizes."""
         area = dict(zip(MASKS, self.area.T, strict=True))
-        return (area["skin"] > 200) & (area["eyes"] + area["eye_white"] > 30) & (area["eyebrows"] > 12) & (area["lipstick"] > 12)
+        return (
+            (area["skin"] > 200)
+            & (area["eyes"] + area["eye_white"] > 30)
+            & (area["eyebrows"] > 12)
+            & (area["lipstick"] > 12)
+        )
 
 
 class Readout(nn.Module):
@@ -60,7 +70,12 @@ class Readout(nn.Module):
         super().__init__()
         w = width
         self.width = width
-        self.down = nn.ModuleList([_block(3, w), _block(w, 2 * w, 2), _block(2 * w, 4 * w, 2), _block(4 * w, 4 * w, 2)])
+        self.down = nn.ModuleList([
+            _block(3, w),
+            _block(w, 2 * w, 2),
+            _block(2 * w, 4 * w, 2),
+            _block(4 * w, 4 * w, 2),
+        ])
         self.up = nn.ModuleList([_block(8 * w, 4 * w), _block(6 * w, 2 * w), _block(3 * w, w)])
         self.parts = nn.Conv2d(w, len(MASKS), 1)
         self.presence = nn.Linear(4 * w, _PRESENCE)
@@ -88,10 +103,16 @@ class Readout(nn.Module):
         logits, presence = (torch.cat(x) for x in zip(*batches, strict=True))
         masks = logits.softmax(1)
         lab = torch.from_numpy(rgb2lab((images * 0.5 + 0.5).cpu().numpy(), channel_axis=1)).to(masks)
-        core = masks ** 6                                          # antialiased edges mix two parts: weigh them down
+        core = masks**6  # antialiased edges mix two parts: weigh them down
         mean = torch.einsum("nphw,nchw->npc", core, lab) / core.sum((2, 3)).clamp_min(1e-6)[..., None]
         area = masks.mean((2, 3)) * 64 * 64
         lab = mean.masked_fill((area < VISIBLE)[..., None], float("nan"))
         styles = len(HAIR_STYLES)
-        return Measurement(masks.cpu().numpy(), area.cpu().numpy(), lab.cpu().numpy(), presence[:, :styles].argmax(1).cpu().numpy(),
-                           (presence[:, styles] > 0).cpu().numpy(), (presence[:, styles + 1] > 0).cpu().numpy())
+        return Measurement(
+            masks.cpu().numpy(),
+            area.cpu().numpy(),
+            lab.cpu().numpy(),
+            presence[:, :styles].argmax(1).cpu().numpy(),
+            (presence[:, styles] > 0).cpu().numpy(),
+            (presence[:, styles + 1] > 0).cpu().numpy(),
+        )

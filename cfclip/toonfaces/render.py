@@ -16,14 +16,26 @@ SUPERSAMPLE = 4
 
 # label name -> part it belongs to; the order is only that of the indices
 LABELS: dict[str, str] = {
-    "background": "background", "shirt": "shirt", "shirt_shade": "shirt", "skin": "skin", "skin_shade": "skin",
-    "blush": "skin", "hair": "hair", "hair_shade": "hair", "eyebrows": "eyebrows", "eye_white": "eye_white",
-    "eyes": "eyes", "pupil": "pupil", "lipstick": "lipstick", "mouth_line": "mouth", "teeth": "mouth",
-    "beard": "beard", "glasses": "glasses",
+    "background": "background",
+    "shirt": "shirt",
+    "shirt_shade": "shirt",
+    "skin": "skin",
+    "skin_shade": "skin",
+    "blush": "skin",
+    "hair": "hair",
+    "hair_shade": "hair",
+    "eyebrows": "eyebrows",
+    "eye_white": "eye_white",
+    "eyes": "eyes",
+    "pupil": "pupil",
+    "lipstick": "lipstick",
+    "mouth_line": "mouth",
+    "teeth": "mouth",
+    "beard": "beard",
+    "glasses": "glasses",
 }
 
 MASKS: tuple[str, ...] = tuple(dict.fromkeys(LABELS.values()))
-
 """The parts that have a mask, in channel order."""
 
 _INDEX = {name: i for i, name in enumerate(LABELS)}
@@ -67,8 +79,12 @@ class _Canvas:
         self.pen.polygon(self._pixels(np.asarray(points)), fill=_INDEX[label])
 
     def line(self, label: str, points: np.ndarray, width: float) -> None:
-        self.pen.line(self._pixels(np.asarray(points)), fill=_INDEX[label],
-                      width=max(1, round(width * self.size / 2)), joint="curve")
+        self.pen.line(
+            self._pixels(np.asarray(points)),
+            fill=_INDEX[label],
+            width=max(1, round(width * self.size / 2)),
+            joint="curve",
+        )
 
 
 def _head(face: Face, grow: float = 1.0, n: int = 48) -> np.ndarray:
@@ -77,19 +93,41 @@ def _head(face: Face, grow: float = 1.0, n: int = 48) -> np.ndarray:
     c, s = np.cos(t), np.sin(t)
     x, y = face.face_width * grow * c, face.face_height * grow * s
     below = np.clip(s, 0, 1)
-    x = x * (1 + below * (0.22 * face.jaw - 0.16) + 0.1 * face.jaw * np.sin(2 * np.clip(t, 0, np.pi)) * np.sign(c) * below)
+    x = x * (
+        1
+        + below * (0.22 * face.jaw - 0.16)
+        + 0.1 * face.jaw * np.sin(2 * np.clip(t, 0, np.pi)) * np.sign(c) * below
+    )
     return np.stack([x, y + 0.06], 1)
 
 
 def _hair_back(canvas: _Canvas, face: Face) -> None:
     w, h = face.face_width, face.face_height
     if face.hair_style == "long":
-        canvas.fill("hair_shade", [(-w * 1.12, -0.2), (-w * 1.32, 0.5), (-w * 1.25, 1.3), (w * 1.25, 1.3),
-                                   (w * 1.32, 0.5), (w * 1.12, -0.2)])
+        canvas.fill(
+            "hair_shade",
+            [
+                (-w * 1.12, -0.2),
+                (-w * 1.32, 0.5),
+                (-w * 1.25, 1.3),
+                (w * 1.25, 1.3),
+                (w * 1.32, 0.5),
+                (w * 1.12, -0.2),
+            ],
+        )
         canvas.fill("hair_shade", _ellipse(0, -0.12, w * 1.2, h * 0.98))
     elif face.hair_style == "bob":
-        canvas.fill("hair_shade", [(-w * 1.15, -0.2), (-w * 1.34, 0.42), (-w * 0.7, 0.56), (w * 0.7, 0.56),
-                                   (w * 1.34, 0.42), (w * 1.15, -0.2)])
+        canvas.fill(
+            "hair_shade",
+            [
+                (-w * 1.15, -0.2),
+                (-w * 1.34, 0.42),
+                (-w * 0.7, 0.56),
+                (w * 0.7, 0.56),
+                (w * 1.34, 0.42),
+                (w * 1.15, -0.2),
+            ],
+        )
         canvas.fill("hair_shade", _ellipse(0, -0.12, w * 1.2, h * 0.98))
     elif face.hair_style == "curly":
         for a in np.linspace(np.pi * 0.93, np.pi * 2.07, 13):
@@ -104,11 +142,19 @@ def _hair_front(canvas: _Canvas, face: Face) -> None:
     drop = {"short": -0.12, "curly": -0.16, "bob": 0.18, "long": 0.3}[face.hair_style]
     outer = _head(face, grow)
     outer = outer[outer[:, 1] < -0.02]
-    outer = outer[np.argsort(outer[:, 0])]                        # left ear over the crown to the right ear
+    outer = outer[np.argsort(outer[:, 0])]  # left ear over the crown to the right ear
     part = face.parting * w
-    fringe = [(w * 1.0, drop), (w * 0.90, drop - 0.12), (w * 0.74, line + 0.06), (part + 0.16, line - 0.05),
-              (part, line - 0.1), (part - 0.2, line + 0.0), (-w * 0.76, line + 0.08), (-w * 0.90, drop - 0.12),
-              (-w * 1.0, drop)]
+    fringe = [
+        (w * 1.0, drop),
+        (w * 0.90, drop - 0.12),
+        (w * 0.74, line + 0.06),
+        (part + 0.16, line - 0.05),
+        (part, line - 0.1),
+        (part - 0.2, line + 0.0),
+        (-w * 0.76, line + 0.08),
+        (-w * 0.90, drop - 0.12),
+        (-w * 1.0, drop),
+    ]
     canvas.fill("hair", np.concatenate([[(-w * grow, drop)], outer, [(w * grow, drop)], fringe]))
     if face.hair_style == "curly":
         for a in np.linspace(np.pi * 1.04, np.pi * 1.96, 9):
@@ -118,11 +164,11 @@ def _hair_front(canvas: _Canvas, face: Face) -> None:
 def _mouth(canvas: _Canvas, face: Face, x: float) -> None:
     w, full, smile = face.mouth_width * (1 + 0.12 * face.smile), face.lip_fullness, face.smile
     t = np.linspace(-1, 1, 15)
-    y0 = 0.40 - 0.055 * smile * t ** 2 + 0.01                     # the line between the lips
-    opening = 0.05 * max(0.0, smile - 0.35) * (1 - t ** 2)
-    bow = 1 - t ** 2 + 0.22 * np.exp(-((np.abs(t) - 0.33) / 0.2) ** 2) - 0.12 * np.exp(-(t / 0.15) ** 2)
+    y0 = 0.40 - 0.055 * smile * t**2 + 0.01  # the line between the lips
+    opening = 0.05 * max(0.0, smile - 0.35) * (1 - t**2)
+    bow = 1 - t**2 + 0.22 * np.exp(-(((np.abs(t) - 0.33) / 0.2) ** 2)) - 0.12 * np.exp(-((t / 0.15) ** 2))
     top = np.stack([x + w * t, y0 - 0.46 * full * bow - opening], 1)
-    bottom = np.stack([x + w * t, y0 + 0.6 * full * (1 - t ** 4) + opening], 1)
+    bottom = np.stack([x + w * t, y0 + 0.6 * full * (1 - t**4) + opening], 1)
     canvas.fill("lipstick", np.concatenate([top, bottom[::-1]]))
     if smile > 0.45:
         inner = np.stack([x + 0.8 * w * t, y0 - opening], 1), np.stack([x + 0.8 * w * t, y0 + opening], 1)
@@ -134,10 +180,16 @@ def _mouth(canvas: _Canvas, face: Face, x: float) -> None:
 def _beard(canvas: _Canvas, face: Face, x: float) -> None:
     jaw = _head(face, 1.0, 96)
     jaw = jaw[jaw[:, 1] > 0.16]
-    jaw = jaw[np.argsort(-jaw[:, 0])]                              # right cheek under the chin to the left cheek
+    jaw = jaw[np.argsort(-jaw[:, 0])]  # right cheek under the chin to the left cheek
     w = face.mouth_width
-    inner = [(-face.face_width * 0.78, 0.22), (x - w - 0.12, 0.31), (x - 0.07, 0.255), (x + 0.07, 0.255), (x + w + 0.12, 0.31),
-             (face.face_width * 0.78, 0.22)]
+    inner = [
+        (-face.face_width * 0.78, 0.22),
+        (x - w - 0.12, 0.31),
+        (x - 0.07, 0.255),
+        (x + 0.07, 0.255),
+        (x + w + 0.12, 0.31),
+        (face.face_width * 0.78, 0.22),
+    ]
     canvas.fill("beard", np.concatenate([jaw, inner]))
 
 
@@ -150,38 +202,64 @@ def _eye(canvas: _Canvas, face: Face, side: int, x: float) -> None:
     lid = _ellipse(cx, cy, rx, ry, 2.2)[16:]
     canvas.line("pupil", np.concatenate([lid, [(cx + rx, cy)]]), 0.022)
     t = np.linspace(-1, 1, 9)
-    arch = cy - ry - 0.105 - 0.045 * (1 - t ** 2) - side * t * face.brow_tilt
+    arch = cy - ry - 0.105 - 0.045 * (1 - t**2) - side * t * face.brow_tilt
     half = 0.5 * face.brow_thickness * (1 - 0.45 * np.clip(side * t, 0, 1) ** 2)
     bx = cx + 0.165 * k * t
-    canvas.fill("eyebrows", np.concatenate([np.stack([bx, arch - half], 1), np.stack([bx, arch + half], 1)[::-1]]))
+    canvas.fill(
+        "eyebrows", np.concatenate([np.stack([bx, arch - half], 1), np.stack([bx, arch + half], 1)[::-1]])
+    )
 
 
 def _glasses(canvas: _Canvas, face: Face, x: float) -> None:
     for side in (-1, 1):
         ring = _ellipse(side * face.eye_spacing + x, face.eye_height, 0.19, 0.158, 3)
         canvas.line("glasses", np.concatenate([ring, ring[:2]]), 0.03)
-        canvas.line("glasses", [(side * (face.eye_spacing + 0.185) + x, face.eye_height - 0.03),
-                                (side * face.face_width * 0.99, face.eye_height - 0.06)], 0.03)
-    canvas.line("glasses", [(-face.eye_spacing + 0.18 + x, face.eye_height - 0.02),
-                            (face.eye_spacing - 0.18 + x, face.eye_height - 0.02)], 0.03)
+        canvas.line(
+            "glasses",
+            [
+                (side * (face.eye_spacing + 0.185) + x, face.eye_height - 0.03),
+                (side * face.face_width * 0.99, face.eye_height - 0.06),
+            ],
+            0.03,
+        )
+    canvas.line(
+        "glasses",
+        [
+            (-face.eye_spacing + 0.18 + x, face.eye_height - 0.02),
+            (face.eye_spacing - 0.18 + x, face.eye_height - 0.02),
+        ],
+        0.03,
+    )
 
 
 def _palette(face: Face) -> np.ndarray:
     """[len(LABELS), 3] float RGB."""
     skin, hair, lips = (np.asarray(c.rgb) for c in (face.skin, face.hair, face.lipstick))
     table = {
-        "background": face.background, "shirt": face.shirt, "shirt_shade": 0.82 * np.asarray(face.shirt),
-        "skin": skin, "skin_shade": 0.86 * skin, "blush": skin * (1.0, 0.91, 0.90), "hair": hair,
-        "hair_shade": 0.85 * hair, "eyebrows": face.eyebrows.rgb, "eye_white": (250, 250, 250), "eyes": face.eyes.rgb,
-        "pupil": (20, 16, 18), "lipstick": lips, "mouth_line": 0.55 * lips, "teeth": (252, 252, 250),
-        "beard": face.beard.rgb, "glasses": face.frame,
+        "background": face.background,
+        "shirt": face.shirt,
+        "shirt_shade": 0.82 * np.asarray(face.shirt),
+        "skin": skin,
+        "skin_shade": 0.86 * skin,
+        "blush": skin * (1.0, 0.91, 0.90),
+        "hair": hair,
+        "hair_shade": 0.85 * hair,
+        "eyebrows": face.eyebrows.rgb,
+        "eye_white": (250, 250, 250),
+        "eyes": face.eyes.rgb,
+        "pupil": (20, 16, 18),
+        "lipstick": lips,
+        "mouth_line": 0.55 * lips,
+        "teeth": (252, 252, 250),
+        "beard": face.beard.rgb,
+        "glasses": face.frame,
     }
     return np.array([table[name] for name in LABELS], dtype=np.float32).clip(0, 255)
 
 
 def _label_map(face: Face, resolution: int) -> np.ndarray:
     canvas = _Canvas(face, resolution)
-    w, x = face.face_width, 0.05 * face.yaw                        # parallax of the features across the head
+    w, x = face.face_width, 0.05 * face.yaw  # parallax of the features across the head
     _hair_back(canvas, face)
     canvas.fill("shirt", _ellipse(0, 1.22, 0.98, 0.48, 2.6))
     canvas.fill("skin_shade", [(-0.22, 0.5), (-0.24, 0.86), (0, 0.97), (0.24, 0.86), (0.22, 0.5)])
@@ -195,9 +273,17 @@ def _label_map(face: Face, resolution: int) -> np.ndarray:
     if face.has_beard:
         _beard(canvas, face, x)
     n, top = face.nose_width, face.eye_height + 0.07
-    canvas.fill("skin_shade", [(x - 0.014, top), (x + 0.014, top), (x + n, top + face.nose_length - 0.02),
-                               (x + n * 0.5, top + face.nose_length + 0.012), (x - n * 0.5, top + face.nose_length + 0.012),
-                               (x - n, top + face.nose_length - 0.02)])
+    canvas.fill(
+        "skin_shade",
+        [
+            (x - 0.014, top),
+            (x + 0.014, top),
+            (x + n, top + face.nose_length - 0.02),
+            (x + n * 0.5, top + face.nose_length + 0.012),
+            (x - n * 0.5, top + face.nose_length + 0.012),
+            (x - n, top + face.nose_length - 0.02),
+        ],
+    )
     _mouth(canvas, face, x)
     _hair_front(canvas, face)
     for side in (-1, 1):
@@ -223,6 +309,8 @@ def render(face: Face, resolution: int = 64) -> Rendering:
     labels = _label_map(face, resolution)
     row = np.arange(resolution * SUPERSAMPLE) // SUPERSAMPLE
     cell = row[:, None] * resolution + row
-    counts = np.bincount((_PART_OF_LABEL[labels] * resolution ** 2 + cell).ravel(), minlength=len(MASKS) * resolution ** 2)
-    masks = counts.reshape(len(MASKS), resolution, resolution).astype(np.float32) / SUPERSAMPLE ** 2
+    counts = np.bincount(
+        (_PART_OF_LABEL[labels] * resolution**2 + cell).ravel(), minlength=len(MASKS) * resolution**2
+    )
+    masks = counts.reshape(len(MASKS), resolution, resolution).astype(np.float32) / SUPERSAMPLE**2
     return Rendering(_colour(face, labels), masks)

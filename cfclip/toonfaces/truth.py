@@ -76,4 +76,6 @@ class ToonTruth:
 def natural_renders(resolution: int, n: int, claim: Claim | None = None) -> Tensor:
     """Renders of ``n`` natural faces [n, 3, R, R]; with ``claim`` the same faces, recoloured."""
     faces = [sample_face((NATURAL_FACES, k)) for k in range(n)]
-    return to_tensor([render_image(face.with_colour(*claim) if claim else face, resolution) for face in faces])
+    return to_tensor([
+        render_image(face.with_colour(*claim) if claim else face, resolution) for face in faces
+    ])

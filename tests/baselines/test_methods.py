@@ -32,8 +32,20 @@ def quick(method, domain, out=None, **changes):
 
 
 def test_defaults_are_the_papers():
-    mapper, optimization, tuned = settings("styleclip-mapper"), settings("styleclip-optimization"), settings("nada-generator")
-    assert [mapper[k] for k in ("lr", "batch", "steps", "lambda_id", "lambda_l2", "lambda_nce", "draws")] == [0.5, 2, 50_000, 0.1, 0.8, 1.0, 0]
+    mapper, optimization, tuned = (
+        settings("styleclip-mapper"),
+        settings("styleclip-optimization"),
+        settings("nada-generator"),
+    )
+    assert [mapper[k] for k in ("lr", "batch", "steps", "lambda_id", "lambda_l2", "lambda_nce", "draws")] == [
+        0.5,
+        2,
+        50_000,
+        0.1,
+        0.8,
+        1.0,
+        0,
+    ]
     assert [optimization[k] for k in ("lr", "steps", "lambda_l2", "lambda_id")] == [0.1, 300, 0.008, 0.005]
     assert [tuned[k] for k in ("lr", "batch", "steps")] == [0.002, 2, 300]
     assert configure("cfclip", "x") == CFCLIPConfig("x")
@@ -68,9 +80,13 @@ def test_there_and_back(method, domain):
 @every
 def test_a_null_edit_asks_for_nothing(method, domain):
     """The prompt is the source text: no direction to go in, and nothing that is not a number."""
-    editor = fit(method, domain, "face", progress=False, **accepted(method, SMALL | {"steps": 3, "beta": 0.15}))
+    editor = fit(
+        method, domain, "face", progress=False, **accepted(method, SMALL | {"steps": 3, "beta": 0.15})
+    )
     w = latents.sample(domain.generator, 2, "test")
-    assert editor.edit(w).isfinite().all() and all(math.isfinite(value) for row in editor.rows for value in row.values())
+    assert editor.edit(w).isfinite().all() and all(
+        math.isfinite(value) for row in editor.rows for value in row.values()
+    )
     if method in ("styleclip-global", "nada-generator"):
         assert torch.equal(editor.edit(w), domain.generator.synthesis(w))
 
@@ -82,7 +98,7 @@ def test_an_edit_leaves_the_networks_and_the_random_numbers_alone(method, domain
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
-    with torch.no_grad():                                          # where evaluation calls it
+    with torch.no_grad():  # where evaluation calls it
         editor.edit(w)
     assert torch.equal(torch.rand(3), expected)
     assert all(torch.equal(t, before[name]) for name, t in domain.generator.state_dict().items())
@@ -98,30 +114,69 @@ def test_a_resumed_run_is_the_uninterrupted_one(method, domain, tmp_path):
         if step == 4:
             raise KeyboardInterrupt
 
-    with pytest.MonkeyPatch.context() as patch:                    # fit checkpoints late; a tiny run is stopped early
+    with pytest.MonkeyPatch.context() as patch:  # fit checkpoints late; a tiny run is stopped early
         honest = baselines.run_steps
         for module in ("cfclip.baselines.run_steps", "cfclip.method.fit", "cfclip.stylespace.fit"):
             patch.setattr(module, lambda *a, **k: honest(*a, **k | {"checkpoint_every": 2}))
         with pytest.raises(KeyboardInterrupt):
-            fit(method, domain, "green lipstick", out=tmp_path / "run", progress=False, callbacks=[Callback(1, stop)], **accepted(method, SMALL))
+            fit(
+                method,
+                domain,
+                "green lipstick",
+                out=tmp_path / "run",
+                progress=False,
+                callbacks=[Callback(1, stop)],
+                **accepted(method, SMALL),
+            )
     steps = []
-    resumed = fit(method, domain, "green lipstick", out=tmp_path / "run", progress=False, callbacks=[Callback(1, steps.append)],
-                  **accepted(method, SMALL))
+    resumed = fit(
+        method,
+        domain,
+        "green lipstick",
+        out=tmp_path / "run",
+        progress=False,
+        callbacks=[Callback(1, steps.append)],
+        **accepted(method, SMALL),
+    )
     assert steps[0] == 5
     assert torch.equal(whole.edit(w), resumed.edit(w))
 
 
-@pytest.mark.parametrize(("method", "loss"), [
-    ("cfclip", lambda e, s, d: clip_nce(e, s, d.clip.template_features("green lipstick"), d.clip.template_features("face"))),
-    ("styleclip-mapper", lambda e, s, d: clip_distance(e, F.normalize(d.clip.encode_text("green lipstick"), dim=-1))),
-    ("nada", lambda e, s, d: directional(e, s, d.clip.template_features("green lipstick"), d.clip.template_features("face"))),
-    ("nada-generator", lambda e, s, d: directional(e, s, d.clip.template_features("green lipstick"), d.clip.template_features("face")))])
+@pytest.mark.parametrize(
+    ("method", "loss"),
+    [
+        (
+            "cfclip",
+            lambda e, s, d: clip_nce(
+                e, s, d.clip.template_features("green lipstick"), d.clip.template_features("face")
+            ),
+        ),
+        (
+            "styleclip-mapper",
+            lambda e, s, d: clip_distance(e, F.normalize(d.clip.encode_text("green lipstick"), dim=-1)),
+        ),
+        (
+            "nada",
+            lambda e, s, d: directional(
+                e, s, d.clip.template_features("green lipstick"), d.clip.template_features("face")
+            ),
+        ),
+        (
+            "nada-generator",
+            lambda e, s, d: directional(
+                e, s, d.clip.template_features("green lipstick"), d.clip.template_features("face")
+            ),
+        ),
+    ],
+)
 def test_training_lowers_its_own_objective(method, loss, domain):
     """On the same pictures, after 1 and after 40 steps: the means that are logged are over other pictures each."""
     changes = {"lambda_l2": 0.0, "lambda_id": 0.0, "lr": 5.0} if method != "nada-generator" else {}
     w, unit = domain.latents(6, "train"), lambda x: F.normalize(domain.clip.encode_image(x), dim=-1)
     source = unit(domain.generator.synthesis(w))
-    before, after = (loss(unit(quick(method, domain, **changes, steps=steps).edit(w)), source, domain) for steps in (1, 40))
+    before, after = (
+        loss(unit(quick(method, domain, **changes, steps=steps).edit(w)), source, domain) for steps in (1, 40)
+    )
     assert after < before - 1e-3
 
 
@@ -133,6 +188,7 @@ def cosine(a, b):
 def test_the_logged_loss_is_the_papers(method, domain):
     """One step, written out from pictures with numpy."""
     from cfclip.method.trainer import MapperTrainer
+
     config = configure(method, "green lipstick", train_latents=6)
     run, clip = MapperTrainer(domain, config), domain.clip
     torch.manual_seed(5)
@@ -145,9 +201,16 @@ def test_the_logged_loss_is_the_papers(method, domain):
         text = clip.encode_text("green lipstick")[0].double().numpy()
         target, source = (clip.template_features(t).double().numpy() for t in ("green lipstick", "face"))
     unit = [[v / np.linalg.norm(v) for v in rows] for rows in (e, s)]
-    towards = (np.mean([1 - cosine(a, text) for a in e]) if method == "styleclip-mapper" else
-               np.mean([1 - cosine(a - b, (target - source).mean(0)) for a, b in zip(*unit, strict=True)]))
-    expected = towards + 0.8 * (w_edited - w).square().mean().item() + 0.1 * np.mean([1 - a @ b for a, b in zip(r, r_source, strict=True)])
+    towards = (
+        np.mean([1 - cosine(a, text) for a in e])
+        if method == "styleclip-mapper"
+        else np.mean([1 - cosine(a - b, (target - source).mean(0)) for a, b in zip(*unit, strict=True)])
+    )
+    expected = (
+        towards
+        + 0.8 * (w_edited - w).square().mean().item()
+        + 0.1 * np.mean([1 - a @ b for a, b in zip(r, r_source, strict=True)])
+    )
     torch.manual_seed(5)
     assert run.step(0)["loss"] == pytest.approx(expected, rel=1e-4)
 
@@ -159,7 +222,9 @@ def test_mappers_of_the_baselines_see_no_text(domain, tmp_path):
 
 def test_cfclip_is_train_mapper(domain, tmp_path):
     w, text = latents.sample(domain.generator, 2, "test"), domain.clip.encode_text("green lipstick")
-    train_mapper(domain, configure("cfclip", "green lipstick", **accepted("cfclip", SMALL)), tmp_path, progress=False)
+    train_mapper(
+        domain, configure("cfclip", "green lipstick", **accepted("cfclip", SMALL)), tmp_path, progress=False
+    )
     stored = domain.generator.synthesis(find_mappers(tmp_path)["green lipstick"].edit(w, text))
     assert torch.equal(quick("cfclip", domain).edit(w), stored)
     assert torch.equal(load_editor(tmp_path, domain).edit(w), stored)
@@ -167,8 +232,15 @@ def test_cfclip_is_train_mapper(domain, tmp_path):
 
 # --- optimisation
 
+
 def test_the_published_learning_rate():
-    assert [0.1 * learning_rate(t) for t in (0.0, 0.025, 0.05, 0.5, 0.75)] == pytest.approx([0.0, 0.05, 0.1, 0.1, 0.1])
+    assert [0.1 * learning_rate(t) for t in (0.0, 0.025, 0.05, 0.5, 0.75)] == pytest.approx([
+        0.0,
+        0.05,
+        0.1,
+        0.1,
+        0.1,
+    ])
     assert 0.1 * learning_rate(0.875) == pytest.approx(0.05)
     assert 0.1 * learning_rate(1 - 1e-9) == pytest.approx(0, abs=1e-9)
 
@@ -182,10 +254,10 @@ def test_optimisation_is_adam_on_the_published_sum(domain):
     for i in range(2):
         d = shift.clone().requires_grad_()
         x = domain.generator.synthesis(w + d)
-        loss = 1 - (F.normalize(domain.clip.encode_image(x), dim=-1) * text).sum() + 0.5 * (d ** 2).sum()
+        loss = 1 - (F.normalize(domain.clip.encode_image(x), dim=-1) * text).sum() + 0.5 * (d**2).sum()
         loss = loss + 0.3 * (1 - (domain.identity(x) * domain.identity(domain.generator.synthesis(w))).sum())
-        g, = torch.autograd.grad(loss, d)
-        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g ** 2
+        (g,) = torch.autograd.grad(loss, d)
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
         rate = 0.1 * (0.5 - 0.5 * math.cos(math.pi * min(1, (1 - i / 2) / 0.25))) * min(1, i / 2 / 0.05)
         shift = shift - rate * (m / (1 - 0.9 ** (i + 1))) / ((v / (1 - 0.999 ** (i + 1))).sqrt() + 1e-8)
     torch.testing.assert_close(editor.shift(w), shift, rtol=1e-3, atol=1e-5)
@@ -203,18 +275,26 @@ def test_optimisation_lowers_its_loss_and_pictures_do_not_touch(domain):
 
 def test_another_strength_is_no_second_optimisation(domain):
     seen, w = [], latents.sample(domain.generator, 1, "test")
-    editor = fit("styleclip-optimization", domain, "green lipstick", progress=False, callbacks=[Callback(6, seen.append)], steps=6)
+    editor = fit(
+        "styleclip-optimization",
+        domain,
+        "green lipstick",
+        progress=False,
+        callbacks=[Callback(6, seen.append)],
+        steps=6,
+    )
     for strength in (0.0, 1.0, 0.5):
         editor.edit(w, strength)
     assert seen == [6]
     editor.edit(w + 1)
     assert seen == [6, 6]
-    both = editor.edit(torch.cat([w, w + 1]))                      # nor is the same picture among others
+    both = editor.edit(torch.cat([w, w + 1]))  # nor is the same picture among others
     assert seen == [6, 6]
     torch.testing.assert_close(both[:1], editor.edit(w))
 
 
 # --- global directions
+
 
 class ToyGenerator(nn.Module):
     """Whose picture is its style channels, one a pixel: conv (3), rgb (2), conv (2)."""
@@ -245,29 +325,42 @@ class ToyClip(nn.Module):
 
     def template_features(self, text):
         base = torch.full((1, 7), 0.3)
-        return F.normalize(base + (torch.tensor([0.0, 0, 0, 0, 1.2, 1, -0.2]) if text == "target" else 0.0), dim=-1).repeat(3, 1)
+        return F.normalize(
+            base + (torch.tensor([0.0, 0, 0, 0, 1.2, 1, -0.2]) if text == "target" else 0.0), dim=-1
+        ).repeat(3, 1)
 
 
 @pytest.fixture
 def toy():
     g = ToyGenerator()
-    return SimpleNamespace(name="toy", generator=g, clip=ToyClip(), truncation=1.0, source_text="face", device=torch.device("cpu"),
-                           latents=lambda n, split, seed=0: latents.sample(g, n, split, seed))
+    return SimpleNamespace(
+        name="toy",
+        generator=g,
+        clip=ToyClip(),
+        truncation=1.0,
+        source_text="face",
+        device=torch.device("cpu"),
+        latents=lambda n, split, seed=0: latents.sample(g, n, split, seed),
+    )
 
 
 def test_the_right_channel_is_relevant(toy):
     config = GlobalConfig("target", samples=5, style_samples=2500, alpha=3.0, beta=0.43)
     channels, _ = channel_statistics(toy, config, progress=False)
     found = global_direction(toy, config, channels)
-    assert channels.std.numpy() == pytest.approx([1, 2, 1, 1, 0.5], rel=0.05) and channels.mean.numpy() == pytest.approx([10] * 5, abs=0.2)
+    assert channels.std.numpy() == pytest.approx(
+        [1, 2, 1, 1, 0.5], rel=0.05
+    ) and channels.mean.numpy() == pytest.approx([10] * 5, abs=0.2)
     assert convolutions(toy.generator.style_space(torch.zeros(1, 1, 7))) == [0, 2]
-    assert found.relevance.argmax() == 3                           # pixel 5; pixel 4, the most relevant, belongs to ToRGB
+    assert found.relevance.argmax() == 3  # pixel 5; pixel 4, the most relevant, belongs to ToRGB
     assert (found.step != 0).tolist() == [False, False, False, True, False]
     assert found.step[3].item() == pytest.approx(3.0 * channels.std[3].item())
     editor = baselines.GlobalEditor("styleclip-global", toy, config, found)
     w = latents.sample(toy.generator, 2, "test")
     moved = editor.edit(w, 2.0) - editor.edit(w, 0.0)
-    assert moved.flatten(1).numpy() == pytest.approx(np.array([[0, 0, 0, 0, 0, 6 * channels.std[3].item(), 0]] * 2), abs=1e-4)
+    assert moved.flatten(1).numpy() == pytest.approx(
+        np.array([[0, 0, 0, 0, 0, 6 * channels.std[3].item(), 0]] * 2), abs=1e-4
+    )
 
 
 def test_relevance_by_hand(toy):
@@ -286,18 +379,48 @@ def test_relevance_by_hand(toy):
 
 
 def test_channel_statistics_are_shared_by_prompts_and_by_nothing_else(domain, tmp_path):
-    fit("styleclip-global", domain, "green lipstick", out=tmp_path / "a", progress=False, **accepted("styleclip-global", SMALL))
+    fit(
+        "styleclip-global",
+        domain,
+        "green lipstick",
+        out=tmp_path / "a",
+        progress=False,
+        **accepted("styleclip-global", SMALL),
+    )
     tried = []
     count = Callback(1, tried.append)
-    fit("styleclip-global", domain, "blue hair", out=tmp_path / "b", progress=False, callbacks=[count], **accepted("styleclip-global", SMALL))
+    fit(
+        "styleclip-global",
+        domain,
+        "blue hair",
+        out=tmp_path / "b",
+        progress=False,
+        callbacks=[count],
+        **accepted("styleclip-global", SMALL),
+    )
     assert tried == [] and len(list(tmp_path.glob("channels-*"))) == 1
-    fit("styleclip-global", domain, "blue hair", out=tmp_path / "c", progress=False, callbacks=[count],
-        **accepted("styleclip-global", SMALL) | {"sigmas": 4.0})
+    fit(
+        "styleclip-global",
+        domain,
+        "blue hair",
+        out=tmp_path / "c",
+        progress=False,
+        callbacks=[count],
+        **accepted("styleclip-global", SMALL) | {"sigmas": 4.0},
+    )
     assert tried and len(list(tmp_path.glob("channels-*"))) == 2
     with torch.no_grad():
-        domain.generator.const += 1                                # another generator of the same name
+        domain.generator.const += 1  # another generator of the same name
     tried.clear()
-    fit("styleclip-global", domain, "blue hair", out=tmp_path / "d", progress=False, callbacks=[count], **accepted("styleclip-global", SMALL))
+    fit(
+        "styleclip-global",
+        domain,
+        "blue hair",
+        out=tmp_path / "d",
+        progress=False,
+        callbacks=[count],
+        **accepted("styleclip-global", SMALL),
+    )
     assert tried
 
 
@@ -308,10 +431,15 @@ def test_a_threshold_that_nothing_reaches(domain):
 
 # --- StyleGAN-NADA's generator
 
+
 def test_only_synthesis_is_tuned_and_its_file_is_a_generator(domain, tmp_path):
     editor = quick("nada-generator", domain, tmp_path / "run")
     source = domain.generator.state_dict()
-    changed = {name for name, t in load_generator(tmp_path / "run" / "generator.safetensors").state_dict().items() if not torch.equal(t, source[name])}
+    changed = {
+        name
+        for name, t in load_generator(tmp_path / "run" / "generator.safetensors").state_dict().items()
+        if not torch.equal(t, source[name])
+    }
     assert {"const", "convs.0.weight", "convs.4.bias", "convs.1.affine.weight"} <= changed
     assert not any(name.startswith(("style.", "rgbs.", "w_avg")) or "noise_const" in name for name in changed)
     w = latents.sample(domain.generator, 2, "test")
@@ -322,22 +450,26 @@ def test_only_synthesis_is_tuned_and_its_file_is_a_generator(domain, tmp_path):
 
 def test_its_first_step_leaves_the_source_though_the_cosine_is_undefined(domain):
     rows = quick("nada-generator", domain, steps=1).rows
-    assert rows[0]["directional"] == pytest.approx(1, abs=1e-5)    # E(x') = E(x)
+    assert rows[0]["directional"] == pytest.approx(1, abs=1e-5)  # E(x') = E(x)
     editor = quick("nada-generator", domain, steps=1)
     assert not torch.equal(editor.module.const, domain.generator.const)
 
 
 # --- what cannot be
 
-@pytest.mark.parametrize(("method", "changes", "words"), [
-    ("dreambooth", {}, "'dreambooth'; there are: cfclip, styleclip-mapper"),
-    ("cfclip", {"lamda_id": 1}, "cfclip has no setting 'lamda_id'; it has: .*lambda_id"),
-    ("styleclip-mapper", {"temperature": 1, "objective": "nce"}, "no setting 'objective', 'temperature'"),
-    ("styleclip-global", {"steps": 3}, "no setting 'steps'.*alpha, beta"),
-    ("styleclip-optimization", {"steps": 0}, "steps must be a whole number from 1"),
-    ("nada-generator", {"batch": 1.5}, "batch must be a whole number"),
-    ("styleclip-global", {"samples": 0}, "samples must be"),
-])
+
+@pytest.mark.parametrize(
+    ("method", "changes", "words"),
+    [
+        ("dreambooth", {}, "'dreambooth'; there are: cfclip, styleclip-mapper"),
+        ("cfclip", {"lamda_id": 1}, "cfclip has no setting 'lamda_id'; it has: .*lambda_id"),
+        ("styleclip-mapper", {"temperature": 1, "objective": "nce"}, "no setting 'objective', 'temperature'"),
+        ("styleclip-global", {"steps": 3}, "no setting 'steps'.*alpha, beta"),
+        ("styleclip-optimization", {"steps": 0}, "steps must be a whole number from 1"),
+        ("nada-generator", {"batch": 1.5}, "batch must be a whole number"),
+        ("styleclip-global", {"samples": 0}, "samples must be"),
+    ],
+)
 def test_wrong_methods_and_settings_are_named(method, changes, words, domain):
     with pytest.raises(ValueError, match=words):
         fit(method, domain, "green lipstick", progress=False, **changes)
@@ -362,7 +494,7 @@ def test_a_domain_without_identity(method, domain):
 
 def test_a_folder_holds_one_run(domain, tmp_path):
     quick("nada", domain, tmp_path)
-    quick("nada", domain, tmp_path, steps=8)                       # more of the same is welcome
+    quick("nada", domain, tmp_path, steps=8)  # more of the same is welcome
     with pytest.raises(ValueError, match="another seed: choose another folder"):
         quick("nada", domain, tmp_path, seed=1)
     with pytest.raises(ValueError, match="another method"):
@@ -379,24 +511,36 @@ def test_folders_that_hold_no_editor(domain, tmp_path):
     with pytest.raises(weights.WeightsError, match="several editors"):
         load_editor(tmp_path, domain)
     (tmp_path / "b").mkdir()
-    weights.save(domain.generator, tmp_path / "b" / "generator.safetensors", "generator", domain.generator.config)
+    weights.save(
+        domain.generator, tmp_path / "b" / "generator.safetensors", "generator", domain.generator.config
+    )
     with pytest.raises(weights.WeightsError, match="does not say by which"):
         load_editor(tmp_path / "b", domain)
 
 
 # --- many runs
 
+
 def test_editors_are_found_by_prompt_method_and_seed(domain, tmp_path):
     def run(name, method, prompt, seed=0):
-        fit(method, domain, prompt, out=tmp_path / name, progress=False, **accepted(method, SMALL | {"seed": seed}))
+        fit(
+            method,
+            domain,
+            prompt,
+            out=tmp_path / name,
+            progress=False,
+            **accepted(method, SMALL | {"seed": seed}),
+        )
 
     run("1", "nada", "green lipstick")
     run("2", "nada", "blue hair")
     assert list(baselines.find_editors(tmp_path, domain)) == ["green lipstick", "blue hair"]
-    run("3", "styleclip-global", "blue hair")                      # leaves channel statistics in the folder: no editor
+    run("3", "styleclip-global", "blue hair")  # leaves channel statistics in the folder: no editor
     found = baselines.find_editors(tmp_path, domain, ["blue hair", "green lipstick"])
     assert list(found) == ["blue hair, nada", "blue hair, styleclip-global", "green lipstick, nada"]
-    assert {label: editor.method for label, editor in found.items()}["blue hair, styleclip-global"] == "styleclip-global"
+    assert {label: editor.method for label, editor in found.items()}[
+        "blue hair, styleclip-global"
+    ] == "styleclip-global"
     run("4", "nada", "blue hair", seed=1)
     assert list(baselines.find_editors(tmp_path, domain, ["green lipstick"])) == ["green lipstick"]
     assert "blue hair, nada, seed 1" in baselines.find_editors(tmp_path, domain)
@@ -404,7 +548,15 @@ def test_editors_are_found_by_prompt_method_and_seed(domain, tmp_path):
         baselines.find_editors(tmp_path, domain, ["red skin"])
     with pytest.raises(ValueError, match="no editor in"):
         baselines.find_editors(tmp_path / "1" / "nothing", domain)
-    fit("nada", domain, "blue hair", out=tmp_path / "5", progress=False, **accepted("nada", SMALL), lambda_id=0.0)
+    fit(
+        "nada",
+        domain,
+        "blue hair",
+        out=tmp_path / "5",
+        progress=False,
+        **accepted("nada", SMALL),
+        lambda_id=0.0,
+    )
     with pytest.raises(ValueError, match=r"several runs of \['blue hair, nada, seed 0'\]"):
         baselines.find_editors(tmp_path, domain)
 

@@ -21,16 +21,29 @@ from cfclip.checkpoints.networks import load_e4e, load_identity, load_openai_cli
 from cfclip.checkpoints.weights import WeightsError
 from cfclip.models.mapper import Mapper
 
-LOADERS = {"generator": load_generator, "mapper": load_mapper, "latents": load_latents, "identity": load_identity, "e4e": load_e4e,
-           "vgg": load_vgg, "clip": load_openai_clip}
-BAD = {"missing": (None, "does not exist"), "empty": (b"", "is empty"), "page": (b"<!DOCTYPE html><html>Quota exceeded", "web page"),
-       "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"), "gzip": (b"\x1f\x8b\x08\0", "gzip"),
-       "json": (b'{"error": "not found"}', "JSON"), "text": (b"hello", "no weight file"), 
-       "magic": (b"\x80\x03", "damaged or truncated|is needed"),
-       "zip": (b"PK\x03\x04" + bytes(40), "damaged or truncated|is needed"),
-       "call": (b"\x80\x03cposix\nsystem\n(X\x04\0\0\0truetR.", "posix.system|is needed"),
-       "deep": (b"\x80\x03" + b"]" * 3 + b"(" * 200_000, "is needed|damaged"), 
-       "npy": (b"\x93NUMPY\x01\0\xff\xff", "npy|damaged|cannot be used")}
+LOADERS = {
+    "generator": load_generator,
+    "mapper": load_mapper,
+    "latents": load_latents,
+    "identity": load_identity,
+    "e4e": load_e4e,
+    "vgg": load_vgg,
+    "clip": load_openai_clip,
+}
+BAD = {
+    "missing": (None, "does not exist"),
+    "empty": (b"", "is empty"),
+    "page": (b"<!DOCTYPE html><html>Quota exceeded", "web page"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
+    "gzip": (b"\x1f\x8b\x08\0", "gzip"),
+    "json": (b'{"error": "not found"}', "JSON"),
+    "text": (b"hello", "no weight file"),
+    "magic": (b"\x80\x03", "damaged or truncated|is needed"),
+    "zip": (b"PK\x03\x04" + bytes(40), "damaged or truncated|is needed"),
+    "call": (b"\x80\x03cposix\nsystem\n(X\x04\0\0\0truetR.", "posix.system|is needed"),
+    "deep": (b"\x80\x03" + b"]" * 3 + b"(" * 200_000, "is needed|damaged"),
+    "npy": (b"\x93NUMPY\x01\0\xff\xff", "npy|damaged|cannot be used"),
+}
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -51,7 +64,7 @@ def test_bad_files(loader, bad, tmp_path):
 def test_a_tensor_cannot_declare_more_than_the_file_holds(zipped, tmp_path):
     path = tmp_path / "w.pt"
     torch.save(torch.zeros(1000), path, _use_new_zipfile_serialization=zipped)
-    data = path.read_bytes().replace(b"M\xe8\x03", b"M\xff\xff")   # every 1000 becomes 65535
+    data = path.read_bytes().replace(b"M\xe8\x03", b"M\xff\xff")  # every 1000 becomes 65535
     if zipped:
         with ZipFile(path) as old, ZipFile(out := io.BytesIO(), "w") as new:
             for entry in old.infolist():
@@ -71,6 +84,7 @@ class Hostile:
 
     def __reduce__(self):
         import os
+
         return os.system, (f"touch {self.marker}",)
 
 
@@ -83,7 +97,9 @@ def test_a_hostile_pickle_does_not_run(loader, protocol, tmp_path):
         "plain.pkl": lambda p: p.write_bytes(pickle.dumps(Hostile(marker), protocol)),
         "dict.pkl": lambda p: p.write_bytes(pickle.dumps({"G_ema": Hostile(marker)}, protocol)),
         "zip.pt": lambda p: torch.save(tree, p, pickle_protocol=protocol),
-        "legacy.pt": lambda p: torch.save(tree, p, pickle_protocol=protocol, _use_new_zipfile_serialization=False),
+        "legacy.pt": lambda p: torch.save(
+            tree, p, pickle_protocol=protocol, _use_new_zipfile_serialization=False
+        ),
         "object.npy": lambda p: np.save(p, np.array([Hostile(marker)], dtype=object), allow_pickle=True),
     }.items():
         write(tmp_path / name)
@@ -92,7 +108,7 @@ def test_a_hostile_pickle_does_not_run(loader, protocol, tmp_path):
         assert not marker.exists(), f"{name} ran"
     with pytest.raises(WeightsError, match=r"would call posix\.system"):
         load_generator(tmp_path / "dict.pkl")
-    pickle.loads((tmp_path / "plain.pkl").read_bytes())            # the test would see it
+    pickle.loads((tmp_path / "plain.pkl").read_bytes())  # the test would see it
     assert marker.exists()
 
 
@@ -101,7 +117,7 @@ def test_the_source_in_a_network_does_not_run(tmp_path):
     loaded = load_generator(official.nvidia(g, tmp_path / "g.pkl", marker=marker))
     assert torch.equal(loaded.convs[2].weight, g.convs[2].weight)
     assert not marker.exists()
-    exec(official.SOURCE.format(marker=str(marker)))               # the test would see it
+    exec(official.SOURCE.format(marker=str(marker)))  # the test would see it
     assert marker.exists()
 
 
@@ -129,7 +145,16 @@ def files(tmp_path_factory):
     return _files(tmp_path_factory.mktemp("files"))
 
 
-NAMES = ["zip.pt", "legacy.pt", "mapper.pt", "nvidia.pkl", "nvidia4.pkl", "tf.pkl", "own.safetensors", "w.npy"]
+NAMES = [
+    "zip.pt",
+    "legacy.pt",
+    "mapper.pt",
+    "nvidia.pkl",
+    "nvidia4.pkl",
+    "tf.pkl",
+    "own.safetensors",
+    "w.npy",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -138,9 +163,9 @@ NAMES = ["zip.pt", "legacy.pt", "mapper.pt", "nvidia.pkl", "nvidia4.pkl", "tf.pk
 def test_a_mangled_file_is_refused_or_loads(name, data, files, tmp_path):
     content = bytearray(files[name])
     if data.draw(st.booleans()):
-        del content[data.draw(st.integers(0, len(content) - 1)):]
+        del content[data.draw(st.integers(0, len(content) - 1)) :]
     for _ in range(data.draw(st.integers(0, 6))):
-        if content:                                                # the first bytes hold most of the structure
+        if content:  # the first bytes hold most of the structure
             limit = data.draw(st.sampled_from([64, 1024, len(content)]))
             content[data.draw(st.integers(0, min(limit, len(content)) - 1))] = data.draw(st.integers(0, 255))
     path = tmp_path / name

@@ -15,7 +15,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cfclip.checkpoints.safe_pickle import Name, PickleError, Record, View, check_zip, load, load_legacy, to_tensor
+from cfclip.checkpoints.safe_pickle import (
+    Name,
+    PickleError,
+    Record,
+    View,
+    check_zip,
+    load,
+    load_legacy,
+    to_tensor,
+)
 
 PROTOCOLS = [2, 3, 4, 5]
 
@@ -37,9 +46,20 @@ class Thing2(dict):
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-@given(value=st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5) | st.binary(max_size=5),
-    lambda x: st.lists(x, max_size=3) | st.tuples(x, x) | st.dictionaries(st.text(max_size=3), x, max_size=3), max_leaves=12))
+@given(
+    value=st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats(allow_nan=False)
+        | st.text(max_size=5)
+        | st.binary(max_size=5),
+        lambda x: (
+            st.lists(x, max_size=3) | st.tuples(x, x) | st.dictionaries(st.text(max_size=3), x, max_size=3)
+        ),
+        max_leaves=12,
+    )
+)
 def test_plain_values(protocol, value):
     assert read(value, protocol) == value
 
@@ -59,13 +79,27 @@ def test_containers_and_references(protocol):
 @pytest.mark.parametrize("dtype", ["f2", "f4", ">f4", "f8", "i1", "u1", ">i8", "i4", "b1"])
 def test_numpy(protocol, dtype):
     array = (np.arange(24).reshape(2, 3, 4) % 7).astype(dtype)
-    for value in (array, np.asfortranarray(array), array[:, ::2], array[0, 1, 1], array[:0], array.reshape(24)[3:4].reshape(())):
+    for value in (
+        array,
+        np.asfortranarray(array),
+        array[:, ::2],
+        array[0, 1, 1],
+        array[:0],
+        array.reshape(24)[3:4].reshape(()),
+    ):
         got = to_tensor(read(value, protocol))
-        assert got.shape == value.shape and np.array_equal(got.numpy(), value) and got.numpy().dtype.kind == value.dtype.kind
+        assert (
+            got.shape == value.shape
+            and np.array_equal(got.numpy(), value)
+            and got.numpy().dtype.kind == value.dtype.kind
+        )
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool],
+)
 def test_tensors_in_a_plain_pickle(protocol, dtype):
     base = (torch.arange(24).reshape(4, 6) % 5).to(dtype)
     for tensor in (base, base.t(), base[1:3, ::2], base[0, 0], base[:0], base[:1].expand(5, 6)):
@@ -80,7 +114,7 @@ def test_objects_are_inert(protocol):
     thing = read(Thing(), protocol)
     assert isinstance(thing, Record) and thing.name == Name(Thing.__module__, "Thing")
     assert to_tensor(thing.get("weight")).item() == 2.5 and thing.get("nothing", 7) == 7
-    child, = thing.get("children")
+    (child,) = thing.get("children")
     assert isinstance(child, Record) and child.items == {"a": 1} and child.get("a") == 1
     assert read(Path, protocol) == Name("pathlib", "Path")
     with pytest.raises(PickleError, match="Thing stands where a tensor is needed"):
@@ -96,10 +130,19 @@ class Call:
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-@pytest.mark.parametrize("function, args", [(os.system, ("touch ran",)), (eval, ("open('ran', 'w')",)), (exec, ("open('ran', 'w')",)),
-                                            (subprocess.Popen, (["touch", "ran"],)), (getattr, (os, "system")), (__import__, ("this",)),
-                                            (open, ("ran", "w"))],
-                         ids=lambda x: getattr(x, "__name__", ""))
+@pytest.mark.parametrize(
+    "function, args",
+    [
+        (os.system, ("touch ran",)),
+        (eval, ("open('ran', 'w')",)),
+        (exec, ("open('ran', 'w')",)),
+        (subprocess.Popen, (["touch", "ran"],)),
+        (getattr, (os, "system")),
+        (__import__, ("this",)),
+        (open, ("ran", "w")),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
 def test_calls_of_the_standard_library_are_reported(function, args, protocol, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if function is getattr:
@@ -121,12 +164,33 @@ def test_setting_state_touches_nothing_of_ours():
             load(io.BytesIO(b"\x80\x02" + target + b"}X\x01\0\0\0xK\x01sb."))
 
 
-@pytest.mark.parametrize("stream", [
-    b"", b"\x80\x04", b"\x80\x04.", b"\x80\x044.", b"\x80\x02t.", b"\x80\x02K\x01K\x02s.", b"\x80\x02]K\x01K\x02.", b"\x80\x02h\x05.",
-    b"\x80\x02(K\x01K\x02d", b"\x80\x02}(]K\x01u", b"\x80\x02K\x01K\x02R.", b"\x80\x02cos\nsystem\nK\x01R.", b"\x80\x02(cos\nsystem\no.",
-    b"\x80\x02(ios\nsystem\n.", b"\x80\x02\x82\x01.", b"\x80\x02X\xff\xff\xff\x7fabc.", b"\x80\x04\x8e" + b"\xff" * 8 + b"abc.",
-    b"\x80\x02" + b"(" * 100_000, b"\x80\x02K\x01" + b"\x85" * 100_000, b"\x80\x02ctorch.storage\n_load_from_bytes\nU\x03abc\x85R.",
-    b"\x80\x05\x97.", b"\x80\x02K\x01Q."])
+@pytest.mark.parametrize(
+    "stream",
+    [
+        b"",
+        b"\x80\x04",
+        b"\x80\x04.",
+        b"\x80\x044.",
+        b"\x80\x02t.",
+        b"\x80\x02K\x01K\x02s.",
+        b"\x80\x02]K\x01K\x02.",
+        b"\x80\x02h\x05.",
+        b"\x80\x02(K\x01K\x02d",
+        b"\x80\x02}(]K\x01u",
+        b"\x80\x02K\x01K\x02R.",
+        b"\x80\x02cos\nsystem\nK\x01R.",
+        b"\x80\x02(cos\nsystem\no.",
+        b"\x80\x02(ios\nsystem\n.",
+        b"\x80\x02\x82\x01.",
+        b"\x80\x02X\xff\xff\xff\x7fabc.",
+        b"\x80\x04\x8e" + b"\xff" * 8 + b"abc.",
+        b"\x80\x02" + b"(" * 100_000,
+        b"\x80\x02K\x01" + b"\x85" * 100_000,
+        b"\x80\x02ctorch.storage\n_load_from_bytes\nU\x03abc\x85R.",
+        b"\x80\x05\x97.",
+        b"\x80\x02K\x01Q.",
+    ],
+)
 def test_damage(stream):
     with pytest.raises(PickleError):
         load(io.BytesIO(stream))
@@ -137,9 +201,21 @@ def test_a_deeply_nested_key_is_not_hashed():
     assert load(io.BytesIO(b"\x80\x02}" + nested + b"K\x02s.")) == {}
 
 
-@pytest.mark.parametrize("offset, size, stride", [
-    (0, (11,), (1,)), (5, (6,), (1,)), (0, (4, 4), (4, 1)), (-1, (2,), (1,)), (0, (-1,), (1,)), (0, (2,), (-1,)), (0, (2 ** 50,), (0,)),
-    (0, (2, 2), (1,)), (0, (True,), (1,)), (0, (2.0,), (1,))])
+@pytest.mark.parametrize(
+    "offset, size, stride",
+    [
+        (0, (11,), (1,)),
+        (5, (6,), (1,)),
+        (0, (4, 4), (4, 1)),
+        (-1, (2,), (1,)),
+        (0, (-1,), (1,)),
+        (0, (2,), (-1,)),
+        (0, (2**50,), (0,)),
+        (0, (2, 2), (1,)),
+        (0, (True,), (1,)),
+        (0, (2.0,), (1,)),
+    ],
+)
 def test_a_view_stays_in_its_storage(offset, size, stride):
     good = read(torch.zeros(10))
     with pytest.raises(PickleError, match="declared"):
@@ -149,32 +225,45 @@ def test_a_view_stays_in_its_storage(offset, size, stride):
 def test_numpy_sizes_are_checked():
     array = read(np.zeros(4, np.float32))
     version, _, dtype, fortran, raw = array.state
-    for state in ((version, (2 ** 40,), dtype, fortran, raw), (version, (4,), dtype, fortran, raw[:-1]),
-                  (version, (4,), None, fortran, raw),
-                  (version, (4,), read(np.dtype("O")), fortran, raw), (version, "x", dtype, fortran, raw), None):
+    for state in (
+        (version, (2**40,), dtype, fortran, raw),
+        (version, (4,), dtype, fortran, raw[:-1]),
+        (version, (4,), None, fortran, raw),
+        (version, (4,), read(np.dtype("O")), fortran, raw),
+        (version, "x", dtype, fortran, raw),
+        None,
+    ):
         array.state = state
         with pytest.raises(PickleError):
             to_tensor(array)
 
 
 def test_torch_files_of_both_formats(tmp_path):
-    tree = {"a": torch.arange(6.0).reshape(2, 3), "b": [torch.ones(2, dtype=torch.int64)], "c": OrderedDict(x=1)}
+    tree = {
+        "a": torch.arange(6.0).reshape(2, 3),
+        "b": [torch.ones(2, dtype=torch.int64)],
+        "c": OrderedDict(x=1),
+    }
     torch.save(tree, tmp_path / "zip.pt")
     torch.save(tree, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
     check_zip(tmp_path / "zip.pt")
     data = (tmp_path / "legacy.pt").read_bytes()
     value = load_legacy(io.BytesIO(data), keep=True)
-    assert torch.equal(to_tensor(value["a"]), tree["a"]) and torch.equal(to_tensor(value["b"][0]), tree["b"][0]) and value["c"] == {"x": 1}
+    assert (
+        torch.equal(to_tensor(value["a"]), tree["a"])
+        and torch.equal(to_tensor(value["b"][0]), tree["b"][0])
+        and value["c"] == {"x": 1}
+    )
     assert load_legacy(io.BytesIO(data))["a"].storage.data is None
     for cut in (len(data) - 1, len(data) // 2, 20):
         with pytest.raises(PickleError):
             load_legacy(io.BytesIO(data[:cut]))
     count = data.index(struct.pack("<q", 6), data.rindex(b"."))
     with pytest.raises(PickleError, match="do not match"):
-        load_legacy(io.BytesIO(data[:count] + struct.pack("<q", 7) + data[count + 8:]))
+        load_legacy(io.BytesIO(data[:count] + struct.pack("<q", 7) + data[count + 8 :]))
     whole = (tmp_path / "zip.pt").read_bytes()
     at = whole.index(tree["a"].numpy().tobytes())
-    (tmp_path / "zip.pt").write_bytes(whole[:at] + b"\1" + whole[at + 1:])
+    (tmp_path / "zip.pt").write_bytes(whole[:at] + b"\1" + whole[at + 1 :])
     with pytest.raises(PickleError, match="checksums do not match"):
         check_zip(tmp_path / "zip.pt")
 

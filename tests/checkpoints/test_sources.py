@@ -47,7 +47,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("ETag", etag)
         self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
-        self.wfile.write(content[start:len(content) // 2] if name in self.server.cut and not start else content[start:])
+        self.wfile.write(
+            content[start : len(content) // 2] if name in self.server.cut and not start else content[start:]
+        )
 
     def log_message(self, *args):
         pass
@@ -90,28 +92,28 @@ def digest(content: bytes) -> str:
 def test_fetch_with_a_documented_checksum(server, content, folder, table):
     server.files["g.pkl"] = content
     table(source(server.url("g.pkl"), sha256=digest(content), sha256_from="the test"))
-    row, = sources.fetch("test", folder, progress=False)
+    (row,) = sources.fetch("test", folder, progress=False)
     assert row.status == "valid" and row.path.read_bytes() == content
     assert sources.unmet([row]) == []
     assert sources.recorded(folder) == {} and not list(folder.glob("g.pkl?*"))
     sources.fetch("test", folder, progress=False)
-    assert len(server.asked) == 1                                  # what is there is not fetched again
+    assert len(server.asked) == 1  # what is there is not fetched again
 
 
 def test_without_one_it_is_recorded_and_held_to(server, content, folder, table):
     server.files["g.pkl"] = content
     table(source(server.url("g.pkl")))
-    row, = sources.fetch("test", folder, progress=False)
+    (row,) = sources.fetch("test", folder, progress=False)
     assert row.status == "unverified" and sources.recorded(folder) == {"g.pkl": digest(content)}
     assert "unchanged" in sources.check("test", folder)[0].detail
     other = official.tensorflow(official.random_generator(seed=1), folder / "g.pkl").read_bytes()
-    row, = sources.check("test", folder)
+    (row,) = sources.check("test", folder)
     assert row.status == "corrupt" and "changed since" in row.detail and sources.unmet([row]) == ["generator"]
     server.files["g.pkl"] = PAGE
-    row, = sources.fetch("test", folder, progress=False)
+    (row,) = sources.fetch("test", folder, progress=False)
     assert row.status == "corrupt" and "web page" in row.detail and (folder / "g.pkl").read_bytes() == other
     server.files["g.pkl"] = content
-    row, = sources.fetch("test", folder, progress=False)
+    (row,) = sources.fetch("test", folder, progress=False)
     assert row.status == "unverified" and (folder / "g.pkl.bad").read_bytes() == other
     (folder / "checksums.json").write_text("[")
     with pytest.raises(WeightsError, match=r"checksums\.json is damaged"):
@@ -125,7 +127,7 @@ def test_the_next_address_is_tried_and_failures_are_told(given, words, server, c
     assert sources.fetch("test", folder, progress=False)[0].status == "valid"
     (folder / "g.pkl").unlink()
     table(source(server.url("bad.pkl"), sha256=digest(content), page="https://example.org/file"))
-    row, = sources.fetch("test", folder, progress=False)
+    (row,) = sources.fetch("test", folder, progress=False)
     assert row.status == "missing" and words in row.detail and "https://example.org/file" in row.detail
     assert not (folder / "g.pkl").exists()
 
@@ -134,10 +136,10 @@ def test_the_next_address_is_tried_and_failures_are_told(given, words, server, c
 def test_a_page_instead_of_weights(known, server, content, folder, table):
     server.files["g.pkl"] = PAGE
     table(source(server.url("g.pkl"), sha256=digest(content) if known else None))
-    row, = sources.fetch("test", folder, progress=False)
+    (row,) = sources.fetch("test", folder, progress=False)
     assert row.status == "missing" and ("sha256 differs" if known else "web page") in row.detail
     (folder / "g.pkl").write_bytes(PAGE)
-    row, = sources.check("test", folder)
+    (row,) = sources.check("test", folder)
     assert row.status == "corrupt" and "web page" in row.detail
     assert "g.pkl" not in sources.recorded(folder)
 
@@ -147,10 +149,10 @@ def test_an_interrupted_download_goes_on(server, folder, table):
     server.files["g.pkl"] = content
     server.cut.add("g.pkl")
     table(source(server.url("g.pkl"), sha256=digest(content)))
-    row, = sources.fetch("test", folder, progress=False)
+    (row,) = sources.fetch("test", folder, progress=False)
     got = (folder / "g.pkl.part").stat().st_size
     assert row.status == "missing" and 400_000 < got <= 500_000
-    row, = sources.fetch("test", folder, progress=False)
+    (row,) = sources.fetch("test", folder, progress=False)
     assert row.status == "valid" and row.path.read_bytes() == content
     assert server.asked[-1] == ("g.pkl", f"bytes={got}-")
     assert not list(folder.glob("*.part*"))
@@ -188,11 +190,23 @@ def test_check_rows(content, folder, table):
     (folder / "corrupt.pkl").write_bytes(content[:-50])
     (folder / "wrong.pkl").write_bytes(content + b"x")
     page = "https://example.org/file"
-    table(source(name="valid.pkl", sha256=digest(content)), source(name="unverified.pkl"),
-          source(name="another.pkl", sha256=digest(b""), exact=False), source(name="corrupt.pkl", page=page),
-          source(name="wrong.pkl", sha256=digest(content)), source(name="missing.pkl", page=page))
+    table(
+        source(name="valid.pkl", sha256=digest(content)),
+        source(name="unverified.pkl"),
+        source(name="another.pkl", sha256=digest(b""), exact=False),
+        source(name="corrupt.pkl", page=page),
+        source(name="wrong.pkl", sha256=digest(content)),
+        source(name="missing.pkl", page=page),
+    )
     rows = sources.check("test", folder)
-    assert [row.status for row in rows] == ["valid", "unverified", "unverified", "corrupt", "corrupt", "missing"]
+    assert [row.status for row in rows] == [
+        "valid",
+        "unverified",
+        "unverified",
+        "corrupt",
+        "corrupt",
+        "missing",
+    ]
     assert all(page in row.detail and str(row.path) in row.detail for row in (rows[3], rows[5]))
     with pytest.raises(ValueError, match="'atlantis'; there are: test"):
         sources.check("atlantis", folder)
@@ -204,21 +218,24 @@ def test_missing_files_are_all_named_with_their_addresses(tmp_path, monkeypatch)
         with pytest.raises(WeightsError) as caught:
             sources.require(domain, tmp_path)
         for s in sources.sources_of(domain):
-            assert all(text in str(caught.value) for text in (s.name, str(tmp_path / s.name), *s.urls[:1])) or not s.required
+            assert (
+                all(text in str(caught.value) for text in (s.name, str(tmp_path / s.name), *s.urls[:1]))
+                or not s.required
+            )
         assert set(re.findall(r"cfclip fetch (\S+?),", str(caught.value))) == {domain}
 
 
 def test_another_tools_copy_of_clip_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    openai, = (s for s in sources.SOURCES if s.name == "ViT-B-32.pt")
-    heldout, = (s for s in sources.SOURCES if s.role == "held-out clip")
+    (openai,) = (s for s in sources.SOURCES if s.name == "ViT-B-32.pt")
+    (heldout,) = (s for s in sources.SOURCES if s.role == "held-out clip")
     assert sources.locate(openai, tmp_path) is None and sources.locate(heldout, tmp_path) is None
     assert heldout.sha256 in heldout.urls[0] and not heldout.required
     cached = tmp_path / ".cache" / "clip" / "ViT-B-32.pt"
     cached.parent.mkdir(parents=True)
     cached.write_bytes(PAGE)
     assert sources.locate(openai, tmp_path) == cached
-    assert sources.locate(heldout, tmp_path) is None               # another model is no copy of it
+    assert sources.locate(heldout, tmp_path) is None  # another model is no copy of it
     row = sources.inspect(openai, tmp_path)
     assert row.status == "corrupt" and "web page" in row.detail
 
@@ -234,7 +251,10 @@ def test_the_table_is_whole_and_in_the_readme():
 
 def test_command_line(server, content, folder, table):
     server.files["g.pkl"] = content
-    table(source(server.url("g.pkl"), sha256=digest(content)), source(name="photo.pt", required=False, page="https://example.org/drive"))
+    table(
+        source(server.url("g.pkl"), sha256=digest(content)),
+        source(name="photo.pt", required=False, page="https://example.org/drive"),
+    )
     run = lambda *words: CliRunner().invoke(app, [*words, "test", "--folder", str(folder)])  # noqa: E731
     result = run("check")
     assert result.exit_code == 1 and "missing" in result.output

@@ -19,7 +19,9 @@ def test_every_bad_file_says_what_it_is(tmp_path):
     layer = torch.nn.Linear(30, 20)
     good = weights.save(layer, tmp_path / "good.safetensors", "layer", {})
     for name, data, words in (
-        ("truncated", good.read_bytes()[:-100], "truncated"), ("empty", b"", "truncated"), ("html", b"<!DOCTYPE html><p>404</p>", "truncated"),
+        ("truncated", good.read_bytes()[:-100], "truncated"),
+        ("empty", b"", "truncated"),
+        ("html", b"<!DOCTYPE html><p>404</p>", "truncated"),
     ):
         path = tmp_path / f"{name}.safetensors"
         path.write_bytes(data)

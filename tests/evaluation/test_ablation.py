@@ -23,17 +23,34 @@ def test_the_interval_by_hand():
 def table():
     """Two rows, three trainings of two faces: trainings' means are 1, 2, 3 and 5, 5, 5; the faces differ more than those."""
     means = {"CF-CLIP": (1, 2, 3), "views: none": (5, 5, 5)}
-    return pd.DataFrame([{"row": row, "prompt": "p", "seed": seed, "index": face, "identity": mean + (-10, 10)[face], "success_after": 0.5}
-                         for row, values in means.items() for seed, mean in enumerate(values) for face in range(2)])
+    return pd.DataFrame([
+        {
+            "row": row,
+            "prompt": "p",
+            "seed": seed,
+            "index": face,
+            "identity": mean + (-10, 10)[face],
+            "success_after": 0.5,
+        }
+        for row, values in means.items()
+        for seed, mean in enumerate(values)
+        for face in range(2)
+    ])
 
 
 def test_the_interval_is_over_trainings_not_faces(table):
     summary = ablation.summarise(table)
     first, second = summary[summary.metric == "identity"].to_dict("records")
-    assert (first["row"], first["mean"], first["trainings"]) == ("CF-CLIP", 2, 3) and first["half"] == pytest.approx(2.4841, rel=1e-4)
+    assert (first["row"], first["mean"], first["trainings"]) == ("CF-CLIP", 2, 3) and first[
+        "half"
+    ] == pytest.approx(2.4841, rel=1e-4)
     assert (second["row"], second["mean"], second["half"]) == ("views: none", 5, 0)
     shown = ablation.pretty(summary)
-    assert shown.to_dict("records")[0] == {"row": "CF-CLIP", "identity": "2 ± 2.5", "success after %": "50 ± 0"}
+    assert shown.to_dict("records")[0] == {
+        "row": "CF-CLIP",
+        "identity": "2 ± 2.5",
+        "success after %": "50 ± 0",
+    }
 
 
 def test_one_training_has_no_interval(table):
@@ -43,7 +60,12 @@ def test_one_training_has_no_interval(table):
 
 def test_the_report_is_written(table, tmp_path):
     ablation.write(tmp_path, table, ablation.figure(table), "a note")
-    assert {p.name for p in tmp_path.iterdir()} == {"ablation.csv", "ablation.jsonl", "ablation.png", "ablation.md"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "ablation.csv",
+        "ablation.jsonl",
+        "ablation.png",
+        "ablation.md",
+    }
     text = (tmp_path / "ablation.md").read_text()
     assert "2 ± 2.5" in text and "a note" in text
     assert len(pd.read_csv(tmp_path / "ablation.csv")) == 12
@@ -53,7 +75,9 @@ def test_a_row_is_trained_as_it_says_and_scored(domain, monkeypatch):
     seen = {}
     honest = ablation.baselines.fit
     monkeypatch.setattr(ablation.baselines, "fit", lambda *a, **k: seen.setdefault("editor", honest(*a, **k)))
-    table = ablation.run_row(domain, "views: none", "green lipstick", seed=3, n=4, steps=2, train_latents=4, draws=5)
+    table = ablation.run_row(
+        domain, "views: none", "green lipstick", seed=3, n=4, steps=2, train_latents=4, draws=5
+    )
     assert (seen["editor"].config.draws, seen["editor"].config.seed) == (0, 3)
     assert table["index"].tolist() == [0, 1, 2, 3] and set(table.row) == {"views: none"}
     assert {"clip_after", "clip_direction", "identity", "success_after", "leakage"} <= set(table.columns)

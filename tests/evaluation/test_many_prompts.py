@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from cfclip import domains
-from cfclip.baselines.library import find_by_seed
 from cfclip.checkpoints import weights
 from cfclip.checkpoints.mappers import load_mapper
 from cfclip.evaluation.many_prompts import compare, summarise
@@ -41,8 +40,12 @@ def test_a_resumed_run_is_one_never_stopped(prompts_at_once, domain, tmp_path):
 
 def test_one_prompt_of_many_is_the_single_run(domain):
     """To the digit: a step draws nothing more where there is nothing to choose."""
-    single, rows = train_mapper(domain, CFCLIPConfig("blue hair", steps=5, train_latents=6, norm_axis="channel"), progress=False)
-    many, rows2 = train_mapper(domain, dataclasses.replace(CONFIG, prompts=("blue hair",), steps=5), progress=False)
+    single, rows = train_mapper(
+        domain, CFCLIPConfig("blue hair", steps=5, train_latents=6, norm_axis="channel"), progress=False
+    )
+    many, rows2 = train_mapper(
+        domain, dataclasses.replace(CONFIG, prompts=("blue hair",), steps=5), progress=False
+    )
     assert all(torch.equal(a, b) for a, b in zip(single.parameters(), many.parameters(), strict=True))
     assert without_clock(rows) == without_clock(rows2)
 
@@ -57,14 +60,24 @@ def test_the_step_is_the_losses_of_its_prompts(domain):
     torch.manual_seed(5)
     w = run.w[torch.randint(6, (4,))]
     prompts = [PROMPTS[k] for k in torch.randperm(3)[:2].tolist()]
-    w_edited = torch.cat([mapper.edit(part, domain.clip.encode_text(prompt)) for part, prompt in zip(w.split(2), prompts, strict=True)])
+    w_edited = torch.cat([
+        mapper.edit(part, domain.clip.encode_text(prompt))
+        for part, prompt in zip(w.split(2), prompts, strict=True)
+    ])
     source, edited = domain.generator.synthesis(w), domain.generator.synthesis(w_edited)
     drawn = torch.get_rng_state()
     losses = []
     for rows, prompt in zip((slice(0, 2), slice(2, 4)), prompts, strict=True):
-        torch.set_rng_state(drawn)                                 # all parts see the same eight warps
-        views, unit = (F.normalize(domain.clip.encode_image(x), dim=-1) for x in (perspective_views(edited[rows]), source[rows]))
-        losses.append(clip_nce(views, unit, domain.clip.template_features(prompt), domain.clip.template_features("face")))
+        torch.set_rng_state(drawn)  # all parts see the same eight warps
+        views, unit = (
+            F.normalize(domain.clip.encode_image(x), dim=-1)
+            for x in (perspective_views(edited[rows]), source[rows])
+        )
+        losses.append(
+            clip_nce(
+                views, unit, domain.clip.template_features(prompt), domain.clip.template_features("face")
+            )
+        )
     nce = (losses[0] + losses[1]) / 2
     assert logs["nce"] == pytest.approx(nce.item(), rel=1e-5)
     loss = 0.3 * nce + 0.2 * identity_loss(domain.identity, edited, source) + 0.8 * latent_l2(w_edited, w)
@@ -83,7 +96,11 @@ def test_drawn_prompts_cover_the_list(domain):
 def test_only_the_prompts_of_the_list_are_encoded(domain, monkeypatch):
     """A prompt that is not among the config's cannot be drawn: its text is never read."""
     read, encode = set(), domain.clip.encode_text
-    monkeypatch.setattr(domain.clip, "encode_text", lambda texts: read.update([texts] if isinstance(texts, str) else texts) or encode(texts))
+    monkeypatch.setattr(
+        domain.clip,
+        "encode_text",
+        lambda texts: read.update([texts] if isinstance(texts, str) else texts) or encode(texts),
+    )
     train_mapper(domain, dataclasses.replace(CONFIG, steps=2), progress=False)
     for prompt in ("cyan skin", "purple eyebrows"):
         assert not any(prompt in text for text in read)
@@ -99,11 +116,20 @@ def test_lr_falls_at_the_end(domain):
     assert rates == pytest.approx([2, 2, 2, 1])
 
 
-@pytest.mark.parametrize(("wrong", "words"), [
-    ({"prompts": ()}, "prompts"), ({"prompts": "blue hair"}, "prompts .*'blue hair'"), ({"prompts": ("x", "x")}, "different"),
-    ({"prompts_at_once": 0}, "prompts_at_once"), ({"prompts_at_once": 4, "batch": 4}, "prompts_at_once.* 3 prompts, not 4"),
-    ({"prompts_at_once": 2, "batch": 3}, "prompts_at_once.*batch of 3"), ({"ramp_down": 2.0}, "ramp_down"), ({"text_mapper": False}, "text_mapper"),
-    ({"steps": 0}, "steps")])
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"prompts": ()}, "prompts"),
+        ({"prompts": "blue hair"}, "prompts .*'blue hair'"),
+        ({"prompts": ("x", "x")}, "different"),
+        ({"prompts_at_once": 0}, "prompts_at_once"),
+        ({"prompts_at_once": 4, "batch": 4}, "prompts_at_once.* 3 prompts, not 4"),
+        ({"prompts_at_once": 2, "batch": 3}, "prompts_at_once.*batch of 3"),
+        ({"ramp_down": 2.0}, "ramp_down"),
+        ({"text_mapper": False}, "text_mapper"),
+        ({"steps": 0}, "steps"),
+    ],
+)
 def test_wrong_settings_are_named(wrong, words):
     with pytest.raises(ValueError, match=words):
         dataclasses.replace(CONFIG, **wrong)
@@ -120,13 +146,31 @@ def test_an_empty_prompt_in_the_list(domain):
 def compared(domain, monkeypatch) -> pd.DataFrame:
     monkeypatch.setattr("cfclip.metrics.natural_spread", lambda domain: (1.0, 1.0))
     torch.manual_seed(0)
-    config = MapperConfig(domain.generator.num_ws, domain.generator.w_dim, domain.clip.embed_dim, norm_axis="channel")
+    config = MapperConfig(
+        domain.generator.num_ws, domain.generator.w_dim, domain.clip.embed_dim, norm_axis="channel"
+    )
     many = {("some", seed): Mapper(config) for seed in range(2)} | {("all", 0): Mapper(config)}
-    return pd.DataFrame(compare(domain, many, {("cyan skin", 0): Mapper(config), ("red eyes", 0): Mapper(config)}, ("blue hair", "cyan skin"), n=3))
+    return pd.DataFrame(
+        compare(
+            domain,
+            many,
+            {("cyan skin", 0): Mapper(config), ("red eyes", 0): Mapper(config)},
+            ("blue hair", "cyan skin"),
+            n=3,
+        )
+    )
 
 
 def test_compare_is_a_row_per_face(compared):
-    assert len(compared) == (3 + 4) * 3 and {"prompt", "trained_on", "seed", "index", "success_after", "leakage", "identity"} <= set(compared)
+    assert len(compared) == (3 + 4) * 3 and {
+        "prompt",
+        "trained_on",
+        "seed",
+        "index",
+        "success_after",
+        "leakage",
+        "identity",
+    } <= set(compared)
     assert compared[compared["trained_on"] == "this prompt"]["prompt"].unique().tolist() == ["cyan skin"]
     assert not compared["identity"].eq(1).any()
 
@@ -135,14 +179,23 @@ def test_summarise_takes_trainings_for_tries(compared):
     compared["success_after"] = compared["seed"] + compared["prompt"].eq("cyan skin") * 0.5
     lines = summarise(compared.assign(group="all of them"), "group").set_index("trained on")
     assert lines.loc["some", "success %"] == plus_minus(0.75, half_width([0.25, 1.25]), 100)
-    assert (lines.loc["some", "seeds"], lines.loc["some", "prompts"], lines.loc["this prompt", "prompts"]) == (2, 2, 1)
-    assert "nan" not in lines.loc["all", "success %"]                                       # one training has no interval
+    assert (
+        lines.loc["some", "seeds"],
+        lines.loc["some", "prompts"],
+        lines.loc["this prompt", "prompts"],
+    ) == (2, 2, 1)
+    assert "nan" not in lines.loc["all", "success %"]  # one training has no interval
 
 
 def test_found_mappers_are_told_apart(domain, tmp_path):
     train_mapper(domain, dataclasses.replace(CONFIG, steps=1, seed=4), tmp_path / "many", progress=False)
     for seed in (0, 1):
-        train_mapper(domain, CFCLIPConfig("blue hair", steps=1, batch=1, train_latents=1, seed=seed), tmp_path / f"one-{seed}", progress=False)
+        train_mapper(
+            domain,
+            CFCLIPConfig("blue hair", steps=1, batch=1, train_latents=1, seed=seed),
+            tmp_path / f"one-{seed}",
+            progress=False,
+        )
     many, alone = find(tmp_path)
     assert list(many) == [4] and list(alone) == [("blue hair", 0), ("blue hair", 1)]
     assert list(find(tmp_path / "many" / "mapper.safetensors")[0]) == [4]
@@ -159,10 +212,16 @@ def test_the_split():
     assert sorted(claims.values()) == sorted((part, colour) for part in PARTS for colour in colours(part))
     assert not set(seen) & set(unseen) and len(unseen) >= 0.2 * len(claims)
     assert {claims[p][0] for p in seen} == set(PARTS) == {claims[p][0] for p in unseen}
-    assert {claims[p][1] for p in unseen} <= {claims[p][1] for p in seen}                  # every word is known, the pair is not
+    assert {claims[p][1] for p in unseen} <= {
+        claims[p][1] for p in seen
+    }  # every word is known, the pair is not
     assert {claims[p] for p in unseen} >= HELD_OUT
     assert sum(claims[p][1] in NATURAL[claims[p][0]] for p in unseen) <= 2
-    assert (seen, unseen) == multi.split() and multi.heldout_config().prompts == seen and multi.config().prompts == seen + unseen
+    assert (
+        (seen, unseen) == multi.split()
+        and multi.heldout_config().prompts == seen
+        and multi.config().prompts == seen + unseen
+    )
 
 
 def folder_of(tmp_path):
@@ -177,17 +236,40 @@ def test_the_stored_mapper_is_the_domains(tmp_path, monkeypatch):
     assert domains.load_toonfaces(folder).mapper is None
     monkeypatch.setattr(domains, "DOMAINS", {"toonfaces": lambda: domains.load_toonfaces(folder)})
     monkeypatch.setattr(multi, "split", lambda: (PROMPTS, ("cyan skin",)))
-    path = cards.train("multi", tmp_path / "run", folder, steps=2, batch=2, prompts_at_once=2, train_latents=2, seed=3, prompts=PROMPTS)
+    path = cards.train(
+        "multi",
+        tmp_path / "run",
+        folder,
+        steps=2,
+        batch=2,
+        prompts_at_once=2,
+        train_latents=2,
+        seed=3,
+        prompts=PROMPTS,
+    )
     d, stored = domains.load_toonfaces(folder), load_mapper(path)
     assert stored.config.norm_axis == "channel" and stored.config.levels == ("fine",)
     text = d.clip.encode_text(["blue hair", "cyan skin"])
     w = d.latents(2, "test")
-    assert torch.equal(d.mapper.edit(w, text), stored.edit(w, text)) and not torch.equal(stored.edit(w, text[:1]), stored.edit(w, text[1:]))
+    assert torch.equal(d.mapper.edit(w, text), stored.edit(w, text)) and not torch.equal(
+        stored.edit(w, text[:1]), stored.edit(w, text[1:])
+    )
     training = weights.read(path, "mapper")[2]["training"]
     assert tuple(training["prompts"]) == PROMPTS and (training["seed"], training["steps"]) == (3, 2)
-    monkeypatch.setattr(multi, "compare", lambda domain, many, alone, prompts, n: compare(domain, many, alone, prompts, n=2))
+    monkeypatch.setattr(
+        multi, "compare", lambda domain, many, alone, prompts, n: compare(domain, many, alone, prompts, n=2)
+    )
     card = cards.write_card("multi", folder).read_text()
-    assert all(words in card for words in ("counterfactual, held out from CLIP", "cyan skin", "success after", "train multi", "ramp_down"))
+    assert all(
+        words in card
+        for words in (
+            "counterfactual, held out from CLIP",
+            "cyan skin",
+            "success after",
+            "train multi",
+            "ramp_down",
+        )
+    )
 
 
 def test_the_probe_reads_what_is_there():
@@ -195,7 +277,9 @@ def test_the_probe_reads_what_is_there():
     seen, unseen = multi.split()
     torch.manual_seed(0)
     words = {word: torch.randn(64) for prompt in seen + unseen for word in prompt.split()}
-    whole = SimpleNamespace(encode_text=lambda texts: torch.stack([sum(words[word] for word in text.split()) for text in texts]))
+    whole = SimpleNamespace(
+        encode_text=lambda texts: torch.stack([sum(words[word] for word in text.split()) for text in texts])
+    )
     nothing = SimpleNamespace(encode_text=lambda texts: torch.randn(len(texts), 64))
     told = multi.probe(SimpleNamespace(clip=whole)).set_index("prompts")
     assert told.loc["unseen", "both"] > 0.9 and told.loc["unseen", "n"] == len(unseen)

@@ -24,13 +24,17 @@ from PIL import Image
 from cfclip.experiments.spec import NOTEBOOKS
 from cfclip.explorer.recipe import Recipe
 
-BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
-PATIENCE = 300          # seconds that a busy machine may take for one step
+BROWSER = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+PATIENCE = 300  # seconds that a busy machine may take for one step
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> Iterator:
-    playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install -e '.[browser]'")
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="no Playwright: pip install -e '.[browser]'"
+    )
     if BROWSER is None:
         pytest.skip("no Chromium: install the distribution's package chromium")
     folder = tmp_path_factory.mktemp("lab")
@@ -41,15 +45,37 @@ def page(tmp_path_factory) -> Iterator:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    home = {f"{name}_DIR": str(folder / name)
-            for name in ("JUPYTER_CONFIG", "JUPYTER_DATA", "JUPYTER_RUNTIME", "JUPYTERLAB_WORKSPACES", "JUPYTERLAB_SETTINGS")}
+    home = {
+        f"{name}_DIR": str(folder / name)
+        for name in (
+            "JUPYTER_CONFIG",
+            "JUPYTER_DATA",
+            "JUPYTER_RUNTIME",
+            "JUPYTERLAB_WORKSPACES",
+            "JUPYTERLAB_SETTINGS",
+        )
+    }
     path = os.pathsep.join([str(NOTEBOOKS.parent), os.environ.get("PYTHONPATH", "")])
     with (folder / "log").open("w") as log:
-        lab = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
-                                "--ServerApp.port_retries=0", "--IdentityProvider.token=", f"--ServerApp.root_dir={folder}",
-                                "--LabApp.expose_app_in_browser=True",
-                                "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"],
-                               env=os.environ | home | {"PYTHONPATH": path}, stdout=log, stderr=log)
+        lab = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "jupyterlab",
+                "--no-browser",
+                "--allow-root",
+                "--ip=127.0.0.1",
+                f"--port={port}",
+                "--ServerApp.port_retries=0",
+                "--IdentityProvider.token=",
+                f"--ServerApp.root_dir={folder}",
+                "--LabApp.expose_app_in_browser=True",
+                "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+            ],
+            env=os.environ | home | {"PYTHONPATH": path},
+            stdout=log,
+            stderr=log,
+        )
     try:
         until(lambda: lab.poll() is not None or answers(f"http://127.0.0.1:{port}/api"))
         assert lab.poll() is None, (folder / "log").read_text()
@@ -60,7 +86,7 @@ def page(tmp_path_factory) -> Iterator:
             page.folder = folder / "out"
             page.goto(f"http://127.0.0.1:{port}/lab/tree/explorer.ipynb?reset")
             page.wait_for_selector(".jp-Notebook .jp-CodeCell")
-            page.add_style_tag(content=".Toastify { display: none }")      # Jupyter's news would lie on the panel
+            page.add_style_tag(content=".Toastify { display: none }")  # Jupyter's news would lie on the panel
             page.evaluate("""async () => {
                 const app = window.jupyterapp
                 await app.restored
@@ -97,14 +123,17 @@ def until(done: Callable[[], object]) -> None:
 
 def row(page, i: int) -> np.ndarray:
     """The i-th row of pictures on the page, [H, W, 3]; as the browser shows it, not as the kernel says."""
-    coded = page.evaluate("""async i => {
+    coded = page.evaluate(
+        """async i => {
         const image = [...document.querySelectorAll('.cfx-row img')][i]
         await image.decode()
         const canvas = document.createElement('canvas')
         canvas.width = image.naturalWidth; canvas.height = image.naturalHeight
         canvas.getContext('2d').drawImage(image, 0, 0)
         return canvas.toDataURL('image/png').split(',')[1]
-    }""", i)
+    }""",
+        i,
+    )
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(coded))).convert("RGB")).astype(int)
 
 
@@ -147,10 +176,13 @@ def test_a_session(page):
     page.locator(".cfx .jp-mod-selected, .cfx .lm-TabBar-tabLabel").filter(has_text="Export").first.click()
     page.locator("button.cfx-export").click()
     page.wait_for_selector(".cfx-note >> text=written")
-    file, = page.folder.glob("*.json")
+    (file,) = page.folder.glob("*.json")
     exported = Recipe.from_json(file.read_text())
     assert exported.prompt == "purple eyebrows" and exported.strength > 1
-    assert file.with_suffix(".py").read_text() == exported.code() and file.with_suffix(".gif").stat().st_size > 10_000
+    assert (
+        file.with_suffix(".py").read_text() == exported.code()
+        and file.with_suffix(".gif").stat().st_size > 10_000
+    )
 
     weaker = changes(page, lambda: handle.press("Home"))
     until(lambda: "drawing" not in page.locator(".cfx-note").inner_text())
@@ -169,6 +201,11 @@ def test_a_picture_of_it(page):
         choose.select_option(label=show)
         until(lambda rows=rows: page.locator(".cfx-row:visible").count() == rows)
     page.locator(".cfx .lm-TabBar-tabLabel").filter(has_text="Where").first.click()
-    until(lambda: page.locator(".cfx-scores b").count() >= 5 and "drawing" not in page.locator(".cfx-note").inner_text())
+    until(
+        lambda: (
+            page.locator(".cfx-scores b").count() >= 5
+            and "drawing" not in page.locator(".cfx-note").inner_text()
+        )
+    )
     if path := os.environ.get("CFCLIP_SCREENSHOT"):
         page.locator(".cfx").first.screenshot(path=Path(path))

@@ -20,7 +20,7 @@ from PIL import Image
 from cfclip.checkpoints import weights
 
 # FIXME explorer.SHOWS
-from cfclip.explorer.model import MERGE_SECONDS, Explorer
+from cfclip.explorer.model import Explorer
 from cfclip.explorer.recipe import Recipe, draw_faces, render
 from cfclip.explorer.workers import LatestJobThread
 from cfclip.images import to_uint8
@@ -33,8 +33,19 @@ def domain_folder(domain, folder: Path) -> Path:
     """``folder`` with a mapper for each of PROMPTS."""
     for i, prompt in enumerate(PROMPTS):
         torch.manual_seed(i)
-        mapper = Mapper(MapperConfig(domain.generator.num_ws, domain.generator.w_dim, domain.clip.embed_dim)).eval().requires_grad_(False)
-        weights.save(mapper, folder / "runs" / str(i) / "mapper.safetensors", "mapper", mapper.metadata, domain="tiny", prompt=prompt)
+        mapper = (
+            Mapper(MapperConfig(domain.generator.num_ws, domain.generator.w_dim, domain.clip.embed_dim))
+            .eval()
+            .requires_grad_(False)
+        )
+        weights.save(
+            mapper,
+            folder / "runs" / str(i) / "mapper.safetensors",
+            "mapper",
+            mapper.metadata,
+            domain="tiny",
+            prompt=prompt,
+        )
     return folder
 
 
@@ -44,8 +55,16 @@ def folder(domain, tmp_path):
 
 
 def started(domain, folder) -> Explorer:
-    explorer = Explorer(domain, n=3, out=folder / "out", runs=[folder / "runs"], photo_steps=2,
-                        settings={"cfclip": {"steps": 30, "batch": 1, "train_latents": 2, "draws": 0, "negative_templates": 1}})
+    explorer = Explorer(
+        domain,
+        n=3,
+        out=folder / "out",
+        runs=[folder / "runs"],
+        photo_steps=2,
+        settings={
+            "cfclip": {"steps": 30, "batch": 1, "train_latents": 2, "draws": 0, "negative_templates": 1}
+        },
+    )
     explorer.set_prompt("green lipstick")
     return explorer
 
@@ -87,9 +106,16 @@ def test_it_shows_the_recipe(explorer):
 def test_ways_to_show(explorer, show):
     explorer.set_show(show)
     check(explorer)
-    assert list(explorer.frame.rows) == {
-        "edit": ["source", "green lipstick"], "difference": ["source", "green lipstick", "difference"], "methods": ["source", "green lipstick"],
-        "strengths": ["× -1", "× 0", "× 0.5", "× 1", "× 1.5", "× 2"], "prompts × strengths": ["green lipstick", "blue hair"]}[show]
+    assert (
+        list(explorer.frame.rows)
+        == {
+            "edit": ["source", "green lipstick"],
+            "difference": ["source", "green lipstick", "difference"],
+            "methods": ["source", "green lipstick"],
+            "strengths": ["× -1", "× 0", "× 0.5", "× 1", "× 1.5", "× 2"],
+            "prompts × strengths": ["green lipstick", "blue hair"],
+        }[show]
+    )
     assert explorer.frame.sheet.shape == (16 * len(explorer.frame.rows), 16 * len(explorer.frame.headers), 3)
 
 
@@ -101,15 +127,17 @@ def test_the_newest_wins():
         worker.ask(lambda stale, i=i: done.append((i, stale())))
     go.set()
     assert worker.wait(5)
-    assert done == [("first", True), (9, False)], "of ten requests behind a slow one, the last is done and no other"
+    assert done == [("first", True), (9, False)], (
+        "of ten requests behind a slow one, the last is done and no other"
+    )
     worker.close()
 
 
 def test_a_word_being_typed_draws_few_and_is_one_entry_of_the_history(explorer):
-    time.sleep(TOGETHER)                                           # what the fixture typed is an entry of its own
+    time.sleep(TOGETHER)  # what the fixture typed is an entry of its own
     entries = len(explorer.history)
     for n in range(1, 11):
-        explorer.set_prompt("green lipstick and so on"[:n + 14])
+        explorer.set_prompt("green lipstick and so on"[: n + 14])
     check(explorer)
     assert len(explorer.history) == entries + 1
     explorer.undo()
@@ -147,10 +175,17 @@ def test_locked_faces_stay(explorer):
     assert "whole numbers" in explorer.message and explorer.recipe.faces == (3, 14, 15, 9)
 
 
-@pytest.mark.parametrize(("change", "match"), [
-    ({"prompt": "word " * 40}, "shorten it"), ({"strength": 7.0}, "from -1.5 to 2"), ({"region": "nose"}, "the parts of domain tiny"),
-    ({"mapper": "/no/where"}, "not there"), ({"colour": "red"}, "colour"), ({"layers": (1.0,)}, "but this generator has 6"),
-])
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"prompt": "word " * 40}, "shorten it"),
+        ({"strength": 7.0}, "from -1.5 to 2"),
+        ({"region": "nose"}, "the parts of domain tiny"),
+        ({"mapper": "/no/where"}, "not there"),
+        ({"colour": "red"}, "colour"),
+        ({"layers": (1.0,)}, "but this generator has 6"),
+    ],
+)
 def test_errors_are_said_and_pass(explorer, change, match):
     shown, at = explorer.frame.edited, explorer.at
     explorer.change(**change)
@@ -214,7 +249,9 @@ def test_refine(explorer):
     assert "a training is running" in explorer.message
     explorer.training.thread.join(60)
     check(explorer)
-    assert explorer.training is None and explorer.recipe.mapper.endswith("red-lipstick-cfclip/mapper.safetensors")
+    assert explorer.training is None and explorer.recipe.mapper.endswith(
+        "red-lipstick-cfclip/mapper.safetensors"
+    )
     assert any(look is not None and look.shape == (3, 16, 16, 3) for look in looks) and max(steps) == 1.0
     assert "red lipstick (cfclip)" in [label for label, _ in explorer.mappers.values()]
 
@@ -227,7 +264,11 @@ def test_refine_cancelled_or_impossible(explorer):
     explorer.cancel()
     thread.join(60)
     assert explorer.training is None and not list(explorer.out.glob("*/mapper.safetensors"))
-    for method, prompt, match in (("nothing", "a", "'refine' trains"), ("cfclip", "a + b", "one prompt at a time"), ("cfclip", "", "one prompt")):
+    for method, prompt, match in (
+        ("nothing", "a", "'refine' trains"),
+        ("cfclip", "a + b", "one prompt at a time"),
+        ("cfclip", "", "one prompt"),
+    ):
         explorer.change(prompt=prompt)
         explorer.wait()
         explorer.refine(method)
@@ -301,16 +342,30 @@ def test_any_two_hundred_interactions(domain, folder):
             if self.count in (60, 200):
                 self.explorer.wait()
                 sizes.append(resident())
-            assert self.explorer.history[self.explorer.at] == self.explorer.recipe and len(self.explorer.history) <= 100
+            assert (
+                self.explorer.history[self.explorer.at] == self.explorer.recipe
+                and len(self.explorer.history) <= 100
+            )
             assert isinstance(self.explorer.recipe, Recipe)
 
         def teardown(self):
             check(self.explorer)
             self.explorer.close()
 
-    run_state_machine_as_test(Interactions, settings=settings(max_examples=3, stateful_step_count=200, deadline=None, derandomize=True, database=None,
-                                                              suppress_health_check=list(HealthCheck)))
-    assert len(sizes) >= 2 and sizes[-1] < 1.05 * sizes[0], f"memory grew from {sizes[0]:.0f} to {sizes[-1]:.0f} MB"
+    run_state_machine_as_test(
+        Interactions,
+        settings=settings(
+            max_examples=3,
+            stateful_step_count=200,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+    assert len(sizes) >= 2 and sizes[-1] < 1.05 * sizes[0], (
+        f"memory grew from {sizes[0]:.0f} to {sizes[-1]:.0f} MB"
+    )
 
 
 def test_the_picture_before_the_scores(explorer):

@@ -8,9 +8,17 @@ import pytest
 import torch
 
 import cfclip
-from cfclip.baselines.library import mapper_for
 from cfclip.checkpoints import weights
-from cfclip.explorer.recipe import Recipe, blend, codes, draw_faces, level_layers, levels_on, region_mask, render
+from cfclip.explorer.recipe import (
+    Recipe,
+    blend,
+    codes,
+    draw_faces,
+    level_layers,
+    levels_on,
+    region_mask,
+    render,
+)
 from cfclip.models.mapper import Mapper, MapperConfig
 
 # FIXME training.atomic_save
@@ -24,8 +32,21 @@ def toonfaces():
 @pytest.fixture
 def mapper_file(domain, tmp_path):
     torch.manual_seed(2)
-    mapper = Mapper(MapperConfig(domain.generator.num_ws, domain.generator.w_dim, domain.clip.embed_dim)).eval().requires_grad_(False)
-    return str(weights.save(mapper, tmp_path / "green-cfclip" / "mapper.safetensors", "mapper", mapper.metadata, domain="tiny", prompt="green lipstick"))
+    mapper = (
+        Mapper(MapperConfig(domain.generator.num_ws, domain.generator.w_dim, domain.clip.embed_dim))
+        .eval()
+        .requires_grad_(False)
+    )
+    return str(
+        weights.save(
+            mapper,
+            tmp_path / "green-cfclip" / "mapper.safetensors",
+            "mapper",
+            mapper.metadata,
+            domain="tiny",
+            prompt="green lipstick",
+        )
+    )
 
 
 @pytest.fixture
@@ -50,7 +71,9 @@ def test_layers_scale_their_part_alone(domain, recipe):
     step[:, :4] *= 0
     step[:, 4:] *= 0.5
     layers = (0.0,) * 4 + (0.5,) * (domain.generator.num_ws - 4)
-    assert torch.allclose(render(domain, replace(recipe, layers=layers)), domain.generator.synthesis(w + step), atol=1e-5)
+    assert torch.allclose(
+        render(domain, replace(recipe, layers=layers)), domain.generator.synthesis(w + step), atol=1e-5
+    )
     with pytest.raises(ValueError, match="strengths for 2 layers, but this generator has 6"):
         render(domain, replace(recipe, layers=(1.0, 1.0)))
 
@@ -68,7 +91,9 @@ def test_prompts_combine_one_after_the_other(domain, recipe):
     mapper, w = cfclip.load_mapper(recipe.mapper), codes(domain, (0, 1))
     for prompt in ("green lipstick", "blue hair"):
         w = mapper.edit(w, domain.clip.encode_text(prompt))
-    assert torch.equal(render(domain, replace(recipe, prompt="green lipstick + blue hair")), domain.generator.synthesis(w))
+    assert torch.equal(
+        render(domain, replace(recipe, prompt="green lipstick + blue hair")), domain.generator.synthesis(w)
+    )
 
 
 def test_a_box_keeps_the_rest_to_the_bit(domain, recipe):
@@ -90,19 +115,37 @@ def test_a_part_is_where_the_readout_sees_it(toonfaces):
         blend(toonfaces, faces.images, edited, "nose")
 
 
-@pytest.mark.parametrize(("fields", "match"), [
-    ({"strength": 3.0}, r"from -1.5 to 2"), ({"strength": float("nan")}, "strength"), ({"faces": ()}, "faces"), ({"faces": (-1,)}, "faces"),
-    ({"faces": tuple(range(17))}, "16"), ({"layers": (float("inf"),)}, "layers"), ({"region": (0.5, 0.0, 0.2, 1.0)}, "a box is"),
-])
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"strength": 3.0}, r"from -1.5 to 2"),
+        ({"strength": float("nan")}, "strength"),
+        ({"faces": ()}, "faces"),
+        ({"faces": (-1,)}, "faces"),
+        ({"faces": tuple(range(17))}, "16"),
+        ({"layers": (float("inf"),)}, "layers"),
+        ({"region": (0.5, 0.0, 0.2, 1.0)}, "a box is"),
+    ],
+)
 def test_what_cannot_be_is_an_error(fields, match):
     with pytest.raises(ValueError, match=match):
         Recipe(**fields)
 
 
 def test_json_round_trip(recipe):
-    recipe = replace(recipe, layers=(0.1, 1 / 3), region=(0.0, 0.25, 1 / 3, 1.0), faces=(3, "a.pt"), prompt="grün")
+    recipe = replace(
+        recipe, layers=(0.1, 1 / 3), region=(0.0, 0.25, 1 / 3, 1.0), faces=(3, "a.pt"), prompt="grün"
+    )
     assert Recipe.from_json(recipe.to_json()) == recipe
-    for text in ("", "[1]", '{"colour": 1}', "3", '{"strength": "much"}', '{"faces": 3}', '{"region": [1, 2]}'):
+    for text in (
+        "",
+        "[1]",
+        '{"colour": 1}',
+        "3",
+        '{"strength": "much"}',
+        '{"faces": 3}',
+        '{"region": [1, 2]}',
+    ):
         with pytest.raises(ValueError):
             Recipe.from_json(text)
 
@@ -127,9 +170,22 @@ def test_a_file_that_is_gone(domain, recipe):
 def test_the_cells_reproduce_their_pictures_to_the_bit(toonfaces, tmp_path):
     photo = str(atomic_save(toonfaces.latents(1, "test", 77), tmp_path / "photo.pt"))
     file = str(cfclip.domains.DATA / "toonfaces" / "mappers" / "green-lipstick.safetensors")
-    recipes = [Recipe(), Recipe(strength=-0.7, faces=(5, 2, 11), region="lipstick"), Recipe(mapper=file, faces=(1, photo)),
-               Recipe(layers=(0.0,) * 8 + (0.3, 1.7), region=(0.1, 0.5, 0.9, 1.0), prompt="green lipstick + purple eyebrows")]
-    cells = [recipe.code() + f"torch.save(images, {str(tmp_path / f'{i}.pt')!r})\n" for i, recipe in enumerate(recipes)]
-    subprocess.run([sys.executable, "-c", "\n".join(cells)], check=True, timeout=600)       # in a new process: nothing here helps it
+    recipes = [
+        Recipe(),
+        Recipe(strength=-0.7, faces=(5, 2, 11), region="lipstick"),
+        Recipe(mapper=file, faces=(1, photo)),
+        Recipe(
+            layers=(0.0,) * 8 + (0.3, 1.7),
+            region=(0.1, 0.5, 0.9, 1.0),
+            prompt="green lipstick + purple eyebrows",
+        ),
+    ]
+    cells = [
+        recipe.code() + f"torch.save(images, {str(tmp_path / f'{i}.pt')!r})\n"
+        for i, recipe in enumerate(recipes)
+    ]
+    subprocess.run(
+        [sys.executable, "-c", "\n".join(cells)], check=True, timeout=600
+    )  # in a new process: nothing here helps it
     for i, recipe in enumerate(recipes):
         assert torch.equal(torch.load(tmp_path / f"{i}.pt"), render(toonfaces, recipe)), recipe

@@ -20,7 +20,9 @@ def view(domain, tmp_path):
 @pytest.mark.parametrize("name", ["recipes", "explorer_frames", "explorer_workers", "explorer"])
 def test_the_model_knows_no_widgets(name):
     source = import_module(f"cfclip.{name}").__loader__.get_source(f"cfclip.{name}")
-    names = [n.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import) for n in node.names]
+    names = [
+        n.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import) for n in node.names
+    ]
     names += [node.module or "" for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
     assert names and not any("ipywidgets" in one or "explorer_view" in one for one in names)
 
@@ -35,8 +37,16 @@ def test_controls_change_the_recipe(view):
     view.across.value = (0.0, 0.5)
     view.locks[1].value = True
     e.wait()
-    assert (e.recipe.strength, e.recipe.prompt, e.recipe.layers) == (0.5, "blue hair", (0.0,) * 4 + (1.0, 0.25))
-    assert e.recipe.region == (0.0, 0.2, 0.5, 0.8) and e.locked == (1,) and e.recipe.mapper.endswith("1/mapper.safetensors")
+    assert (e.recipe.strength, e.recipe.prompt, e.recipe.layers) == (
+        0.5,
+        "blue hair",
+        (0.0,) * 4 + (1.0, 0.25),
+    )
+    assert (
+        e.recipe.region == (0.0, 0.2, 0.5, 0.8)
+        and e.locked == (1,)
+        and e.recipe.mapper.endswith("1/mapper.safetensors")
+    )
     assert view.mapper.label == "blue hair (cfclip)" and not view.levels["coarse"].value
     assert view.code.value == e.recipe.code() and e.message == ""
 
@@ -58,7 +68,10 @@ def test_rows_and_words(view):
     view.show.value = "strengths"
     e.wait()
     assert [row.layout.display for row in view.rows].count("") == 6
-    assert all(bytes(image.value).startswith(b"\x89PNG") for image in view.images[:6]) and "× 0.5" in view.labels[2].value
+    assert (
+        all(bytes(image.value).startswith(b"\x89PNG") for image in view.images[:6])
+        and "× 0.5" in view.labels[2].value
+    )
     picture = bytes(view.images[1].value)
     view.prompt.value = "word " * 40
     e.wait()
@@ -72,5 +85,10 @@ def test_rows_and_words(view):
 
 
 def test_scores():
-    text = scores_html({"clip_before": 20.04, "clip_after": 25.0, "success_before": 0.0, "success_after": 0.875})
+    text = scores_html({
+        "clip_before": 20.04,
+        "clip_after": 25.0,
+        "success_before": 0.0,
+        "success_after": 0.875,
+    })
     assert "20.0 → 25.0" in text and "0% → 88%" in text and "leakage" not in text

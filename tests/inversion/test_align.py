@@ -37,31 +37,48 @@ def test_quad_by_hand():
     # oblique: e = (30, 40), m = (-60, 50); x ~ (30 + 50, 40 + 60) = (80, 100) / 128.06, length max(100, 140.58) = 140.58 -> (87.82, 109.77)
     oblique = [[200, 200], [230, 240], [180, 240], [140, 260], [170, 280]]
     centre, x, y = np.array([209, 225]), np.array([87.82, 109.77]), np.array([-109.77, 87.82])
-    assert np.abs(align.face_quad(oblique) - [centre - x - y, centre - x + y, centre + x + y, centre + x - y]).max() < 1
+    assert (
+        np.abs(
+            align.face_quad(oblique) - [centre - x - y, centre - x + y, centre + x + y, centre + x - y]
+        ).max()
+        < 1
+    )
 
 
 def dots(points, size=(1000, 800), radius=10):
     """Red, green, blue, yellow and white discs on grey."""
-    y, x = np.ogrid[:size[1], :size[0]]
+    y, x = np.ogrid[: size[1], : size[0]]
     image = np.full((size[1], size[0], 3), 90, np.uint8)
-    for (px, py), colour in zip(points, [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 255, 255)], strict=True):
-        image[(x - px) ** 2 + (y - py) ** 2 <= radius ** 2] = colour
+    for (px, py), colour in zip(
+        points, [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 255, 255)], strict=True
+    ):
+        image[(x - px) ** 2 + (y - py) ** 2 <= radius**2] = colour
     return Image.fromarray(image)
 
 
 def centres(image):
     """Where the five discs lie, as centroids."""
     r, g, b = np.asarray(image).astype(int).transpose(2, 0, 1)
-    weights = [np.clip(w, 0, None) for w in (r - np.maximum(g, b), g - np.maximum(r, b), b - np.maximum(r, g), np.minimum(r, g) - b,
-                                             np.minimum(np.minimum(r, g), b) - 130)]
+    weights = [
+        np.clip(w, 0, None)
+        for w in (
+            r - np.maximum(g, b),
+            g - np.maximum(r, b),
+            b - np.maximum(r, g),
+            np.minimum(r, g) - b,
+            np.minimum(np.minimum(r, g), b) - 130,
+        )
+    ]
     weights = [w * (w > 40) for w in weights]
-    y, x = np.mgrid[:image.height, :image.width]
+    y, x = np.mgrid[: image.height, : image.width]
     return np.array([[(w * x).sum() / w.sum(), (w * y).sum() / w.sum()] for w in weights])
 
 
 @pytest.mark.parametrize("size", [64, 256, 512])
-@pytest.mark.parametrize(("degrees", "scale", "move"), [
-    (0, 1, (0, 0)), (20, 0.7, (30, 20)), (-35, 0.8, (-60, 10)), (180, 0.6, (0, 0)), (10, 1.0, (-250, -60))])
+@pytest.mark.parametrize(
+    ("degrees", "scale", "move"),
+    [(0, 1, (0, 0)), (20, 0.7, (30, 20)), (-35, 0.8, (-60, 10)), (180, 0.6, (0, 0)), (10, 1.0, (-250, -60))],
+)
 def test_the_points_land_where_the_formula_says(size, degrees, scale, move):
     points = turned(FACE, degrees, scale=scale, move=move)
     image = align.align(dots(points), points, size)
@@ -75,10 +92,10 @@ def test_the_points_land_where_the_formula_says(size, degrees, scale, move):
 def test_what_the_photo_lacks_is_mirrored_and_blurred():
     rng = np.random.default_rng(0)
     stripes = Image.fromarray(np.repeat(rng.integers(0, 255, (1, 1000, 3), dtype=np.uint8), 800, 0))
-    image = np.asarray(align.align(stripes, FACE, 400)).astype(float)                  # its square begins 80 above the photo
+    image = np.asarray(align.align(stripes, FACE, 400)).astype(float)  # its square begins 80 above the photo
     roughness = np.abs(np.diff(image, axis=1)).mean((1, 2))
     assert roughness[:3].mean() < 0.4 * roughness[200:300].mean()
-    assert image[:20].mean() > 60                                                      # not black
+    assert image[:20].mean() > 60  # not black
 
 
 def test_a_huge_photo_is_shrunk_first():
@@ -88,10 +105,20 @@ def test_a_huge_photo_is_shrunk_first():
     assert np.abs(centres(align.align(big, points, 64)) - wanted).max() < 1
 
 
-@pytest.mark.parametrize(("points", "words"), [
-    ([], "five .* pairs"), ([[1, 2]] * 4, "five"), ("abcde", "five"), ([[0, 0]] * 5, "fall together"), ([*FACE[:4], [float("nan"), 1]], "no place"),
-    ([*FACE[:4], [1001, 10]], "right mouth corner at .* outside the picture of 1000 x 800"), ([FACE[i] for i in (1, 0, 2, 3, 4)], "left is the left side"),
-    ([FACE[i] for i in (0, 1, 2, 4, 3)], "no face"), ([[400, 300], [600, 300], [1, 1], [700, 300], [720, 300]], "no face")])
+@pytest.mark.parametrize(
+    ("points", "words"),
+    [
+        ([], "five .* pairs"),
+        ([[1, 2]] * 4, "five"),
+        ("abcde", "five"),
+        ([[0, 0]] * 5, "fall together"),
+        ([*FACE[:4], [float("nan"), 1]], "no place"),
+        ([*FACE[:4], [1001, 10]], "right mouth corner at .* outside the picture of 1000 x 800"),
+        ([FACE[i] for i in (1, 0, 2, 3, 4)], "left is the left side"),
+        ([FACE[i] for i in (0, 1, 2, 4, 3)], "no face"),
+        ([[400, 300], [600, 300], [1, 1], [700, 300], [720, 300]], "no face"),
+    ],
+)
 def test_wrong_points_are_told(points, words):
     with pytest.raises(ValueError, match=words):
         align.align(Image.new("RGB", (1000, 800)), points, 64)
@@ -119,8 +146,15 @@ GRADIENT = np.add.outer(np.arange(12) * 10, np.arange(16) * 8).astype(np.uint8)
 COLOUR = Image.fromarray(np.stack([GRADIENT, GRADIENT[::-1], GRADIENT[:, ::-1]], -1))
 
 
-@pytest.mark.parametrize(("form", "options", "off"), [("PNG", {}, 0), ("WEBP", {"lossless": True}, 0), ("JPEG", {"quality": 95, "subsampling": 0}, 12),
-                                                      ("MPO", {"quality": 95, "subsampling": 0, "save_all": True, "append_images": [COLOUR]}, 12)])
+@pytest.mark.parametrize(
+    ("form", "options", "off"),
+    [
+        ("PNG", {}, 0),
+        ("WEBP", {"lossless": True}, 0),
+        ("JPEG", {"quality": 95, "subsampling": 0}, 12),
+        ("MPO", {"quality": 95, "subsampling": 0, "save_all": True, "append_images": [COLOUR]}, 12),
+    ],
+)
 def test_formats(form, options, off):
     read = read_photo(stored(COLOUR, form, **options))
     assert read.mode == "RGB" and np.abs(np.asarray(read).astype(int) - np.asarray(COLOUR)).max() <= off
@@ -131,8 +165,16 @@ def test_exif_rotation(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     a = np.asarray(COLOUR)
-    upright = {1: a, 2: a[:, ::-1], 3: a[::-1, ::-1], 4: a[::-1], 5: a.transpose(1, 0, 2), 6: np.rot90(a, -1), 7: np.rot90(a, 2).transpose(1, 0, 2),
-               8: np.rot90(a)}[orientation]
+    upright = {
+        1: a,
+        2: a[:, ::-1],
+        3: a[::-1, ::-1],
+        4: a[::-1],
+        5: a.transpose(1, 0, 2),
+        6: np.rot90(a, -1),
+        7: np.rot90(a, 2).transpose(1, 0, 2),
+        8: np.rot90(a),
+    }[orientation]
     assert np.array_equal(np.asarray(read_photo(stored(COLOUR, exif=exif))), upright)
 
 
@@ -143,38 +185,57 @@ def test_damaged_exif_is_no_reason_to_fail():
 
 
 def test_transparency_is_laid_on_white():
-    rgba = np.dstack([np.asarray(COLOUR), np.full(GRADIENT.shape, 51, np.uint8)])       # a fifth
+    rgba = np.dstack([np.asarray(COLOUR), np.full(GRADIENT.shape, 51, np.uint8)])  # a fifth
     wanted = 0.2 * np.asarray(COLOUR) + 0.8 * 255
     assert np.abs(np.asarray(read_photo(stored(Image.fromarray(rgba)))) - wanted).max() <= 1
     palette = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
     palette.putpalette([255, 0, 0, 0, 0, 255])
-    assert np.asarray(read_photo(stored(palette, transparency=0))).tolist() == [[[255, 255, 255], [0, 0, 255]]]
+    assert np.asarray(read_photo(stored(palette, transparency=0))).tolist() == [
+        [[255, 255, 255], [0, 0, 255]]
+    ]
     assert np.asarray(read_photo(stored(palette))).tolist() == [[[255, 0, 0], [0, 0, 255]]]
     grey = Image.merge("LA", [Image.new("L", (1, 1), 100), Image.new("L", (1, 1), 0)])
     assert np.asarray(read_photo(stored(grey))).tolist() == [[[255, 255, 255]]]
 
 
 def test_grey_sixteen_bits_one_bit_and_cmyk():
-    assert np.array_equal(np.asarray(read_photo(stored(Image.fromarray(GRADIENT)))), np.repeat(GRADIENT[..., None], 3, 2))
+    assert np.array_equal(
+        np.asarray(read_photo(stored(Image.fromarray(GRADIENT)))), np.repeat(GRADIENT[..., None], 3, 2)
+    )
     deep = GRADIENT.astype(np.uint16) * 257
     assert np.array_equal(np.asarray(read_photo(stored(Image.fromarray(deep))))[..., 0], GRADIENT)
     assert np.asarray(read_photo(stored(Image.new("1", (2, 2), 1)))).min() == 255
     read = np.asarray(read_photo(stored(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")))
-    assert read[..., 0].min() > 200 and read[..., 1:].max() < 60                       # red
+    assert read[..., 0].min() > 200 and read[..., 1:].max() < 60  # red
 
 
 def chunk(kind, data):
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-BOMB = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+BOMB = (
+    b"\x89PNG\r\n\x1a\n"
+    + chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
+    + chunk(b"IDAT", b"")
+    + chunk(b"IEND", b"")
+)
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
 
 
-@pytest.mark.parametrize(("content", "words"), [
-    (b"", "no PNG, JPEG or WebP"), (b"<!DOCTYPE html>", "no PNG, JPEG or WebP"), (stored(COLOUR, "GIF").read(), "no PNG, JPEG or WebP"),
-    (BOMB, "million pixels"), *((stored(NOISE, form).read()[:1500], "damaged or cut short|no PNG") for form in ("PNG", "JPEG", "WEBP"))],
-    ids=["empty", "page", "gif", "bomb", "png", "jpeg", "webp"])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "no PNG, JPEG or WebP"),
+        (b"<!DOCTYPE html>", "no PNG, JPEG or WebP"),
+        (stored(COLOUR, "GIF").read(), "no PNG, JPEG or WebP"),
+        (BOMB, "million pixels"),
+        *(
+            (stored(NOISE, form).read()[:1500], "damaged or cut short|no PNG")
+            for form in ("PNG", "JPEG", "WEBP")
+        ),
+    ],
+    ids=["empty", "page", "gif", "bomb", "png", "jpeg", "webp"],
+)
 def test_what_is_no_photo_is_told(content, words, tmp_path):
     (tmp_path / "photo.png").write_bytes(content)
     with pytest.raises(ValueError, match=rf"photo\.png.*({words})"):
@@ -195,7 +256,9 @@ def test_load_photo(tmp_path):
     dots(FACE).save(path)
     x = align.load_photo(path, 64, FACE)
     assert x.shape == (1, 3, 64, 64) and x.min() >= -1 and x.max() <= 1
-    assert np.array_equal(((x[0].permute(1, 2, 0).numpy() + 1) * 127.5).round(), np.asarray(align.align(dots(FACE), FACE, 64)))
+    assert np.array_equal(
+        ((x[0].permute(1, 2, 0).numpy() + 1) * 127.5).round(), np.asarray(align.align(dots(FACE), FACE, 64))
+    )
     with pytest.warns(UserWarning, match="not square"):
         assert align.load_photo(path, 64).shape == (1, 3, 64, 64)
     Image.new("RGB", (1, 1), "red").save(path)
@@ -209,7 +272,7 @@ class Detector:
         self.scale, self.size, self.file = size[0] / 2000, size, file
 
     def detect(self, image):
-        assert image.shape == (self.size[1], self.size[0], 3) and image[0, 0].tolist() == [3, 2, 1]    # BGR
+        assert image.shape == (self.size[1], self.size[0], 3) and image[0, 0].tolist() == [3, 2, 1]  # BGR
         if self.file == "blind":
             return 0, None
         large = np.concatenate([[0, 0, 500, 500], 2 * np.array(FACE).flatten(), [0.9]]) * self.scale
@@ -234,7 +297,7 @@ def test_without_a_detector(monkeypatch, tmp_path):
 def test_only_the_documented_detector_is_opened(monkeypatch, tmp_path):
     monkeypatch.setattr(align, "find_spec", lambda name: object())
     assert align.detector_file(tmp_path) is None
-    source, = (s for s in sources.SOURCES if s.role == "detector")
+    (source,) = (s for s in sources.SOURCES if s.role == "detector")
     (tmp_path / source.name).write_bytes(b"\x08\x06other")
     with pytest.raises(ValueError, match="not the documented file"):
         align.detector_file(tmp_path)

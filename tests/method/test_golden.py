@@ -38,7 +38,11 @@ def need(outputs, key):
 
 def images(name, count=None):
     stored = golden("images_u8.pt")
-    return recipe.u8_to_image(stored[name][:count]) if name in stored else pytest.skip(f"{name} is in the whole set of goldens only")
+    return (
+        recipe.u8_to_image(stored[name][:count])
+        if name in stored
+        else pytest.skip(f"{name} is in the whole set of goldens only")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +60,15 @@ def make_clip(weights):
     """The published CLIP with "hash" (recipe) or "seed" (torch's generator) weights, behind our guide."""
     open_clip = pytest.importorskip("open_clip")
     from cfclip.models.clip import ClipGuide
+
     torch.manual_seed(2022)
     model = open_clip.create_model("ViT-B-32-quickgelu", pretrained=None).float().eval()
     if weights == "hash":
         recipe.apply(model, **recipe.CLIP)
     state = model.state_dict()
-    if any(recipe.sha(state[name]) != known["sha256"] for name, known in CHECKSUMS[f"clip_{weights}"].items()):
+    if any(
+        recipe.sha(state[name]) != known["sha256"] for name, known in CHECKSUMS[f"clip_{weights}"].items()
+    ):
         pytest.skip(f"the {weights} weights differ on this torch")
     return ClipGuide(model, antialias=False)
 
@@ -82,7 +89,9 @@ def test_golden_rosinality(folder, tmp_path):
     assert rel(g(o["z"]), o["img_z_trunc1"]) < 5e-6
     assert rel(g.synthesis(o["wplus"]), o["img_wplus"]) < 5e-6
     assert rel(g.synthesis(o["wplus"], noise="none"), o["img_zero_noise"]) < 5e-6
-    assert rel(g.synthesis(o["wplus"], noise=[o[f"noise_{i}"] for i in range(9)]), o["img_wplus_noise"]) < 5e-6
+    assert (
+        rel(g.synthesis(o["wplus"], noise=[o[f"noise_{i}"] for i in range(9)]), o["img_wplus_noise"]) < 5e-6
+    )
     styles = g.style_space(o["wplus"])
     assert all(rel(style, o[f"style_wplus_{i:02d}"][:, 0, :, 0, 0]) < 2e-6 for i, style in enumerate(styles))
     assert rel(g.synthesis_from_styles(styles), o["img_from_stylespace"]) < 5e-6
@@ -124,9 +133,13 @@ def test_golden_mapper_and_the_generator_beside_it(folder, tmp_path):
     assert rel(g.synthesis(o["w"]), o["x"]) < 5e-6
     assert rel(g.synthesis(edited), o["x_hat"]) < 1e-5
     tree = torch.load(path, weights_only=True)
-    for level in ("coarse", "medium", "fine"):                     # as the published switches --no_coarse_mapper … leave it out
+    for level in ("coarse", "medium", "fine"):  # as the published switches --no_coarse_mapper … leave it out
         theirs = "course" if level == "coarse" else level
-        state = {k: v for k, v in tree["state_dict"].items() if f".{theirs}_mapping." not in k and not k.startswith("decoder.")}
+        state = {
+            k: v
+            for k, v in tree["state_dict"].items()
+            if f".{theirs}_mapping." not in k and not k.startswith("decoder.")
+        }
         torch.save({"state_dict": state, "opts": tree["opts"]}, tmp_path / "part.pt")
         part = load_mapper(tmp_path / "part.pt")
         assert len(part.config.levels) == 2
@@ -140,7 +153,9 @@ def test_clip_nce_on_features(case):
         pytest.skip(f"case {case} is in the whole set of goldens only")
     for dtype, loss_tolerance, grad_tolerance in ((torch.float32, 1e-6, 5e-6), (torch.float64, 1e-12, 1e-12)):
         name = "f64" if dtype == torch.float64 else "f32"
-        source, source_text, target_text = (normalize(o[f"{case}_{k}"].to(dtype), dim=-1) for k in ("src", "src_text", "tgt_text"))
+        source, source_text, target_text = (
+            normalize(o[f"{case}_{k}"].to(dtype), dim=-1) for k in ("src", "src_text", "tgt_text")
+        )
         edited = o[f"{case}_tgt"].to(dtype, copy=True).requires_grad_()
         loss = clip_nce(normalize(edited, dim=-1), source, target_text, source_text)
         loss.backward()
@@ -162,16 +177,21 @@ def test_clip_text(clip):
     o = golden("nce_clip.pt")
     assert rel(clip.encode_text("green lipstick"), o["hash_text_raw"]) < 5e-6
     for prompt, key in (("face", "src"), ("green lipstick", "tgt")):
-        texts = {tuple(clip.tokenize(text)[0].tolist()): text for text in (template(prompt) for template in TEMPLATES)}
-        some = slice(0, None, 6)                                   # each text is encoded by itself
-        ours = normalize(clip.encode_text([texts[tuple(row)] for row in o[f"tokens_{key}"][some].tolist()]), dim=-1)
+        texts = {
+            tuple(clip.tokenize(text)[0].tolist()): text
+            for text in (template(prompt) for template in TEMPLATES)
+        }
+        some = slice(0, None, 6)  # each text is encoded by itself
+        ours = normalize(
+            clip.encode_text([texts[tuple(row)] for row in o[f"tokens_{key}"][some].tolist()]), dim=-1
+        )
         assert rel(ours, o[f"hash_text_{key}"][some]) < 5e-6
 
 
 @pytest.mark.parametrize("era", ["old", "new"])
 @pytest.mark.parametrize("size", [64, 256])
 def test_clip_nce_on_images(era, size, clip):
-    """"old": the paper's torchvision resized without antialias; "new": with it."""
+    """ "old": the paper's torchvision resized without antialias; "new": with it."""
     o = golden("nce_clip.pt")
     source, edited = images(f"src{size}"), images(f"tgt{size}").requires_grad_()
     clip.antialias = era == "new"
@@ -182,7 +202,12 @@ def test_clip_nce_on_images(era, size, clip):
     edited_features = clip.encode_image(edited)
     assert rel(source_features, o[f"{key}_feat_src_raw"]) < 5e-6
     assert rel(edited_features.detach(), o[f"{key}_feat_tgt_raw"]) < 5e-6
-    loss = clip_nce(normalize(edited_features, dim=-1), normalize(source_features, dim=-1), o["hash_text_tgt"], o["hash_text_src"])
+    loss = clip_nce(
+        normalize(edited_features, dim=-1),
+        normalize(source_features, dim=-1),
+        o["hash_text_tgt"],
+        o["hash_text_src"],
+    )
     loss.backward()
     assert rel(loss.detach(), o[f"{key}_loss"]) < 2e-6
     assert rel(edited.grad.flatten(1).norm(dim=1), o[f"{key}_grad_tgt_norm"]) < 1e-5
@@ -191,7 +216,11 @@ def test_clip_nce_on_images(era, size, clip):
 
 @pytest.mark.parametrize("size", [64, 256])
 def test_identity(size, facenet):
-    o, source, edited = golden("id_loss.pt"), images(f"src{size}", 2), images(f"tgt{size}", 2).requires_grad_()
+    o, source, edited = (
+        golden("id_loss.pt"),
+        images(f"src{size}", 2),
+        images(f"tgt{size}", 2).requires_grad_(),
+    )
     with torch.no_grad():
         assert rel(facenet(source), o[f"{size}_feat_y"]) < 1e-5
         assert rel(facenet(edited), o[f"{size}_feat_yhat"]) < 1e-5
@@ -209,13 +238,19 @@ def test_identity(size, facenet):
 @pytest.mark.parametrize("name, tolerance", [("f32", 2e-6), ("f64", 1e-12)])
 def test_ranger(name, tolerance, decay):
     from pytorch_optimizer import Ranger
+
     o = golden("ranger.pt")
     key = f"{name}_wd001_traj" if decay else f"{name}_traj"
     params = {p: torch.nn.Parameter(o[f"{key}_{p}"][0].clone()) for p in "abcd"}
-    optimizer = Ranger(params.values(), lr=0.5, betas=(0.95, 0.999), eps=1e-5, weight_decay=decay, degenerated_to_sgd=True)
+    optimizer = Ranger(
+        params.values(), lr=0.5, betas=(0.95, 0.999), eps=1e-5, weight_decay=decay, degenerated_to_sgd=True
+    )
     for step in range(30):
         optimizer.zero_grad()
-        sum(0.5 * (o[f"curv_{p}"].to(v.dtype) * (v - o[f"target_{p}"].to(v.dtype)).square()).sum() for p, v in params.items()).backward()
+        sum(
+            0.5 * (o[f"curv_{p}"].to(v.dtype) * (v - o[f"target_{p}"].to(v.dtype)).square()).sum()
+            for p, v in params.items()
+        ).backward()
         optimizer.step()
         for p, value in params.items():
             assert rel(value.detach(), o[f"{key}_{p}"][step + 1]) < tolerance, (p, step)
@@ -226,7 +261,10 @@ def published_name(name):
     kind, *rest = name.split(".")
     if kind == "fuse":
         return f"mapper.fc.{rest[0]}"
-    stack = {"text": f"text_mapper.mapper_{rest[0]}", "levels": f"mapper.{'course' if rest[0] == 'coarse' else rest[0]}_mapping"}[kind]
+    stack = {
+        "text": f"text_mapper.mapper_{rest[0]}",
+        "levels": f"mapper.{'course' if rest[0] == 'coarse' else rest[0]}_mapping",
+    }[kind]
     return f"{stack}.mapping.{int(rest[2]) + 1}.{rest[3]}"
 
 
@@ -245,8 +283,11 @@ def check_step(o, s, mapper, generator, facenet, clip, text, optimizer=None):
     with torch.no_grad():
         source = normalize(clip.encode_image(x), dim=-1)
     edited = normalize(clip.encode_image(views), dim=-1)
-    losses = {"id": identity_loss(facenet, x_hat, x), "l2_latent": latent_l2(w_hat, w),
-              "nce": clip_nce(edited, source, text["tgt"], text["src"])}
+    losses = {
+        "id": identity_loss(facenet, x_hat, x),
+        "l2_latent": latent_l2(w_hat, w),
+        "nce": clip_nce(edited, source, text["tgt"], text["src"]),
+    }
     total = 0.2 * losses["id"] + 0.8 * losses["l2_latent"] + 0.3 * losses["nce"]
     assert abs(losses["id"].item() - o[f"s{s}_loss_id"].item()) < 1e-6
     for value, key in ((losses["nce"], "loss_nce"), (losses["l2_latent"], "loss_l2_latent"), (total, "loss")):
@@ -260,24 +301,44 @@ def check_step(o, s, mapper, generator, facenet, clip, text, optimizer=None):
         before = {name: p.detach().clone() for name, p in mapper.named_parameters()}
         optimizer.step()
         for name, p in mapper.named_parameters():
-            assert rel((p.detach() - before[name]).double().norm(), o[f"s{s}_updnorm/{published_name(name)}"]) < 1e-3
+            assert (
+                rel((p.detach() - before[name]).double().norm(), o[f"s{s}_updnorm/{published_name(name)}"])
+                < 1e-3
+            )
 
 
 def test_one_training_step(facenet, clip, tmp_path):
     path = golden_path(COMMITTED, "mapper64.pt", tmp_path)
     o, texts = golden("step_ffhq_hash_old.pt"), golden("nce_clip.pt")
     clip.antialias = False
-    check_step(o, 0, load_mapper(path).requires_grad_(True), load_generator(path), facenet, clip,
-               {"src": texts["hash_text_src"], "tgt": texts["hash_text_tgt"]})
+    check_step(
+        o,
+        0,
+        load_mapper(path).requires_grad_(True),
+        load_generator(path),
+        facenet,
+        clip,
+        {"src": texts["hash_text_src"], "tgt": texts["hash_text_tgt"]},
+    )
 
 
 @pytest.mark.slow
 def test_three_training_steps(facenet, tmp_path):
     """Steps that build on each other, with the published optimiser between them."""
     from pytorch_optimizer import Ranger
+
     path = golden_path(SHARED, "mapper64.pt", tmp_path)
     o, texts = golden("step_ffhq_seed_old.pt"), golden("nce_clip.pt", SHARED)
     mapper, generator, clip = load_mapper(path).requires_grad_(True), load_generator(path), make_clip("seed")
     optimizer = Ranger(mapper.parameters(), lr=0.5, betas=(0.95, 0.999), eps=1e-5, degenerated_to_sgd=True)
     for s in range(3):
-        check_step(o, s, mapper, generator, facenet, clip, {"src": texts["seed_text_src"], "tgt": texts["seed_text_tgt"]}, optimizer)
+        check_step(
+            o,
+            s,
+            mapper,
+            generator,
+            facenet,
+            clip,
+            {"src": texts["seed_text_src"], "tgt": texts["seed_text_tgt"]},
+            optimizer,
+        )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 # FIXME training.atomic_save
-from cfclip.method.loop import Callback, run_loop
+from cfclip.method.loop import Callback
 
 
 class Toy:
@@ -27,7 +27,9 @@ class Toy:
 def run(steps, out=None, toy=None, **kw):
     torch.manual_seed(0)
     toy = toy or Toy()
-    rows = fit(toy.step, steps, state=toy.state, out=out, log_every=2, checkpoint_every=3, progress=False, **kw)
+    rows = fit(
+        toy.step, steps, state=toy.state, out=out, log_every=2, checkpoint_every=3, progress=False, **kw
+    )
     return toy.layer.weight.detach().clone(), rows
 
 

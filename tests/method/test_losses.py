@@ -11,14 +11,25 @@ from cfclip.method.views import perspective_views
 
 
 def unit(*shape, seed=0):
-    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=-1)
+    return F.normalize(
+        torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=-1
+    )
 
 
 def test_clip_nce_by_hand():
-    s, edited = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])       # q = (-1, 1) / sqrt 2
-    target, source = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0, -1.0]])  # p1 = (0, 1); p2 = q; n = (-1, -1) / sqrt 2
+    s, edited = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])  # q = (-1, 1) / sqrt 2
+    target, source = (
+        torch.tensor([[0.0, 1.0]]),
+        torch.tensor([[0.0, -1.0]]),
+    )  # p1 = (0, 1); p2 = q; n = (-1, -1) / sqrt 2
     first, second, against = math.sqrt(0.5), 1.0, 0.0
-    expected = sum(-math.log(math.exp(p / 0.1) / (math.exp(p / 0.1) + math.exp(against / 0.1))) for p in (first, second)) / 2
+    expected = (
+        sum(
+            -math.log(math.exp(p / 0.1) / (math.exp(p / 0.1) + math.exp(against / 0.1)))
+            for p in (first, second)
+        )
+        / 2
+    )
     assert clip_nce(edited, s, target, source).item() == pytest.approx(expected, rel=1e-4)
 
 
@@ -39,10 +50,14 @@ def test_an_edit_that_changes_nothing_is_finite():
 
 def test_per_image_negatives_equal_the_published_for_one_image():
     edited, source, t, s = unit(4, 8), unit(1, 8, seed=1), unit(5, 8, seed=2), unit(5, 8, seed=3)
-    torch.testing.assert_close(clip_nce(edited, source, t, s, negatives="per_image"), clip_nce(edited, source, t, s))
+    torch.testing.assert_close(
+        clip_nce(edited, source, t, s, negatives="per_image"), clip_nce(edited, source, t, s)
+    )
 
 
-@pytest.mark.parametrize("wrong", [{"positives": ()}, {"positives": ("text", "x")}, {"negatives": "x"}, {"query": "x"}])
+@pytest.mark.parametrize(
+    "wrong", [{"positives": ()}, {"positives": ("text", "x")}, {"negatives": "x"}, {"query": "x"}]
+)
 def test_unknown_variants_are_refused(wrong):
     with pytest.raises(ValueError, match="must be"):
         clip_nce(unit(2, 8), unit(2, 8), unit(5, 8), unit(5, 8), **wrong)
@@ -103,9 +118,14 @@ def test_clip_nce_variants_against_numpy(negatives, query, count):
         for i in range(6):
             q = normal(e[i] - s[i % 2]) if query == "difference" else e[i]
             p = normal((t - d).mean(0)) if positive == "text" else normal(t.mean(0) - s[i % 2])
-            against = [np.exp(q @ normal(d[k] - s[0 if negatives == "first" else i % 2]) / 0.07) for k in range(count or 5)]
+            against = [
+                np.exp(q @ normal(d[k] - s[0 if negatives == "first" else i % 2]) / 0.07)
+                for k in range(count or 5)
+            ]
             rows.append(-np.log(np.exp(q @ p / 0.07) / (np.exp(q @ p / 0.07) + sum(against))))
-    loss = clip_nce(edited, source, target, described, 0.07, negatives=negatives, query=query, negative_templates=count)
+    loss = clip_nce(
+        edited, source, target, described, 0.07, negatives=negatives, query=query, negative_templates=count
+    )
     assert loss.item() == pytest.approx(np.mean(rows), rel=1e-9)
 
 
@@ -117,7 +137,9 @@ def test_a_number_of_negatives_that_there_are_not(count):
 
 def test_the_losses_of_the_methods_before_against_numpy():
     edited, source, target, described = unit(6, 8), unit(2, 8, seed=1), unit(5, 8, seed=2), unit(5, 8, seed=3)
-    assert clip_distance(edited, target[:1]).item() == pytest.approx(np.mean([1 - e @ target[0].numpy() for e in edited.numpy()]), rel=1e-9)
+    assert clip_distance(edited, target[:1]).item() == pytest.approx(
+        np.mean([1 - e @ target[0].numpy() for e in edited.numpy()]), rel=1e-9
+    )
     text = (target.mean(0) - described.mean(0)).numpy()
     moves = [e - source[i % 2].numpy() for i, e in enumerate(edited.numpy())]
     expected = np.mean([1 - m @ text / np.linalg.norm(m) / np.linalg.norm(text) for m in moves])

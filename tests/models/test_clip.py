@@ -11,7 +11,7 @@ from cfclip.toonfaces.clip import build
 def guide() -> ClipGuide:
     torch.manual_seed(0)
     model = build().train()
-    with torch.no_grad():                                          # statistics and scales that a fold can get wrong
+    with torch.no_grad():  # statistics and scales that a fold can get wrong
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.weight.uniform_(0.5, 2)
@@ -26,7 +26,9 @@ def test_folded_batch_norms_change_nothing_but_rounding():
     expected = made.encode_image(images)
     fold_batch_norms(made.model.visual)
     assert not [m for m in made.model.visual.modules() if isinstance(m, nn.BatchNorm2d)]
-    torch.testing.assert_close(made.encode_image(images), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    torch.testing.assert_close(
+        made.encode_image(images), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item()
+    )
 
 
 def test_in_dtype_is_as_near_to_float32_as_autocast_is():
@@ -36,7 +38,11 @@ def test_in_dtype_is_as_near_to_float32_as_autocast_is():
     exact = made.encode_image(images)
     with torch.autocast("cpu", torch.bfloat16):
         plain, half = made.encode_image(images), fast.encode_image(images)
-    assert F.cosine_similarity(half.float(), exact).min() > F.cosine_similarity(plain.float(), exact).min() - 1e-3 > 0.99
+    assert (
+        F.cosine_similarity(half.float(), exact).min()
+        > F.cosine_similarity(plain.float(), exact).min() - 1e-3
+        > 0.99
+    )
     half.float().sum().backward()
     assert images.grad.isfinite().all() and images.grad.any()
 
@@ -46,7 +52,12 @@ def test_in_float32_only_batch_norms_are_folded(domain):
     made = guide()
     images = torch.rand(4, 3, 64, 64) * 2 - 1
     expected = made.encode_image(images)
-    torch.testing.assert_close(made.in_dtype(torch.float32).encode_image(images), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    torch.testing.assert_close(
+        made.in_dtype(torch.float32).encode_image(images),
+        expected,
+        rtol=1e-4,
+        atol=1e-4 * expected.abs().max().item(),
+    )
     assert torch.equal(made.encode_image(images), expected) and made.in_dtype(torch.float32) is not made
 
 
@@ -68,4 +79,6 @@ def test_in_dtype_leaves_the_guide_and_its_words_alone():
     assert fast is not made
     assert torch.equal(fast.encode_text("green lipstick"), made.encode_text("green lipstick"))
     after = made.state_dict()
-    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) and after[name].dtype == before[name].dtype for name in before)
+    assert after.keys() == before.keys() and all(
+        torch.equal(after[name], before[name]) and after[name].dtype == before[name].dtype for name in before
+    )

@@ -30,8 +30,14 @@ def test_a_level_that_is_off_moves_nothing():
     assert (delta[:, 4:8] == 0).all() and (delta[:, :4] != 0).any() and (delta[:, 8:] != 0).any()
 
 
-@pytest.mark.parametrize(("w", "t", "words"), [
-    ((2, 18, 16), (1, 24), r"\[N, 10, 16\], not \[2, 18, 16\]"), ((2, 10, 16), (1, 12), r"\[N, 24\], not \[1, 12\]"), ((2, 10, 16), None, "text_feature")])
+@pytest.mark.parametrize(
+    ("w", "t", "words"),
+    [
+        ((2, 18, 16), (1, 24), r"\[N, 10, 16\], not \[2, 18, 16\]"),
+        ((2, 10, 16), (1, 12), r"\[N, 24\], not \[1, 12\]"),
+        ((2, 10, 16), None, "text_feature"),
+    ],
+)
 def test_wrong_shapes_are_named(w, t, words):
     with pytest.raises(ValueError, match=words):
         mapper().edit(torch.randn(w), None if t is None else torch.randn(t))

@@ -13,11 +13,13 @@ from cfclip.models.stylegan2 import Generator, upsample2x
 def test_upfirdn2d_by_hand():
     x = torch.tensor([[[[1.0, 2.0]]]])
     f = torch.tensor([[1.0, 10.0]])
-    assert upfirdn2d(x, f, pad=(1, 1, 0, 0)).flatten().tolist() == [1, 12, 20]          # a true convolution
+    assert upfirdn2d(x, f, pad=(1, 1, 0, 0)).flatten().tolist() == [1, 12, 20]  # a true convolution
     f1 = torch.ones(1, 1)
     assert upfirdn2d(x, f1, up=2).tolist() == [[[[1, 0, 2, 0], [0, 0, 0, 0]]]]
     assert upfirdn2d(torch.arange(6.0).reshape(1, 1, 1, 6), f1, down=2).flatten().tolist() == [0, 2, 4]
-    assert upfirdn2d(torch.arange(6.0).reshape(1, 1, 1, 6), f1, pad=(-1, -2, 0, 0), gain=3).flatten().tolist() == [3, 6, 9]
+    assert upfirdn2d(
+        torch.arange(6.0).reshape(1, 1, 1, 6), f1, pad=(-1, -2, 0, 0), gain=3
+    ).flatten().tolist() == [3, 6, 9]
 
 
 def test_bias_act_by_hand():
@@ -29,7 +31,11 @@ def test_bias_act_by_hand():
 @pytest.mark.parametrize("demodulate", [False, True])
 def test_modulated_conv_is_the_papers_per_sample_convolution(up, demodulate):
     torch.manual_seed(0)
-    x, weight, style = torch.randn(3, 4, 5, 7).double(), torch.randn(6, 4, 3, 3).double(), torch.randn(3, 4).double()
+    x, weight, style = (
+        torch.randn(3, 4, 5, 7).double(),
+        torch.randn(6, 4, 3, 3).double(),
+        torch.randn(3, 4).double(),
+    )
     f = torch.rand(4, 4).double()
     w = weight[None] * style[:, None, :, None, None]
     if demodulate:
@@ -41,12 +47,19 @@ def test_modulated_conv_is_the_papers_per_sample_convolution(up, demodulate):
             rows.append(upfirdn2d(y, f, pad=(1, 1, 1, 1), gain=4))
         else:
             rows.append(F.conv2d(image[None], kernel, padding=1))
-    torch.testing.assert_close(modulated_conv2d(x, weight, style, demodulate, f if up else None), torch.cat(rows), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        modulated_conv2d(x, weight, style, demodulate, f if up else None),
+        torch.cat(rows),
+        rtol=1e-9,
+        atol=1e-9,
+    )
 
 
 def test_upsampling_keeps_a_constant():
     x = torch.full((1, 1, 8, 8), 3.0)
-    torch.testing.assert_close(upsample2x(x, setup_filter((1, 3, 3, 1)))[..., 3:-3, 3:-3], torch.full((1, 1, 10, 10), 3.0))
+    torch.testing.assert_close(
+        upsample2x(x, setup_filter((1, 3, 3, 1)))[..., 3:-3, 3:-3], torch.full((1, 1, 10, 10), 3.0)
+    )
 
 
 def test_mapping_and_truncation(generator):
@@ -112,6 +125,7 @@ def test_styles_of_one_number_of_pictures(generator):
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_kept_kernels_follow_the_weights(dtype):
     """Frozen weights are prepared once: never again for another picture, always after they changed."""
+
     def drawn() -> torch.Tensor:
         with torch.no_grad():
             return g.synthesis(w, dtype=dtype)
@@ -119,7 +133,7 @@ def test_kept_kernels_follow_the_weights(dtype):
     torch.manual_seed(0)
     g = Generator(32, [8] * 4, 16, 16, 2)
     w = torch.randn(2, g.num_ws, 16)
-    fresh = drawn()                                                # trained weights: nothing is kept
+    fresh = drawn()  # trained weights: nothing is kept
     assert all(conv._kept is None for conv in g.convs)
     g.requires_grad_(False)
     assert torch.equal(drawn(), fresh)
@@ -130,7 +144,7 @@ def test_kept_kernels_follow_the_weights(dtype):
     g.convs[1].weight[0].mul_(1.5)
     other = drawn()
     assert not torch.equal(other, fresh)
-    g.convs[2].weight.data = g.convs[2].weight.data + 1           # (a factor of all would be demodulated away)
+    g.convs[2].weight.data = g.convs[2].weight.data + 1  # (a factor of all would be demodulated away)
     assert not torch.equal(drawn(), other)
     with folding(True):
         other = drawn()
@@ -138,5 +152,5 @@ def test_kept_kernels_follow_the_weights(dtype):
         assert not torch.equal(drawn(), other), "a folded kernel holds the filter"
         g.fir.mul_(2)
     other = drawn()
-    g.requires_grad_(True)                                         # and nothing is kept
+    g.requires_grad_(True)  # and nothing is kept
     assert torch.equal(other, drawn())

@@ -21,19 +21,37 @@ def test_a_caption_claims_only_what_is_true():
 def test_training_never_shows_a_held_out_pair():
     for k in range(300):
         face = training_face((0, k))
-        assert not HELD_OUT & {(part, getattr(face, part).name) for part in ("skin", "hair", "eyebrows", "eyes", "lipstick", "beard") if face.has(part)}
+        assert not HELD_OUT & {
+            (part, getattr(face, part).name)
+            for part in ("skin", "hair", "eyebrows", "eyes", "lipstick", "beard")
+            if face.has(part)
+        }
 
 
 def test_matches_by_hand():
     a, b = {("hair", "blue"), ("glasses", "yes")}, {("hair", "red")}
     faces = torch.tensor(np.stack([fact_vector(a), fact_vector(b)]))
-    claims = torch.tensor(np.stack([fact_vector({("hair", "blue")}), fact_vector(set()), fact_vector({("hair", "red"), ("glasses", "yes")})]))
+    claims = torch.tensor(
+        np.stack([
+            fact_vector({("hair", "blue")}),
+            fact_vector(set()),
+            fact_vector({("hair", "red"), ("glasses", "yes")}),
+        ])
+    )
     assert matches(faces, claims).tolist() == [[True, True, False], [False, True, False]]
 
 
-@pytest.mark.parametrize(("prompt", "claim"), [
-    ("green lipstick", ("lipstick", "green")), ("a man with a  Blue BEARD", ("beard", "blue")), ("purple brows", ("eyebrows", "purple")),
-    ("happy", None), ("green lips and red hair", None), ("evergreen lipsticks", None)])
+@pytest.mark.parametrize(
+    ("prompt", "claim"),
+    [
+        ("green lipstick", ("lipstick", "green")),
+        ("a man with a  Blue BEARD", ("beard", "blue")),
+        ("purple brows", ("eyebrows", "purple")),
+        ("happy", None),
+        ("green lips and red hair", None),
+        ("evergreen lipsticks", None),
+    ],
+)
 def test_what_a_prompt_asks_for(prompt, claim):
     assert claim_of(prompt) == claim
 

@@ -1,7 +1,16 @@
 import numpy as np
 import pytest
 
-from cfclip.toonfaces.factors import COUNTERFACTUAL, IDENTITY_FACTORS, LATENT_DRAWS, NATURAL, PARTS, LatentDraws, new_photo, sample_face
+from cfclip.toonfaces.factors import (
+    COUNTERFACTUAL,
+    IDENTITY_FACTORS,
+    LATENT_DRAWS,
+    NATURAL,
+    PARTS,
+    LatentDraws,
+    new_photo,
+    sample_face,
+)
 from cfclip.toonfaces.render import MASKS, render, render_image
 
 
@@ -32,7 +41,10 @@ def test_the_true_counterfactual_changes_its_part_alone(part):
     before, after = render(face), render(face.with_colour(part, name))
     np.testing.assert_array_equal(before.masks, after.masks)
     changed = (before.image != after.image).any(-1)
-    may_change = before.masks[MASKS.index(part)] + (before.masks[MASKS.index("mouth")] if part == "lipstick" else 0) > 0
+    may_change = (
+        before.masks[MASKS.index(part)] + (before.masks[MASKS.index("mouth")] if part == "lipstick" else 0)
+        > 0
+    )
     assert changed.any() and not (changed & ~may_change).any()
 
 

@@ -42,7 +42,9 @@ def test_identity_knows_people_in_make_up(toonfaces):
 
 def test_the_generator_draws_faces_of_natural_colour(toonfaces):
     with torch.no_grad():
-        images = toonfaces.generator(torch.randn(100, toonfaces.generator.z_dim, generator=torch.Generator().manual_seed(0)))
+        images = toonfaces.generator(
+            torch.randn(100, toonfaces.generator.z_dim, generator=torch.Generator().manual_seed(0))
+        )
     seen = toonfaces.readout.measure(images)
     assert seen.is_face.mean() > 0.9
     assert np.mean([name in ("green", "blue", "purple", "cyan") for name in seen.colour("lipstick")]) < 0.05
@@ -50,11 +52,17 @@ def test_the_generator_draws_faces_of_natural_colour(toonfaces):
 
 def test_ground_truth_scores_the_true_counterfactual(toonfaces):
     faces = [sample_face((77, k)) for k in range(16)]
-    source, truth = (to_tensor([render_image(f) for f in group]) for group in (faces, [f.with_colour("lipstick", "green") for f in faces]))
+    source, truth = (
+        to_tensor([render_image(f) for f in group])
+        for group in (faces, [f.with_colour("lipstick", "green") for f in faces])
+    )
     right = metrics.evaluate(metrics.Edit(toonfaces, "green lipstick", source, truth))
     none = metrics.evaluate(metrics.Edit(toonfaces, "green lipstick", source, source))
     other = metrics.evaluate(metrics.Edit(toonfaces, "green lipstick", source, source.roll(1, 0)))
-    assert right["success_after"].mean() > 0.9 and right["success_before"].mean() == none["success_after"].mean() == 0
+    assert (
+        right["success_after"].mean() > 0.9
+        and right["success_before"].mean() == none["success_after"].mean() == 0
+    )
     assert right["leakage"].mean() < 0.15 and none["leakage"].max() < 1e-6 and other["leakage"].mean() > 0.5
     assert right["identity"].mean() > other["identity"].mean() and none["identity"].min() > 0.999
     assert none["lpips_readout"].max() == 0 if "lpips_readout" in none else none["lpips_alex"].max() < 1e-6
@@ -64,7 +72,10 @@ def test_ground_truth_scores_the_true_counterfactual(toonfaces):
 
 def test_a_recoloured_part_moves_and_no_other(toonfaces):
     faces = [sample_face((78, k)) for k in range(12)]
-    source, truth = (to_tensor([render_image(f) for f in group]) for group in (faces, [f.with_colour("lipstick", "green") for f in faces]))
+    source, truth = (
+        to_tensor([render_image(f) for f in group])
+        for group in (faces, [f.with_colour("lipstick", "green") for f in faces])
+    )
     edit = metrics.Edit(toonfaces, "green lipstick", source, truth)
     moved = {part: np.nanmean(values) for part, values in metrics.leakage_by_part(edit).items()}
     assert moved.pop("lipstick") > 1 and moved.pop("mouth") >= 0 and max(moved.values()) < 0.35
@@ -72,9 +83,17 @@ def test_a_recoloured_part_moves_and_no_other(toonfaces):
 
 def test_metrics_over_strengths_start_from_the_source(toonfaces):
     w = toonfaces.latents(3, "test")
-    rows = metrics.over_strengths(toonfaces, "green lipstick", lambda w, s: toonfaces.generator.synthesis(w + s * w.std()), w, [0.0, 0.2])
+    rows = metrics.over_strengths(
+        toonfaces,
+        "green lipstick",
+        lambda w, s: toonfaces.generator.synthesis(w + s * w.std()),
+        w,
+        [0.0, 0.2],
+    )
     assert [(row["strength"], row["index"]) for row in rows] == [(s, i) for s in (0.0, 0.2) for i in range(3)]
-    assert all(row["identity"] > 0.999 and row["leakage"] < 1e-6 for row in rows[:3]) and all(row["leakage"] > 0.01 for row in rows[3:])
+    assert all(row["identity"] > 0.999 and row["leakage"] < 1e-6 for row in rows[:3]) and all(
+        row["leakage"] > 0.01 for row in rows[3:]
+    )
 
 
 def test_a_halo_spares_its_part():
@@ -98,14 +117,30 @@ def test_the_ceiling_is_measured_against_the_truth(toonfaces):
 
 
 def test_generator_training_passes_its_phases_and_resumes(tmp_path):
-    config = GANConfig(resolution=16, channels=(16, 16, 16), d_channels=(16, 16, 16), w_dim=80, mapping_layers=2, batch=4, dtype="float32",
-                       warm_steps=8, map_steps=3, steps=4, warm_pool=32)
+    config = GANConfig(
+        resolution=16,
+        channels=(16, 16, 16),
+        d_channels=(16, 16, 16),
+        w_dim=80,
+        mapping_layers=2,
+        batch=4,
+        dtype="float32",
+        warm_steps=8,
+        map_steps=3,
+        steps=4,
+        warm_pool=32,
+    )
     whole = train_generator(config, tmp_path / "whole")
     train_generator(dataclasses.replace(config, steps=2), tmp_path / "cut")
     resumed = train_generator(config, tmp_path / "cut")
-    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
+    )
     errors = [row["error"] for row in read_rows(tmp_path / "whole" / "1-regression" / "log.jsonl")]
-    assert np.isfinite(errors).all() and (tmp_path / "whole" / "samples" / "3-adversarial-000004.png").exists()
+    assert (
+        np.isfinite(errors).all() and (tmp_path / "whole" / "samples" / "3-adversarial-000004.png").exists()
+    )
     with pytest.raises(ValueError, match="w_dim"):
         GANConfig(w_dim=16)
 
@@ -136,5 +171,8 @@ def test_fast_gradients_are_as_good_as_the_references(toonfaces):
 
     exact = gradient("reference", None)
     for dtype, apart in ((None, 1e-5), (torch.float16, 0.01), (torch.bfloat16, 0.03)):
-        ours, theirs = (torch.nn.functional.cosine_similarity(gradient(operators, dtype), exact).min() for operators in ("frozen", "reference"))
+        ours, theirs = (
+            torch.nn.functional.cosine_similarity(gradient(operators, dtype), exact).min()
+            for operators in ("frozen", "reference")
+        )
         assert ours > theirs - apart, (dtype, ours, theirs)

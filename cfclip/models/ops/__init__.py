@@ -5,5 +5,23 @@ from .convolution import Prepared, folding, folds, modulated_conv2d, prepare, st
 from .dispatch import bias_act, conv2d, epilogue, upfirdn2d, using
 from .reference import at_least_float32, modulate, setup_filter
 
-__all__ = ["HALF", "Prepared", "at_least_float32", "bias_act", "conv2d", "epilogue", "fast_dtype", "folding", "folds", "layout_of", "modulate",
-           "modulated_conv2d", "name_of", "prepare", "setup_filter", "styled_conv2d", "upfirdn2d", "using"]
+__all__ = [
+    "HALF",
+    "Prepared",
+    "at_least_float32",
+    "bias_act",
+    "conv2d",
+    "epilogue",
+    "fast_dtype",
+    "folding",
+    "folds",
+    "layout_of",
+    "modulate",
+    "modulated_conv2d",
+    "name_of",
+    "prepare",
+    "setup_filter",
+    "styled_conv2d",
+    "upfirdn2d",
+    "using",
+]

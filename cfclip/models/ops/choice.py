@@ -11,7 +11,6 @@ from torch import Tensor
 HALF = (torch.float16, torch.bfloat16)
 
 CLEARLY = 1.2
-
 """How many times faster the less plain way must be to be chosen: the luck of a measurement should not decide."""
 
 
@@ -25,7 +24,9 @@ def layout_of(dtype: torch.dtype) -> torch.memory_format:
     return torch.channels_last if dtype in HALF else torch.contiguous_format
 
 
-def quickest(ways: Sequence[Callable[[], object]], device: torch.device, turns: int = 5, patience: float = 0.5) -> list[float]:
+def quickest(
+    ways: Sequence[Callable[[], object]], device: torch.device, turns: int = 5, patience: float = 0.5
+) -> list[float]:
     """The least seconds that each of ``ways`` took, called in turns: once to warm up, then ``turns`` times, or until ``patience`` seconds are over."""
     least, begun = [float("inf")] * len(ways), time.perf_counter()
     for turn in range(1 + turns):
@@ -49,16 +50,20 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 
     A processor without instructions for bfloat16 takes ten times longer in it than in float32.
     """
-    n, channels, side = (2, 64, 64) if device.type == "cpu" else (4, 256, 128)                 # a GPU would only wait for its launches
+    n, channels, side = (
+        (2, 64, 64) if device.type == "cpu" else (4, 256, 128)
+    )  # a GPU would only wait for its launches
 
     def way(dtype: torch.dtype) -> Callable[[], Tensor]:
-        x, kernel = (torch.ones(shape, dtype=dtype, device=device).contiguous(memory_format=layout_of(dtype))
-                     for shape in ((n, channels, side, side), (channels, channels, 3, 3)))
+        x, kernel = (
+            torch.ones(shape, dtype=dtype, device=device).contiguous(memory_format=layout_of(dtype))
+            for shape in ((n, channels, side, side), (channels, channels, 3, 3))
+        )
         return lambda: F.conv2d(x, kernel, padding=1)
 
     with torch.no_grad():
         try:
             plain, half = quickest([way(torch.float32), way(torch.bfloat16)], device)
-        except (RuntimeError, TypeError):                          # a device that has no bfloat16
+        except (RuntimeError, TypeError):  # a device that has no bfloat16
             return torch.float32
     return torch.bfloat16 if plain > CLEARLY * half else torch.float32

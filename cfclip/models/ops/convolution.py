@@ -24,9 +24,9 @@ _forced: ContextVar[bool | None] = ContextVar("fold", default=None)
 class Prepared(NamedTuple):
     """What a modulated convolution needs of its weights alone, to be kept while they are frozen."""
 
-    kernel: Tensor                  # what slides: [O, I, k, k], or the four phases of an up-sampling one [4 O, I, 3, 3]
-    squares: Tensor                 # sum w^2, [O, I]
-    phases: bool                    # the FIR filter is in the kernel
+    kernel: Tensor  # what slides: [O, I, k, k], or the four phases of an up-sampling one [4 O, I, 3, 3]
+    squares: Tensor  # sum w^2, [O, I]
+    phases: bool  # the FIR filter is in the kernel
 
 
 def _upsampling_phases(weight: Tensor, f: Tensor) -> Tensor:
@@ -37,9 +37,11 @@ def _upsampling_phases(weight: Tensor, f: Tensor) -> Tensor:
     """
     o, i, k, _ = weight.shape
     n = f.shape[-1]
-    full = F.conv2d(weight.reshape(o * i, 1, k, k), (4 * f).flip(0, 1).to(weight.dtype)[None, None], padding=n - 1)
+    full = F.conv2d(
+        weight.reshape(o * i, 1, k, k), (4 * f).flip(0, 1).to(weight.dtype)[None, None], padding=n - 1
+    )
     full = full.reshape(o, i, 6, 6)
-    phases = full.reshape(o, i, 3, 2, 3, 2).flip(2, 4)             # taps of one phase, as a correlation
+    phases = full.reshape(o, i, 3, 2, 3, 2).flip(2, 4)  # taps of one phase, as a correlation
     return phases.permute(0, 3, 5, 1, 2, 4).reshape(4 * o, i, 3, 3)
 
 
@@ -70,9 +72,18 @@ def folds(weight: Tensor, f: Tensor, dtype: torch.dtype) -> bool:
 @torch.inference_mode(False)
 def _folding_pays(device: torch.device, dtype: torch.dtype, o: int, i: int) -> bool:
     # where there are many channels there are few pixels
-    side = next(side for side in (8, 16, 32, 64, 128) if side == 128 or 2 * side ** 2 * 36 * o * i > 2e8)
-    f, style, bias = setup_filter((1, 3, 3, 1)).to(device), torch.ones(2, i, device=device), torch.zeros(o, device=device)
-    x = torch.ones(2, i, side, side, device=device, dtype=dtype).contiguous(memory_format=layout_of(dtype)).requires_grad_()
+    side = next(side for side in (8, 16, 32, 64, 128) if side == 128 or 2 * side**2 * 36 * o * i > 2e8)
+    f, style, bias = (
+        setup_filter((1, 3, 3, 1)).to(device),
+        torch.ones(2, i, device=device),
+        torch.zeros(o, device=device),
+    )
+    x = (
+        torch
+        .ones(2, i, side, side, device=device, dtype=dtype)
+        .contiguous(memory_format=layout_of(dtype))
+        .requires_grad_()
+    )
     weight = torch.full((o, i, 3, 3), 1 / (9 * i), device=device)
 
     def way(fold: bool) -> Callable[[], object]:
@@ -80,8 +91,9 @@ def _folding_pays(device: torch.device, dtype: torch.dtype, o: int, i: int) -> b
             prepared = prepare(weight, f, dtype)
 
         def both() -> None:
-            y, = styled_conv2d(x, prepared, style, f, bias=bias)
+            (y,) = styled_conv2d(x, prepared, style, f, bias=bias)
             torch.autograd.grad(y, x, y)
+
         return both
 
     with torch.enable_grad(), using(None):
@@ -97,13 +109,17 @@ def prepare(weight: Tensor, f: Tensor | None, dtype: torch.dtype) -> Prepared:
     phases = f is not None and folds(weight, f, dtype)
     kernel, layout = (_upsampling_phases(weight, f) if phases else weight).to(dtype), layout_of(dtype)
     if f is not None and not phases:
-        kernel = kernel.transpose(0, 1).contiguous(memory_format=layout).transpose(0, 1)         # as a transposed convolution takes it
+        kernel = (
+            kernel.transpose(0, 1).contiguous(memory_format=layout).transpose(0, 1)
+        )  # as a transposed convolution takes it
     else:
         kernel = kernel.contiguous(memory_format=layout)
     return Prepared(kernel, weight.square().sum((2, 3)), phases)
 
 
-def styled_conv2d(x: Tensor, prepared: Prepared, style: Tensor | None, f: Tensor | None = None, **finish) -> tuple[Tensor, ...]:
+def styled_conv2d(
+    x: Tensor, prepared: Prepared, style: Tensor | None, f: Tensor | None = None, **finish
+) -> tuple[Tensor, ...]:
     """Convolution and all that follows it, "same" padding; with a FIR filter ``f`` [n, n] it doubles the resolution.
 
     x: [N, I, H, W], times its ``style`` [N, I] already: whoever made it had it in hand; prepared: :func:`prepare` of the weight,
@@ -114,16 +130,20 @@ def styled_conv2d(x: Tensor, prepared: Prepared, style: Tensor | None, f: Tensor
     filtered = f is not None and not phases
     x = conv2d(x, kernel, up=filtered)
     if filtered:
-        n, k = f.shape[-1], kernel.shape[-1]                       # pads as NVIDIA's conv2d_resample and rosinality's Blur do
+        n, k = f.shape[-1], kernel.shape[-1]  # pads as NVIDIA's conv2d_resample and rosinality's Blur do
         finish |= {"fir": f, "pad": ((n + 1) // 2 + k // 2 - (k - 1), (n - 2) // 2 + k // 2 - (k - 2))}
     d = None if style is None else (style.square() @ squares.t() + 1e-8).rsqrt()
     return epilogue(x, d, shuffle=phases, **finish)
 
 
-def modulated_conv2d(x: Tensor, weight: Tensor, style: Tensor, demodulate: bool = True, f: Tensor | None = None) -> Tensor:
+def modulated_conv2d(
+    x: Tensor, weight: Tensor, style: Tensor, demodulate: bool = True, f: Tensor | None = None
+) -> Tensor:
     """Modulated convolution alone.
 
     x: [N, I, H, W] in the dtype to compute in; weight: [O, I, k, k] fp32, equalised already; style: [N, I] fp32.
     StyleGAN2 eq. 1-3: ``w' = s_i w``, ``w'' = w' / sqrt(sum w'^2 + 1e-8)``.
     """
-    return styled_conv2d(modulate(x, style), prepare(weight, f, x.dtype), style if demodulate else None, f, slope=1, gain=1)[0]
+    return styled_conv2d(
+        modulate(x, style), prepare(weight, f, x.dtype), style if demodulate else None, f, slope=1, gain=1
+    )[0]

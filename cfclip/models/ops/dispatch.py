@@ -5,8 +5,6 @@ the network, and that is where gradients of gradients are asked for (R1, path le
 differentiated twice needs ``using("reference")``; else the first backward pass raises an error that says so.
 """
 
-
-
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,11 +39,15 @@ def _compiles(device: torch.device) -> bool:
     """Whether Triton works on that GPU: it may be missing, find no C compiler for its launcher, or not know the architecture."""
     try:
         from cfclip.models.ops import triton_ops
+
         triton_ops.epilogue(torch.zeros(1, 1, 1, 1, device=device))
-    except torch.OutOfMemoryError:                                 # says nothing of Triton
+    except torch.OutOfMemoryError:  # says nothing of Triton
         raise
-    except Exception as error:                                     # each of these raises something else
-        warnings.warn(f"the operators of StyleGAN2 run in plain torch on {device}, as Triton does not work there: {error}", stacklevel=2)
+    except Exception as error:  # each of these raises something else
+        warnings.warn(
+            f"the operators of StyleGAN2 run in plain torch on {device}, as Triton does not work there: {error}",
+            stacklevel=2,
+        )
         return False
     return True
 
@@ -55,10 +57,16 @@ def _operators(x: Tensor, *constants: Tensor | None) -> ModuleType:
     choice = _forced.get()
     if choice is None:
         trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in constants)
-        gpu = x.is_cuda and x.dtype in (torch.float32, torch.float16, torch.bfloat16) and not trained and _compiles(x.device)
+        gpu = (
+            x.is_cuda
+            and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+            and not trained
+            and _compiles(x.device)
+        )
         choice = "reference" if trained else "triton" if gpu else "frozen"
     if choice == "triton":
         from cfclip.models.ops import triton_ops
+
         return triton_ops
     return frozen if choice == "frozen" else reference
 
@@ -79,7 +87,15 @@ def bias_act(x: Tensor, bias: Tensor | None = None, *args, **kwargs) -> Tensor:
 
 
 @wraps(reference.epilogue)
-def epilogue(x: Tensor, d: Tensor | None = None, noise: Tensor | None = None, bias: Tensor | None = None, *args, fir: Tensor | None = None,
-             rgb: tuple[Tensor, Tensor] | None = None, **kwargs) -> tuple[Tensor, ...]:
+def epilogue(
+    x: Tensor,
+    d: Tensor | None = None,
+    noise: Tensor | None = None,
+    bias: Tensor | None = None,
+    *args,
+    fir: Tensor | None = None,
+    rgb: tuple[Tensor, Tensor] | None = None,
+    **kwargs,
+) -> tuple[Tensor, ...]:
     kwargs |= {"fir": fir, "rgb": rgb}
     return _operators(x, noise, bias, fir, rgb and rgb[0]).epilogue(x, d, noise, bias, *args, **kwargs)

@@ -15,7 +15,9 @@ def setup_filter(taps: Sequence[float]) -> Tensor:
     return f / f.sum()
 
 
-def upfirdn2d(x: Tensor, f: Tensor, up: int = 1, down: int = 1, pad: Sequence[int] = (0, 0, 0, 0), gain: float = 1.0) -> Tensor:
+def upfirdn2d(
+    x: Tensor, f: Tensor, up: int = 1, down: int = 1, pad: Sequence[int] = (0, 0, 0, 0), gain: float = 1.0
+) -> Tensor:
     """Insert ``up - 1`` zeros, pad (left, right, top, bottom; negative crops), convolve with ``f``, keep every ``down``-th.
 
     x: [N, C, H, W]; f: [h, w]. A true convolution, as in StyleGAN2: ``f`` is flipped before it slides.
@@ -25,15 +27,21 @@ def upfirdn2d(x: Tensor, f: Tensor, up: int = 1, down: int = 1, pad: Sequence[in
     if up > 1:
         x = x.reshape(n, c, h, 1, w, 1)
         x = F.pad(x, (0, up - 1, 0, 0, 0, up - 1)).reshape(n, c, h * up, w * up)
-    even = top == bottom >= 0 and left == right >= 0                # then the convolution pads by itself, without a copy
+    even = top == bottom >= 0 and left == right >= 0  # then the convolution pads by itself, without a copy
     if not even:
         x = F.pad(x, (max(left, 0), max(right, 0), max(top, 0), max(bottom, 0)))
-        x = x[:, :, max(-top, 0):x.shape[2] - max(-bottom, 0), max(-left, 0):x.shape[3] - max(-right, 0)]
+        x = x[:, :, max(-top, 0) : x.shape[2] - max(-bottom, 0), max(-left, 0) : x.shape[3] - max(-right, 0)]
     kernel = (f * gain).flip(0, 1).to(x.dtype)[None, None].expand(c, 1, -1, -1)
     return F.conv2d(x, kernel, groups=c, stride=down, padding=(top, left) if even else 0)
 
 
-def bias_act(x: Tensor, bias: Tensor | None = None, slope: float = 0.2, gain: float = math.sqrt(2), clamp: float | None = None) -> Tensor:
+def bias_act(
+    x: Tensor,
+    bias: Tensor | None = None,
+    slope: float = 0.2,
+    gain: float = math.sqrt(2),
+    clamp: float | None = None,
+) -> Tensor:
     """``clamp(gain * leaky_relu(x + bias, slope))``; ``slope=1`` is linear. x: [N, C, ...], bias: [C]."""
     if bias is not None:
         x = x + bias.to(x.dtype).reshape(1, -1, *[1] * (x.ndim - 2))
@@ -63,9 +71,20 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def epilogue(x: Tensor, d: Tensor | None = None, noise: Tensor | None = None, bias: Tensor | None = None, slope: float = 0.2,
-             gain: float = math.sqrt(2), clamp: float | None = None, styles: Sequence[Tensor] = (), shuffle: bool = False,
-             fir: Tensor | None = None, pad: tuple[int, int] = (1, 1), rgb: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, ...]:
+def epilogue(
+    x: Tensor,
+    d: Tensor | None = None,
+    noise: Tensor | None = None,
+    bias: Tensor | None = None,
+    slope: float = 0.2,
+    gain: float = math.sqrt(2),
+    clamp: float | None = None,
+    styles: Sequence[Tensor] = (),
+    shuffle: bool = False,
+    fir: Tensor | None = None,
+    pad: tuple[int, int] = (1, 1),
+    rgb: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, ...]:
     """What is left of a layer after its convolution: ``y = bias_act(4 fir * x d + noise, bias, slope, gain, clamp)``.
 
     x: [N, C, H, W], or with ``shuffle`` the four phases of each channel, [N, 4 C, H / 2, W / 2], or with a filter ``fir`` [n, n] what it
@@ -85,5 +104,5 @@ def epilogue(x: Tensor, d: Tensor | None = None, noise: Tensor | None = None, bi
     read = tuple(modulate(x, style) for style in styles)
     if rgb is not None:
         weight, style = rgb
-        read += conv2d(modulate(x, style), weight.to(x.dtype)).to(at_least_float32(x.dtype)),
+        read += (conv2d(modulate(x, style), weight.to(x.dtype)).to(at_least_float32(x.dtype)),)
     return read or (x,)

@@ -33,7 +33,6 @@ from cfclip.models.ops.reference import at_least_float32
 __all__ = ["bias_act", "conv2d", "epilogue", "upfirdn2d"]
 
 TILES = 8
-
 """Tiles of 1024 elements that one program of a backward pass sums up before it writes its sums."""
 
 
@@ -82,20 +81,41 @@ def _preactivation(value, n, c, pixel, inside, d, noise, bias, C, noise_step):
 
 @triton.jit
 def _clamped(value, clamp):
-    if clamp is not None:                                          # not minimum and maximum, which lose a NaN
+    if clamp is not None:  # not minimum and maximum, which lose a NaN
         value = tl.where(value > clamp, clamp, tl.where(value < -clamp, -clamp, value))
     return value
 
 
 @triton.jit
-def _epilogue(x, d, noise, bias, style0, style1, y0, y1, C, H, W, noise_step, slope, gain, clamp,
-              LAST: tl.constexpr, SHUFFLE: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+def _epilogue(
+    x,
+    d,
+    noise,
+    bias,
+    style0,
+    style1,
+    y0,
+    y1,
+    C,
+    H,
+    W,
+    noise_step,
+    slope,
+    gain,
+    clamp,
+    LAST: tl.constexpr,
+    SHUFFLE: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     n, c, first = _tile(H * W, PIXELS, CHANNELS)
     p = first + tl.arange(0, PIXELS)[:, None]
     inside = p < H * W
     source, pixel, target = _places(n, c, p, C, H, W, LAST, SHUFFLE)
     mask = inside & (c < C)
-    pre = _preactivation(tl.load(x + source, mask, other=0).to(tl.float32), n, c, pixel, inside, d, noise, bias, C, noise_step)
+    pre = _preactivation(
+        tl.load(x + source, mask, other=0).to(tl.float32), n, c, pixel, inside, d, noise, bias, C, noise_step
+    )
     y = _clamped(tl.where(pre > 0, pre, pre * slope) * gain, clamp)
     if style0 is None:
         tl.store(y0 + target, y, mask)
@@ -106,8 +126,30 @@ def _epilogue(x, d, noise, bias, style0, style1, y0, y1, C, H, W, noise_step, sl
 
 
 @triton.jit
-def _epilogue_backward(x, d, noise, bias, style0, style1, g0, g1, gx, sums, C, H, W, noise_step, slope, gain, clamp,
-                       LAST: tl.constexpr, SHUFFLE: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, TILES: tl.constexpr):
+def _epilogue_backward(
+    x,
+    d,
+    noise,
+    bias,
+    style0,
+    style1,
+    g0,
+    g1,
+    gx,
+    sums,
+    C,
+    H,
+    W,
+    noise_step,
+    slope,
+    gain,
+    clamp,
+    LAST: tl.constexpr,
+    SHUFFLE: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    TILES: tl.constexpr,
+):
     """Gradient of x, and this program's share of the gradients of d and the styles: sums [3, programs, C].
 
     The activation is computed again from x, which is one read; to keep it as well would be one more write and read.
@@ -149,8 +191,29 @@ def _epilogue_backward(x, d, noise, bias, style0, style1, g0, g1, gx, sums, C, H
 
 
 @triton.jit
-def _upfirdn2d(x, f, y, C, H, W, OUT_H, OUT_W, before_row, before_col, first_row, first_col, gain, UP: tl.constexpr, DOWN: tl.constexpr,
-               FH: tl.constexpr, FW: tl.constexpr, FLIPPED: tl.constexpr, LAST: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+def _upfirdn2d(
+    x,
+    f,
+    y,
+    C,
+    H,
+    W,
+    OUT_H,
+    OUT_W,
+    before_row,
+    before_col,
+    first_row,
+    first_col,
+    gain,
+    UP: tl.constexpr,
+    DOWN: tl.constexpr,
+    FH: tl.constexpr,
+    FW: tl.constexpr,
+    FLIPPED: tl.constexpr,
+    LAST: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     """``y[i, j] = gain sum_ab f[FH-1-a, FW-1-b] z[DOWN i - top + a, DOWN j - left + b]``, z = x with UP - 1 zeros after every value.
 
     Only every UP-th tap meets a value of x, and only those are read. FLIPPED: ``f[a, b]`` instead. As // is for naturals, the
@@ -195,18 +258,41 @@ class _Upfirdn2d(torch.autograd.Function):
     """Linear, and its own gradient with ``up`` and ``down`` exchanged and the filter flipped: differentiable any number of times."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, f: Tensor, up: int, down: int, pad: Sequence[int], gain: float, flipped: bool) -> Tensor:
+    def forward(
+        ctx, x: Tensor, f: Tensor, up: int, down: int, pad: Sequence[int], gain: float, flipped: bool
+    ) -> Tensor:
         (n, c, h, w), (fh, fw), (left, right, top, bottom) = x.shape, f.shape, pad
         out_h, out_w = (h * up + top + bottom - fh) // down + 1, (w * up + left + right - fw) // down + 1
         if min(out_h, out_w) < 1:
-            raise ValueError(f"a filter of {fh} x {fw} does not fit into the padded input of {h * up + top + bottom} x {w * up + left + right}")
+            raise ValueError(
+                f"a filter of {fh} x {fw} does not fit into the padded input of {h * up + top + bottom} x {w * up + left + right}"
+            )
         x, last, layout = _dense(x)
         y = torch.empty((n, c, out_h, out_w), dtype=x.dtype, device=x.device, memory_format=layout)
         if y.numel():
             grid, tile = _grid(n, c, out_h * out_w, last)
             with torch.cuda.device_of(x):
-                _upfirdn2d[grid](x, f, y, c, h, w, out_h, out_w, max(top, 0), max(left, 0), up * max(top, 0) - top, up * max(left, 0) - left,
-                                 gain, UP=up, DOWN=down, FH=fh, FW=fw, FLIPPED=flipped, **tile)
+                _upfirdn2d[grid](
+                    x,
+                    f,
+                    y,
+                    c,
+                    h,
+                    w,
+                    out_h,
+                    out_w,
+                    max(top, 0),
+                    max(left, 0),
+                    up * max(top, 0) - top,
+                    up * max(left, 0) - left,
+                    gain,
+                    UP=up,
+                    DOWN=down,
+                    FH=fh,
+                    FW=fw,
+                    FLIPPED=flipped,
+                    **tile,
+                )
         ctx.save_for_backward(f)
         after = h * up - up - out_h * down + top + 1, w * up - up - out_w * down + left + 1
         ctx.transposed = down, up, (fw - 1 - left, after[1], fh - 1 - top, after[0]), gain, not flipped
@@ -221,8 +307,18 @@ class _Epilogue(torch.autograd.Function):
     """Differentiable once with respect to x, d and the styles."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, d: Tensor | None, noise: Tensor | None, bias: Tensor | None, slope: float, gain: float, clamp: float | None,
-                shuffle: bool, *styles: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx,
+        x: Tensor,
+        d: Tensor | None,
+        noise: Tensor | None,
+        bias: Tensor | None,
+        slope: float,
+        gain: float,
+        clamp: float | None,
+        shuffle: bool,
+        *styles: Tensor,
+    ) -> tuple[Tensor, ...]:
         x, last, layout = _dense(x)
         n, c, h, w = x.shape
         if shuffle:
@@ -230,12 +326,17 @@ class _Epilogue(torch.autograd.Function):
         d, bias, *styles = (None if t is None else t.contiguous() for t in (d, bias, *styles))
         if noise is not None:
             noise = noise.expand(noise.shape[0] if noise.ndim == 4 else 1, 1, h, w).contiguous()
-        ys = tuple(torch.empty((n, c, h, w), dtype=x.dtype, device=x.device, memory_format=layout) for _ in range(max(1, len(styles))))
+        ys = tuple(
+            torch.empty((n, c, h, w), dtype=x.dtype, device=x.device, memory_format=layout)
+            for _ in range(max(1, len(styles)))
+        )
         numbers = c, h, w, 0 if noise is None or len(noise) == 1 else h * w, slope, gain, clamp
         if x.numel():
             grid, tile = _grid(n, c, h * w, last)
             with torch.cuda.device_of(x):
-                _epilogue[grid](x, d, noise, bias, *_two(styles), *_two(ys), *numbers, SHUFFLE=shuffle, **tile)
+                _epilogue[grid](
+                    x, d, noise, bias, *_two(styles), *_two(ys), *numbers, SHUFFLE=shuffle, **tile
+                )
         ctx.save_for_backward(x, d, noise, bias, *styles)
         ctx.last, ctx.layout, ctx.numbers, ctx.shuffle = last, layout, numbers, shuffle
         return ys
@@ -250,35 +351,83 @@ class _Epilogue(torch.autograd.Function):
         if x.numel():
             gradients = [g.contiguous(memory_format=ctx.layout) for g in gradients]
             with torch.cuda.device_of(x):
-                _epilogue_backward[grid](x, d, noise, bias, *_two(styles), *_two(gradients), of_x, sums, *ctx.numbers,
-                                         SHUFFLE=ctx.shuffle, TILES=TILES, **tile)
+                _epilogue_backward[grid](
+                    x,
+                    d,
+                    noise,
+                    bias,
+                    *_two(styles),
+                    *_two(gradients),
+                    of_x,
+                    sums,
+                    *ctx.numbers,
+                    SHUFFLE=ctx.shuffle,
+                    TILES=TILES,
+                    **tile,
+                )
         of_d = None if d is None else sums[0].sum(1).to(d.dtype)
-        return of_x, of_d, *[None] * 6, *[share.sum(1).to(s.dtype) for share, s in zip(sums[1:], styles, strict=False)]
+        return (
+            of_x,
+            of_d,
+            *[None] * 6,
+            *[share.sum(1).to(s.dtype) for share, s in zip(sums[1:], styles, strict=False)],
+        )
 
 
-def upfirdn2d(x: Tensor, f: Tensor, up: int = 1, down: int = 1, pad: Sequence[int] = (0, 0, 0, 0), gain: float = 1.0) -> Tensor:
+def upfirdn2d(
+    x: Tensor, f: Tensor, up: int = 1, down: int = 1, pad: Sequence[int] = (0, 0, 0, 0), gain: float = 1.0
+) -> Tensor:
     """:func:`cfclip.ops.reference.upfirdn2d`, but for gradients of ``f``."""
     check_frozen(f=f)
     return _Upfirdn2d.apply(x, f.float().contiguous(), up, down, tuple(pad), float(gain), False)
 
 
-def epilogue(x: Tensor, d: Tensor | None = None, noise: Tensor | None = None, bias: Tensor | None = None, slope: float = 0.2,
-             gain: float = math.sqrt(2), clamp: float | None = None, styles: Sequence[Tensor] = (), shuffle: bool = False,
-             fir: Tensor | None = None, pad: tuple[int, int] = (1, 1), rgb: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, ...]:
+def epilogue(
+    x: Tensor,
+    d: Tensor | None = None,
+    noise: Tensor | None = None,
+    bias: Tensor | None = None,
+    slope: float = 0.2,
+    gain: float = math.sqrt(2),
+    clamp: float | None = None,
+    styles: Sequence[Tensor] = (),
+    shuffle: bool = False,
+    fir: Tensor | None = None,
+    pad: tuple[int, int] = (1, 1),
+    rgb: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, ...]:
     """:func:`cfclip.ops.reference.epilogue` for two readers at most, but for gradients of what is frozen."""
     check_frozen(noise=noise, bias=bias)
     check_images(x, d, *styles, rgb and rgb[1])
     if fir is not None:
         x = upfirdn2d(x, fir, pad=(*pad, *pad), gain=4.0)
     readers = styles if rgb is None else (*styles, rgb[1])
-    read = _Epilogue.apply(x, d, noise, bias, float(slope), float(gain), None if clamp is None else float(clamp), shuffle, *readers)
+    read = _Epilogue.apply(
+        x,
+        d,
+        noise,
+        bias,
+        float(slope),
+        float(gain),
+        None if clamp is None else float(clamp),
+        shuffle,
+        *readers,
+    )
     if rgb is None:
         return read
     return *read[:-1], conv2d(read[-1], rgb[0].to(x.dtype)).to(at_least_float32(x.dtype))
 
 
-def bias_act(x: Tensor, bias: Tensor | None = None, slope: float = 0.2, gain: float = math.sqrt(2), clamp: float | None = None) -> Tensor:
+def bias_act(
+    x: Tensor,
+    bias: Tensor | None = None,
+    slope: float = 0.2,
+    gain: float = math.sqrt(2),
+    clamp: float | None = None,
+) -> Tensor:
     """:func:`cfclip.ops.reference.bias_act` of a constant bias: an :func:`epilogue` of nothing else."""
     if x.ndim == 4:
         return epilogue(x, bias=bias, slope=slope, gain=gain, clamp=clamp)[0]
-    return bias_act(x.reshape(*x.shape[:2], math.prod(x.shape[2:]), 1), bias, slope, gain, clamp).reshape(x.shape)
+    return bias_act(x.reshape(*x.shape[:2], math.prod(x.shape[2:]), 1), bias, slope, gain, clamp).reshape(
+        x.shape
+    )

@@ -18,8 +18,14 @@ def random_warp(images: Tensor, share: float, strength: float = 0.5) -> Tensor:
     x, y = corners[:, 0].expand(n, 4), corners[:, 1].expand(n, 4)
     u, v = moved.unbind(-1)
     o, z = torch.ones_like(u), torch.zeros_like(u)
-    rows = torch.cat([torch.stack([u, v, o, z, z, z, -x * u, -x * v], -1), torch.stack([z, z, z, u, v, o, -y * u, -y * v], -1)], 1)
-    h = torch.linalg.solve(rows, torch.cat([x, y], 1))             # output point -> input point
+    rows = torch.cat(
+        [
+            torch.stack([u, v, o, z, z, z, -x * u, -x * v], -1),
+            torch.stack([z, z, z, u, v, o, -y * u, -y * v], -1),
+        ],
+        1,
+    )
+    h = torch.linalg.solve(rows, torch.cat([x, y], 1))  # output point -> input point
     h = torch.cat([h, torch.ones(n, 1)], 1).reshape(n, 3, 3)
     r = images.shape[-1]
     axis = (torch.arange(r) + 0.5) * 2 / r - 1
@@ -33,7 +39,9 @@ def degrade(images: Tensor) -> Tensor:
     """Blur and noise on some images, so that the network does not depend on the renderer's exact edges; tints in soft patches on
     some, or it would take a green glow about the mouth for green lips, and edits would make one."""
     n, r = len(images), images.shape[-1]
-    soft = F.interpolate(F.interpolate(images, scale_factor=0.6, mode="bilinear", antialias=True), (r, r), mode="bilinear")
+    soft = F.interpolate(
+        F.interpolate(images, scale_factor=0.6, mode="bilinear", antialias=True), (r, r), mode="bilinear"
+    )
     images = torch.lerp(images, soft, torch.rand(n, 1, 1, 1) * (torch.rand(n, 1, 1, 1) < 0.5))
     for cells in (4, 8):
         tint = F.interpolate(torch.randn(n, 3, cells, cells), (r, r), mode="bicubic")
@@ -42,7 +50,6 @@ def degrade(images: Tensor) -> Tensor:
 
 
 HALOED = {"skin": 0.05, "hair": 0.1, "eyebrows": 0.35, "eyes": 0.2, "lipstick": 0.25, "beard": 0.05}
-
 """How often :func:`with_halo` takes which part: the smaller, the more often it is mistaken."""
 
 
@@ -54,7 +61,9 @@ def with_halo(face: Face, rng: np.random.Generator, resolution: int = 64) -> np.
     drawn, part = render(face, resolution), rng.choice(PARTS, p=[HALOED[part] for part in PARTS])
     mask = drawn.masks[MASKS.index(part)]
     around = gaussian_filter(mask, rng.uniform(0.015, 0.06) * resolution)
-    kept = np.maximum(mask, sum(drawn.masks[MASKS.index(small)] for small in ("eyebrows", "eyes", "lipstick", "beard")))
+    kept = np.maximum(
+        mask, sum(drawn.masks[MASKS.index(small)] for small in ("eyebrows", "eyes", "lipstick", "beard"))
+    )
     alpha = (around / max(around.max(), 1e-6) * rng.uniform(0.5, 2.5)).clip(0, 1) * (1 - kept)
     tint = np.array(list(colours(part).values())[rng.integers(len(colours(part)))])
     return np.rint(drawn.image + alpha[..., None] * (tint - drawn.image)).astype(np.uint8)

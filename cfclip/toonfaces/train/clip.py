@@ -26,18 +26,18 @@ from cfclip.toonfaces.train.augment import degrade, random_warp, with_halo
 class CLIPConfig(Settings):
     """How the CLIP was trained."""
 
-    model: str = "toonfaces-rn"   # a file of clip_configs/
+    model: str = "toonfaces-rn"  # a file of clip_configs/
     batch: int = 128
     steps: int = 4000
-    pool: int = 40_000            # rendered once, warped and degraded afresh at every use
+    pool: int = 40_000  # rendered once, warped and degraded afresh at every use
     lr: float = 1.5e-3
     warmup: int = 100
     weight_decay: float = 0.02
-    halos: float = 0.7            # share of pictures with_halo
-    warped: float = 0.5           # share of images under a random perspective, as CF-CLIP will show them
-    fact_weight: float = 1.0      # of the auxiliary loss, see FactHead
+    halos: float = 0.7  # share of pictures with_halo
+    warped: float = 0.5  # share of images under a random perspective, as CF-CLIP will show them
+    fact_weight: float = 1.0  # of the auxiliary loss, see FactHead
     seed: int = 0
-    dtype: str = "auto"           # autocast of the image and text towers
+    dtype: str = "auto"  # autocast of the image and text towers
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,9 @@ class FactHead(nn.Module):
         super().__init__()
         self.linear = nn.Linear(embed_dim, len(FACTS))
         # held-out pairs take no part: a class that never comes would be learned as impossible
-        self.parts = [[i for i, fact in enumerate(FACTS) if fact[0] == part and fact not in HELD_OUT] for part in PARTS]
+        self.parts = [
+            [i for i, fact in enumerate(FACTS) if fact[0] == part and fact not in HELD_OUT] for part in PARTS
+        ]
         self.rest = [i for i, (key, _) in enumerate(FACTS) if key not in PARTS]
 
     def forward(self, embedding: Tensor, facts: Tensor, negatives: bool) -> Tensor:
@@ -80,7 +82,9 @@ class FactHead(nn.Module):
             if known.any():
                 losses.append(F.cross_entropy(logits[known][:, part], facts[known][:, part].float()))
         if negatives:
-            losses.append(F.binary_cross_entropy_with_logits(logits[:, self.rest], facts[:, self.rest].float()))
+            losses.append(
+                F.binary_cross_entropy_with_logits(logits[:, self.rest], facts[:, self.rest].float())
+            )
         return torch.stack(losses).mean()
 
 
@@ -91,15 +95,22 @@ def train(config: CLIPConfig, out: Path) -> nn.Module:
     model = build(config.model).train().to(memory_format=torch.channels_last)
     guide_tokenizer = open_clip.tokenizer.SimpleTokenizer(context_length=model.context_length)
     head = FactHead(model.text_projection.shape[1])
-    plain = [p for name, p in model.named_parameters() if p.ndim < 2 or "embedding" in name] + list(head.parameters())
+    plain = [p for name, p in model.named_parameters() if p.ndim < 2 or "embedding" in name] + list(
+        head.parameters()
+    )
     decayed = [p for name, p in model.named_parameters() if not (p.ndim < 2 or "embedding" in name)]
-    optimizer = torch.optim.AdamW([{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": config.weight_decay}],
-                                  lr=config.lr, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(
+        [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": config.weight_decay}],
+        lr=config.lr,
+        betas=(0.9, 0.98),
+    )
     normalise = ClipGuide(build(config.model)).preprocess
     people = [training_face((config.seed, 1, k)) for k in tqdm(range(config.pool), "faces", leave=False)]
     draws = np.random.default_rng((config.seed, 3))
-    pictures = np.stack([with_halo(face, draws) if draws.random() < config.halos else render_image(face)
-                         for face in tqdm(people, "pictures", leave=False)])
+    pictures = np.stack([
+        with_halo(face, draws) if draws.random() < config.halos else render_image(face)
+        for face in tqdm(people, "pictures", leave=False)
+    ])
     known = torch.from_numpy(np.stack([fact_vector(facts_of(face)) for face in people]))
 
     def step(i: int) -> dict[str, float]:
@@ -107,9 +118,13 @@ def train(config: CLIPConfig, out: Path) -> nn.Module:
         for group in optimizer.param_groups:
             group["lr"] = config.lr * ramp * (0.51 + 0.49 * math.cos(math.pi * i / config.steps))
         index = torch.randint(config.pool, (config.batch,))
-        written = [caption(people[p], np.random.default_rng((config.seed, 2, i, k))) for k, p in enumerate(index)]
+        written = [
+            caption(people[p], np.random.default_rng((config.seed, 2, i, k))) for k, p in enumerate(index)
+        ]
         claimed = torch.from_numpy(np.stack([fact_vector(claims) for _, claims in written]))
-        images = random_warp(degrade(to_tensor(pictures[index])), config.warped).contiguous(memory_format=torch.channels_last)
+        images = random_warp(degrade(to_tensor(pictures[index])), config.warped).contiguous(
+            memory_format=torch.channels_last
+        )
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             image = model.encode_image(normalise(images), normalize=True)
             text = model.encode_text(guide_tokenizer([text for text, _ in written]), normalize=True)
@@ -124,9 +139,22 @@ def train(config: CLIPConfig, out: Path) -> nn.Module:
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
             hit = true[torch.arange(len(image)), (image @ text.t()).argmax(1)].float().mean()
-        return {"loss": contrast.item(), "facts": facts.item(), "top1": hit.item(), "scale": model.logit_scale.exp().item()}
+        return {
+            "loss": contrast.item(),
+            "facts": facts.item(),
+            "top1": hit.item(),
+            "scale": model.logit_scale.exp().item(),
+        }
 
-    run_loop(with_global_seed(step), config.steps, state={"model": model, "head": head, "optimizer": optimizer}, out=out, seed=config.seed, checkpoint_every=250, desc="clip")
+    run_loop(
+        with_global_seed(step),
+        config.steps,
+        state={"model": model, "head": head, "optimizer": optimizer},
+        out=out,
+        seed=config.seed,
+        checkpoint_every=250,
+        desc="clip",
+    )
     return model.eval()
 
 
@@ -139,12 +167,17 @@ def colour_accuracy(guide: ClipGuide, faces: int = 1000, seed: int = 10_000) -> 
     ``held_out`` over (part, colour) pairs that training never showed; n is beside each.
     """
     people = [sample_face((seed, k), "both") for k in range(faces)]
-    features = torch.cat([F.normalize(guide.encode_image(to_tensor([render_image(f) for f in people[k:k + 100]])), dim=-1)
-                          for k in range(0, faces, 100)])
+    features = torch.cat([
+        F.normalize(guide.encode_image(to_tensor([render_image(f) for f in people[k : k + 100]])), dim=-1)
+        for k in range(0, faces, 100)
+    ])
     rows = []
     for part in PARTS:
         names = list(colours(part))
-        text = torch.stack([F.normalize(guide.template_features(f"face with {phrase(part, name)}").mean(0), dim=-1) for name in names])
+        text = torch.stack([
+            F.normalize(guide.template_features(f"face with {phrase(part, name)}").mean(0), dim=-1)
+            for name in names
+        ])
         guess = (features @ text.t()).argmax(1).tolist()
         right: dict[str, list[bool]] = {"accuracy": [], "natural": [], "held_out": []}
         for face, g in zip(people, guess, strict=True):
@@ -153,6 +186,12 @@ def colour_accuracy(guide: ClipGuide, faces: int = 1000, seed: int = 10_000) -> 
                 right["natural" if name in NATURAL[part] else "accuracy"].append(names[g] == name)
                 if (part, name) in HELD_OUT:
                     right["held_out"].append(names[g] == name)
-        rows.append({"part": part} | {k: v for key, hits in right.items()
-                                      for k, v in ((key, float(np.mean(hits)) if hits else float("nan")), (f"n_{key}", len(hits)))})
+        rows.append(
+            {"part": part}
+            | {
+                k: v
+                for key, hits in right.items()
+                for k, v in ((key, float(np.mean(hits)) if hits else float("nan")), (f"n_{key}", len(hits)))
+            }
+        )
     return rows

@@ -32,16 +32,19 @@ class EncoderConfig(Settings):
 
     stages: tuple[tuple[int, int, int], ...] = ((16, 16, 1), (16, 32, 2), (32, 64, 2), (64, 64, 2))
     width: int = 128
-    batch: int = 16             # generator samples, and as many natural renders
+    batch: int = 16  # generator samples, and as many natural renders
     steps: int = 6000
     lr: float = 2e-3
-    w_weight: float = 1.0       # squared error of w on samples, in units of W's variance
-    pixel_weight: float = 5.0   # squared error of the pictures, on renders
+    w_weight: float = 1.0  # squared error of w on samples, in units of W's variance
+    pixel_weight: float = 5.0  # squared error of the pictures, on renders
     feature_weight: float = 2.0  # distance on the readout's encoder, on renders
     delta_weight: float = 0.02  # of the squared offsets
-    unlock: tuple[float, float] = (0.2, 0.5)  # shares of the steps between which the layers' offsets are unlocked one by one
+    unlock: tuple[float, float] = (
+        0.2,
+        0.5,
+    )  # shares of the steps between which the layers' offsets are unlocked one by one
     seed: int = 0
-    dtype: str = "auto"         # of the convolutions: autocast of the encoder, and the generator's own
+    dtype: str = "auto"  # of the convolutions: autocast of the encoder, and the generator's own
 
 
 def unlocked_layers(config: EncoderConfig, step: int, num_ws: int) -> int:
@@ -69,23 +72,34 @@ def train(config: EncoderConfig, out: Path, domain: Domain | None = None) -> Too
         with torch.no_grad():
             w = g.map_one(torch.randn(config.batch, g.z_dim))[:, None].expand(-1, g.num_ws, -1)
             samples = g.synthesis(w, dtype=half).clamp(-1, 1)
-        renders = to_tensor([render_image(sample_face((config.seed, 7, i, k)), g.resolution) for k in range(config.batch)])
+        renders = to_tensor([
+            render_image(sample_face((config.seed, 7, i, k)), g.resolution) for k in range(config.batch)
+        ])
         photos = torch.cat([samples, renders]).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", half, enabled=half is not None):
             guess, offsets = (x.float() for x in model.unlocked(photos, unlocked_layers(config, i, g.num_ws)))
-        images = g.synthesis(guess[config.batch:], dtype=half)
-        terms = {"w": config.w_weight * (guess[:config.batch] - w).square().mean() / spread ** 2,
-                 "pixel": config.pixel_weight * F.mse_loss(images, renders),
-                 "feature": config.feature_weight * feature_distance(features(images), features(renders)).mean(),
-                 "delta": config.delta_weight * offsets.square().sum((1, 2)).mean() / g.w_dim}
+        images = g.synthesis(guess[config.batch :], dtype=half)
+        terms = {
+            "w": config.w_weight * (guess[: config.batch] - w).square().mean() / spread**2,
+            "pixel": config.pixel_weight * F.mse_loss(images, renders),
+            "feature": config.feature_weight * feature_distance(features(images), features(renders)).mean(),
+            "delta": config.delta_weight * offsets.square().sum((1, 2)).mean() / g.w_dim,
+        }
         optimizer.zero_grad()
         sum(terms.values()).backward()
         optimizer.step()
         schedule.step()
         return {name: value.item() for name, value in terms.items()}
 
-    run_loop(with_global_seed(step), config.steps, state={"model": model, "optimizer": optimizer, "schedule": schedule}, out=out, seed=config.seed,
-        checkpoint_every=250, desc="encoder")
+    run_loop(
+        with_global_seed(step),
+        config.steps,
+        state={"model": model, "optimizer": optimizer, "schedule": schedule},
+        out=out,
+        seed=config.seed,
+        checkpoint_every=250,
+        desc="encoder",
+    )
     return model.eval()
 
 
@@ -100,8 +114,13 @@ def refinement(domain: Domain, n: int = 64, steps: int = 100, seed: int = 1) -> 
     start = encode(domain, photos)
     found: dict[str, list[Mapping[str, float]]] = {
         "encoder": invert(domain, photos, InversionConfig(steps=0), start, progress=False).metrics,
-        f"encoder, then {steps} steps": invert(domain, photos, InversionConfig(steps=steps), start, progress=False).metrics,
-        f"W's centre, then {steps} steps": invert(domain, photos, InversionConfig(steps=steps), progress=False).metrics}
+        f"encoder, then {steps} steps": invert(
+            domain, photos, InversionConfig(steps=steps), start, progress=False
+        ).metrics,
+        f"W's centre, then {steps} steps": invert(
+            domain, photos, InversionConfig(steps=steps), progress=False
+        ).metrics,
+    }
     rows = []
     for what, measured in found.items():
         row = {"start": what, "n": n}

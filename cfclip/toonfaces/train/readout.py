@@ -57,8 +57,15 @@ def train(config: ReadoutConfig, out: Path) -> Readout:
         schedule.step()
         return {"parts": loss_parts.item(), "presence": loss_presence.item()}
 
-    run_loop(with_global_seed(step), config.steps, state={"model": model, "optimizer": optimizer, "schedule": schedule}, out=out, seed=config.seed,
-        checkpoint_every=250, desc="readout")
+    run_loop(
+        with_global_seed(step),
+        config.steps,
+        state={"model": model, "optimizer": optimizer, "schedule": schedule},
+        out=out,
+        seed=config.seed,
+        checkpoint_every=250,
+        desc="readout",
+    )
     return model.eval()
 
 
@@ -70,9 +77,18 @@ def colour_accuracy(readout: ToonTruth | Readout, faces: int = 1000, seed: int =
     rows = []
     for part in PARTS:
         guesses = measured.colour(part)
-        hits = [g == getattr(f, part).name for f, r, g in zip(people, drawn, guesses, strict=True) if f.has(part) and r.area(part) > VISIBLE]
+        hits = [
+            g == getattr(f, part).name
+            for f, r, g in zip(people, drawn, guesses, strict=True)
+            if f.has(part) and r.area(part) > VISIBLE
+        ]
         rows.append({"part": part, "accuracy": float(np.mean(hits)), "n": len(hits)})
-    presence = {"hair style": measured.hair_style == [HAIR_STYLES.index(f.hair_style) for f in people],
-                "beard or not": measured.has_beard == [f.has_beard for f in people],
-                "glasses or not": measured.has_glasses == [f.has_glasses for f in people], "is a face": measured.is_face}
-    return rows + [{"part": name, "accuracy": float(np.mean(hits)), "n": faces} for name, hits in presence.items()]
+    presence = {
+        "hair style": measured.hair_style == [HAIR_STYLES.index(f.hair_style) for f in people],
+        "beard or not": measured.has_beard == [f.has_beard for f in people],
+        "glasses or not": measured.has_glasses == [f.has_glasses for f in people],
+        "is a face": measured.is_face,
+    }
+    return rows + [
+        {"part": name, "accuracy": float(np.mean(hits)), "n": faces} for name, hits in presence.items()
+    ]
