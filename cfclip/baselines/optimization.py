@@ -85,12 +85,7 @@ class OptimizationEditor(Editor):
             }
 
         self.rows = run_loop(
-            step,
-            c.steps,
-            state={},
-            callbacks=self.callbacks,
-            desc=c.prompt,
-            progress=self.progress,
+            step, c.steps, state={}, callbacks=self.callbacks, desc=c.prompt, progress=self.progress
         )
         return shift.detach()
 
