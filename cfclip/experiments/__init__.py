@@ -1,4 +1,4 @@
-"""Grids of notebooks: what to run, how a run is known, and where it happens."""
+"""Sweeps, which are grids of notebook runs: what to run, what a run is, where it runs, and driving."""
 
 from cfclip.experiments.runs import gather, records
 from cfclip.experiments.spec import load_preset, load_spec
