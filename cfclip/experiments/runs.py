@@ -197,13 +197,13 @@ def _link(folder: Path, ids: Sequence[str]) -> None:
 
 
 def records(out: str | os.PathLike) -> list[dict[str, Any]]:
-    """run.json (parameters, seconds, versions, …) of every finished run of a grid in ``out``, ordered by run."""
+    """run.json (parameters, seconds, versions, …) of each finished run of a grid in ``out``, in order."""
     written = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(out).glob("*/run.json"))]
     return [record for record in written if record["status"] == "finished" and record["gathers"] is None]
 
 
 def gather(out: str | os.PathLike) -> pd.DataFrame:
-    """The rows of ``metrics.jsonl`` of all finished runs in ``out``, with their parameters; ordered by run.
+    """The rows of ``metrics.jsonl`` of all finished runs in ``out``, with their parameters, in order.
 
     Where rows have another value than the parameter of the same name (e.g. a notebook's ``strength``, which is
     only that of its table), the parameter's column is called ``<name>_parameter``.

@@ -1,7 +1,7 @@
 """A grid of papermill runs on any ``concurrent.futures`` executor: this machine's cores, or a dask cluster.
 
 A run's folder is named by its content: the notebook's code, its parameters, this package, the weights it loads.
-A sweep that is started again, after a crash or an edit, therefore does only what is missing or has changed.
+So a sweep that is started again, after a crash or an edit, does only what is missing or has changed.
 """
 
 import itertools
@@ -115,8 +115,8 @@ def sweep(
 ) -> list[Run]:
     """Do what is missing of the grid, then the notebooks that gather it. A run's folder is ``out``/its id.
 
-    The notebooks of ``then`` run every time and write to ``reports``. They need the whole grid: if a run fails,
-    the others are still done, and then ValueError shows a table of the failures.
+    The notebooks of ``then`` run every time and write to ``reports``. They need the whole grid: if a run
+    fails, the others are still done, and then ValueError shows a table of the failures.
     ``executor``: default this machine's cores; one that is given stays open.
     """
     out, reports = writable(out).resolve(), writable(reports).resolve()
