@@ -37,7 +37,7 @@ NOT_HASHED = (
     "explorer/",
     *(f"evaluation/{name}.py" for name in ("claims", "figures", "report", "tables")),
 )
-"""Files and folders of the package that no run's numbers depend on: those of evaluation gather and draw."""
+"""Code of the package that no run's numbers depend on; the modules of evaluation gather and draw."""
 
 
 # ---- what a run is: its content ----
@@ -205,8 +205,8 @@ def records(out: str | os.PathLike) -> list[dict[str, Any]]:
 def gather(out: str | os.PathLike) -> pd.DataFrame:
     """The rows of ``metrics.jsonl`` of all finished runs in ``out``, with their parameters, in order.
 
-    Where rows have another value than the parameter of the same name (e.g. a notebook's ``strength``, which is
-    only that of its table), the parameter's column is called ``<name>_parameter``.
+    A parameter whose name is also in the rows with other values gets the column ``<name>_parameter``: the
+    ``strength`` of a notebook, for example, is only that of its table.
     """
     rows = []
     for record in records(out):

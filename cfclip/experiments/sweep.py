@@ -1,6 +1,6 @@
 """A grid of papermill runs on any ``concurrent.futures`` executor: this machine's cores, or a dask cluster.
 
-A run's folder is named by its content: the notebook's code, its parameters, this package, the weights it loads.
+A run's folder is named by its content: the notebook's code, its parameters, this package and the weights.
 So a sweep that is started again, after a crash or an edit, does only what is missing or has changed.
 """
 

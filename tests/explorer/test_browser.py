@@ -49,8 +49,9 @@ def page(tmp_path_factory) -> Iterator:
     path = os.pathsep.join([str(NOTEBOOKS.parent), os.environ.get("PYTHONPATH", "")])
     options = f"""
         --no-browser --allow-root --ip=127.0.0.1 --port={port} --ServerApp.port_retries=0
-        --IdentityProvider.token= --ServerApp.root_dir={folder} --LabApp.expose_app_in_browser=True
+        --IdentityProvider.token= --LabApp.expose_app_in_browser=True
         --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate""".split()
+    options.append(f"--ServerApp.root_dir={folder}")
     command, env = [sys.executable, "-m", "jupyterlab", *options], os.environ | home | {"PYTHONPATH": path}
     with (folder / "log").open("w", encoding="utf-8") as log:
         lab = subprocess.Popen(command, env=env, stdout=log, stderr=log)
