@@ -30,14 +30,9 @@ KERNEL_ENVIRONMENT = {
 }
 OUTPUT_PARAMS = ("out", "runs", "reports")
 """Parameters that the sweep sets; they are not part of a run's content."""
-NOT_HASHED = (
-    "cli.py",
-    "bench/",
-    "experiments/",
-    "explorer/",
-    *(f"evaluation/{name}.py" for name in ("claims", "figures", "report", "tables")),
-)
-"""Code of the package that no run's numbers depend on; the modules of evaluation gather and draw."""
+_PRESENTATION = tuple(f"evaluation/{name}.py" for name in ("claims", "figures", "report", "tables"))
+NOT_HASHED = ("cli.py", "bench/", "experiments/", "explorer/", *_PRESENTATION)
+"""Code of the package that no run's numbers depend on: to change it makes no run outdated."""
 
 
 # ---- what a run is: its content ----
@@ -130,18 +125,11 @@ def write_record(run: Run, folder: Path, status: str, error: str = "", seconds: 
     """Write run.json, the last step of a run: it makes the run finished or failed."""
     device = run.parameters.get("device", "cpu")
     made_with = versions(device if status == "finished" else "cpu")  # a failed run's device may not exist
-    record = {
-        "run": run.id,
-        "notebook": run.notebook.stem,
-        "status": status,
-        "error": error,
-        "seconds": round(seconds, 2),
-        "seed": run.parameters.get("seed"),
-        "parameters": run.parameters,
-        "content": run.content,
-        "gathers": run.gathers,
-        "versions": made_with | {"device": device, "threads": KERNEL_ENVIRONMENT["OMP_NUM_THREADS"]},
-    }
+    made_with |= {"device": device, "threads": KERNEL_ENVIRONMENT["OMP_NUM_THREADS"]}
+    record = {"run": run.id, "notebook": run.notebook.stem}
+    record |= {"status": status, "error": error, "seconds": round(seconds, 2)}
+    record |= {"seed": run.parameters.get("seed"), "parameters": run.parameters}
+    record |= {"content": run.content, "gathers": run.gathers, "versions": made_with}
     write_json(folder / "run.json", record)
     return Outcome(status, error)
 

@@ -4,7 +4,7 @@ import ast
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from cfclip.files import NOTEBOOKS, first_bytes, slug
+from cfclip.settings import check_known
 
 TEXT_KEYS = ("prompt", "prompts")  # keys whose values stay text, also YAML's `no` and `1e3`
 SECTIONS = ("preset", "parameters", "grid", "then")
@@ -85,12 +86,12 @@ def load_spec(path: str | os.PathLike, quick: bool = False) -> Spec:
     """
     path = Path(path)
     values = _read_yaml(path, "sweep")
-    _check_keys(values, (*SECTIONS, "quick"), path.name)
+    check_known(values, (*SECTIONS, "quick"), path.name)
     if quick:
         if not isinstance(values.get("quick"), dict):
             fix = f"run it without --quick, or write one with any of {', '.join(SECTIONS)}"
             raise ValueError(f"{path.name} has no section quick: {fix}")
-        _check_keys(values["quick"], SECTIONS, f"quick of {path.name}")
+        check_known(values["quick"], SECTIONS, f"quick of {path.name}")
         values |= values["quick"]
     grid, then = (_blocks(values, name, path) for name in ("grid", "then"))
     parameters = values.get("parameters") or {}
@@ -108,11 +109,6 @@ def _blocks(values: Mapping[str, Any], name: str, path: Path) -> tuple[Mapping[s
     if not isinstance(blocks, list) or not all(isinstance(b, dict) and b.get("notebook") for b in blocks):
         raise ValueError(f"{name} of {path.name} must be a list of blocks like `- notebook: 02_training`")
     return tuple(blocks)
-
-
-def _check_keys(given: Mapping, known: Sequence[str], where: str) -> None:
-    if unknown := [key for key in given if key not in known]:
-        raise ValueError(f"{where}: unknown {', '.join(map(repr, unknown))}; known are: {', '.join(known)}")
 
 
 def cells(block: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
@@ -159,19 +155,12 @@ def find_notebook(name: str | os.PathLike, folder: Path = Path()) -> Path:
 def code_of(notebook: Path) -> list[tuple[str, list[str]]]:
     """(source, tags) of each code cell."""
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    return [
-        ("".join(cell["source"]), cell.get("metadata", {}).get("tags", []))
-        for cell in cells
-        if cell["cell_type"] == "code"
-    ]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    return [("".join(cell["source"]), cell.get("metadata", {}).get("tags", [])) for cell in code]
 
 
 def parameters_of(notebook: str | os.PathLike) -> dict[str, Any]:
     """name -> default of each parameter in the cell that is tagged ``parameters``."""
-    sources = [source for source, tags in code_of(find_notebook(notebook)) if "parameters" in tags]
-    return {
-        node.targets[0].id: ast.literal_eval(node.value)
-        for source in sources
-        for node in ast.parse(source).body
-        if isinstance(node, ast.Assign)
-    }
+    code = "\n".join(source for source, tags in code_of(find_notebook(notebook)) if "parameters" in tags)
+    assigned = [node for node in ast.parse(code).body if isinstance(node, ast.Assign)]
+    return {node.targets[0].id: ast.literal_eval(node.value) for node in assigned}

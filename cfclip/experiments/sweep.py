@@ -35,6 +35,7 @@ from cfclip.experiments.runs import (
 )
 from cfclip.experiments.spec import Spec, cells, find_notebook, parameters_of
 from cfclip.files import writable, write_json
+from cfclip.settings import check_known
 
 logger = logging.getLogger(__name__)
 
@@ -47,19 +48,15 @@ MAX_ATTEMPTS = 3
 
 def _parameters(notebook: Path, spec: Spec, given: Mapping[str, Any]) -> dict[str, Any]:
     """Defaults < preset < the spec's parameters < ``given``, checked; without OUTPUT_PARAMS."""
-    defaults, name_of_notebook = parameters_of(notebook), notebook.stem
-    if unknown := [name for name in given if name not in defaults]:
-        names = ", ".join(map(repr, unknown))
-        raise ValueError(f"{name_of_notebook} has no parameter {names}; it has: {', '.join(defaults)}")
+    defaults = parameters_of(notebook)
+    check_known(given, defaults, notebook.stem)
     merged = {**defaults, **spec.preset, **spec.parameters, **given}
     values = {}
     for name, default in defaults.items():
-        value, what = merged[name], f"{name} of {name_of_notebook}"
+        value, what = merged[name], f"{name} of {notebook.stem}"
         if name in OUTPUT_PARAMS:
             if value != default:
-                raise ValueError(
-                    f"{what} is set by the sweep: leave it out (--out and --reports choose where)"
-                )
+                raise ValueError(f"{what} is set by the sweep: use --out and --reports instead")
             continue
         if isinstance(default, float) and type(value) is int:
             value = float(value)  # 40 and 40.0 are one run

@@ -177,9 +177,8 @@ class Explorer(HasTraits):
     def new_faces(self) -> None:
         """Replace all faces that are not locked by new ones."""
         seen = [face for recipe in self.history for face in recipe.faces if isinstance(face, int)]
-        fresh = range(1 + max(seen, default=-1), 1 + max(seen, default=-1) + len(self.recipe.faces))
-        faces = zip(self.recipe.faces, fresh, strict=True)
-        self.change(faces=tuple(face if face in self.locked else seed for face, seed in faces))
+        faces = enumerate(self.recipe.faces, 1 + max(seen, default=-1))
+        self.change(faces=tuple(face if face in self.locked else seed for seed, face in faces))
 
     def set_seeds(self, text: str) -> None:
         """Choose the faces by their seeds, "3, 14, 15"; own photos stay."""

@@ -102,21 +102,20 @@ class Recipe:
         if self.region:
             source = "domain.generator.synthesis(w)"
             edit += [f"    images = recipe.blend(domain, {source}, images, {self.region!r})"]
-        return "\n".join([
-            "import torch",
-            "",
-            "import cfclip",
-            "from cfclip.baselines.library import mapper_for",
-            "from cfclip.evaluation.figures import image_grid",
-            "from cfclip.explorer import recipe",
-            "",
-            f"domain = cfclip.load_domain({self.domain!r})",
-            f"w = recipe.codes(domain, {list(self.faces)!r})",
-            "with torch.no_grad():",
-            *edit,
-            f"figure = image_grid({{{self.prompt!r}: images}}, columns=len(w))",
-            "",
-        ])
+        lines = "\n".join(edit)
+        return f"""import torch
+
+import cfclip
+from cfclip.baselines.library import mapper_for
+from cfclip.evaluation.figures import image_grid
+from cfclip.explorer import recipe
+
+domain = cfclip.load_domain({self.domain!r})
+w = recipe.codes(domain, {list(self.faces)!r})
+with torch.no_grad():
+{lines}
+figure = image_grid({{{self.prompt!r}: images}}, columns=len(w))
+"""
 
 
 def codes(domain: Domain, faces: Sequence[int | str]) -> Tensor:

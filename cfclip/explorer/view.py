@@ -105,15 +105,9 @@ class View(ipw.VBox):
         self._thread = threading.local()  # the user may act while a worker's thread updates controls
         self.message, self.note = _named(ipw.HTML(), "cfx-alert"), ipw.HTML()
         self.scores = ipw.HTML(layout=Layout(margin="6px 0 0 0"))
-        tabs = {
-            "Where": self._where(),
-            "Layers": self._layers(),
-            "Faces": self._faces(),
-            "History": self._history(),
-            "Refine": self._refine(),
-            "Export": self._export(),
-        }
-        tab = ipw.Tab(list(tabs.values()), titles=tuple(tabs), layout=Layout(margin="8px 0 0 0"))
+        titles = ("Where", "Layers", "Faces", "History", "Refine", "Export")
+        tabs = [self._where(), self._layers(), self._faces(), self._history(), self._refine(), self._export()]
+        tab = ipw.Tab(tabs, titles=titles, layout=Layout(margin="8px 0 0 0"))
         style = ipw.HTML(STYLE, layout=Layout(height="0", margin="0"))
         super().__init__([style, self._top(), self.message, self._pictures(), self.scores, self.note, tab])
         self.add_class("cfx")

@@ -187,40 +187,28 @@ def test_a_run_in_a_folder_that_is_in_use_is_busy(folder):
     assert counts(folder) == {}
 
 
+ECHO = "grid: [{notebook: echo.ipynb, %s}]"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("gird: []", r"unknown 'gird'; known are: preset, parameters, grid, then, quick"),
+        ("gird: []", r"s.yaml has no setting 'gird'; it has: preset, parameters, grid, then, quick"),
         ("then: []", "has no grid"),
         ("grid: [02_training]", "list of blocks like"),
         ("grid: [{notebook: nowhere}]", r"notebook nowhere does not exist; there are: 00_tour"),
+        (ECHO % "stepz: 3", r"echo has no setting 'stepz'; it has: prompt, source_text"),
+        (ECHO % "scale: 1e3", r"scale of echo must be of type float, not '1e3' \(YAML reads"),
+        (ECHO % "seed: true", r"seed of echo must be of type int, not True"),
+        (ECHO % "out: here", r"out of echo is set by the sweep"),
+        (ECHO % "seed: []", "seed lists nothing"),
+        (ECHO % "prompt: [a, ''], seed: 1", "prompt has an empty value"),
+        (ECHO % "seed: [1], prompt: {a: {seed: 3}}", "prompt 'a' may change parameters that are not axes"),
+        (ECHO % "seed: 1" + "\nparameters: {stepz: 1}", "no notebook of s has a parameter 'stepz'"),
+        (ECHO % "seed: 1" + "\ngrid: []", "'grid' is there twice"),
         (
-            "grid: [{notebook: echo.ipynb, stepz: 3}]",
-            r"echo has no parameter 'stepz'; it has: prompt, source_text",
-        ),
-        (
-            "grid: [{notebook: echo.ipynb, scale: 1e3}]",
-            r"scale of echo must be of type float, not '1e3' \(YAML reads",
-        ),
-        ("grid: [{notebook: echo.ipynb, seed: true}]", r"seed of echo must be of type int, not True"),
-        ("grid: [{notebook: echo.ipynb, out: here}]", r"out of echo is set by the sweep"),
-        ("grid: [{notebook: echo.ipynb, seed: []}]", "seed lists nothing"),
-        (
-            "grid: [{notebook: echo.ipynb, prompt: [a, ]}, {notebook: echo.ipynb, prompt: ['']}]",
-            "prompt has an empty value",
-        ),
-        (
-            "grid: [{notebook: echo.ipynb, seed: [1], prompt: {a: {seed: 3}}}]",
-            "prompt 'a' may change parameters that are not axes",
-        ),
-        (
-            "grid: [{notebook: echo.ipynb}]\nparameters: {stepz: 1}",
-            "no notebook of s has a parameter 'stepz'",
-        ),
-        ("grid: [{notebook: echo.ipynb}]\ngrid: [{notebook: echo.ipynb}]", "'grid' is there twice"),
-        (
-            "grid: [{notebook: echo.ipynb}]\npreset: nowhere.yaml",
-            r"preset .*nowhere\.yaml does not exist; there are: afhq-cat\.yaml",
+            ECHO % "seed: 1" + "\npreset: no.yaml",
+            r"preset .*no\.yaml does not exist; there are: afhq-cat\.yaml",
         ),
         ("grid: [", "is not YAML"),
     ],
