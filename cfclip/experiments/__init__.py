@@ -1,4 +1,4 @@
-"""Sweeps, which are grids of notebook runs: what to run, what a run is, where it runs, and driving."""
+"""Sweeps: grids of notebook runs: spec (what to run), runs (what a run is), executors, sweep (driving)."""
 
 from cfclip.experiments.runs import gather, records
 from cfclip.experiments.spec import load_preset, load_spec

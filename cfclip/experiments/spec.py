@@ -112,7 +112,7 @@ def _blocks(values: Mapping[str, Any], name: str, path: Path) -> tuple[Mapping[s
 
 
 def cells(block: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
-    """Each combination of a block's axes: (notebook and parameters, a file name that is its own)."""
+    """Each combination of a block's axes: (notebook and parameters, a file name that differs)."""
     axes = {name: _axis(name, values, block) for name, values in block.items()}
     for choice in itertools.product(*axes.values()):
         cell = dict(zip(axes, (value for value, _ in choice), strict=True))
