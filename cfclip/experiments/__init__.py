@@ -1,4 +1,4 @@
-"""Grids of notebooks: what to run, how a run is known, and where it happens."""
+"""Sweeps: grids of notebook runs: spec (what to run), runs (what a run is), executors, sweep (driving)."""
 
 from cfclip.experiments.runs import gather, records
 from cfclip.experiments.spec import load_preset, load_spec

@@ -1,14 +1,15 @@
-"""A run: one notebook with its parameters, known by its content; done in a folder of its own."""
+"""A run: one notebook with its parameters, identified by its content and executed in a folder of its own."""
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import papermill
@@ -18,17 +19,20 @@ from cfclip.evaluation.report import versions
 from cfclip.experiments.spec import code_of, find_notebook, parameters_of
 from cfclip.files import DATA, DOWNLOADS, PACKAGE, FolderInUse, locked, read_rows, write_json
 
+logger = logging.getLogger(__name__)
+
 KERNEL_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",  # one run a core: runs do not disturb each other, and numbers do not depend on the cores
-    "MALLOC_MMAP_THRESHOLD_": "4000000000",  # glibc would give every big tensor back to the kernel and fault it in again
+    "OMP_NUM_THREADS": "1",  # one run per core; and numbers do not depend on the number of cores
+    # else glibc returns every large tensor to the system, and pages of the next one are faulted in again
+    "MALLOC_MMAP_THRESHOLD_": "4000000000",
     "MALLOC_TRIM_THRESHOLD_": "8000000000",
     "MALLOC_TOP_PAD_": "500000000",
 }
-
-OUTPUT_PARAMS = ("out", "runs", "reports")  # parameters that the sweep sets, and that make no run another one
-
-NOT_HASHED = ("cli.py", "bench/", "experiments/", "explorer/", "evaluation/claims.py", "evaluation/tables.py")
-"""Code that no run of a grid depends on."""
+OUTPUT_PARAMS = ("out", "runs", "reports")
+"""Parameters that the sweep sets; they are not part of a run's content."""
+_PRESENTATION = tuple(f"evaluation/{name}.py" for name in ("claims", "figures", "report", "tables"))
+NOT_HASHED = ("cli.py", "bench/", "experiments/", "explorer/", *_PRESENTATION)
+"""Code of the package that no run's numbers depend on: to change it makes no run outdated."""
 
 
 # ---- what a run is: its content ----
@@ -38,46 +42,42 @@ NOT_HASHED = ("cli.py", "bench/", "experiments/", "explorer/", "evaluation/claim
 class Run:
     """One notebook and everything that its numbers depend on."""
 
-    id: str  # its folder's name
+    id: str  # the name of its folder
     notebook: Path
-    parameters: Mapping[str, Any]  # all the notebook has, but for OUTPUT_PARAMS
-    content: Mapping[str, str]  # what was hashed: notebook, code, weights
-    gathers: tuple[str, ...] | None = None  # of a notebook of `then`: the runs it looks at
+    parameters: Mapping[str, Any]  # all of the notebook except OUTPUT_PARAMS
+    content: Mapping[str, str]  # hashes of the notebook, the code and the weights
+    gathers: tuple[str, ...] | None = None  # of a notebook of `then`: the runs that it gathers
 
 
 def digest(content: Any) -> str:
-    return hashlib.sha256(
-        json.dumps(content, sort_keys=True, ensure_ascii=False, default=str).encode()
-    ).hexdigest()
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def notebook_hash(notebook: Path) -> str:
-    """Of the code cells: neither outputs nor prose change a number."""
+    """Of the code cells: neither outputs nor text change a number."""
     return digest(code_of(notebook))
 
 
 def code_hash() -> str:
-    """Of the installed package, but for :data:`NOT_HASHED`."""
-    names = {p.relative_to(PACKAGE).as_posix(): p for p in PACKAGE.rglob("*") if p.suffix in (".py", ".json")}
-    kept = sorted((name, path) for name, path in names.items() if not name.startswith(NOT_HASHED))
-    return digest([(name, hashlib.sha256(path.read_bytes()).hexdigest()) for name, path in kept])
+    """Of the installed package, without :data:`NOT_HASHED`."""
+    files = {p.relative_to(PACKAGE).as_posix(): p for p in PACKAGE.rglob("*") if p.suffix in (".py", ".json")}
+    hashed = sorted((name, path) for name, path in files.items() if not name.startswith(NOT_HASHED))
+    return digest([(name, hashlib.sha256(path.read_bytes()).hexdigest()) for name, path in hashed])
 
 
 def weights_hash(domain: str, known: dict[str, list]) -> str:
-    """Of every file that ``domain`` loads. ``known``: path -> [size, mtime, sha256] of files hashed before; grows."""
+    """Of all files that ``domain`` loads. ``known``: path -> [size, mtime, sha256], read and updated."""
     folder = DATA / domain
     files = [p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".md", ".png", ".part")]
     files += [DOWNLOADS / source.name for source in SOURCES if domain in source.domains]
     hashes = []
     for path in sorted(p for p in files if p.exists()):
         stat = path.stat()
-        if known.get(str(path), [])[:2] != [stat.st_size, stat.st_mtime_ns]:
+        size_and_time = [stat.st_size, stat.st_mtime_ns]
+        if known.get(str(path), [])[:2] != size_and_time:
             with path.open("rb") as file:
-                known[str(path)] = [
-                    stat.st_size,
-                    stat.st_mtime_ns,
-                    hashlib.filedigest(file, "sha256").hexdigest(),
-                ]
+                known[str(path)] = [*size_and_time, hashlib.file_digest(file, "sha256").hexdigest()]
         hashes.append((path.relative_to(DATA).as_posix(), known[str(path)][2]))
     return digest(hashes)
 
@@ -85,28 +85,28 @@ def weights_hash(domain: str, known: dict[str, list]) -> str:
 # ---- one run, in a worker ----
 
 
+class Outcome(NamedTuple):
+    """How a run ended."""
+
+    status: str  # finished, failed, lost (its kernel or worker died) or busy (another sweep is doing it)
+    error: str = ""
+
+
 def run_notebook(
     notebook: str | os.PathLike, folder: str | os.PathLike, parameters: Mapping[str, Any]
 ) -> Path:
-    """Execute ``notebook``; the executed copy (also of a failed run) lands in ``folder``."""
+    """Execute ``notebook``; the executed copy, also of a failed run, is in ``folder``."""
     source = find_notebook(notebook)
     path = Path(folder) / source.name
     path.parent.mkdir(parents=True, exist_ok=True)
-    literal = [
-        str(p).replace("{", "{{").replace("}", "}}") for p in (source, path)
-    ]  # papermill takes braces in a path for parameters
+    # papermill formats paths: braces in them have to be doubled
+    literal = [str(p).replace("{", "{{").replace("}", "}}") for p in (source, path)]
+    kernel = {"kernel_name": "python3", "language": "python", "start_timeout": 300}
+    quiet = {"progress_bar": False, "extra_arguments": ["--log-level=50"]}  # kernels warn of their transport
     before = dict(os.environ)
-    os.environ.update(KERNEL_ENVIRONMENT)  # the kernel inherits it, and nobody else
+    os.environ.update(KERNEL_ENVIRONMENT)  # for the kernel, which inherits it
     try:
-        papermill.execute_notebook(
-            *literal,
-            dict(parameters),
-            kernel_name="python3",
-            language="python",
-            progress_bar=False,
-            start_timeout=300,
-            extra_arguments=["--log-level=50"],
-        )  # a kernel warns of its own transport, once a run
+        papermill.execute_notebook(*literal, dict(parameters), **kernel, **quiet)
     finally:
         for name in KERNEL_ENVIRONMENT:
             os.environ.pop(name)
@@ -116,49 +116,41 @@ def run_notebook(
 
 
 def status(folder: Path) -> str:
-    """What ``folder``'s run.json says: finished or failed; "" without one."""
+    """What run.json in ``folder`` says: finished or failed; "" without one."""
     path = folder / "run.json"
     return json.loads(path.read_text(encoding="utf-8"))["status"] if path.exists() else ""
 
 
-def write_record(
-    run: Run, folder: Path, status: str, error: str = "", seconds: float = 0.0
-) -> dict[str, str]:
-    """Write run.json, which makes a run finished (or failed); the last thing that happens in its folder."""
+def write_record(run: Run, folder: Path, status: str, error: str = "", seconds: float = 0.0) -> Outcome:
+    """Write run.json, the last step of a run: it makes the run finished or failed."""
     device = run.parameters.get("device", "cpu")
-    found = versions(device if status == "finished" else "cpu")  # that of a failed run may not be there
-    record = {
-        "run": run.id,
-        "notebook": run.notebook.stem,
-        "status": status,
-        "error": error,
-        "seconds": round(seconds, 2),
-        "seed": run.parameters.get("seed"),
-        "parameters": run.parameters,
-        "content": run.content,
-        "gathers": run.gathers,
-        "versions": found | {"device": device, "threads": KERNEL_ENVIRONMENT["OMP_NUM_THREADS"]},
-    }
+    made_with = versions(device if status == "finished" else "cpu")  # a failed run's device may not exist
+    made_with |= {"device": device, "threads": KERNEL_ENVIRONMENT["OMP_NUM_THREADS"]}
+    record = {"run": run.id, "notebook": run.notebook.stem}
+    record |= {"status": status, "error": error, "seconds": round(seconds, 2)}
+    record |= {"seed": run.parameters.get("seed"), "parameters": run.parameters}
+    record |= {"content": run.content, "gathers": run.gathers, "versions": made_with}
     write_json(folder / "run.json", record)
-    return {"status": status, "error": error}
+    return Outcome(status, error)
 
 
-def execute(run: Run, out: str, reports: str, patient: bool = False) -> dict[str, str]:
-    """Do ``run`` in its folder unless it is finished there -> its status and error: finished, failed, lost (its kernel was killed) or busy.
+def execute(run: Run, out: str, reports: str, patient: bool = False) -> Outcome:
+    """Execute ``run`` in its folder unless it is finished there.
 
-    Busy: another sweep of the same folder is doing it; ``patient`` waits for that one, and takes over if it dies.
+    If another sweep of the same folder is executing it, the outcome is "busy". With ``patient`` that sweep is
+    waited for, and the run is taken over if it dies.
     """
     folder = Path(out) / run.id
     try:
         with locked(folder, "run", wait=patient):
             return _execute(run, folder, reports)
     except FolderInUse:
-        return {"status": "busy", "error": "another sweep is doing it"}
+        return Outcome("busy", "another sweep is doing it")
 
 
-def _execute(run: Run, folder: Path, reports: str) -> dict[str, str]:
+def _execute(run: Run, folder: Path, reports: str) -> Outcome:
     if run.gathers is None and status(folder) == "finished":
-        return {"status": "finished", "error": ""}
+        return Outcome("finished")
     start = time.perf_counter()
     try:
         if (run.content["notebook"], run.content["code"]) != (notebook_hash(run.notebook), code_hash()):
@@ -169,48 +161,48 @@ def _execute(run: Run, folder: Path, reports: str) -> dict[str, str]:
         if run.gathers is not None:
             _link(folder / "runs", run.gathers)
             values |= {"runs": str(folder / "runs"), "reports": reports}
-        defaults = parameters_of(run.notebook)
-        given = {
-            name: values[name] for name, default in defaults.items() if values.get(name, default) != default
-        }
-        run_notebook(run.notebook, folder, given)
+        defaults = parameters_of(run.notebook).items()
+        changed = {name: values[name] for name, value in defaults if values.get(name, value) != value}
+        run_notebook(run.notebook, folder, changed)
     except Exception as error:
-        if str(error).startswith(
-            "Kernel died"
-        ):  # e.g. out of memory; papermill has no class for all of these
-            return {"status": "lost", "error": "its kernel died"}
-        text = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        return write_record(run, folder, "failed", text[-1].strip(), time.perf_counter() - start)
+        if str(error).startswith("Kernel died"):  # e.g. out of memory; papermill has no class for all cases
+            return Outcome("lost", "its kernel died")
+        logger.debug("run %s failed", run.id, exc_info=True)
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        return write_record(run, folder, "failed", lines[-1].strip(), time.perf_counter() - start)
     return write_record(run, folder, "finished", seconds=time.perf_counter() - start)
 
 
 def _link(folder: Path, ids: Sequence[str]) -> None:
-    """A folder of links to just these runs: beside them there may be those of other grids and of earlier code."""
+    """A folder of links to these runs only: ``out`` may also hold runs of other grids and of earlier code."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for one in ids:
         (folder / one).symlink_to(Path("../..") / one, target_is_directory=True)
 
 
+# ---- finished runs ----
+
+
 def records(out: str | os.PathLike) -> list[dict[str, Any]]:
-    """What run.json says of every finished run of a grid in ``out``, ordered by run: parameters, seconds, versions, …"""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(out).glob("*/run.json"))]
-    return [record for record in found if record["status"] == "finished" and record["gathers"] is None]
+    """run.json (parameters, seconds, versions, …) of each finished run of a grid in ``out``, in order."""
+    written = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(out).glob("*/run.json"))]
+    return [record for record in written if record["status"] == "finished" and record["gathers"] is None]
 
 
 def gather(out: str | os.PathLike) -> pd.DataFrame:
-    """Every finished run in ``out``: its parameters and, a row each, the rows of its ``metrics.jsonl``; ordered by run.
+    """The rows of ``metrics.jsonl`` of all finished runs in ``out``, with their parameters, in order.
 
-    A row knows best what it is of: a parameter of the same name (a notebook's ``strength``, whose rows are of many) that is not that of
-    every row gets the suffix ``_parameter``.
+    A parameter whose name is also in the rows with other values gets the column ``<name>_parameter``: the
+    ``strength`` of a notebook, for example, is only that of its table.
     """
     rows = []
     for record in records(out):
-        metrics = Path(out) / record["run"] / "metrics.jsonl"
-        own = read_rows(metrics) if metrics.exists() else [{}]
-        given = {
-            f"{name}_parameter" if any(row.get(name, value) != value for row in own) else name: value
-            for name, value in record["parameters"].items()
-        }
-        rows += [{"run": record["run"], "notebook": record["notebook"], **given} | row for row in own]
+        path = Path(out) / record["run"] / "metrics.jsonl"
+        measured = read_rows(path) if path.exists() else [{}]
+        first = {"run": record["run"], "notebook": record["notebook"]}
+        for name, value in record["parameters"].items():
+            differs = any(row.get(name, value) != value for row in measured)
+            first[f"{name}_parameter" if differs else name] = value
+        rows += [first | row for row in measured]
     return pd.DataFrame(rows)

@@ -1,10 +1,10 @@
-"""What to run: sweep files and presets in YAML, and the notebooks' parameters."""
+"""What to run: sweep files and presets in YAML, and the parameters of notebooks."""
 
 import ast
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,13 @@ from typing import Any
 import yaml
 
 from cfclip.files import NOTEBOOKS, first_bytes, slug
+from cfclip.settings import check_known
 
-TEXT = ("prompt", "prompts")  # keys under which YAML's `no` and `1e3` are words
+TEXT_KEYS = ("prompt", "prompts")  # keys whose values stay text, also YAML's `no` and `1e3`
+SECTIONS = ("preset", "parameters", "grid", "then")
 
-KEYS = ("preset", "parameters", "grid", "then")
 
-
-# ---- what to run: the YAML ----
+# ---- YAML ----
 
 
 class _Loader(yaml.SafeLoader):
@@ -28,25 +28,28 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key, value in node.value:
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key.value!r} stands there twice", key.start_mark
-                )
+                problem = f"{key.value!r} is there twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             seen.add(key.value)
-            if key.value in TEXT:
-                inside = {
-                    "sequence": lambda v=value: v.value,
-                    "mapping": lambda v=value: [k for k, _ in v.value],
-                }.get(value.id, lambda v=value: [v])()
-                for one in inside:
-                    if one.id == "scalar":
-                        one.tag = "tag:yaml.org,2002:str"
+            if key.value in TEXT_KEYS:
+                for scalar in _scalars(value):
+                    scalar.tag = "tag:yaml.org,2002:str"
         return super().construct_mapping(node, deep)
+
+
+def _scalars(node: yaml.Node) -> list[yaml.ScalarNode]:
+    """The scalars that are prompts: the node itself, the items of a list, or the keys of a mapping."""
+    if isinstance(node, yaml.MappingNode):
+        nodes = [key for key, _ in node.value]
+    else:
+        nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    return [one for one in nodes if isinstance(one, yaml.ScalarNode)]
 
 
 def _read_yaml(path: Path, what: str) -> dict[str, Any]:
     if not path.exists():
-        there = ", ".join(sorted(p.name for p in (NOTEBOOKS / "presets").glob("*.yaml")))
-        raise ValueError(f"{what} {path} does not exist; there are: {there}")
+        known = ", ".join(sorted(p.name for p in (NOTEBOOKS / "presets").glob("*.yaml")))
+        raise ValueError(f"{what} {path} does not exist; there are: {known}")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except yaml.YAMLError as error:
@@ -61,107 +64,103 @@ def load_preset(path: str | os.PathLike) -> dict[str, Any]:
     return _read_yaml(Path(path), "preset")
 
 
+# ---- sweep files ----
+
+
 @dataclass(frozen=True)
 class Spec:
-    """What a sweep file says."""
+    """The content of a sweep file."""
 
-    name: str  # the file's, with "-quick" for its quick version
-    folder: Path  # where its relative paths start
-    grid: tuple[Mapping[str, Any], ...]  # blocks; each is the product of its axes, "notebook" being one
+    name: str  # the file's name, with "-quick" for its quick version
+    folder: Path  # relative paths start here
+    grid: tuple[Mapping[str, Any], ...]  # blocks; each is the product of its axes, one of which is "notebook"
     then: tuple[Mapping[str, Any], ...] = ()  # notebooks that gather, one after the other
-    preset: Mapping[str, Any] = field(default_factory=dict)  # every notebook takes what it has of these
+    preset: Mapping[str, Any] = field(default_factory=dict)  # each notebook takes those that it has …
     parameters: Mapping[str, Any] = field(default_factory=dict)  # … and of these, which win
 
 
 def load_spec(path: str | os.PathLike, quick: bool = False) -> Spec:
-    """Read a sweep file; ``quick``: the keys of its ``quick`` section replace the file's. ValueError names what is wrong."""
+    """Read a sweep file; with ``quick`` the keys of its ``quick`` section replace those of the file.
+
+    ValueError names what is wrong.
+    """
     path = Path(path)
     values = _read_yaml(path, "sweep")
-    _known(values, (*KEYS, "quick"), f"{path.name}")
+    check_known(values, (*SECTIONS, "quick"), path.name)
     if quick:
         if not isinstance(values.get("quick"), dict):
-            raise ValueError(
-                f"{path.name} has no section quick: run it without --quick, or write one with any of {', '.join(KEYS)}"
-            )
-        _known(values["quick"], KEYS, f"quick of {path.name}")
+            fix = f"run it without --quick, or write one with any of {', '.join(SECTIONS)}"
+            raise ValueError(f"{path.name} has no section quick: {fix}")
+        check_known(values["quick"], SECTIONS, f"quick of {path.name}")
         values |= values["quick"]
-    for name in ("grid", "then"):
-        blocks = values.get(name) or []
-        if not isinstance(blocks, list) or not all(
-            isinstance(block, dict) and block.get("notebook") for block in blocks
-        ):
-            raise ValueError(f"{name} of {path.name} must be a list of blocks like `- notebook: 02_training`")
-    if not values.get("grid"):
+    grid, then = (_blocks(values, name, path) for name in ("grid", "then"))
+    parameters = values.get("parameters") or {}
+    if not grid:
         raise ValueError(f"{path.name} has no grid: nothing to run")
-    if not isinstance(values.get("parameters") or {}, dict):
+    if not isinstance(parameters, dict):
         raise ValueError(f"parameters of {path.name} must be a mapping of names to values")
     preset = load_preset(path.parent / values["preset"]) if values.get("preset") else {}
-    return Spec(
-        path.stem + ("-quick" if quick else ""),
-        path.parent.resolve(),
-        tuple(values["grid"]),
-        tuple(values.get("then") or ()),
-        preset,
-        values.get("parameters") or {},
-    )
+    name = path.stem + ("-quick" if quick else "")
+    return Spec(name, path.parent.resolve(), grid, then, preset, parameters)
 
 
-def _known(given: Mapping, known: Sequence[str], where: str) -> None:
-    if unknown := [key for key in given if key not in known]:
-        raise ValueError(f"{where}: unknown {', '.join(map(repr, unknown))}; known are: {', '.join(known)}")
+def _blocks(values: Mapping[str, Any], name: str, path: Path) -> tuple[Mapping[str, Any], ...]:
+    blocks = values.get(name) or []
+    if not isinstance(blocks, list) or not all(isinstance(b, dict) and b.get("notebook") for b in blocks):
+        raise ValueError(f"{name} of {path.name} must be a list of blocks like `- notebook: 02_training`")
+    return tuple(blocks)
 
 
 def cells(block: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
-    """Every combination of a block's axes -> (notebook and parameters, a file name that tells it from its neighbours)."""
-    axes = {
-        name: list(axis.items())
-        if isinstance(axis, dict)
-        else [(value, None) for value in (axis if isinstance(axis, list) else [axis])]
-        for name, axis in block.items()
-    }
-    for name, axis in axes.items():
-        if not axis or (name in TEXT and any(value == "" for value, _ in axis)):
-            raise ValueError(f"grid: {name} has an empty value" if axis else f"grid: {name} lists nothing")
-        for value, overrides in axis:
-            if not isinstance(overrides or {}, dict) or (overrides or {}).keys() & axes.keys():
-                raise ValueError(
-                    f"grid: {name} {value!r} may change parameters that are no axis, as `{value}: {{steps: 9}}`, not {overrides!r}"
-                )
+    """Each combination of a block's axes: (notebook and parameters, a file name that differs)."""
+    axes = {name: _axis(name, values, block) for name, values in block.items()}
     for choice in itertools.product(*axes.values()):
         cell = dict(zip(axes, (value for value, _ in choice), strict=True))
         for _, overrides in choice:
-            cell |= overrides or {}
-        told = [name for name in axes if name in ("notebook", "prompt") or len(axes[name]) > 1]
-        parts = [slug(Path(cell[name]).stem if name == "notebook" else str(cell[name])) for name in told]
+            cell |= overrides
+        named = [name for name in axes if name in ("notebook", "prompt") or len(axes[name]) > 1]
+        parts = [slug(Path(cell[name]).stem if name == "notebook" else str(cell[name])) for name in named]
         yield cell, first_bytes("-".join(first_bytes(part, 40) for part in parts), 160)
 
 
+def _axis(name: str, values: Any, block: Mapping[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
+    """(value, parameters that go only with this value) of each point of an axis."""
+    if isinstance(values, dict):
+        axis = [(value, overrides or {}) for value, overrides in values.items()]
+    else:
+        axis = [(value, {}) for value in (values if isinstance(values, list) else [values])]
+    if not axis:
+        raise ValueError(f"grid: {name} lists nothing")
+    for value, overrides in axis:
+        if name in TEXT_KEYS and value == "":
+            raise ValueError(f"grid: {name} has an empty value")
+        if not isinstance(overrides, dict) or overrides.keys() & block.keys():
+            form = f"parameters that are not axes, as in `{value}: {{steps: 9}}`"
+            raise ValueError(f"grid: {name} {value!r} may change {form}; not {overrides!r}")
+    return axis
+
+
+# ---- notebooks ----
+
+
 def find_notebook(name: str | os.PathLike, folder: Path = Path()) -> Path:
-    """``02_training`` -> the notebook of that name in ``notebooks/``; ``….ipynb`` is a path that starts in ``folder``."""
+    """The notebook ``name`` of ``notebooks/``; a name that ends in .ipynb is a path from ``folder``."""
     path = folder / name if str(name).endswith(".ipynb") else NOTEBOOKS / f"{name}.ipynb"
     if not path.exists():
-        raise ValueError(
-            f"notebook {name} does not exist; there are: {', '.join(sorted(p.stem for p in NOTEBOOKS.glob('*.ipynb')))}"
-        )
+        known = ", ".join(sorted(p.stem for p in NOTEBOOKS.glob("*.ipynb")))
+        raise ValueError(f"notebook {name} does not exist; there are: {known}")
     return path.resolve()
 
 
 def code_of(notebook: Path) -> list[tuple[str, list[str]]]:
     """(source, tags) of each code cell."""
-    cells = [
-        cell
-        for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-        if cell["cell_type"] == "code"
-    ]
-    return [("".join(cell["source"]), cell.get("metadata", {}).get("tags", [])) for cell in cells]
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    return [("".join(cell["source"]), cell.get("metadata", {}).get("tags", [])) for cell in code]
 
 
 def parameters_of(notebook: str | os.PathLike) -> dict[str, Any]:
-    """The notebook's ``parameters`` cell: name -> default."""
-    sources = [source for source, tags in code_of(find_notebook(notebook)) if "parameters" in tags]
-    return {
-        node.targets[0].id: ast.literal_eval(node.value)
-        for source in sources
-        for node in ast.parse(source).body
-        if isinstance(node, ast.Assign)
-    }
+    """name -> default of each parameter in the cell that is tagged ``parameters``."""
+    code = "\n".join(source for source, tags in code_of(find_notebook(notebook)) if "parameters" in tags)
+    assigned = [node for node in ast.parse(code).body if isinstance(node, ast.Assign)]
+    return {node.targets[0].id: ast.literal_eval(node.value) for node in assigned}

@@ -1,4 +1,4 @@
-"""What the explorer shows of a recipe: rows of pictures, their scores, and the files of an export. Pure functions.
+"""What the explorer shows of a recipe: rows of pictures, scores, exported files. Pure functions.
 
 Shapes: N faces, R = resolution.
 """
@@ -6,7 +6,7 @@ Shapes: N faces, R = resolution.
 import hashlib
 import io
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,29 +22,28 @@ from cfclip.files import atomic_write, slug, writable, write_text
 from cfclip.images import to_uint8
 
 SHOWS = ("edit", "difference", "strengths", "prompts × strengths", "methods")
-
-STEPS = (-1.0, 0.0, 0.5, 1.0, 1.5, 2.0)
-
-HEAT = 0.4
+STRENGTHS_SHOWN = (-1.0, 0.0, 0.5, 1.0, 1.5, 2.0)
+HEAT_MAX = 0.4
 """The difference of two pictures in [-1, 1], mean over the channels, at which the heat map is brightest."""
-
-SWEEP = (*np.linspace(0, 1, 9).tolist(), 1.0, 1.0, 1.0, 1.0, *np.linspace(1, 0, 9).tolist(), 0.0, 0.0)
+_RISING = np.linspace(0, 1, 9).tolist()
+ANIMATION = (*_RISING, *[1.0] * 4, *_RISING[::-1], *[0.0] * 2)
+"""Shares of the strength in the frames of an exported animation."""
 
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """Rows label -> uint8 [N, R, R, 3], what stands above their columns, and what they are of.
+    """A recipe's pictures: rows, label -> uint8 [N, R, R, 3], and the headers of their columns.
 
     source, edited: [N, 3, R, R]; scores: means over the faces, {} until they are measured.
     """
 
     recipe: Recipe
-    show: str
+    show: str  # one of SHOWS
     rows: Mapping[str, np.ndarray]
     headers: tuple[str, ...]
     source: Tensor
     edited: Tensor
-    seconds: float = 0.0
+    seconds: float = 0.0  # that drawing took
     scores: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -58,10 +57,10 @@ def strip(row: np.ndarray) -> np.ndarray:
     return np.concatenate(list(row), 1)
 
 
-def encode(row: np.ndarray, least: int = 128) -> bytes:
-    """The :func:`strip` of ``row`` as PNG, enlarged so that no picture is smaller than ``least`` pixels."""
+def encode(row: np.ndarray, min_size: int = 128) -> bytes:
+    """The :func:`strip` of ``row`` as PNG, enlarged until pictures are at least ``min_size`` wide."""
     picture, file = Image.fromarray(strip(row)), io.BytesIO()
-    if (times := -(-least // row.shape[1])) > 1:
+    if (times := -(-min_size // row.shape[1])) > 1:
         picture = picture.resize([times * length for length in picture.size], Image.Resampling.BICUBIC)
     picture.save(file, "PNG", compress_level=1)
     return file.getvalue()
@@ -69,7 +68,7 @@ def encode(row: np.ndarray, least: int = 128) -> bytes:
 
 def heat_map(source: Tensor, edited: Tensor) -> np.ndarray:
     """Where two sets of pictures [N, 3, R, R] differ, and how much: uint8 [N, R, R, 3]."""
-    heat = (edited.clamp(-1, 1) - source.clamp(-1, 1)).abs().mean(1).cpu().numpy() / HEAT
+    heat = (edited.clamp(-1, 1) - source.clamp(-1, 1)).abs().mean(1).cpu().numpy() / HEAT_MAX
     return (colormaps["inferno"](heat)[..., :3] * 255).round().astype(np.uint8)
 
 
@@ -78,91 +77,81 @@ def draw(
     recipe: Recipe,
     show: str,
     faces: Faces,
-    others: Sequence[Recipe] = (),
-    labels: Sequence[str] = (),
+    others: Mapping[str, Recipe],
     stale: Callable[[], bool] = lambda: False,
 ) -> Frame | None:
-    """The frame of ``recipe`` in the way ``show``; None if it went ``stale`` on the way.
+    """The frame of ``recipe``, shown as ``show`` says; None if it becomes ``stale`` before it is done.
 
-    ``others``: recipes of the other rows of "methods" and of "prompts × strengths"; ``labels``: what they are called.
+    ``others``: label -> recipe of the other rows of "methods", and of the rows of "prompts × strengths".
     """
     edited = render(domain, recipe, faces)
-    headers = tuple(str(face) if isinstance(face, int) else "photo" for face in recipe.faces)
     first = Faces(faces.w[:1], faces.images[:1])
-    name = recipe.prompt.strip() or "no prompt"
+
+    def at_strength(one: Recipe, strength: float, faces: Faces) -> np.ndarray:
+        return to_uint8(render(domain, replace(one, strength=strength), faces))
 
     def rows() -> Iterator[tuple[str, np.ndarray]]:
         if show in ("edit", "difference", "methods"):
             yield "source", to_uint8(faces.images)
-            yield name, to_uint8(edited)
+            yield recipe.prompt.strip() or "no prompt", to_uint8(edited)
         if show == "difference":
             yield "difference", heat_map(faces.images, edited)
         if show == "methods":
-            for label, other in zip(labels, others, strict=True):
+            for label, other in others.items():
                 yield label, to_uint8(render(domain, other, faces))
         if show == "strengths":
-            for strength in STEPS:
-                yield f"× {strength:g}", to_uint8(render(domain, replace(recipe, strength=strength), faces))
+            for strength in STRENGTHS_SHOWN:
+                yield f"× {strength:g}", at_strength(recipe, strength, faces)
         if show == "prompts × strengths":
-            for label, other in zip(labels, others, strict=True):
-                yield (
-                    label,
-                    np.concatenate([
-                        to_uint8(render(domain, replace(other, strength=strength), first))
-                        for strength in STEPS
-                    ]),
-                )
+            for label, other in others.items():
+                yield label, np.concatenate([at_strength(other, s, first) for s in STRENGTHS_SHOWN])
 
     drawn = {}
     for label, row in rows():
         if stale():
             return None
         drawn[label] = row
-    return Frame(
-        recipe,
-        show,
-        drawn,
-        tuple(f"× {s:g}" for s in STEPS) if show == "prompts × strengths" else headers,
-        faces.images,
-        edited,
-    )
+    if show == "prompts × strengths":
+        headers = tuple(f"× {strength:g}" for strength in STRENGTHS_SHOWN)
+    else:
+        headers = tuple(str(face) if isinstance(face, int) else "photo" for face in recipe.faces)
+    return Frame(recipe, show, drawn, headers, faces.images, edited)
 
 
 def score(domain: Domain, frame: Frame, stale: Callable[[], bool] = lambda: False) -> dict[str, float]:
-    """Every metric of the edit on show, mean over its faces; {} without a prompt, and if it went ``stale``."""
-    recipe, found = frame.recipe, {}
+    """Every metric of the edit, mean over its faces; {} without a prompt, or if it becomes ``stale``."""
+    recipe, measured = frame.recipe, {}
     if not recipe.prompts:
         return {}
     domain = replace(domain, source_text=recipe.source_text.strip() or domain.source_text)
     edit = metrics.Edit(domain, " and ".join(recipe.prompts), frame.source, frame.edited)
-    for function in metrics.METRICS.values():
+    for metric in metrics.METRICS.values():
         if stale():
             return {}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # of parts that nobody has
-            found |= function(edit)
-    return {name: float(np.nanmean(values)) for name, values in found.items() if not np.isnan(values).all()}
+            warnings.simplefilter("ignore", RuntimeWarning)  # means of parts that no face shows
+            measured |= metric(edit)
+    return {name: float(np.nanmean(each)) for name, each in measured.items() if not np.isnan(each).all()}
 
 
 def export(folder: Path, domain: Domain, frame: Frame) -> list[Path]:
-    """Write what is on show (.png), the edit from nothing to its strength and back (.gif), the recipe (.json) and its cell (.py)."""
+    """Write the picture (.png), an animation of the strength (.gif), the recipe (.json), its cell (.py)."""
     recipe, text = frame.recipe, frame.recipe.to_json()
-    stem = (
-        writable(folder)
-        / f"{slug(recipe.prompt)}-{hashlib.sha256((text + frame.show).encode()).hexdigest()[:6]}"
-    )
+    key = hashlib.sha256((text + frame.show).encode()).hexdigest()[:6]
+    stem = writable(folder) / f"{slug(recipe.prompt)}-{key}"
     faces = draw_faces(domain, recipe.faces)
-    steps = [replace(recipe, strength=recipe.strength * share) for share in SWEEP]
-    drawn = {
-        step: Image.fromarray(strip(to_uint8(render(domain, step, faces)))) for step in dict.fromkeys(steps)
-    }
-    frames = [drawn[step] for step in steps]
-    animation = {"format": "GIF", "save_all": True, "append_images": frames[1:], "duration": 70, "loop": 0}
+
+    def at_share(share: float) -> Image.Image:
+        step = replace(recipe, strength=recipe.strength * share)
+        return Image.fromarray(strip(to_uint8(render(domain, step, faces))))
+
+    drawn = {share: at_share(share) for share in dict.fromkeys(ANIMATION)}
+    first, *more = (drawn[share] for share in ANIMATION)
+    sheet = Image.fromarray(frame.sheet)
+    gif = {"format": "GIF", "save_all": True, "append_images": more, "duration": 70, "loop": 0}
     return [
-        atomic_write(
-            stem.with_suffix(".png"), lambda part: Image.fromarray(frame.sheet).save(part, format="PNG")
-        ),
-        atomic_write(stem.with_suffix(".gif"), lambda part: frames[0].save(part, **animation)),
+        atomic_write(stem.with_suffix(".png"), lambda part: sheet.save(part, format="PNG")),
+        atomic_write(stem.with_suffix(".gif"), lambda part: first.save(part, **gif)),
         write_text(stem.with_suffix(".json"), text),
         write_text(stem.with_suffix(".py"), recipe.code()),
     ]

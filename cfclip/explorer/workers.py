@@ -1,5 +1,6 @@
-"""The explorer's threads: one that does the newest of its jobs, and one that trains a mapper, with previews and a way to stop it."""
+"""The explorer's threads: one that does the latest of its jobs, and one that trains a mapper."""
 
+import logging
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,33 +18,34 @@ from cfclip.images import to_uint8
 from cfclip.method.loop import Callback, begin_run, run_loop
 from cfclip.method.trainer import MapperTrainer
 
-REFINING = tuple(name for name, method in METHODS.items() if method.editor is MapperEditor)
+logger = logging.getLogger(__name__)
 
-PREVIEW = 25
+REFINING = tuple(name for name, method in METHODS.items() if method.editor is MapperEditor)
+"""The methods that :class:`Training` can train."""
+PREVIEW_STEPS = 25
 """Steps between two previews."""
 
 
-def in_words(error: BaseException) -> str:
-    """What the panel says of ``error``: its own words where it is one of ours."""
+def one_line(error: BaseException) -> str:
+    """``error`` in one line, for the panel. The traceback goes to the log, at level DEBUG."""
+    logger.debug("shown in the panel as one line:", exc_info=error)
     text = str(error).strip() or type(error).__name__
-    return (
-        text
-        if isinstance(error, ValueError | OSError)
-        else f"this did not work ({type(error).__name__}): {text.splitlines()[0]}"
-    )
+    if isinstance(error, ValueError | OSError):  # ours, and written to be read
+        return text
+    return f"this did not work ({type(error).__name__}): {text.splitlines()[0]}"
 
 
 class LatestJobThread:
-    """A thread that does the newest of the jobs it is given. A job gets ``stale``, which says whether it has been overtaken."""
+    """A thread that does the latest of the jobs it is given; a job that has not begun is replaced.
+
+    A job is called with ``stale``, a function that says whether a later job is waiting.
+    """
 
     def __init__(self):
-        self._changed, self._job, self._serial, self._running, self._closed = (
-            threading.Condition(),
-            None,
-            0,
-            False,
-            False,
-        )
+        self._changed = threading.Condition()
+        self._job: Callable | None = None
+        self._serial = 0
+        self._running = self._closed = False
         threading.Thread(target=self._run, daemon=True).start()
 
     def ask(self, job: Callable[[Callable[[], bool]], None]) -> None:
@@ -64,11 +66,13 @@ class LatestJobThread:
             job = None  # it holds pictures
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Until there is nothing to do; False if that took longer."""
+        """Wait until nothing is left to do; False if that takes longer than ``timeout`` seconds."""
+
+        def idle() -> bool:
+            return self._closed or (self._job is None and not self._running)
+
         with self._changed:
-            return self._changed.wait_for(
-                lambda: self._closed or (self._job is None and not self._running), timeout
-            )
+            return self._changed.wait_for(idle, timeout)
 
     def close(self) -> None:
         with self._changed:
@@ -81,10 +85,11 @@ class Cancelled(Exception):
 
 
 class Training:
-    """Trains at once; ``tell(self)`` after every step, in its thread. ValueError for what cannot be trained.
+    """A training in a thread of its own; ``on_change(self)`` is called in that thread after every step.
 
-    w: codes [N, L, D] of the faces in the ``preview``, uint8 [N, R, R, 3].
-    ``path``: the mapper's file once it is ``done``, None if it was cancelled or failed (then ``error`` says why).
+    w: codes [N, L, D] of the faces in :attr:`preview`, uint8 [N, R, R, 3].
+    When it is ``done``, ``path`` is the mapper's file; it is None after a cancellation or an ``error``.
+    Raises ValueError for what cannot be trained.
     """
 
     def __init__(
@@ -95,22 +100,23 @@ class Training:
         settings: Mapping[str, Any],
         out: Path,
         w: Tensor,
-        tell: Callable[["Training"], None],
+        on_change: Callable[["Training"], None],
     ):
         if method not in REFINING:
             raise ValueError(f"'refine' trains {', '.join(REFINING)}, not {method!r}")
         if len(recipe.prompts) != 1:
             raise ValueError("'refine' trains one prompt at a time: leave one, and combine them afterwards")
         (prompt,) = recipe.prompts
-        domain.clip.tokenize(prompt)
-        known = dict(settings) | (
-            {"source_text": recipe.source_text.strip()} if recipe.source_text.strip() else {}
-        )
-        self.config = begin_run(configure(method, prompt, **known), domain.device)
-        self.domain, self.recipe, self.method, self.w, self._tell = domain, recipe, method, w, tell
+        domain.clip.tokenize(prompt)  # fails now if the prompt is too long
+        given = dict(settings)
+        if source_text := recipe.source_text.strip():
+            given["source_text"] = source_text
+        self.config = begin_run(configure(method, prompt, **given), domain.device)
+        self.domain, self.recipe, self.method, self.w = domain, recipe, method, w
         self.folder = writable(out) / f"{slug(prompt)}-{method}"
-        self.step, self.done, self.error, self.path, self.preview = 0, False, "", None, None
-        self._stop = threading.Event()
+        self.step, self.done, self.error = 0, False, ""
+        self.path, self.preview = None, None
+        self._on_change, self._stop = on_change, threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
 
     def start(self) -> None:
@@ -118,41 +124,37 @@ class Training:
 
     @property
     def progress(self) -> float:
+        """From 0 to 1."""
         return self.step / self.config.steps
 
     def cancel(self) -> None:
-        """Stops at the next step and leaves nothing behind."""
+        """Stop after the current step; no file is written."""
         self._stop.set()
 
     def _run(self) -> None:
         try:
-            run = MapperTrainer(self.domain, self.config)
-            run_loop(
-                run.step,
-                self.config.steps,
-                state={},
-                seed=self.config.seed,
-                progress=False,
-                callbacks=[Callback(PREVIEW, lambda step: self._look(run)), Callback(1, self._after)],
-            )
-            mapper = run.mapper.eval().requires_grad_(False).half().float()  # as its file will have it
-            MapperEditor(self.method, self.domain, self.config, mapper).save(self.folder)
-            self.path = self.folder / f"{MapperEditor.KIND}.safetensors"
+            self._train()
         except Cancelled:
             pass
-        except Exception as error:  # whatever it is, the panel has to say it
-            self.error = in_words(error)
+        except Exception as error:  # whatever it is, the panel has to show it
+            self.error = one_line(error)
         self.done = True
-        self._tell(self)
+        self._on_change(self)
 
-    def _after(self, step: int) -> None:
+    def _train(self) -> None:
+        c, run = self.config, MapperTrainer(self.domain, self.config)
+        callbacks = [Callback(PREVIEW_STEPS, lambda step: self._draw(run)), Callback(1, self._after_step)]
+        run_loop(run.step, c.steps, state={}, seed=c.seed, progress=False, callbacks=callbacks)
+        mapper = run.mapper.eval().requires_grad_(False)
+        self.path = MapperEditor(self.method, self.domain, c, mapper).save(self.folder)
+
+    def _after_step(self, step: int) -> None:
         self.step = step
-        self._tell(self)
+        self._on_change(self)
         if self._stop.is_set() and step < self.config.steps:
             raise Cancelled
 
     @torch.no_grad()
-    def _look(self, run: MapperTrainer) -> None:
-        self.preview = to_uint8(
-            self.domain.generator.synthesis(run.mapper.edit(self.w, run.text_feature, self.recipe.strength))
-        )
+    def _draw(self, run: MapperTrainer) -> None:
+        edited = run.mapper.edit(self.w, run.text_feature, self.recipe.strength)
+        self.preview = to_uint8(self.domain.generator.synthesis(edited))

@@ -1,7 +1,8 @@
-"""Sweeps of throw-away notebooks: what is done, done again, or left alone."""
+"""Sweeps of throw-away notebooks: what is run, run again, or left alone."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,14 +17,17 @@ import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from cfclip.experiments import sweep
+from cfclip.experiments import gather, load_spec, plan, sweep
 from cfclip.experiments.executors import LocalExecutor, cluster_executor
+from cfclip.experiments.runs import KERNEL_ENVIRONMENT, Run, execute, status, weights_hash, write_record
+from cfclip.experiments.spec import Spec, cells, find_notebook
+from cfclip.files import NOTEBOOKS, PACKAGE, locked
 
 PARAMETERS = 'prompt = "a"\nsource_text = ""\nscale = 1.0\nseed = 0\nmarker = ""\ndomain = "tiny"\nout = ""'
 BODY = """
 import json, os, pathlib, signal, time
 mark = pathlib.Path(marker)
-first = prompt not in mark.read_text().split("\\n")
+first = prompt not in mark.read_text(encoding="utf-8").split("\\n")
 with mark.open("a") as file:
     file.write(prompt + "\\n")
 if prompt == "slow" and not mark.with_suffix(".mended").exists():
@@ -36,13 +40,20 @@ if prompt == "kill kernel" or prompt == "kill kernel once" and first:
     os._exit(1)
 assert prompt != "fail" or mark.with_suffix(".mended").exists(), "told to fail"
 time.sleep(0.3)
-pathlib.Path(out, "metrics.jsonl").write_text(json.dumps({"prompt": prompt, "seed": 7, "score": len(prompt) * scale}) + "\\n")
+row = {"prompt": prompt, "seed": 7, "score": len(prompt) * scale}
+pathlib.Path(out, "metrics.jsonl").write_text(json.dumps(row) + "\\n")
 """
 GATHER = """
-import cfclip.sweep
-cfclip.sweep.gather(runs).to_csv(reports + "/table.csv", index=False)
+from cfclip.experiments import gather
+gather(runs).to_csv(reports + "/table.csv", index=False)
 """
-WORKDIR_ENV = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def start(module: str, *arguments: str | Path) -> subprocess.Popen:
+    """``python -m module …`` with the import path of this process."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
 
 
 def write_book(path: Path, *cells: str) -> None:
@@ -63,13 +74,15 @@ def write_spec(folder: Path, prompts: str = "[a]", **more) -> Path:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """With the notebooks, a domain's weights, and {braces} in its name."""
-    for name, value in sweep.KERNEL_ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)  # so that it is undone: a sweep on threads sets this process's
+    """The notebooks and a domain's weights, in a folder with {braces} in its name."""
+    for name, value in KERNEL_ENVIRONMENT.items():
+        monkeypatch.setenv(
+            name, value
+        )  # a sweep on threads sets them in this process; the fixture undoes that
     folder = tmp_path / "{work} ü"
     (folder / "data" / "tiny").mkdir(parents=True)
     (folder / "data" / "tiny" / "generator.safetensors").write_text("weights")
-    monkeypatch.setattr(sweep, "DATA", folder / "data")
+    monkeypatch.setattr("cfclip.experiments.runs.DATA", folder / "data")
     write_book(folder / "echo.ipynb", PARAMETERS, BODY)
     write_book(folder / "gather.ipynb", 'runs = ""\nreports = ""', GATHER)
     (folder / "mark").touch()
@@ -77,11 +90,11 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 def counts(folder: Path) -> Counter:
-    return Counter((folder / "mark").read_text().splitlines())
+    return Counter((folder / "mark").read_text(encoding="utf-8").splitlines())
 
 
 def ids(spec: Path) -> list[str]:
-    return [run.id for run in sweep.plan(sweep.load_spec(spec), spec.parent / "runs")[0]]
+    return [run.id for run in plan(load_spec(spec), spec.parent / "runs")[0]]
 
 
 def wait_for(condition, seconds: float = 120) -> None:
@@ -91,62 +104,53 @@ def wait_for(condition, seconds: float = 120) -> None:
         time.sleep(0.1)
 
 
-def test_prompts_stay_what_they_are_and_a_failure_stops_nobody(folder):
+def test_prompts_stay_text_and_a_failed_run_does_not_stop_the_others(folder):
     prompts = ["no", "1e3", "~", 'say "hi" \\n {x}', "口红", "👩‍🦰", "fail"]
-    spec = sweep.load_spec(
-        write_spec(
-            folder,
-            "\n" + "".join(f"      - {prompt}\n" for prompt in prompts),
-            then=[{"notebook": "gather.ipynb"}],
-        )
-    )
+    lines = "\n" + "".join(f"      - {prompt}\n" for prompt in prompts)
+    spec = load_spec(write_spec(folder, lines, then=[{"notebook": "gather.ipynb"}]))
     with ThreadPoolExecutor(3) as executor:
         with pytest.raises(ValueError, match=r"(?s)1 of 8 runs failed.*`then` wait.*echo-fail.*told to fail"):
-            sweep.sweep(spec, folder / "runs", folder / "reports", executor)
+            sweep(spec, folder / "runs", folder / "reports", executor)
         assert counts(folder) == Counter(prompts), "each once, to the letter"
         (broken,) = (folder / "runs").glob("echo-fail-*")
-        assert "told to fail" in (broken / "echo.ipynb").read_text() and sweep.status(broken) == "failed"
+        assert "told to fail" in (broken / "echo.ipynb").read_text(encoding="utf-8")
+        assert status(broken) == "failed"
         (folder / "mark.mended").touch()
-        runs = sweep.sweep(spec, folder / "runs", folder / "reports", executor)
-    assert counts(folder) == Counter([*prompts, "fail"]), "only the failed run was done again"
-    table = sweep.gather(folder / "runs")
-    assert list(table.run) == sorted(run.id for run in runs)
-    assert dict(zip(table.prompt, table.score, strict=True)) == {
-        prompt: float(len(prompt)) for prompt in prompts
-    }
-    assert set(table.seed) == {7} and set(table.seed_parameter) == {0}, "a row knows best"
+        done = sweep(spec, folder / "runs", folder / "reports", executor)
+    assert counts(folder) == Counter([*prompts, "fail"]), "only the failed run is done again"
+    table = gather(folder / "runs")
+    assert list(table.run) == sorted(run.id for run in done)
+    assert dict(zip(table.prompt, table.score, strict=True)) == {text: float(len(text)) for text in prompts}
+    assert set(table.seed) == {7} and set(table.seed_parameter) == {0}, "the row's own value is kept"
     seen = pd.read_csv(folder / "reports" / "table.csv", keep_default_na=False, dtype={"prompt": str})
-    assert list(seen.prompt) == list(table.prompt), "what gathers sees this grid"
-    record = json.loads((folder / "runs" / runs[0].id / "run.json").read_text())
-    assert (
-        record["parameters"]["prompt"] == "no"
-        and record["seed"] == 0
-        and record["seconds"] > 0
-        and "torch" in record["versions"]
-    )
+    assert list(seen.prompt) == list(table.prompt), "the notebook that gathers sees this grid"
+    record = read_record(folder / "runs" / done[0].id)
+    assert record["parameters"]["prompt"] == "no" and record["seed"] == 0
+    assert record["seconds"] > 0 and "torch" in record["versions"]
 
 
-def test_a_run_that_failed_for_its_device_is_recorded(tmp_path):
-    run = sweep.Run("a", sweep.find_notebook("02_training"), {"device": "gpu"}, {})
-    sweep.write_record(run, tmp_path, "failed", "device 'gpu' cannot be used")
-    assert (
-        sweep.status(tmp_path) == "failed"
-        and json.loads((tmp_path / "run.json").read_text())["versions"]["device"] == "gpu"
-    )
+def read_record(folder: Path) -> dict:
+    return json.loads((folder / "run.json").read_text(encoding="utf-8"))
 
 
-def test_only_content_makes_a_run_another_one(folder, monkeypatch):
+def test_a_run_that_failed_because_its_device_is_missing_is_recorded(tmp_path):
+    run = Run("a", find_notebook("02_training"), {"device": "gpu"}, {})
+    write_record(run, tmp_path, "failed", "device 'gpu' cannot be used")
+    assert status(tmp_path) == "failed" and read_record(tmp_path)["versions"]["device"] == "gpu"
+
+
+def test_a_run_is_identified_by_its_content(folder, monkeypatch):
     spec, weights = write_spec(folder), folder / "data" / "tiny" / "generator.safetensors"
     first = ids(spec)
     (folder / "data" / "tiny" / "generator.md").write_text("a card")
     os.utime(weights, (1, 1))
     (folder / "preset.yaml").write_text("not_here: 1\nseed: 0\nprompts: [b]")
     book = nbformat.read(folder / "echo.ipynb", 4)
-    book.cells.insert(0, new_markdown_cell("prose"))
+    book.cells.insert(0, new_markdown_cell("text"))
     book.cells[-1].execution_count = 3
     nbformat.write(book, folder / "echo.ipynb")
     spec = write_spec(folder, preset="preset.yaml", parameters={"marker": str(folder / "mark"), "scale": 1})
-    assert ids(spec) == first, "a card, a date, prose, outputs, a default written out"
+    assert ids(spec) == first, "a card, a date, text, outputs, a default that is written out"
     seen = [first]
     seen.append(ids(write_spec(folder, parameters={"marker": str(folder / "mark"), "scale": 2})))
     spec = write_spec(folder)
@@ -155,153 +159,137 @@ def test_only_content_makes_a_run_another_one(folder, monkeypatch):
     book.cells[-1].source += "\n1 + 1"
     nbformat.write(book, folder / "echo.ipynb")
     seen.append(ids(spec))
-    monkeypatch.setattr(sweep, "code_hash", lambda: "another package")
+    package = folder / "package"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr("cfclip.experiments.runs.PACKAGE", package)
+    assert ids(spec) == seen[-1], "where the package is installed"
+    for name in ("cli.py", "evaluation/tables.py", "explorer/view.py"):
+        (package / name).write_text("changed")
+    assert ids(spec) == seen[-1], "code that no number depends on"
+    (package / "method" / "losses.py").write_text("changed")
     seen.append(ids(spec))
     assert len({one for (one,) in seen}) == 5, "a parameter, a weights file, the notebook's code, the package"
 
 
-def test_weights_are_read_once(folder):
+def test_a_hash_of_weights_is_remembered(folder):
     known = {}
-    first = sweep.weights_hash("tiny", known)
+    first = weights_hash("tiny", known)
     ((path, entry),) = known.items()
     assert path.endswith("generator.safetensors") and entry[0] == len("weights")
     entry[2] = "as remembered"
-    assert sweep.weights_hash("tiny", known) != first
+    assert weights_hash("tiny", known) != first
+
+
+def test_a_run_in_a_folder_that_is_in_use_is_busy(folder):
+    (run,), _ = plan(load_spec(write_spec(folder)), folder / "runs")
+    with locked(folder / "runs" / run.id, "run"):
+        assert execute(run, str(folder / "runs"), str(folder)).status == "busy"
+    assert counts(folder) == {}
+
+
+ECHO = "grid: [{notebook: echo.ipynb, %s}]"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("gird: []", r"unknown 'gird'; known are: preset, parameters, grid, then, quick"),
+        ("gird: []", r"s.yaml has no setting 'gird'; it has: preset, parameters, grid, then, quick"),
         ("then: []", "has no grid"),
         ("grid: [02_training]", "list of blocks like"),
         ("grid: [{notebook: nowhere}]", r"notebook nowhere does not exist; there are: 00_tour"),
+        (ECHO % "stepz: 3", r"echo has no setting 'stepz'; it has: prompt, source_text"),
+        (ECHO % "scale: 1e3", r"scale of echo must be of type float, not '1e3' \(YAML reads"),
+        (ECHO % "seed: true", r"seed of echo must be of type int, not True"),
+        (ECHO % "out: here", r"out of echo is set by the sweep"),
+        (ECHO % "seed: []", "seed lists nothing"),
+        (ECHO % "prompt: [a, ''], seed: 1", "prompt has an empty value"),
+        (ECHO % "seed: [1], prompt: {a: {seed: 3}}", "prompt 'a' may change parameters that are not axes"),
+        (ECHO % "seed: 1" + "\nparameters: {stepz: 1}", "no notebook of s has a parameter 'stepz'"),
+        (ECHO % "seed: 1" + "\ngrid: []", "'grid' is there twice"),
         (
-            "grid: [{notebook: echo.ipynb, stepz: 3}]",
-            r"echo has no parameter 'stepz'; it has: prompt, source_text",
-        ),
-        (
-            "grid: [{notebook: echo.ipynb, scale: 1e3}]",
-            r"scale of echo must be a float, not '1e3' \(YAML reads",
-        ),
-        ("grid: [{notebook: echo.ipynb, seed: true}]", r"seed of echo must be a int, not True"),
-        ("grid: [{notebook: echo.ipynb, out: here}]", r"out of echo is set by the sweep"),
-        ("grid: [{notebook: echo.ipynb, seed: []}]", "seed lists nothing"),
-        (
-            "grid: [{notebook: echo.ipynb, prompt: [a, ]}, {notebook: echo.ipynb, prompt: ['']}]",
-            "prompt has an empty value",
-        ),
-        (
-            "grid: [{notebook: echo.ipynb, seed: [1], prompt: {a: {seed: 3}}}]",
-            "prompt 'a' may change parameters that are no axis",
-        ),
-        (
-            "grid: [{notebook: echo.ipynb}]\nparameters: {stepz: 1}",
-            "no notebook of s has a parameter 'stepz'",
-        ),
-        ("grid: [{notebook: echo.ipynb}]\ngrid: [{notebook: echo.ipynb}]", "'grid' stands there twice"),
-        (
-            "grid: [{notebook: echo.ipynb}]\npreset: nowhere.yaml",
-            r"preset .*nowhere\.yaml does not exist; there are: afhq-cat\.yaml",
+            ECHO % "seed: 1" + "\npreset: no.yaml",
+            r"preset .*no\.yaml does not exist; there are: afhq-cat\.yaml",
         ),
         ("grid: [", "is not YAML"),
     ],
 )
-def test_what_is_wrong_with_a_spec(folder, text, message):
+def test_the_error_says_what_is_wrong_with_a_spec(folder, text, message):
     (folder / "s.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
-        sweep.plan(sweep.load_spec(folder / "s.yaml"), folder / "runs")
+        plan(load_spec(folder / "s.yaml"), folder / "runs")
 
 
-def test_quick_replaces_and_axes_multiply(folder):
-    spec = write_spec(
-        folder,
-        "{a: {scale: 2}, no: }",
-        quick={"grid": [{"notebook": "echo.ipynb", "prompt": "b", "seed": [0, 1, 1]}]},
-    )
-    runs, _ = sweep.plan(sweep.load_spec(spec), folder / "runs")
+def test_quick_replaces_the_grid_and_axes_multiply(folder):
+    block = {"notebook": "echo.ipynb", "prompt": "b", "seed": [0, 1, 1]}
+    spec = write_spec(folder, "{a: {scale: 2}, no: }", quick={"grid": [block]})
+    runs, _ = plan(load_spec(spec), folder / "runs")
     assert [(run.parameters["prompt"], run.parameters["scale"]) for run in runs] == [("a", 2.0), ("no", 1.0)]
-    quick, _ = sweep.plan(sweep.load_spec(spec, quick=True), folder / "runs")
-    assert [run.id.rsplit("-", 1)[0] for run in quick] == ["echo-b-0", "echo-b-1"], (
-        "the same content is the same run"
-    )
+    quick, _ = plan(load_spec(spec, quick=True), folder / "runs")
+    names = [run.id.rsplit("-", 1)[0] for run in quick]
+    assert names == ["echo-b-0", "echo-b-1"], "the same content is the same run"
     with pytest.raises(ValueError, match="has no section quick"):
-        sweep.load_spec(write_spec(folder), quick=True)
+        load_spec(write_spec(folder), quick=True)
 
 
-def test_the_papers_sweep():
-    path = sweep.NOTEBOOKS / "presets" / "paper-toonfaces.yaml"
-    spec = sweep.load_spec(path)
-    cells = [cell for block in spec.grid for cell, _ in sweep._cells(block)]
-    assert Counter(cell["notebook"] for cell in cells) == {
-        "02_training": 5 * 13 * 3,
-        "03_ablation_directions": 16 * 3,
-    }
-    assert {"cyan skin", "cyan beard"} <= {cell["prompt"] for cell in cells}
-    runs, then = sweep.plan(sweep.load_spec(path, quick=True), "nowhere")
-    assert [run.parameters["prompt"] for run in runs if run.notebook.stem == "02_training"] == list(
-        spec.preset["prompts"]
-    )
+def test_the_papers_sweep_has_all_methods_prompts_and_seeds():
+    path = NOTEBOOKS / "presets" / "paper-toonfaces.yaml"
+    spec = load_spec(path)
+    grid = [cell for block in spec.grid for cell, _ in cells(block)]
+    expected = {"02_training": 5 * 13 * 3, "03_ablation_directions": 16 * 3}
+    assert Counter(cell["notebook"] for cell in grid) == expected
+    assert {"cyan skin", "cyan beard"} <= {cell["prompt"] for cell in grid}
+
+
+def test_the_quick_sweep_trains_the_prompts_of_its_preset():
+    spec = load_spec(NOTEBOOKS / "presets" / "paper-toonfaces.yaml", quick=True)
+    runs, then = plan(spec, "nowhere")
+    training = [run.parameters for run in runs if run.notebook.stem == "02_training"]
+    assert [parameters["prompt"] for parameters in training] == spec.preset["prompts"]
+    assert all(parameters["settings"] == spec.preset["settings"] for parameters in training)
     assert [run.id for run in then] == ["paper-toonfaces-quick-04_evaluation"]
-    assert all(
-        run.parameters["steps"] == spec.preset["steps"] for run in runs if run.notebook.stem == "02_training"
-    )
 
 
-def test_killed_and_started_again(folder):
+def test_a_sweep_that_was_killed_does_only_the_rest(folder):
     spec = write_spec(folder, "[a, b, slow]")
-    command = [
-        sys.executable,
-        "-m",
-        "cfclip.cli",
-        "sweep",
-        spec,
-        "--out",
-        folder / "runs",
-        "--reports",
-        folder / "reports",
-        "--workers",
-        "1",
-    ]
-    process = subprocess.Popen(command, env=WORKDIR_ENV, stderr=subprocess.DEVNULL)
+    places = ["--out", folder / "runs", "--reports", folder / "reports"]
+    process = start("cfclip.cli", "sweep", spec, *places, "--workers", "1")
     wait_for(lambda: len(list((folder / "runs").glob("*/run.json"))) == 2 and (folder / "mark.pids").exists())
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    kernel, worker = map(int, (folder / "mark.pids").read_text().split())
+    kernel, worker = map(int, (folder / "mark.pids").read_text(encoding="utf-8").split())
     wait_for(lambda: not any(is_alive(pid) for pid in (kernel, worker)), 30)
     (folder / "mark.mended").touch()
     with ThreadPoolExecutor(1) as executor:
-        sweep.sweep(load_as_the_command(spec), folder / "runs", folder / "reports", executor)
+        sweep(load_as_the_command(spec), folder / "runs", folder / "reports", executor)
     assert counts(folder) == {"a": 1, "b": 1, "slow": 2}
-    assert len(sweep.gather(folder / "runs")) == 3
+    assert len(gather(folder / "runs")) == 3
 
 
-def load_as_the_command(spec: Path) -> sweep.Spec:
-    """The command knows no domain "tiny": here, too, its weights are nothing."""
+def load_as_the_command(spec: Path) -> Spec:
+    """The command does not see the weights of the domain "tiny": without them the ids are the same here."""
     (spec.parent / "data" / "tiny" / "generator.safetensors").unlink(missing_ok=True)
-    return sweep.load_spec(spec)
+    return load_spec(spec)
 
 
 def is_alive(pid: int) -> bool:
+    """False also for a process that has ended and was not waited for yet."""
     try:
-        return (
-            Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-            if Path("/proc").exists()
-            else os.kill(pid, 0) is None
-        )
-    except (OSError, ProcessLookupError):
+        if not Path("/proc").exists():
+            return os.kill(pid, 0) is None
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
         return False
 
 
 def test_a_dead_worker_is_replaced(folder):
-    spec = sweep.load_spec(write_spec(folder, "[kill worker once, kill kernel once, kill kernel]"))
+    spec = load_spec(write_spec(folder, "[kill worker once, kill kernel once, kill kernel]"))
     with (
         LocalExecutor(1) as executor,
         pytest.raises(ValueError, match=r"(?s)1 of 3 runs failed.*kill-kernel-\w+ +its kernel died, 3 times"),
     ):
-        sweep.sweep(spec, folder / "runs", folder / "reports", executor)
+        sweep(spec, folder / "runs", folder / "reports", executor)
     assert counts(folder) == {"kill worker once": 2, "kill kernel once": 2, "kill kernel": 3}
-    assert set(sweep.gather(folder / "runs").prompt) == {"kill worker once", "kill kernel once"}
+    assert set(gather(folder / "runs").prompt) == {"kill worker once", "kill kernel once"}
 
 
 def test_a_run_that_always_kills_its_worker_ends(folder):
@@ -316,64 +304,42 @@ def test_a_run_that_always_kills_its_worker_ends(folder):
 
     executor = Deadly()
     with pytest.raises(ValueError, match="its worker died, 3 times"):
-        sweep.sweep(sweep.load_spec(write_spec(folder)), folder / "runs", folder / "reports", executor)
+        sweep(load_spec(write_spec(folder)), folder / "runs", folder / "reports", executor)
     assert executor.submitted == 3
 
 
-def test_two_sweeps_share_a_folder(folder):
-    spec = sweep.load_spec(write_spec(folder, "[a, b, c]"))
+def test_two_sweeps_share_a_folder_and_do_each_run_once(folder):
+    spec = load_spec(write_spec(folder, "[a, b, c]"))
     with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as two, ThreadPoolExecutor(2) as both:
-        list(
-            both.map(
-                lambda executor: sweep.sweep(spec, folder / "runs", folder / "reports", executor), (one, two)
-            )
-        )
+        out = folder / "runs", folder / "reports"
+        futures = [both.submit(sweep, spec, *out, executor) for executor in (one, two)]
+        assert all(len(future.result()) == 3 for future in futures)
     assert counts(folder) == {"a": 1, "b": 1, "c": 1}
 
 
-def test_a_cluster_gives_the_same_table_though_a_worker_dies(folder):
+def test_a_cluster_gives_the_same_table_although_a_worker_dies(folder):
     distributed = pytest.importorskip("distributed", reason="needs dask: pip install 'cfclip[cluster]'")
-    spec = sweep.load_spec(write_spec(folder, "[kill worker once, b, c]"))
+    spec = load_spec(write_spec(folder, "[kill worker once, b, c]"))
     with distributed.LocalCluster(n_workers=0, dashboard_address=None, host="127.0.0.1") as cluster:
-        workers = [
-            subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "dask",
-                    "worker",
-                    cluster.scheduler_address,
-                    "--nthreads",
-                    "1",
-                    "--resources",
-                    "run=1",
-                    "--no-nanny",
-                    "--no-dashboard",
-                    "--local-directory",
-                    folder / "dask",
-                ],
-                env=WORKDIR_ENV,
-                stderr=subprocess.DEVNULL,
-            )
-            for _ in range(2)
-        ]
+        options = ["--nthreads=1", "--resources=run=1", "--no-nanny", "--no-dashboard"]
+        options += ["--local-directory", folder / "dask"]
+        workers = [start("dask", "worker", cluster.scheduler_address, *options) for _ in range(2)]
         try:
             with cluster_executor(cluster.scheduler_address) as executor:
-                sweep.sweep(spec, folder / "runs", folder / "reports", executor)
-            assert sorted(worker.poll() for worker in workers if worker.poll() is not None) == [
-                -signal.SIGKILL
-            ], "one was killed, one is left"
+                sweep(spec, folder / "runs", folder / "reports", executor)
+            ended = [code for worker in workers if (code := worker.poll()) is not None]
+            assert ended == [-signal.SIGKILL], "one was killed, the other is left"
         finally:
             for worker in workers:
                 worker.kill()
                 worker.wait()
     assert counts(folder) == {"kill worker once": 2, "b": 1, "c": 1}
     with ThreadPoolExecutor(2) as executor:
-        sweep.sweep(spec, folder / "again", folder / "reports", executor)
-    pd.testing.assert_frame_equal(sweep.gather(folder / "runs"), sweep.gather(folder / "again"))
+        sweep(spec, folder / "again", folder / "reports", executor)
+    pd.testing.assert_frame_equal(gather(folder / "runs"), gather(folder / "again"))
 
 
-def test_no_scheduler_there():
+def test_a_missing_scheduler_is_an_error():
     pytest.importorskip("distributed", reason="needs dask: pip install 'cfclip[cluster]'")
     with pytest.raises(ValueError, match="unknown address scheme"), cluster_executor("nonsense://1"):
         pass

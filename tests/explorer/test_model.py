@@ -1,8 +1,9 @@
-"""The explorer's model, on tiny networks: what it shows is what its recipe says, whatever is done to it and in whatever order."""
+"""The explorer's model, on tiny networks: it shows its recipe, whatever is changed in whatever order."""
 
 import gc
 import io
 import json
+import logging
 import resource
 import threading
 import time
@@ -15,58 +16,23 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from panels import PROMPTS, TRAINING, domain_folder, started
 from PIL import Image
 
-from cfclip.checkpoints import weights
-
-# FIXME explorer.SHOWS
-from cfclip.explorer.model import Explorer
+from cfclip.baselines.library import scan
+from cfclip.checkpoints.mappers import load_mapper
+from cfclip.explorer.frames import SHOWS
+from cfclip.explorer.model import HISTORY_LENGTH, MERGE_SECONDS, Explorer
 from cfclip.explorer.recipe import Recipe, draw_faces, render
 from cfclip.explorer.workers import LatestJobThread
 from cfclip.images import to_uint8
-from cfclip.models.mapper import Mapper, MapperConfig
-
-PROMPTS = ("green lipstick", "blue hair")
-
-
-def domain_folder(domain, folder: Path) -> Path:
-    """``folder`` with a mapper for each of PROMPTS."""
-    for i, prompt in enumerate(PROMPTS):
-        torch.manual_seed(i)
-        mapper = (
-            Mapper(MapperConfig(domain.generator.num_ws, domain.generator.w_dim, domain.clip.embed_dim))
-            .eval()
-            .requires_grad_(False)
-        )
-        weights.save(
-            mapper,
-            folder / "runs" / str(i) / "mapper.safetensors",
-            "mapper",
-            mapper.metadata,
-            domain="tiny",
-            prompt=prompt,
-        )
-    return folder
+from cfclip.method import train_mapper
+from cfclip.method.config import CFCLIPConfig
 
 
 @pytest.fixture
 def folder(domain, tmp_path):
     return domain_folder(domain, tmp_path)
-
-
-def started(domain, folder) -> Explorer:
-    explorer = Explorer(
-        domain,
-        n=3,
-        out=folder / "out",
-        runs=[folder / "runs"],
-        photo_steps=2,
-        settings={
-            "cfclip": {"steps": 30, "batch": 1, "train_latents": 2, "draws": 0, "negative_templates": 1}
-        },
-    )
-    explorer.set_prompt("green lipstick")
-    return explorer
 
 
 @pytest.fixture
@@ -79,7 +45,7 @@ def explorer(domain, folder):
 
 
 def check(explorer: Explorer) -> None:
-    """The picture on show is the recipe's, unless the message says why there is none."""
+    """The picture is the recipe's, unless the message says why there is none."""
     assert explorer.wait()
     assert not explorer.busy and explorer.history[explorer.at] == explorer.recipe
     if explorer.message:
@@ -92,7 +58,7 @@ def check(explorer: Explorer) -> None:
     assert all(len(row) == len(frame.headers) for row in frame.rows.values())
 
 
-def test_it_shows_the_recipe(explorer):
+def test_the_frame_shows_the_recipe(explorer):
     check(explorer)
     assert explorer.suggestions == ("green lipstick", "blue hair") and explorer.message == ""
     assert {"clip_before", "clip_after", "identity", "leakage"} <= explorer.frame.scores.keys()
@@ -103,23 +69,21 @@ def test_it_shows_the_recipe(explorer):
 
 
 @pytest.mark.parametrize("show", SHOWS)
-def test_ways_to_show(explorer, show):
+def test_each_way_to_show_has_its_rows(explorer, show):
     explorer.set_show(show)
     check(explorer)
-    assert (
-        list(explorer.frame.rows)
-        == {
-            "edit": ["source", "green lipstick"],
-            "difference": ["source", "green lipstick", "difference"],
-            "methods": ["source", "green lipstick"],
-            "strengths": ["× -1", "× 0", "× 0.5", "× 1", "× 1.5", "× 2"],
-            "prompts × strengths": ["green lipstick", "blue hair"],
-        }[show]
-    )
+    expected = {
+        "edit": ["source", "green lipstick"],
+        "difference": ["source", "green lipstick", "difference"],
+        "methods": ["source", "green lipstick"],
+        "strengths": ["× -1", "× 0", "× 0.5", "× 1", "× 1.5", "× 2"],
+        "prompts × strengths": ["green lipstick", "blue hair"],
+    }
+    assert list(explorer.frame.rows) == expected[show]
     assert explorer.frame.sheet.shape == (16 * len(explorer.frame.rows), 16 * len(explorer.frame.headers), 3)
 
 
-def test_the_newest_wins():
+def test_of_many_jobs_behind_a_slow_one_the_latest_is_done_and_no_other():
     worker, go, done = LatestJobThread(), threading.Event(), []
     worker.ask(lambda stale: (go.wait(5), done.append(("first", stale()))))
     time.sleep(0.05)
@@ -127,14 +91,12 @@ def test_the_newest_wins():
         worker.ask(lambda stale, i=i: done.append((i, stale())))
     go.set()
     assert worker.wait(5)
-    assert done == [("first", True), (9, False)], (
-        "of ten requests behind a slow one, the last is done and no other"
-    )
+    assert done == [("first", True), (9, False)]
     worker.close()
 
 
-def test_a_word_being_typed_draws_few_and_is_one_entry_of_the_history(explorer):
-    time.sleep(TOGETHER)  # what the fixture typed is an entry of its own
+def test_a_word_that_is_being_typed_is_one_entry_of_the_history(explorer):
+    time.sleep(MERGE_SECONDS)  # what the fixture typed is an entry of its own
     entries = len(explorer.history)
     for n in range(1, 11):
         explorer.set_prompt("green lipstick and so on"[: n + 14])
@@ -145,7 +107,7 @@ def test_a_word_being_typed_draws_few_and_is_one_entry_of_the_history(explorer):
     assert explorer.recipe.prompt == "green lipstick" and explorer.recipe.mapper
 
 
-def test_undo_redo(explorer):
+def test_undo_and_redo_move_in_the_history(explorer):
     first = explorer.recipe
     explorer.change(strength=0.5)
     explorer.set_levels(coarse=False)
@@ -156,7 +118,7 @@ def test_undo_redo(explorer):
     explorer.redo()
     assert explorer.recipe == replace(first, strength=0.5)
     explorer.change(strength=0.75)
-    assert explorer.at == len(explorer.history) - 1, "what was undone is gone"
+    assert explorer.at == len(explorer.history) - 1, "a change after an undo drops what was undone"
     explorer.redo()
     check(explorer)
 
@@ -181,30 +143,46 @@ def test_locked_faces_stay(explorer):
         ({"prompt": "word " * 40}, "shorten it"),
         ({"strength": 7.0}, "from -1.5 to 2"),
         ({"region": "nose"}, "the parts of domain tiny"),
-        ({"mapper": "/no/where"}, "not there"),
+        ({"mapper": "/no/where"}, "does not exist"),
         ({"colour": "red"}, "colour"),
         ({"layers": (1.0,)}, "but this generator has 6"),
     ],
 )
-def test_errors_are_said_and_pass(explorer, change, match):
+def test_an_error_is_shown_and_the_explorer_works_on(explorer, change, match):
     shown, at = explorer.frame.edited, explorer.at
     explorer.change(**change)
     explorer.wait()
     assert match in explorer.message and "Traceback" not in explorer.message
-    assert explorer.frame.edited is shown, "the last picture stays"
+    assert explorer.frame.edited is shown, "the last picture is kept"
     explorer.go(at)
     explorer.change(strength=0.3)
     check(explorer)
     assert explorer.message == ""
 
 
-def test_a_domain_that_is_not_there(explorer):
+def test_the_traceback_of_an_error_is_logged(explorer, caplog):
+    with caplog.at_level(logging.DEBUG, "cfclip"):
+        explorer.change(region="nose")
+        explorer.wait()
+    assert "the parts of domain tiny" in explorer.message
+    assert "region_mask" in caplog.text and "Traceback" in caplog.text
+
+
+def test_a_damaged_file_among_the_runs_is_skipped(explorer, folder):
+    (folder / "runs" / "2").mkdir()
+    (folder / "runs" / "2" / "mapper.safetensors").write_bytes(b"half a file")
+    explorer.find_mappers()
+    assert list(explorer.mappers) == [str(one.path) for one in scan(folder / "runs", skip_damaged=True)]
+    assert [prompt for _, prompt in explorer.mappers.values()] == list(PROMPTS)
+
+
+def test_a_domain_without_its_files_is_not_chosen(explorer):
     explorer.choose_domain("ffhq")
     explorer.wait()
     assert explorer.recipe.domain == "tiny" and "cfclip fetch" in explorer.message
 
 
-def test_a_photo_becomes_a_face(explorer):
+def test_a_photo_takes_the_place_of_an_unlocked_face(explorer):
     file = io.BytesIO()
     Image.effect_noise((40, 40), 60).convert("RGB").save(file, "PNG")
     explorer.lock(0)
@@ -218,7 +196,7 @@ def test_a_photo_becomes_a_face(explorer):
     assert explorer.message
 
 
-def test_export_and_open(explorer, tmp_path):
+def test_an_exported_recipe_opens_again(explorer, tmp_path):
     explorer.set_show("difference")
     explorer.wait()
     explorer.export()
@@ -227,7 +205,7 @@ def test_export_and_open(explorer, tmp_path):
     png, gif, recipe, code = (Path(path) for path in explorer.note.removeprefix("written: ").split(", "))
     assert np.array_equal(np.asarray(Image.open(png)), explorer.frame.sheet)
     assert Image.open(gif).n_frames >= 9 and Image.open(gif).size == (48, 16)
-    assert code.read_text() == explorer.recipe.code()
+    assert code.read_text(encoding="utf-8") == explorer.recipe.code()
     before = explorer.recipe
     explorer.change(strength=-1.0)
     explorer.open(recipe.read_bytes())
@@ -239,25 +217,61 @@ def test_export_and_open(explorer, tmp_path):
         assert explorer.message and explorer.recipe == before
 
 
-def test_refine(explorer):
+def refined(explorer: Explorer, prompt: str = "red lipstick") -> Path:
+    """The file of a mapper that 'refine' trained."""
+    explorer.change(prompt=prompt, mapper="")
+    assert explorer.wait()
+    explorer.refine()
+    explorer.training.thread.join(60)
+    check(explorer)
+    assert explorer.training is None and explorer.message == ""
+    return Path(explorer.recipe.mapper)
+
+
+def test_refine_trains_a_mapper_and_edits_with_it(explorer):
     looks, steps = [], []
     explorer.observe(lambda change: looks.append(change.new), "preview")
     explorer.observe(lambda change: steps.append(change.new), "progress")
-    explorer.change(prompt="red lipstick", mapper="")
-    explorer.refine()
-    explorer.refine()
-    assert "a training is running" in explorer.message
-    explorer.training.thread.join(60)
-    check(explorer)
-    assert explorer.training is None and explorer.recipe.mapper.endswith(
-        "red-lipstick-cfclip/mapper.safetensors"
-    )
+    file = refined(explorer)
+    assert file == explorer.out / "red-lipstick-cfclip" / "mapper.safetensors"
     assert any(look is not None and look.shape == (3, 16, 16, 3) for look in looks) and max(steps) == 1.0
     assert "red lipstick (cfclip)" in [label for label, _ in explorer.mappers.values()]
 
 
-def test_refine_cancelled_or_impossible(explorer):
-    explorer.settings = {"cfclip": explorer.settings["cfclip"] | {"steps": 1_000_000}}
+def test_refine_trains_what_train_mapper_trains(explorer, folder):
+    config = CFCLIPConfig("red lipstick", steps=30, batch=1, train_latents=2, num_views=0)
+    config = replace(config, objective=replace(config.objective, negative_templates=1))
+    mapper, _ = train_mapper(explorer.domain, config, progress=False)
+    path = refined(explorer)
+    trained = load_mapper(path).state_dict()
+    for name, tensor in mapper.half().float().state_dict().items():
+        assert torch.equal(trained[name], tensor), name
+
+
+def test_refine_leaves_the_global_random_numbers_of_the_kernel_alone(explorer):
+    """It trains in a thread beside the user's cells: their random numbers must not depend on it."""
+    explorer.wait()
+    torch.manual_seed(7)
+    before, during = torch.get_rng_state(), []
+    explorer.observe(lambda change: during.append(torch.get_rng_state()), "progress")
+    refined(explorer)
+    assert len(during) >= TRAINING["steps"]
+    assert all(torch.equal(state, before) for state in (*during, torch.get_rng_state()))
+
+
+def test_a_second_training_is_refused_while_one_is_running(explorer):
+    explorer.settings = {"cfclip": TRAINING | {"steps": 1_000_000}}
+    explorer.refine()
+    thread = explorer.training.thread
+    explorer.refine()
+    assert "a training is running" in explorer.message
+    explorer.cancel()
+    thread.join(60)
+    assert explorer.training is None
+
+
+def test_a_cancelled_training_leaves_no_file_and_an_impossible_one_says_why(explorer):
+    explorer.settings = {"cfclip": TRAINING | {"steps": 1_000_000}}
     explorer.change(prompt="red lipstick", mapper="")
     explorer.refine()
     thread = explorer.training.thread
@@ -277,7 +291,7 @@ def test_refine_cancelled_or_impossible(explorer):
 
 def resident() -> float:
     gc.collect()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * resource.getpagesize() / 1e6
 
 
 def test_any_two_hundred_interactions(domain, folder):
@@ -344,7 +358,7 @@ def test_any_two_hundred_interactions(domain, folder):
                 sizes.append(resident())
             assert (
                 self.explorer.history[self.explorer.at] == self.explorer.recipe
-                and len(self.explorer.history) <= 100
+                and len(self.explorer.history) <= HISTORY_LENGTH
             )
             assert isinstance(self.explorer.recipe, Recipe)
 
@@ -368,8 +382,8 @@ def test_any_two_hundred_interactions(domain, folder):
     )
 
 
-def test_the_picture_before_the_scores(explorer):
-    """What is waited for is the picture; the scores of an overtaken picture are never shown."""
+def test_the_picture_comes_before_its_scores(explorer):
+    """The scores of a picture that was replaced meanwhile are never shown."""
     seen = []
     explorer.observe(lambda change: seen.append(change.new), "frame")
     explorer.change(strength=0.5)
