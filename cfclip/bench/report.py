@@ -15,43 +15,43 @@ from cfclip.files import write_text
 NOTES = {
     "floors": "The best of the repeats. A copy reads and writes; both are counted.",
     "generator": (
-        "plain: the published operators, un-fused, weights frozen. folded: ours with every FIR filter folded "
-        "into the kernel of its convolution; unfolded: with none. ours folds none in float32, and in half "
-        "precision what is faster. forward + backward: the gradient with respect to w. of the floor: the "
-        "minimum time over the measured time; the minimum is that of the arithmetic (the fewest FLOP of "
-        "these rows) or of the traffic (inputs and outputs of every convolution and matrix product, once each) at "
-        "the rates above."
+        "plain: the published operators, un-fused, weights frozen. folded: ours with every FIR filter "
+        "folded into the kernel of its convolution; unfolded: with none. ours folds none in float32, and in "
+        "half precision what is faster. forward + backward: the gradient with respect to w. of the floor: "
+        "the minimum time over the measured time; the minimum is that of the arithmetic (the fewest FLOP of "
+        "these rows) or of the traffic (inputs and outputs of every convolution and matrix product, once "
+        "each) at the rates above."
     ),
     "step": (
         "The same mapper, latents and random numbers in every row. loss differs by: relative to the "
-        'published step. Ours caches the features of the sources; "sources drawn" does not, as with more latents than '
-        "fit."
+        'published step. Ours caches the features of the sources; "sources drawn" does not, as with more '
+        "latents than fit."
     ),
     "ladder": (
         "From the published step to ours, one waste after the other, n = 1 each. Our fused operators are "
-        "used once both the FIR filters and the weights per sample are off. The last row still holds all views at "
-        "full size; ours shrinks each view before it makes the next."
+        "used once both the FIR filters and the weights per sample are off. The last row still holds all "
+        "views at full size; ours shrinks each view before it makes the next."
     ),
     "wastes": (
-        "Without the sources there are no views of them either. The Gram matrices need a perceptual network, "
-        "which faces do not have."
+        "Without the sources there are no views of them either. The Gram matrices need a perceptual "
+        "network, which faces do not have."
     ),
     "memory": (
         "On a CPU: of a process, from its start, in which the four sources are synthesised. On CUDA: of its "
         "tensors."
     ),
     "explorer": (
-        "Through a Jupyter kernel that runs 05_explorer: from the message of a control until the new picture "
-        "has come and the panel has stopped drawing. dragged: the next value follows at once, while the last "
-        "picture is scored."
+        "Through a Jupyter kernel that runs 05_explorer: from the message of a control until the new "
+        "picture has come and the panel has stopped drawing. dragged: the next value follows at once, while "
+        "the last picture is scored."
     ),
     "pictures": (
         "toonfaces' pictures of held-out latents, seed 0: their difference from those of the reference "
         "operators in float32, in grey levels of 255."
     ),
     "success": (
-        "Mappers trained alike on toonfaces: the readout's success (%) and the identity of held-out faces at "
-        "strength 1, mean ± half of the 95 % interval over the seeds (Student's t). difference: from the "
+        "Mappers trained alike on toonfaces: the readout's success (%) and the identity of held-out faces "
+        "at strength 1, mean ± half of the 95 % interval over the seeds (Student's t). difference: from the "
         "reference operators with the same seed, in percentage points, with its interval."
     ),
     "phases": "FLOP and bytes of convolutions, matrix products and attention only.",

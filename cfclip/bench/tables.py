@@ -16,7 +16,7 @@ STEPS = 50_000
 """Steps of the paper's trainings."""
 
 TOLERANCE = 1e-5
-"""Relative difference that two steps' float32 losses may have; a hundred times that for the gradient's norm."""
+"""Allowed relative difference of float32 losses; a hundred times that for the gradient's norm."""
 
 
 def select(rows: Rows, part: str, **known: Any) -> list[Row]:
@@ -80,7 +80,7 @@ def peaks(rows: Rows, device: str) -> dict[str, float]:
 
 
 def floor(best: Mapping[str, float], work: Mapping[str, Sequence[float]]) -> tuple[float, str]:
-    """The minimum seconds of ``work``, dtype -> [FLOP, bytes], and what sets them. ``best``: the :func:`peaks`."""
+    """The minimum seconds of ``work``, dtype -> [FLOP, bytes], and what sets them; ``best``: see peaks."""
     arithmetic = sum(flop / best[dtype] for dtype, (flop, _) in work.items() if dtype in best)
     bandwidth = sum(moved for _, moved in work.values()) / best["copy"]
     return max((arithmetic, "arithmetic"), (bandwidth, "bandwidth"))
