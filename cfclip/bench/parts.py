@@ -335,14 +335,16 @@ def pictures(device: str, faces: int) -> Rows:
             yield row | {"mean": error.mean().item(), "most": error.max().item()} | measured
 
 
-def success(device: str, prompt: str, seed: int, operators: str, dtype: str, steps: int, faces: int) -> Rows:
+def success(
+    device: str, prompt: str, operators: str, dtype: str, seed: int, steps: int, faces: int, **given: Any
+) -> Rows:
     """A mapper trained as in the paper's tables: success rate and identity of its edits of held-out faces.
 
-    ``operators``: "reference" or "ours".
+    ``operators``: "reference" or "ours". ``given``: more settings of the training.
     """
     domain = load_domain("toonfaces", device)
     settings = load_preset(NOTEBOOKS / "presets" / "toonfaces.yaml")["settings"]
-    settings |= {"steps": steps, "seed": seed, "dtype": dtype}
+    settings |= {"steps": steps, "seed": seed, "dtype": dtype} | given
     start = time.perf_counter()
     with using("reference" if operators == "reference" else None):
         editor = fit("cfclip", domain, prompt, progress=False, **settings)

@@ -122,9 +122,10 @@ def quick(device: str) -> Iterator[Job]:
     yield growing(name="batch", values=[1, 2], resolution=16)
     yield job("scaling", "growing_prompts", prompts=[1, 2], prompts_at_once=[1, 2], tiny=True, repeats=1)
     yield job("fidelity", "pictures", faces=2)
-    train = partial(job, "fidelity", "success", prompt="green lipstick", seed=0, steps=1, faces=2)
-    yield train(operators="reference", dtype="float32")
-    yield train(operators="ours", dtype="float32")
+    tiny = {"seed": 0, "steps": 1, "faces": 2, "train_latents": 4}
+    for operators in ("reference", "ours"):
+        names = {"prompt": "green lipstick", "operators": operators, "dtype": "float32"}
+        yield job("fidelity", "success", **names, **tiny)
     yield job("profile", "profile", **sizes, dtype="float32", repeats=1, top=5)
     if device == "cpu":
         yield job("scaling", "growing_sweep", runs=[3], repeats=1)
