@@ -151,82 +151,68 @@ def generator_memory(device: str, resolution: int, batch: int, dtype: str, plain
 # ---- (b) the mapper's step ----
 
 
-def _trainer(
-    device: str,
-    resolution: int,
-    tiny: bool,
-    dtype: str = "float32",
-    batch: int = 2,
-    micro_batch: int | None = None,
-) -> MapperTrainer:
-    latents = max(4, batch)
-    config = CFCLIPConfig(PROMPT, batch=batch, train_latents=latents, dtype=dtype, micro_batch=micro_batch)
-    return MapperTrainer(random_domain(resolution, tiny, device), config)
+def _trainer(device: str, resolution: int, tiny: bool, **settings: Any) -> MapperTrainer:
+    """A trainer of random networks with these ``settings`` of :class:`CFCLIPConfig`; starts a new peak."""
+    config = CFCLIPConfig(PROMPT, train_latents=max(4, settings.get("batch", 2)), **settings)
+    run = MapperTrainer(random_domain(resolution, tiny, device), config)
+    reset_peak(device)
+    return run
 
 
-def _repeated(run: MapperTrainer, step: Step, device: str, repeats: int = 1, warm: int = 0) -> dict[str, Any]:
-    """``step`` repeated from the same mapper with the same random numbers: stats, and its ``losses``.
+def _sizes(run: MapperTrainer) -> dict[str, Any]:
+    resolution = run.domain.generator.resolution
+    return {"dtype": run.config.dtype, "resolution": resolution, "batch": run.config.batch}
 
-    ``losses`` has the norm of the mapper's gradient as well.
+
+def _repeated(run: MapperTrainer, step: Step | None = None, repeats: int = 1, warm: int = 0) -> dict:
+    """``step`` (default: ours) repeated from the same mapper with the same random numbers.
+
+    Columns: the sizes of ``run``, its ``losses`` with the norm of the mapper's gradient, and stats.
     """
+    step = step or run.step
     start = {name: value.clone() for name, value in run.mapper.state_dict().items()}
     seconds, losses = [], {}
     for _ in range(warm + repeats):
         run.mapper.load_state_dict(start)
-        seconds += timed(lambda: losses.update(step(0, generator_for(0, 0))), device)
+        seconds += timed(lambda: losses.update(step(0, generator_for(0, 0))), run.domain.device.type)
     run.mapper.load_state_dict(start)
     norm = torch.stack([p.grad.norm() for p in run.mapper.parameters()]).norm().item()
-    return stats(seconds[warm:]) | {"losses": losses | {"gradient": norm}}
+    return _sizes(run) | {"losses": losses | {"gradient": norm}} | stats(seconds[warm:])
 
 
-def step(
-    device: str,
-    resolution: int,
-    tiny: bool,
-    dtype: str,
-    repeats: int,
-    sources: bool = False,
-    again: bool = False,
-    batch: int = 2,
-    micro_batch: int | None = None,
-) -> Rows:
+def step(device: str, repeats: int, sources: bool = False, again: bool = False, **settings: Any) -> Rows:
     """Our step. ``sources``: the sources are synthesised and encoded in every step. ``again``: a repeat."""
-    run = _trainer(device, resolution, tiny, dtype, batch, micro_batch)
-    reset_peak(device)
-    take = Published(run, Wastes.none(sources=True)).step if sources else run.step
-    measured = _repeated(run, take, device, repeats, warm=1)
-    name = "ours" + ", sources drawn" * sources
-    name += (f", {micro_batch} at a time" if micro_batch else "") + " (again)" * again
-    row = {"name": name, "dtype": dtype, "resolution": resolution, "batch": batch}
-    yield row | {"peak_gb": peak_gb(device)} | measured
+    run = _trainer(device, **settings)
+    name, take = "ours", run.step
+    if sources:
+        name, take = "ours, sources drawn", Published(run, Wastes.none(sources=True)).step
+    if run.config.micro_batch:
+        name += f", {run.config.micro_batch} at a time"
+    measured = _repeated(run, take, repeats, warm=1)
+    yield {"name": name + " (again)" * again, "peak_gb": peak_gb(device)} | measured
 
 
 def _timed_wastes(run: MapperTrainer) -> list[str]:
     """The wastes that take time in ``run``."""
-    return [
-        name
-        for name in NAMES
-        if name != "second_clip" and (name != "gram" or run.domain.perceptual is not None)
-    ]
+    without_time = ["second_clip"] + ["gram"] * (run.domain.perceptual is None)
+    return [name for name in NAMES if name not in without_time]
 
 
-def ladder(device: str, resolution: int, tiny: bool, repeats: int, batch: int = 2) -> Rows:
+def ladder(device: str, resolution: int, tiny: bool, repeats: int) -> Rows:
     """The published step, then its wastes turned off one after the other until it is ours.
 
     Only the published step is warmed up, and only its peak memory is known.
     """
-    run = _trainer(device, resolution, tiny, batch=batch)
-    reset_peak(device)
-    wastes, sizes = Wastes(), {"dtype": "float32", "resolution": resolution, "batch": batch}
-    measured = _repeated(run, Published(run, wastes).step, device, repeats, warm=1)
-    yield {"name": "published", "off": None, "peak_gb": peak_gb(device)} | sizes | measured
+    run, wastes = _trainer(device, resolution, tiny), Wastes()
+    measured = _repeated(run, Published(run, wastes).step, repeats, warm=1)
+    yield {"name": "published", "off": None, "peak_gb": peak_gb(device)} | measured
     copy_gb = sum(p.numel() * p.element_size() for p in run.domain.clip.parameters()) / 1e9
     timed_wastes = _timed_wastes(run)
     for name in NAMES:
         wastes = replace(wastes, **{name: False})
-        row = {"name": f"- {name}", "off": name} | sizes
+        row = {"name": f"- {name}", "off": name} | _sizes(run)
         if name in timed_wastes:
-            yield row | _repeated(run, Published(run, wastes).step, device)
+            yield row | _repeated(run, Published(run, wastes).step)
         elif name == "second_clip":
             yield row | {"saves_gb": copy_gb}
 
@@ -241,33 +227,26 @@ def wastes(device: str, resolution: int, tiny: bool, rounds: int) -> Rows:
         variants["on", name] = Wastes.none(**{name: True, "sources": name in ("sources", "source_views")})
     variants["none", None] = Wastes.none()
     measured = {key: [] for key in variants}
-    _repeated(run, Published(run).step, device)
+    _repeated(run, Published(run).step)
     for _ in range(rounds):
         for key, variant in variants.items():
-            measured[key].append(_repeated(run, Published(run, variant).step, device))
-    sizes = {"dtype": "float32", "resolution": resolution, "batch": 2}
+            measured[key].append(_repeated(run, Published(run, variant).step))
     for (kind, name), rows in measured.items():
-        row = {"name": f"{kind} {name}" if name else kind, "kind": kind, "waste": name} | sizes
-        yield row | {"losses": rows[0]["losses"]} | stats([row["median"] for row in rows])
+        row = {"name": f"{kind} {name}" if name else kind, "kind": kind, "waste": name}
+        yield row | rows[0] | stats([row["median"] for row in rows])
 
 
 # ---- (e) how cost grows ----
 
 
-def growing_steps(
-    device: str, name: str, values: Sequence[int], tiny: bool, repeats: int, **fixed: Any
-) -> Rows:
-    """Our step at each of ``values`` of ``name``, "resolution" or "batch"; the other one is ``fixed``.
+def growing_steps(device: str, name: str, values: Sequence[int], repeats: int, **fixed: Any) -> Rows:
+    """Our step at each of ``values`` of ``name``, "resolution" or "batch"; other settings are ``fixed``.
 
     From small to large: the peak memory so far is then that of the last value.
     """
     for value in values:
-        run = _trainer(device, tiny=tiny, **fixed | {name: value})
-        reset_peak(device)
-        measured = _repeated(run, run.step, device, repeats, warm=1)
-        yield (
-            {"name": name, "value": value, "dtype": "float32", "peak_gb": peak_gb(device)} | fixed | measured
-        )
+        measured = _repeated(_trainer(device, **fixed | {name: value}), repeats=repeats, warm=1)
+        yield {"name": name, "value": value, "peak_gb": peak_gb(device)} | measured
 
 
 def growing_prompts(
@@ -286,14 +265,8 @@ def growing_prompts(
         run = MapperTrainer(domain, config)
         preparing = time.perf_counter() - start
         row = {"name": "prompts at once", "value": k} if k > 1 else {"name": "prompts", "value": count}
-        row |= {
-            "prompts": count,
-            "prompts_at_once": k,
-            "dtype": "float32",
-            "batch": 8,
-            "preparing": preparing,
-        }
-        yield row | _repeated(run, run.step, device, repeats, warm=1)
+        row |= {"prompts": count, "prompts_at_once": k, "preparing": preparing}
+        yield row | _repeated(run, repeats=repeats, warm=1)
 
 
 def growing_sweep(device: str, runs: Sequence[int], repeats: int) -> Rows:
@@ -415,7 +388,7 @@ class Phases:
 
 def profile(device: str, resolution: int, tiny: bool, dtype: str, repeats: int, top: int) -> Rows:
     """Our step by phase, and the ``top`` operators by their own time."""
-    phases = Phases(_trainer(device, resolution, tiny, dtype), device)
+    phases = Phases(_trainer(device, resolution, tiny, dtype=dtype), device)
     phases.take(count=True)
     counted, seconds = phases.counted, {}
     for _ in range(repeats):

@@ -110,18 +110,15 @@ def scaling_figure(rows: Rows, device: str) -> Figure:
             for (name, dtype), group in groups:
                 curve(axis, list(group["resolution"]), list(group["images/s"]), f"{name}, {dtype}")
         axis.set(title=f"generator, {which}", xlabel="resolution", ylabel="images/s")
-    panels = {
-        "resolution": (axes[0, 2], "resolution"),
-        "batch": (axes[1, 0], "batch"),
-        "prompts": (axes[1, 1], "prompts"),
-        "prompts at once": (axes[1, 1], "prompts"),
-        "sweep, plan": (axes[1, 2], "runs"),
-        "sweep, resume": (axes[1, 2], "runs"),
-    }
-    for name, (axis, label) in panels.items():
-        measured = select(rows, "scaling", device=device, name=name)
-        curve(axis, [row["value"] for row in measured], [1000 * row["median"] for row in measured], name)
-        axis.set(title="sweep" if label == "runs" else f"step against {label}", xlabel=label, ylabel="ms")
+    panels = zip(axes.flat[2:], ("resolution", "batch", "prompts", "sweep"), strict=True)
+    for axis, subject in panels:
+        for name in (name for name in SCALING if name.startswith(subject)):
+            measured = select(rows, "scaling", device=device, name=name)
+            curve(axis, [row["value"] for row in measured], [1000 * row["median"] for row in measured], name)
+        if subject == "sweep":
+            axis.set(title="sweep", xlabel="runs", ylabel="ms")
+        else:
+            axis.set(title=f"step against {subject}", xlabel=subject, ylabel="ms")
     for axis in axes.flat:
         if axis.lines:
             axis.set_xscale("log", base=2)
@@ -139,14 +136,9 @@ def write(rows: Rows, out: Path) -> Path:
     """``bench.md`` and its figures."""
     machine = next(row for row in rows if row["job"] == "machine")
     devices = list(dict.fromkeys(row["device"] for row in rows if row.get("device") and "status" not in row))
-    page = [
-        "# Bench\n",
-        "Written by `make bench`; every repeat is in `bench.jsonl`. Ratios are of medians.\n",
-    ]
+    page = ["# Bench\n", "Written by `make bench` from `bench.jsonl`. Ratios are of medians.\n"]
     if machine["quick"]:
-        page.append(
-            "**`--quick`: the smallest sizes, in one process. The numbers only show that it runs.**\n"
-        )
+        page.append("**`--quick`: the smallest sizes. The numbers only show that everything runs.**\n")
     page += [
         machine_text(rows, machine),
         "## Floors of the device\n",
@@ -203,9 +195,8 @@ def machine_text(rows: Rows, machine: Mapping[str, Any]) -> str:
 
 def _compiling(rows: Rows) -> str:
     compiled = [row for row in select(rows, "generator") if "compiling" in row]
-    times = [
-        f"{row['compiling']:.0f} s ({row['device']}, {row['resolution']}², {row['pass']})" for row in compiled
-    ]
+    case = "{compiling:.0f} s ({device}, {resolution}², {pass})"
+    times = [case.format(**row) for row in compiled]
     return f" torch.compile took {', '.join(times)} before its first picture." if times else ""
 
 

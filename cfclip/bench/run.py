@@ -90,7 +90,7 @@ def full(device: str) -> Iterator[Job]:
         yield job("explorer", "explorer", 3, faces=8, moves=40)
         yield job("scaling", "growing_sweep", runs=[10, 100, 1000], repeats=3)
     growing, prompts = partial(job, "scaling", "growing_steps", tiny=False), {"prompts": [1, 8, 32]}
-    yield growing(8, name="resolution", values=[64, 128, 256, 512, 1024], repeats=2, batch=2)
+    yield growing(8, name="resolution", values=[64, 128, 256, 512, 1024], repeats=2)
     yield growing(6, name="batch", values=[1, 2, 4, 8], repeats=3, resolution=256)
     yield job("scaling", "growing_prompts", 3, **prompts, prompts_at_once=[1, 2, 4, 8], tiny=False, repeats=5)
     yield job("step", "wastes", 6, 1500, resolution=256, tiny=False, rounds=2)
@@ -118,7 +118,7 @@ def quick(device: str) -> Iterator[Job]:
     yield job("generator", "generator", sizes=[[8, 2], [16, 2]], repeats=2, tiny=True)
     yield job("generator", "generator_memory", **sizes, batch=2, dtype="float32", plain=False)
     growing = partial(job, "scaling", "growing_steps", tiny=True, repeats=1)
-    yield growing(name="resolution", values=[8, 16], batch=2)
+    yield growing(name="resolution", values=[8, 16])
     yield growing(name="batch", values=[1, 2], resolution=16)
     yield job("scaling", "growing_prompts", prompts=[1, 2], prompts_at_once=[1, 2], tiny=True, repeats=1)
     yield job("fidelity", "pictures", faces=2)

@@ -58,11 +58,7 @@ def same_names(*names: str) -> dict[str, str]:
     return dict(zip(names, names, strict=True))
 
 
-MILLISECONDS = {
-    "ms": lambda row: 1000 * row["median"],
-    "low–high, ms": lambda row: spread(row, 1000),
-    "n": "n",
-}
+TIMES = {"ms": lambda row: 1000 * row["median"], "low–high, ms": lambda row: spread(row, 1000), "n": "n"}
 
 
 # ---- what the device can do ----
@@ -115,22 +111,19 @@ def generator_table(rows: Rows) -> pd.DataFrame:
         seconds, by = floor(best, {row["dtype"]: (fewest * 1e12, row["moved_gb"] * 1e9)})
         return f"{100 * seconds / row['median']:.0f} % ({by})"
 
+    columns = same_names(*case) | {
+        "generator": "name",
+        "dtype": "dtype",
+        "images/s": lambda row: row["batch"] / row["median"],
+        "ms per image": lambda row: 1000 * row["median"] / row["batch"],
+        "low–high, ms": lambda row: spread(row, 1000 / row["batch"]),
+        "n": "n",
+        "× plain": times_plain,
+        "GFLOP per image": lambda row: 1000 * row["tflop"] / row["batch"] if "tflop" in row else None,
+        "of the floor": of_floor,
+    }
     ordered = sorted(measured, key=lambda row: (row["device"], row["resolution"], row["pass"]))
-    return make_table(
-        ordered,
-        same_names(*case)
-        | {
-            "generator": "name",
-            "dtype": "dtype",
-            "images/s": lambda row: row["batch"] / row["median"],
-            "ms per image": lambda row: 1000 * row["median"] / row["batch"],
-            "low–high, ms": lambda row: spread(row, 1000 / row["batch"]),
-            "n": "n",
-            "× plain": times_plain,
-            "GFLOP per image": lambda row: 1000 * row["tflop"] / row["batch"] if "tflop" in row else None,
-            "of the floor": of_floor,
-        },
-    )
+    return make_table(ordered, columns)
 
 
 def step_table(rows: Rows, device: str) -> pd.DataFrame:
@@ -141,21 +134,15 @@ def step_table(rows: Rows, device: str) -> pd.DataFrame:
     def difference(row: Row) -> str | None:
         return published and f"{abs(row['losses']['loss'] / published['losses']['loss'] - 1):.0e}"
 
-    return make_table(
-        sorted(measured, key=lambda row: -row["median"]),
-        {
-            "step": "name",
-            "dtype": "dtype",
-            "s": "median",
-            "low–high": spread,
-            "n": "n",
-            "times faster": lambda row: published and published["median"] / row["median"],
-            "peak GB": "peak_gb",
-            "loss": lambda row: f"{row['losses']['loss']:.6f}",
-            "loss differs by": difference,
-            f"hours for {STEPS} steps": lambda row: row["median"] * STEPS / 3600,
-        },
-    )
+    columns = {"step": "name", "dtype": "dtype", "s": "median", "low–high": spread, "n": "n"}
+    columns |= {
+        "times faster": lambda row: published and published["median"] / row["median"],
+        "peak GB": "peak_gb",
+        "loss": lambda row: f"{row['losses']['loss']:.6f}",
+        "loss differs by": difference,
+        f"hours for {STEPS} steps": lambda row: row["median"] * STEPS / 3600,
+    }
+    return make_table(sorted(measured, key=lambda row: -row["median"]), columns)
 
 
 def ladder_table(rows: Rows, device: str) -> pd.DataFrame:
@@ -237,14 +224,14 @@ def unequal(rows: Rows) -> str:
 
 def explorer_table(rows: Rows) -> pd.DataFrame:
     """The time from a change to its picture."""
-    columns = {"what": "name", "faces": "faces", "ms": MILLISECONDS["ms"]}
-    columns |= {"p90, ms": lambda row: 1000 * row["p90"]} | MILLISECONDS | {"different values": "different"}
+    columns = {"what": "name", "faces": "faces", "ms": TIMES["ms"]}
+    columns |= {"p90, ms": lambda row: 1000 * row["p90"]} | TIMES | {"different values": "different"}
     return make_table(select(rows, "explorer"), columns)
 
 
 def scaling_table(rows: Rows, name: str) -> pd.DataFrame:
     """What is measured at several values of ``name``."""
-    columns = {"device": "device", name: "value"} | MILLISECONDS
+    columns = {"device": "device", name: "value"} | TIMES
     if name == "batch" or name.startswith("sweep"):
         unit = "picture" if name == "batch" else "run"
         columns[f"ms per {unit}"] = lambda row: 1000 * row["median"] / row["value"]
