@@ -148,7 +148,7 @@ def run_bench(
     device: Annotated[str, typer.Option(help="cpu or cuda; default: all that this machine has")] = "",
 ) -> None:
     """Measure speed and memory on this machine. If it was stopped, the same command does the rest."""
-    from cfclip.bench import bench
+    from cfclip.bench.run import bench
 
     with _plain_errors():
         where = out or (Path("reports/runs/bench") if quick else None)

@@ -1,9 +1,6 @@
-"""``make bench``: what everything costs on this machine, and what of the published recipe's work we do not do.
+"""``make bench``: what everything costs on this machine, compared with the work of the published recipe.
 
-``published.py`` does that recipe's work, each of its wastes a switch; ``networks.py`` makes a domain of FFHQ's size from random weights;
-``parts.py`` and ``explorer.py`` measure, in processes of their own (``worker.py``) that ``run.py`` starts; ``report.py`` draws tables and figures.
+:mod:`.published` repeats that work, with a switch for each piece that is wasted; :mod:`.networks` makes a
+domain of FFHQ's size from random weights; :mod:`.parts` and :mod:`.explorer` measure, in processes
+(:mod:`.worker`) that :mod:`.run` starts; :mod:`.tables` and :mod:`.report` write the results.
 """
-
-from cfclip.bench.run import PARTS, bench
-
-__all__ = ["PARTS", "bench"]

@@ -1,4 +1,4 @@
-"""The machine that numbers are of, and what is free on it."""
+"""The machine on which the numbers are measured, and how much of it is free."""
 
 import os
 import platform
@@ -14,49 +14,48 @@ from cfclip.evaluation.report import machine, versions
 from cfclip.experiments.runs import KERNEL_ENVIRONMENT
 
 ALLOCATOR = {name: value for name, value in KERNEL_ENVIRONMENT.items() if name.startswith("MALLOC")}
-
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16")
+"""Instruction sets that matter for speed; the last one that a processor has is part of its folder's name."""
 
 
 def name(where: dict[str, Any]) -> str:
-    """A folder's name for the machine of :func:`describe`: processor, cores, what it is best at, GPU."""
+    """A folder name for the machine of :func:`describe`: processor, cores, best instruction set, GPU."""
     words = f"{where['cpu']} {next(iter(where['flags'][::-1]), '')} {where['gpu'] or ''}"
     return "-".join(re.findall(r"[a-z0-9]+", words.lower().replace("_", " ")))
 
 
 def cores() -> int:
-    """That this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Of every process that measures: as ``make`` sets it, on that many threads."""
+    """The environment of every process that measures: the allocator as ``make`` sets it, and ``threads``."""
     return os.environ | ALLOCATOR | {"OMP_NUM_THREADS": str(threads)}
 
 
 def describe(threads: int) -> dict[str, Any]:
-    """What a number depends on."""
+    """Everything that a measured number depends on."""
     cpuinfo = Path("/proc/cpuinfo")
-    words = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
-    memory = psutil.virtual_memory()
+    words = set(cpuinfo.read_text(encoding="utf-8").split()) if cpuinfo.exists() else set()
+    libraries = {k: v for k, v in versions().items() if k not in ("device", "threads", "machine")}
     return {
         "cpu": machine(),
         "flags": [flag for flag in FLAGS if flag in words],
-        "memory_gb": round(memory.total / 1e9, 1),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": f"{platform.system()} {platform.machine()}",
         "cpu_threads": threads,
         "niceness": os.nice(0),
         "date": date.today().isoformat(),
-        **{name: value for name, value in versions().items() if name not in ("device", "threads", "machine")},
-    }
+    } | libraries
 
 
 def free_gb(device: str) -> float:
-    """Memory that a new process may take there, GB."""
+    """Memory that a new process can have on ``device``, GB."""
     return (torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available) / 1e9
 
 
-def others() -> float:
-    """How busy the processor is before we begin, from 0 to 1."""
+def busy() -> float:
+    """The share of the processor that other processes use now, from 0 to 1."""
     return psutil.cpu_percent(interval=0.3) / 100

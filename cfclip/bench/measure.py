@@ -1,10 +1,11 @@
-"""How to measure: seconds, peak memory, arithmetic and traffic."""
+"""How to measure: seconds, peak memory, arithmetic and memory traffic."""
 
+import json
 import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,8 +19,14 @@ from torch.utils.flop_counter import flop_registry
 from cfclip.models.ops import fast_dtype, name_of
 
 
+def append_row(file: Path, row: Mapping[str, Any]) -> None:
+    """Add a line to the JSON lines of ``file``, so that it is there even if this process is killed next."""
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
 def stats(seconds: Sequence[float]) -> dict[str, Any]:
-    """What a row says of its repeats: all of them, median, least, most and how many."""
+    """The columns of a row that come from its repeats: all, their median, minimum, maximum and number."""
     return {
         "seconds": [round(s, 7) for s in seconds],
         "median": median(seconds),
@@ -30,69 +37,67 @@ def stats(seconds: Sequence[float]) -> dict[str, Any]:
 
 
 def synchronise(device: str) -> None:
+    """Wait until ``device`` has finished its work."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
-def timed(call: Callable[[], Any], device: str, repeats: int, warm: int = 1) -> list[float]:
-    """Seconds of ``repeats`` calls after ``warm`` ones."""
+def timed(call: Callable[[], Any], device: str, repeats: int = 1, warm: int = 0) -> list[float]:
+    """Seconds of ``repeats`` calls after ``warm`` ones that are not counted."""
     seconds = []
     for _ in range(warm + repeats):
         synchronise(device)
-        begun = time.perf_counter()
+        start = time.perf_counter()
         call()
         synchronise(device)
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.perf_counter() - start)
     return seconds[warm:]
 
 
 def peak_gb(device: str) -> float:
-    """The most memory that this process ever had, GB (CUDA: that its tensors had since :func:`forget_peak`)."""
+    """Peak memory, GB: of this process since it started; on CUDA of its tensors since :func:`reset_peak`."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss would begin with the parent's memory there
-        return (
-            next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-            * 1024
-            / 1e9
-        )
-    return (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-    )
+    if status.exists():  # on Linux ru_maxrss is at least the memory of the parent process
+        lines = status.read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def forget_peak(device: str) -> None:
-    """CUDA counts from here; a process's peak on a CPU stays, so there small things are measured before large ones."""
+def reset_peak(device: str) -> None:
+    """Start a new peak on CUDA. On a CPU the peak stays: measure small things before large ones."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
 
 class Work(TorchDispatchMode):
-    """Counts what runs inside: (dtype, FLOP, bytes) of convolutions, matrix products and attention.
+    """Counts, per dtype, the FLOP and bytes of convolutions, matrix products and attention that run inside.
 
-    A multiply-add is two FLOP. Bytes are each such operator's inputs and outputs, once each: what is left to move if all else were fused into these.
+    A multiply-add is two FLOP. Bytes are the inputs and outputs of each such operator, counted once: the
+    traffic that would remain if all other operators were fused into these.
     """
 
     def __init__(self):
         super().__init__()
-        self.found: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self.counted: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if count := flop_registry.get(func._overloadpacket):
             tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
-            entry = self.found[name_of(tensors[-1].dtype)]
+            entry = self.counted[name_of(tensors[-1].dtype)]
             entry[0] += count(*args, **kwargs, out_val=out)
             entry[1] += sum(t.numel() * t.element_size() for t in tensors)
         return out
 
     def take(self) -> dict[str, list[float]]:
-        """dtype -> [FLOP, bytes] since the last time."""
-        found = {dtype: list(entry) for dtype, entry in self.found.items()}
-        self.found.clear()
-        return found
+        """dtype -> [FLOP, bytes] since the last call."""
+        counted = dict(self.counted)
+        self.counted.clear()
+        return counted
 
 
 def work_of(call: Callable[[], Any]) -> dict[str, list[float]]:
@@ -103,7 +108,7 @@ def work_of(call: Callable[[], Any]) -> dict[str, list[float]]:
 
 
 def dtypes(device: str) -> tuple[torch.dtype, ...]:
-    """What is worth convolving in there: on a CPU bfloat16 only where it is faster, by the rule of ``dtype="auto"``."""
+    """The dtypes worth using on ``device``: on a CPU bfloat16 only where ``dtype="auto"`` would choose it."""
     if device == "cuda":
         return torch.float32, torch.bfloat16, torch.float16
     return tuple(dict.fromkeys((torch.float32, fast_dtype(torch.device(device)))))

@@ -1,4 +1,4 @@
-"""What is measured. Every part yields rows, each with its ``name`` and what :func:`cfclip.bench.measure.stats` says."""
+"""The measurements. Each function yields rows: a name, its columns, and those of :func:`.measure.stats`."""
 
 import copy
 import tempfile
@@ -8,15 +8,17 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.profiler import ProfilerActivity
 
 from cfclip.baselines.methods import fit
-from cfclip.bench.measure import Work, dtypes, forget_peak, peak_gb, stats, synchronise, timed, work_of
+from cfclip.bench.measure import Work, dtypes, peak_gb, reset_peak, stats, synchronise, timed, work_of
 from cfclip.bench.networks import random_domain, random_generator
 from cfclip.bench.published import NAMES, PlainGenerator, Published, Wastes
 from cfclip.domains import load_domain
@@ -26,7 +28,7 @@ from cfclip.experiments.spec import Spec, load_preset
 from cfclip.experiments.sweep import plan, sweep
 from cfclip.files import NOTEBOOKS
 from cfclip.method.config import CFCLIPConfig, MultiPromptConfig
-from cfclip.method.loop import generator_for
+from cfclip.method.loop import Step, generator_for
 from cfclip.method.trainer import MapperTrainer
 from cfclip.models.ops import HALF, folding, name_of, using
 from cfclip.models.stylegan2 import Generator
@@ -40,45 +42,39 @@ PROMPT = "green lipstick"
 
 
 def floors(device: str, side: int, copied: int, repeats: int) -> Rows:
-    """Arithmetic (TFLOP/s) of a matrix product of ``side`` and of a 3x3 convolution, per dtype; bandwidth (GB/s) of a copy of ``copied`` bytes."""
-    for dtype in (
-        (torch.float32, torch.bfloat16, torch.float16)
-        if device == "cuda"
-        else (torch.float32, torch.bfloat16)
-    ):
-        n = side if dtype in dtypes(device) else side // 4  # what is slow there would take minutes
-        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        channels = max(16, n // 16)
-        x = (
-            torch
-            .randn(4, channels, 64, 64, device=device)
-            .to(dtype)
-            .contiguous(memory_format=torch.channels_last)
-        )
-        k = (
-            torch
-            .randn(channels, channels, 3, 3, device=device)
-            .to(dtype)
-            .contiguous(memory_format=torch.channels_last)
-        )
-        for name, call in (
-            ("matrix product", lambda a=a, b=b: a @ b),
-            ("convolution", lambda x=x, k=k: F.conv2d(x, k, padding=1)),
-        ):
+    """The best that the device does.
+
+    TFLOP/s of a matrix product of ``side`` and of a 3x3 convolution, per dtype; GB/s of a copy of ``copied``
+    bytes.
+    """
+    reduced = (torch.bfloat16, torch.float16) if device == "cuda" else (torch.bfloat16,)
+    for dtype in (torch.float32, *reduced):
+        n = side if dtype in dtypes(device) else side // 4  # a slow dtype would take minutes
+        for name, call in _operators(device, dtype, n).items():
             flop = sum(entry[0] for entry in work_of(call).values())
-            found = stats(timed(call, device, repeats))
-            yield {"name": name, "dtype": name_of(dtype), "tflops": flop / found["low"] / 1e12} | found
+            measured = stats(timed(call, device, repeats, warm=1))
+            yield {"name": name, "dtype": name_of(dtype), "tflops": flop / measured["low"] / 1e12} | measured
     source = torch.ones(copied, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    found = stats(timed(lambda: target.copy_(source), device, repeats))
-    yield {"name": "copy", "gb_per_second": 2 * copied / found["low"] / 1e9} | found
+    measured = stats(timed(lambda: target.copy_(source), device, repeats, warm=1))
+    yield {"name": "copy", "gb_per_second": 2 * copied / measured["low"] / 1e9} | measured
+
+
+def _operators(device: str, dtype: torch.dtype, n: int) -> dict[str, Callable[[], Tensor]]:
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    channels = max(16, n // 16)
+    x, kernel = (
+        torch.randn(shape, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+        for shape in ((4, channels, 64, 64), (channels, channels, 3, 3))
+    )
+    return {"matrix product": lambda: a @ b, "convolution": lambda: F.conv2d(x, kernel, padding=1)}
 
 
 # ---- (a) the generator ----
 
 
 def _passes(draw: Callable, g: Generator, batch: int, device: str) -> dict[str, Callable[[], Any]]:
-    """The two passes of ``draw`` (w -> pictures): without graph, and with the gradient with respect to w."""
+    """Two passes of ``draw`` (w -> pictures): without a graph, and with the gradient with respect to w."""
     torch.manual_seed(0)
     with torch.no_grad():
         w = g.mapping(torch.randn(batch, g.z_dim, device=device))
@@ -88,19 +84,17 @@ def _passes(draw: Callable, g: Generator, batch: int, device: str) -> dict[str, 
         with torch.no_grad():
             draw(w)
 
-    def both() -> None:
+    def forward_backward() -> None:
         leaf.grad = None
         draw(leaf).square().mean().backward()
 
-    return {"forward": forward, "forward + backward": both}
+    return {"forward": forward, "forward + backward": forward_backward}
 
 
-def _ours(
-    g: Generator, dtype: torch.dtype, fold: bool | None = None
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """w -> pictures in ``dtype``; with every FIR filter in its convolution's kernel, or with none, or as we choose."""
+def _ours(g: Generator, dtype: torch.dtype, fold: bool | None = None) -> Callable[[Tensor], Tensor]:
+    """w -> pictures in ``dtype``. ``fold``: all FIR filters folded into kernels, or none; default: ours."""
 
-    def draw(w: torch.Tensor) -> torch.Tensor:
+    def draw(w: Tensor) -> Tensor:
         with nullcontext() if fold is None else folding(fold):
             return g.synthesis(w, dtype=None if dtype == torch.float32 else dtype)
 
@@ -108,279 +102,188 @@ def _ours(
 
 
 def generator(device: str, sizes: Sequence[tuple[int, int]], repeats: int, tiny: bool) -> Rows:
-    """Pictures a second at each (resolution, batch): ours per dtype, with filters folded and not as we chose, and in plain operators; all take turns."""
+    """Both passes at each (resolution, batch) of ``sizes``, in turns.
+
+    In plain operators, and ours per dtype: as by default, and with the FIR filters folded the other way.
+    """
     for resolution, batch in sizes:
-        draws = {("plain", "float32"): PlainGenerator(g := random_generator(resolution, tiny).to(device))}
+        g = random_generator(resolution, tiny).to(device)
+        draws = {("plain", "float32"): PlainGenerator(g)}
         for dtype in dtypes(device):
-            draws |= {
-                (name, name_of(dtype)): _ours(copy.deepcopy(g), dtype, fold)  # a copy keeps its own kernels
-                for name, fold in (
-                    ("ours", None),
-                    ("folded", True),
-                    *((("unfolded", False),) if dtype in HALF else ()),
-                )
-            }
+            ways = {"ours": None, "folded": True} | ({"unfolded": False} if dtype in HALF else {})
+            for name, fold in ways.items():
+                # a copy has its own cache of kernels
+                draws[name, name_of(dtype)] = _ours(copy.deepcopy(g), dtype, fold)
         calls = {
-            (*key, name): call
+            (*key, which): call
             for key, draw in draws.items()
-            for name, call in _passes(draw, g, batch, device).items()
+            for which, call in _passes(draw, g, batch, device).items()
         }
-        work = {key: work_of(call) for key, call in calls.items()}  # it warms up as well
+        work = {key: work_of(call) for key, call in calls.items()}  # this also warms up
         seconds = {key: [] for key in calls}
         for _ in range(repeats):
             for key, call in calls.items():
-                seconds[key] += timed(call, device, 1, warm=0)
+                seconds[key] += timed(call, device)
         for (name, dtype, which), taken in seconds.items():
-            flop, moved = (sum(entry[i] for entry in work[name, dtype, which].values()) for i in (0, 1))
-            yield {
-                "name": name,
-                "dtype": dtype,
-                "pass": which,
-                "resolution": resolution,
-                "batch": batch,
-                "tflop": flop / 1e12,
-                "moved_gb": moved / 1e9,
-            } | stats(taken)
+            flop, moved = (sum(column) for column in zip(*work[name, dtype, which].values(), strict=True))
+            row = {"name": name, "dtype": dtype, "pass": which, "resolution": resolution, "batch": batch}
+            yield row | {"tflop": flop / 1e12, "moved_gb": moved / 1e9} | stats(taken)
 
 
 def compiled(device: str, resolution: int, batch: int, repeats: int, tiny: bool) -> Rows:
-    """``torch.compile`` of the plain operators, and what compiling took."""
+    """``torch.compile`` of the plain operators; ``compiling`` is the seconds of the first call."""
     g = random_generator(resolution, tiny).to(device)
+    sizes = {"dtype": "float32", "resolution": resolution, "batch": batch}
     for which, call in _passes(torch.compile(PlainGenerator(g).__call__), g, batch, device).items():
-        begun = time.perf_counter()
-        call()
-        synchronise(device)
-        compiling = time.perf_counter() - begun
-        yield {
-            "name": "torch.compile of plain",
-            "dtype": "float32",
-            "pass": which,
-            "resolution": resolution,
-            "batch": batch,
-            "compiling": compiling,
-        } | stats(timed(call, device, repeats))
+        row = {"name": "torch.compile of plain", "pass": which, "compiling": timed(call, device)[0]}
+        yield row | sizes | stats(timed(call, device, repeats, warm=1))
 
 
 def generator_memory(device: str, resolution: int, batch: int, dtype: str, plain: bool, tiny: bool) -> Rows:
-    """The peak of one forward + backward, in a process that does nothing else."""
+    """Peak memory of one forward + backward, in a process that does nothing else."""
     g = random_generator(resolution, tiny).to(device)
     draw = PlainGenerator(g) if plain else _ours(g, getattr(torch, dtype))
-    found = stats(timed(_passes(draw, g, batch, device)["forward + backward"], device, 1, warm=0))
-    yield {
-        "name": "plain" if plain else "ours",
-        "dtype": dtype,
-        "resolution": resolution,
-        "batch": batch,
-        "peak_gb": peak_gb(device),
-    } | found
+    measured = stats(timed(_passes(draw, g, batch, device)["forward + backward"], device))
+    row = {"name": "plain" if plain else "ours", "dtype": dtype, "resolution": resolution, "batch": batch}
+    yield row | {"peak_gb": peak_gb(device)} | measured
 
 
 # ---- (b) the mapper's step ----
 
 
-def _run(
-    device: str,
-    resolution: int,
-    tiny: bool,
-    dtype: str = "float32",
-    batch: int = 2,
-    micro_batch: int | None = None,
-) -> MapperTrainer:
-    config = CFCLIPConfig(
-        PROMPT, batch=batch, train_latents=max(4, batch), dtype=dtype, micro_batch=micro_batch
-    )
-    return MapperTrainer(random_domain(resolution, tiny, device), config)
+def _trainer(device: str, resolution: int, tiny: bool, **settings: Any) -> MapperTrainer:
+    """A trainer of random networks with these ``settings`` of :class:`CFCLIPConfig`; starts a new peak."""
+    config = CFCLIPConfig(PROMPT, train_latents=max(4, settings.get("batch", 2)), **settings)
+    run = MapperTrainer(random_domain(resolution, tiny, device), config)
+    reset_peak(device)
+    return run
 
 
-def _measured(
-    run: MapperTrainer, step: Callable[[int, torch.Generator], dict], device: str, repeats: int, warm: int = 1
-) -> dict[str, Any]:
-    """The same step again and again: from the same mapper, on the same draws. Its losses and the norm of the mapper's gradient with it."""
+def _sizes(run: MapperTrainer) -> dict[str, Any]:
+    resolution = run.domain.generator.resolution
+    return {"dtype": run.config.dtype, "resolution": resolution, "batch": run.config.batch}
+
+
+def _repeated(run: MapperTrainer, step: Step | None = None, repeats: int = 1, warm: int = 0) -> dict:
+    """``step`` (default: ours) repeated from the same mapper with the same random numbers.
+
+    Columns: the sizes of ``run``, its ``losses`` with the norm of the mapper's gradient, and stats.
+    """
+    step = step or run.step
     start = {name: value.clone() for name, value in run.mapper.state_dict().items()}
-    seconds = []
+    seconds, losses = [], {}
     for _ in range(warm + repeats):
         run.mapper.load_state_dict(start)
-        synchronise(device)
-        begun = time.perf_counter()
-        losses = step(0, generator_for(0, 0))
-        synchronise(device)
-        seconds.append(time.perf_counter() - begun)
+        seconds += timed(lambda: losses.update(step(0, generator_for(0, 0))), run.domain.device.type)
     run.mapper.load_state_dict(start)
     norm = torch.stack([p.grad.norm() for p in run.mapper.parameters()]).norm().item()
-    return stats(seconds[warm:]) | {"losses": losses | {"gradient": norm}}
+    return _sizes(run) | {"losses": losses | {"gradient": norm}} | stats(seconds[warm:])
 
 
-def step(
-    device: str,
-    resolution: int,
-    tiny: bool,
-    dtype: str,
-    repeats: int,
-    sources: bool = False,
-    again: bool = False,
-    batch: int = 2,
-    micro_batch: int | None = None,
-) -> Rows:
-    """Our step; with ``sources``: though the source pictures are drawn and encoded in every step. ``again``: later, to see what has drifted."""
-    run = _run(device, resolution, tiny, dtype, batch, micro_batch)
-    forget_peak(device)
-    take = Published(run, Wastes.none(sources=True)).step if sources else run.step
-    found = _measured(run, take, device, repeats)
-    name = (
-        "ours"
-        + (", sources drawn" if sources else "")
-        + (f", {micro_batch} at a time" if micro_batch else "")
-        + (" (again)" if again else "")
-    )
-    yield {
-        "name": name,
-        "dtype": dtype,
-        "resolution": resolution,
-        "batch": batch,
-        "peak_gb": peak_gb(device),
-    } | found
+def step(device: str, repeats: int, sources: bool = False, again: bool = False, **settings: Any) -> Rows:
+    """Our step. ``sources``: the sources are synthesised and encoded in every step. ``again``: a repeat."""
+    run = _trainer(device, **settings)
+    name, take = "ours", run.step
+    if sources:
+        name, take = "ours, sources drawn", Published(run, Wastes.none(sources=True)).step
+    if run.config.micro_batch:
+        name += f", {run.config.micro_batch} at a time"
+    measured = _repeated(run, take, repeats, warm=1)
+    yield {"name": name + " (again)" * again, "peak_gb": peak_gb(device)} | measured
 
 
-def ladder(device: str, resolution: int, tiny: bool, repeats: int, batch: int = 2) -> Rows:
-    """The published step, and then its wastes turned off one after the other until it is ours. The first is warmed up, and its memory known."""
-    run = _run(device, resolution, tiny, batch=batch)
-    forget_peak(device)
-    wastes, known = Wastes(), {"dtype": "float32", "resolution": resolution, "batch": batch}
-    found = _measured(run, Published(run, wastes).step, device, repeats)
-    yield {"name": "published", "off": None, "peak_gb": peak_gb(device)} | known | found
+def _timed_wastes(run: MapperTrainer) -> list[str]:
+    """The wastes that take time in ``run``."""
+    without_time = ["second_clip"] + ["gram"] * (run.domain.perceptual is None)
+    return [name for name in NAMES if name not in without_time]
+
+
+def ladder(device: str, resolution: int, tiny: bool, repeats: int) -> Rows:
+    """The published step, then its wastes turned off one after the other until it is ours.
+
+    Only the published step is warmed up, and only its peak memory is known.
+    """
+    run, wastes = _trainer(device, resolution, tiny), Wastes()
+    measured = _repeated(run, Published(run, wastes).step, repeats, warm=1)
+    yield {"name": "published", "off": None, "peak_gb": peak_gb(device)} | measured
     copy_gb = sum(p.numel() * p.element_size() for p in run.domain.clip.parameters()) / 1e9
+    timed_wastes = _timed_wastes(run)
     for name in NAMES:
         wastes = replace(wastes, **{name: False})
-        if name == "gram" and run.domain.perceptual is None:
-            continue
-        if name == "second_clip":  # it takes no time
-            yield {"name": f"- {name}", "off": name, "saves_gb": copy_gb} | known
-            continue
-        yield (
-            {"name": f"- {name}", "off": name}
-            | known
-            | _measured(run, Published(run, wastes).step, device, 1, warm=0)
-        )
+        row = {"name": f"- {name}", "off": name} | _sizes(run)
+        if name in timed_wastes:
+            yield row | _repeated(run, Published(run, wastes).step)
+        elif name == "second_clip":
+            yield row | {"saves_gb": copy_gb}
 
 
 def wastes(device: str, resolution: int, tiny: bool, rounds: int) -> Rows:
-    """Each waste turned off alone, and turned on alone, in turns: published, without texts, …, only texts, …, none."""
-    run = _run(device, resolution, tiny)
-    timely = [
-        name
-        for name in NAMES
-        if name != "second_clip" and (name != "gram" or run.domain.perceptual is not None)
-    ]
-    variants = {("all", None): Wastes()} | {
-        ("off", name): replace(Wastes(), **{name: False}) for name in timely
-    }
-    variants |= {
-        ("on", name): Wastes.none(**{name: True}, **({"sources": True} if name == "source_views" else {}))
-        for name in timely
-    }
-    variants |= {("none", None): Wastes.none()}
-    found = {key: [] for key in variants}
-    _measured(run, Published(run).step, device, 1, warm=0)
+    """All wastes, each turned off alone, each turned on alone, and none; ``rounds`` times in turns."""
+    run = _trainer(device, resolution, tiny)
+    names = _timed_wastes(run)
+    variants = {("all", None): Wastes()}
+    variants |= {("off", name): replace(Wastes(), **{name: False}) for name in names}
+    for name in names:  # views of a source need the source
+        variants["on", name] = Wastes.none(**{name: True, "sources": name in ("sources", "source_views")})
+    variants["none", None] = Wastes.none()
+    measured = {key: [] for key in variants}
+    _repeated(run, Published(run).step)
     for _ in range(rounds):
-        for key, what in variants.items():
-            found[key].append(_measured(run, Published(run, what).step, device, 1, warm=0))
-    for (kind, name), measured in found.items():
-        yield {
-            "name": f"{kind} {name}" if name else kind,
-            "kind": kind,
-            "waste": name,
-            "dtype": "float32",
-            "resolution": resolution,
-            "batch": 2,
-            "losses": measured[0]["losses"],
-        } | stats([row["median"] for row in measured])
+        for key, variant in variants.items():
+            measured[key].append(_repeated(run, Published(run, variant).step))
+    for (kind, name), rows in measured.items():
+        row = {"name": f"{kind} {name}" if name else kind, "kind": kind, "waste": name}
+        yield row | rows[0] | stats([row["median"] for row in rows])
 
 
 # ---- (e) how cost grows ----
 
 
-def growing_resolution(device: str, resolutions: Sequence[int], tiny: bool, dtype: str, repeats: int) -> Rows:
-    """Our step from small to large, so that the peak so far is each one's own."""
-    for resolution in resolutions:
-        run = _run(device, resolution, tiny, dtype)
-        forget_peak(device)
-        found = _measured(run, run.step, device, repeats)
-        yield {
-            "name": "resolution",
-            "value": resolution,
-            "dtype": dtype,
-            "batch": 2,
-            "peak_gb": peak_gb(device),
-        } | found
+def growing_steps(device: str, name: str, values: Sequence[int], repeats: int, **fixed: Any) -> Rows:
+    """Our step at each of ``values`` of ``name``, "resolution" or "batch"; other settings are ``fixed``.
 
-
-def growing_batch(
-    device: str, resolution: int, batches: Sequence[int], tiny: bool, dtype: str, repeats: int
-) -> Rows:
-    """Our step from small to large batches."""
-    for batch in batches:
-        run = _run(device, resolution, tiny, dtype, batch)
-        forget_peak(device)
-        found = _measured(run, run.step, device, repeats)
-        yield {
-            "name": "batch",
-            "value": batch,
-            "dtype": dtype,
-            "resolution": resolution,
-            "peak_gb": peak_gb(device),
-        } | found
+    From small to large: the peak memory so far is then that of the last value.
+    """
+    for value in values:
+        measured = _repeated(_trainer(device, **fixed | {name: value}), repeats=repeats, warm=1)
+        yield {"name": name, "value": value, "peak_gb": peak_gb(device)} | measured
 
 
 def growing_prompts(
     device: str, prompts: Sequence[int], prompts_at_once: Sequence[int], tiny: bool, repeats: int
 ) -> Rows:
-    """One mapper of many prompts on toonfaces (``tiny``: random networks), batch 8: prompts to draw from, and prompts in one step."""
+    """One mapper of many prompts on toonfaces, batch 8: prompts to choose from, then prompts in one step.
+
+    ``tiny``: on tiny random networks.
+    """
     domain = random_domain(16, True, device) if tiny else load_domain("toonfaces", device)
     texts = load_domain("toonfaces").truth.prompts if tiny else domain.truth.prompts
-    for count, together in [(count, 1) for count in prompts] + [
-        (max(prompts), k) for k in prompts_at_once if k > 1
-    ]:
-        begun = time.perf_counter()
-        run = MapperTrainer(
-            domain,
-            MultiPromptConfig(
-                prompts=tuple(texts[:count]), prompts_at_once=together, batch=8, train_latents=8
-            ),
-        )
-        prepared = time.perf_counter() - begun
-        found = _measured(run, run.step, device, repeats)
-        yield {
-            "name": "prompts" if together == 1 else "prompts at once",
-            "value": count if together == 1 else together,
-            "prompts": count,
-            "prompts_at_once": together,
-            "dtype": "float32",
-            "batch": 8,
-            "preparing": prepared,
-        } | found
+    together = [(max(prompts), k) for k in prompts_at_once if k > 1]
+    for count, k in [(count, 1) for count in prompts] + together:
+        config = MultiPromptConfig(prompts=texts[:count], prompts_at_once=k, batch=8, train_latents=8)
+        start = time.perf_counter()
+        run = MapperTrainer(domain, config)
+        preparing = time.perf_counter() - start
+        row = {"name": "prompts at once", "value": k} if k > 1 else {"name": "prompts", "value": count}
+        row |= {"prompts": count, "prompts_at_once": k, "preparing": preparing}
+        yield row | _repeated(run, repeats=repeats, warm=1)
 
 
 def growing_sweep(device: str, runs: Sequence[int], repeats: int) -> Rows:
-    """What a sweep of so many runs costs by itself: its plan (``--dry-run``), and starting it again when all is finished."""
+    """The overhead of sweeps of so many ``runs``: the plan (``--dry-run``), and a restart after the end."""
     for count in runs:
         with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as executor:
             out = Path(folder, "runs")
             out.mkdir()
-            spec = Spec(
-                "bench",
-                Path(folder),
-                ({"notebook": "02_training", "prompt": PROMPT, "seed": list(range(count))},),
-            )
+            block = {"notebook": "02_training", "prompt": PROMPT, "seed": list(range(count))}
+            spec = Spec("bench", Path(folder), (block,))
             planned, _ = plan(spec, out)
-            yield {"name": "sweep, plan", "value": count} | stats(
-                timed(lambda spec=spec, out=out: plan(spec, out), device, repeats)
-            )
+            seconds = timed(partial(plan, spec, out), device, repeats, warm=1)
+            yield {"name": "sweep, plan", "value": count} | stats(seconds)
             for run in planned:
                 write_record(run, out / run.id, "finished")
-            again = timed(
-                lambda spec=spec, out=out, executor=executor: sweep(spec, out, out, executor), device, repeats
-            )
-            yield {"name": "sweep, resume", "value": count} | stats(again)
+            seconds = timed(partial(sweep, spec, out, out, executor), device, repeats, warm=1)
+            yield {"name": "sweep, resume", "value": count} | stats(seconds)
 
 
 # ---- (f) what the fast ways change ----
@@ -388,150 +291,119 @@ def growing_sweep(device: str, runs: Sequence[int], repeats: int) -> Rows:
 
 @torch.no_grad()
 def pictures(device: str, faces: int) -> Rows:
-    """How far toonfaces' pictures of ``faces`` held-out latents are, in grey levels of 255, from the reference operators' in float32."""
+    """Toonfaces' pictures of ``faces`` held-out latents against those of the reference operators in float32.
+
+    The mean and maximum difference in grey levels of 255, per dtype, with and without folded FIR filters.
+    """
     domain = load_domain("toonfaces", device)
     w = domain.latents(faces, "test")
     with using("reference"):
         exact = domain.generator.synthesis(w)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for fold in (False, True):
-            drawn, draw = [], _ours(domain.generator, dtype, fold)
-            found = stats(timed(lambda: drawn.append(draw(w)), device, 1, warm=0))  # noqa: B023 (called here)
-            apart = (drawn[0] - exact).abs() * 127.5
-            yield {
-                "name": "folded" if fold else "unfolded",
-                "dtype": name_of(dtype),
-                "faces": faces,
-                "mean": apart.mean().item(),
-                "most": apart.max().item(),
-            } | found
+        for name, fold in (("unfolded", False), ("folded", True)):
+            images, draw = [], _ours(domain.generator, dtype, fold)
+            measured = stats(timed(lambda: images.append(draw(w)), device))  # noqa: B023 (called here)
+            error = (images[0] - exact).abs() * 127.5
+            row = {"name": name, "dtype": name_of(dtype), "faces": faces}
+            yield row | {"mean": error.mean().item(), "most": error.max().item()} | measured
 
 
-def success(device: str, prompts: Sequence[str], seeds: Sequence[int], steps: int, faces: int) -> Rows:
-    """Mappers trained as in the paper's tables, by the reference operators and by ours: how often held-out faces' edits succeed, and identity."""
+def success(
+    device: str, prompt: str, operators: str, dtype: str, seed: int, steps: int, faces: int, **given: Any
+) -> Rows:
+    """A mapper trained as in the paper's tables: success rate and identity of its edits of held-out faces.
+
+    ``operators``: "reference" or "ours". ``given``: more settings of the training.
+    """
     domain = load_domain("toonfaces", device)
     settings = load_preset(NOTEBOOKS / "presets" / "toonfaces.yaml")["settings"]
-    ways = [("reference", "float32"), *(("ours", name_of(dtype)) for dtype in dtypes(device))]
-    for seed in seeds:
-        for prompt in prompts:
-            for operators, dtype in ways:
-                begun = time.perf_counter()
-                with using("reference") if operators == "reference" else nullcontext():
-                    editor = fit(
-                        "cfclip",
-                        domain,
-                        prompt,
-                        progress=False,
-                        **settings | {"steps": steps, "seed": seed, "dtype": dtype},
-                    )
-                taken = time.perf_counter() - begun
-                rows = metrics.over_strengths(
-                    domain, prompt, editor.edit, domain.latents(faces, "test", seed), [1.0]
-                )
-                yield {
-                    "name": operators,
-                    "dtype": dtype,
-                    "prompt": prompt,
-                    "seed": seed,
-                    "steps": steps,
-                    "faces": faces,
-                    **{
-                        name: sum(row[name] for row in rows) / len(rows)
-                        for name in ("success_after", "identity")
-                    },
-                } | stats([taken])
+    settings |= {"steps": steps, "seed": seed, "dtype": dtype} | given
+    start = time.perf_counter()
+    with using("reference" if operators == "reference" else None):
+        editor = fit("cfclip", domain, prompt, progress=False, **settings)
+    seconds = time.perf_counter() - start
+    rows = metrics.over_strengths(domain, prompt, editor.edit, domain.latents(faces, "test", seed), [1.0])
+    means = {name: sum(row[name] for row in rows) / len(rows) for name in ("success_after", "identity")}
+    row = {"name": operators, "dtype": dtype, "prompt": prompt, "seed": seed, "steps": steps, "faces": faces}
+    yield row | means | stats([seconds])
 
 
 # ---- the profile ----
 
 
 class Phases:
-    """Splits ``run``'s step: seconds, and dtype -> [FLOP, bytes], of each phase. Everything until a mark belongs to the phase that the mark names."""
+    """Splits ``run``'s step into phases: seconds, and dtype -> [FLOP, bytes], of each.
+
+    A phase is everything between the previous mark and the mark that names it.
+    """
 
     def __init__(self, run: MapperTrainer, device: str):
         self.device, self.work, self.run = device, Work(), run
-        networks, optimizer, identity = run.networks, run.optimizer, run.domain.identity
-        networks.synthesise = self._around(networks.synthesise, "mapper", "generator, forward", self._watch)
+        networks, identity = run.networks, run.domain.identity
+        synthesise = self._watched(networks.synthesise)
+        networks.synthesise = self._around(synthesise, "mapper", "generator, forward")
         networks.clip = self._around(networks.clip, "generator, forward", "views and CLIP, forward")
-        optimizer.zero_grad = self._around(optimizer.zero_grad, "losses", "losses")
-        optimizer.step = self._around(optimizer.step, "generator and mapper, backward", "optimiser")
+        run.losses = self._around(run.losses, "mapper", "losses")
+        run.optimizer.step = self._around(run.optimizer.step, "generator and mapper, backward", "optimiser")
         identity.register_forward_pre_hook(lambda *_: self.mark("losses"))
         identity.register_forward_hook(lambda *_: self.mark("identity, forward"))
 
-    def _around(self, call: Callable, before: str, after: str, then: Callable = lambda _: None) -> Callable:
+    def _around(self, call: Callable, before: str, after: str) -> Callable:
         def wrapped(*args: Any) -> Any:
             self.mark(before)
             result = call(*args)
-            then(result)
             self.mark(after)
             return result
 
         return wrapped
 
-    def _watch(self, pictures: torch.Tensor) -> None:
-        if pictures.requires_grad:
-            pictures.register_hook(lambda _: self.mark("CLIP, identity and views, backward"))
+    def _watched(self, synthesise: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def watched(w: Tensor) -> Tensor:
+            pictures = synthesise(w)
+            if pictures.requires_grad:
+                pictures.register_hook(lambda _: self.mark("CLIP, identity and views, backward"))
+            return pictures
+
+        return watched
 
     def mark(self, phase: str) -> None:
+        """The end of ``phase``, or of a part of it."""
         synchronise(self.device)
         now = time.perf_counter()
         self.seconds[phase] += now - self.last
         self.last = now
-        for dtype, (flop, moved) in self.work.take().items():
-            entry = self.counted.setdefault(phase, {}).setdefault(dtype, [0.0, 0.0])
-            entry[0] += flop
-            entry[1] += moved
+        for dtype, counted in self.work.take().items():
+            before = self.counted.setdefault(phase, {}).get(dtype, (0.0, 0.0))
+            self.counted[phase][dtype] = [a + b for a, b in zip(before, counted, strict=True)]
 
     def take(self, count: bool = False) -> None:
-        """One step."""
+        """Take one step; with ``count`` its arithmetic is counted, which takes time."""
         self.seconds: Counter[str] = Counter()
         self.counted: dict[str, dict[str, list[float]]] = {}
-        generator = generator_for(0, 0)
         synchronise(self.device)
         self.last = time.perf_counter()
-        if count:
-            with self.work:
-                self.run.step(0, generator)
-        else:
-            self.run.step(0, generator)
+        with self.work if count else nullcontext():
+            self.run.step(0, generator_for(0, 0))
 
 
 def profile(device: str, resolution: int, tiny: bool, dtype: str, repeats: int, top: int) -> Rows:
-    """Our step by phase and by operator."""
-    run = _run(device, resolution, tiny, dtype)
-    phases = Phases(run, device)
+    """Our step by phase, and the ``top`` operators by their own time."""
+    phases = Phases(_trainer(device, resolution, tiny, dtype=dtype), device)
     phases.take(count=True)
     counted, seconds = phases.counted, {}
     for _ in range(repeats):
         phases.take()
         for phase, taken in phases.seconds.items():
             seconds.setdefault(phase, []).append(taken)
+    sizes = {"dtype": dtype, "resolution": resolution}
     for phase, taken in seconds.items():
-        yield {
-            "name": phase,
-            "kind": "phase",
-            "dtype": dtype,
-            "resolution": resolution,
-            "work": counted.get(phase, {}),
-        } | stats(taken)
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
-    with torch.profiler.profile(activities=activities) as found:
+        yield {"name": phase, "kind": "phase", "work": counted.get(phase, {})} | sizes | stats(taken)
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
+    with torch.profiler.profile(activities=activities) as profiler:
         phases.take()
-    events = [
-        (
-            event.key,
-            (event.self_device_time_total if device == "cuda" else event.self_cpu_time_total) / 1e6,
-            event.count,
-        )
-        for event in found.key_averages()
-    ]
-    total = sum(taken for _, taken, _ in events)
-    for name, taken, count in sorted(events, key=lambda event: -event[1])[:top]:
-        yield {
-            "name": name,
-            "kind": "operator",
-            "dtype": dtype,
-            "resolution": resolution,
-            "share": taken / total,
-            "calls": count,
-        } | stats([taken])
+    own_time = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"  # microseconds
+    events = [(getattr(event, own_time) / 1e6, event.key, event.count) for event in profiler.key_averages()]
+    total = sum(taken for taken, _, _ in events)
+    for taken, name, calls in sorted(events, reverse=True)[:top]:
+        row = {"name": name, "kind": "operator", "share": taken / total, "calls": calls}
+        yield row | sizes | stats([taken])

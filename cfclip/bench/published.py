@@ -1,6 +1,7 @@
-"""The work of the published recipe's step, written from its description: what our step does not do, each a switch.
+"""A training step that does all the work of the published recipe's, written from its description.
 
-Nothing here is faster or better than :class:`cfclip.method.CFCLIP`; it has the same losses, and its cost is what ours is measured against.
+It has the same losses as :class:`cfclip.method.MapperTrainer`, whose cost is compared with its. Each piece of
+work that our step leaves out is a switch.
 """
 
 import copy
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cfclip.method.losses import clip_nce, latent_l2
+from cfclip.method.losses import clip_nce, identity_loss_from_features, latent_l2
 from cfclip.method.trainer import MapperTrainer
 from cfclip.method.views import perspective_views
 from cfclip.models.clip import TEMPLATES, ClipGuide
@@ -23,32 +24,35 @@ from cfclip.models.stylegan2 import Generator, StyledConv, ToRGB
 
 @dataclass(frozen=True)
 class Wastes:
-    """What the published step does though its losses do not need it. All on: the published step; all off: ours."""
+    """Work of the published step that its losses do not need. All on: the published step; all off: ours."""
 
-    texts: bool = (
-        True  # both sets of 79 templated texts go through CLIP's text tower again, ``text_passes`` times
-    )
-    source_views: bool = (
-        True  # the source pictures go through CLIP once per view of the edit (8 times); off: once
-    )
-    weight_gradients: bool = True  # generator, CLIP and identity keep requires_grad
-    plane_filters: bool = True  # FIR filters insert zeros, pad, and convolve plane by plane; off: depthwise
-    sample_weights: bool = True  # every sample has modulated weights of its own, in a grouped convolution; off: modulated activations
-    second_clip: bool = True  # a second copy of CLIP, for the text that the mapper sees; costs memory alone
-    gram: bool = True  # Gram matrices of the perceptual features, dropped; only where the domain has a perceptual network
-    sources: bool = (
-        True  # the source pictures are drawn and encoded anew; off: their features are kept per latent
-    )
-    text_passes: int = 2  # the text direction needs both sets, the second positive the targets again, the negatives the sources again
+    # both sets of 79 templated texts go through CLIP's text tower again, ``text_passes`` times
+    texts: bool = True
+    # the source pictures go through CLIP once per view of the edit (8 times); off: once
+    source_views: bool = True
+    # generator, CLIP and identity keep requires_grad
+    weight_gradients: bool = True
+    # FIR filters insert zeros, pad, and convolve plane by plane; off: depthwise
+    plane_filters: bool = True
+    # a grouped convolution with modulated weights for each sample; off: modulated activations
+    sample_weights: bool = True
+    # a second copy of CLIP encodes the mapper's text; costs memory, no time
+    second_clip: bool = True
+    # Gram matrices of the perceptual features, never used; only where the domain has a perceptual network
+    gram: bool = True
+    # the source pictures are synthesised and encoded in each step; off: their features are cached per latent
+    sources: bool = True
+    # the text direction needs both sets; positive 2 needs the targets again, the negatives the sources
+    text_passes: int = 2
 
     @classmethod
     def none(cls, **on: bool) -> "Wastes":
-        """All off, but for ``on``."""
+        """All off except ``on``."""
         return cls(**dict.fromkeys(NAMES, False) | on)
 
 
 NAMES = tuple(f.name for f in fields(Wastes) if f.type is bool)
-"""The switches, in the order in which the ladder of the report turns them off: the sources last, as keeping them needs a small set of latents."""
+"""The switches as the ladder turns them off; the sources last, because caching them needs few latents."""
 
 WORDS = {
     "texts": "constant texts encoded again",
@@ -57,13 +61,17 @@ WORDS = {
     "plane_filters": "FIR plane by plane",
     "sample_weights": "weights per sample",
     "second_clip": "second copy of CLIP",
-    "gram": "Gram matrices, dropped",
-    "sources": "sources drawn and encoded again",
+    "gram": "unused Gram matrices",
+    "sources": "sources synthesised and encoded again",
 }
+"""What the tables call each switch."""
 
 
 def plane_filter(x: Tensor, f: Tensor, up: int, pad: tuple[int, int], gain: float) -> Tensor:
-    """FIR as published: each plane a picture of its own, zeros inserted, padded (before, after), convolved. [N, C, H, W] -> [N, C, H', W']."""
+    """The published FIR: zeros inserted, padded (before, after) and convolved, each plane by itself.
+
+    [N, C, H, W] -> [N, C, H', W'].
+    """
     n, c, h, w = x.shape
     x = F.pad(x.reshape(n * c, 1, h, 1, w, 1), (0, up - 1, 0, 0, 0, up - 1)).reshape(n * c, 1, h * up, w * up)
     x = F.conv2d(F.pad(x, pad * 2), (f * gain).flip(0, 1)[None, None])
@@ -71,7 +79,7 @@ def plane_filter(x: Tensor, f: Tensor, up: int, pad: tuple[int, int], gain: floa
 
 
 class PlainGenerator:
-    """A generator's synthesis in plain operators, un-fused. Its weights, constant noise, no clamp; a 4-tap filter."""
+    """The synthesis of ``generator`` in plain, un-fused operators: constant noise, no clamp, 4-tap FIR."""
 
     def __init__(self, generator: Generator, plane_filters: bool = True, sample_weights: bool = True):
         self.generator, self.plane_filters, self.sample_weights = generator, plane_filters, sample_weights
@@ -86,14 +94,13 @@ class PlainGenerator:
                 x = self.modulated(x, conv, conv.affine(w[:, i]), up=conv.up)
                 x = x + conv.noise_strength * conv.noise_const
                 x = F.leaky_relu(x + conv.bias[None, :, None, None], 0.2) * math.sqrt(2)
-            picture = (
-                self.modulated(x, rgb, rgb.affine(w[:, 2 * level + 1]), demodulate=False)
-                + rgb.bias[None, :, None, None]
-            )
+            picture = self.modulated(x, rgb, rgb.affine(w[:, 2 * level + 1]), demodulate=False)
+            picture = picture + rgb.bias[None, :, None, None]
             image = picture if image is None else picture + self.filter(image, 2, (2, 1))
         return image
 
     def filter(self, x: Tensor, up: int, pad: tuple[int, int]) -> Tensor:
+        """FIR with gain 4 on x [N, C, H, W], after zeros are inserted where ``up`` is 2."""
         if self.plane_filters:
             return plane_filter(x, self.generator.fir, up, pad, 4.0)
         return upfirdn2d(x, self.generator.fir, up=up, pad=pad * 2, gain=4.0)
@@ -101,6 +108,7 @@ class PlainGenerator:
     def modulated(
         self, x: Tensor, layer: StyledConv | ToRGB, style: Tensor, demodulate: bool = True, up: bool = False
     ) -> Tensor:
+        """The modulated convolution of ``layer``: x [N, I, H, W], style [N, I] -> [N, O, H', W']."""
         weight = layer.weight * layer.scale
         n, (o, i, k, _) = len(x), weight.shape
         if self.sample_weights:
@@ -127,32 +135,41 @@ def gram(features: Tensor) -> Tensor:
     return x @ x.transpose(1, 2) / x.shape[-1]
 
 
+def encode_templates(clip: ClipGuide, prompt: str) -> Tensor:
+    """:meth:`ClipGuide.template_features` [T, E] without its cache.
+
+    It builds a graph, which is dropped, while CLIP's weights require gradients.
+    """
+    tokens = torch.cat([clip.tokenize(template(prompt)) for template in TEMPLATES]).to(clip.mean.device)
+    return F.normalize(clip.model.encode_text(tokens), dim=-1).detach()
+
+
 class Published:
-    """The steps of ``run`` (one prompt, the paper's objective), with ``wastes``; the same losses on the same draws."""
+    """Steps of ``run`` (one prompt, the paper's objective) with ``wastes``: the losses stay the same.
+
+    Raises ValueError for a dtype other than float32, unless the wastes that need float32 are off.
+    """
 
     def __init__(self, run: MapperTrainer, wastes: Wastes | None = None):
         self.run, self.wastes = run, wastes or Wastes()
         d, on = run.domain, self.wastes
-        self.plain = (
-            PlainGenerator(d.generator, on.plane_filters, on.sample_weights)
-            if on.plane_filters or on.sample_weights
-            else None
-        )
-        if run.config.dtype != "float32" and (self.plain or on.weight_gradients or on.texts):
-            raise ValueError(f"the published step is float32, not {run.config.dtype}")
-        self.networks = [
-            network for network in (d.generator, d.clip, d.identity, d.perceptual) if network is not None
-        ]
+        plain = on.plane_filters or on.sample_weights
+        if run.config.dtype != "float32" and (plain or on.weight_gradients or on.texts):
+            raise ValueError(f"the published step needs dtype float32, not {run.config.dtype}")
+        self.synthesise = run.networks.synthesise
+        if plain:
+            self.synthesise = PlainGenerator(d.generator, on.plane_filters, on.sample_weights)
+        self.networks = [n for n in (d.generator, d.clip, d.identity, d.perceptual) if n is not None]
         for network in self.networks:
-            network.zero_grad(set_to_none=True)  # what another step's waste has left
-        clip = copy.deepcopy(d.clip) if on.second_clip else d.clip
+            network.zero_grad(set_to_none=True)  # gradients that the steps of another Published have left
+        self.text_clip = copy.deepcopy(d.clip) if on.second_clip else d.clip
         with torch.no_grad():
-            self.text = clip.model.encode_text(clip.tokenize(run.config.prompt).to(d.device))
-        self.second_clip = clip
+            tokens = self.text_clip.tokenize(run.config.prompt).to(d.device)
+            self.text = self.text_clip.model.encode_text(tokens)
 
     @contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Frozen is what the optimiser does not change: as published, the weights' gradients add up in ``.grad`` all the same."""
+    def weight_gradients(self) -> Iterator[None]:
+        """As published: frozen networks are only missing from the optimiser; their gradients still add up."""
         for network in self.networks:
             network.requires_grad_(self.wastes.weight_gradients)
         try:
@@ -161,31 +178,28 @@ class Published:
             for network in self.networks:
                 network.requires_grad_(False)
 
-    def draw(self, w: Tensor) -> Tensor:
-        return self.run.networks.synthesise(w) if self.plain is None else self.plain(w)
-
     def texts(self) -> tuple[Tensor, Tensor]:
         """Unit features of the target and of the source text under each template, [T, E] each."""
         run = self.run
         if not self.wastes.texts:
             return run.target_text[0], run.source_text
-        both = run.config.prompt, run.config.source_text or run.domain.source_text
+        prompts = run.config.prompt, run.config.source_text or run.domain.source_text
         for _ in range(self.wastes.text_passes):
-            target, source = (encode_templates(run.domain.clip, prompt) for prompt in both)
+            target, source = (encode_templates(run.domain.clip, prompt) for prompt in prompts)
         return target, source
 
     def step(self, i: int, generator: torch.Generator) -> dict[str, float]:
         """One step, as :meth:`MapperTrainer.step`."""
         run, c, d, on = self.run, self.run.config, self.run.domain, self.wastes
-        with self.frozen():
+        with self.weight_gradients():
             index = torch.randint(len(run.w), (c.batch,), generator=generator)
             w = run.w[index]
             picture = None
             if on.sources or c.lambda_perc:
                 with torch.no_grad():
-                    picture = self.draw(w)
+                    picture = self.synthesise(w)
             w_edited = run.mapper.edit(w, self.text)
-            edited = self.draw(w_edited)
+            edited = self.synthesise(w_edited)
             target_text, source_text = self.texts()
             views = run.networks.clip(perspective_views(edited, c.num_views, generator=generator))
             if on.sources:
@@ -198,8 +212,8 @@ class Published:
             loss = c.lambda_nce * nce + c.lambda_l2 * l2
             logs = {"nce": nce, "l2": l2}
             if c.lambda_id:
-                known = d.identity(picture).detach() if on.sources else run.source_id[index]
-                logs["id"] = 1 - (d.identity(edited) * known).sum(1).mean()
+                source_id = d.identity(picture).detach() if on.sources else run.source_id[index]
+                logs["id"] = identity_loss_from_features(d.identity(edited), source_id)
                 loss = loss + c.lambda_id * logs["id"]
             if c.lambda_perc:
                 before, after = d.perceptual(picture).detach(), d.perceptual(edited)
@@ -211,9 +225,3 @@ class Published:
             loss.backward()
             run.optimizer.step()
         return {"loss": loss.item()} | {name: value.item() for name, value in logs.items()}
-
-
-def encode_templates(clip: ClipGuide, prompt: str) -> Tensor:
-    """What :meth:`ClipGuide.template_features` keeps, computed: unit features [T, E]. With a graph, which is dropped, while weights want gradients."""
-    tokens = torch.cat([clip.tokenize(template(prompt)) for template in TEMPLATES]).to(clip.mean.device)
-    return F.normalize(clip.model.encode_text(tokens), dim=-1).detach()

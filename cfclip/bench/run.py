@@ -1,7 +1,8 @@
-"""Which measurements make a bench, and doing them one after the other, each in a process of its own."""
+"""The jobs of a bench, and doing them one after the other, each in a process of its own."""
 
 import hashlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -9,17 +10,20 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from cfclip.bench import machine, report
-from cfclip.bench.measure import dtypes
-from cfclip.files import read_rows, writable, write_rows
+from cfclip.bench import machine, report, tables
+from cfclip.bench.measure import append_row, dtypes
+from cfclip.files import PACKAGE, read_rows, writable, write_rows
 from cfclip.models.ops import name_of
+
+logger = logging.getLogger(__name__)
 
 PARTS = {
     "generator": "(a)",
@@ -33,123 +37,117 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Job:
-    """One measurement: the function ``what`` of parts.py, in a process of its own."""
+    """One measurement: the function ``what`` of :mod:`.parts` or :mod:`.explorer`."""
 
     part: str
     what: str
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    need_gb: float = 2.0  # memory; with less than that free it is skipped
-    limit: float = 900.0  # seconds after which it is given up
+    arguments: Mapping[str, Any]
+    need_gb: float  # memory; the job is skipped if less is free
+    limit: float  # seconds after which the job is stopped
 
     @property
     def id(self) -> str:
         return " ".join([self.what, *(f"{name}={value}" for name, value in self.arguments.items())])
 
+    def row(self, status: str, why: str) -> dict[str, Any]:
+        """The row of a job that was not measured."""
+        row = {"job": self.id, "part": self.part, "device": self.arguments["device"]}
+        return row | {"status": status, "why": why}
+
+
+def make_job(
+    device: str, part: str, what: str, need_gb: float = 2.0, limit: float = 900.0, **arguments: Any
+) -> Job:
+    """A job on ``device`` whose function has these ``arguments``."""
+    return Job(part, what, {"device": device} | arguments, need_gb, limit)
+
 
 def full(device: str) -> Iterator[Job]:
-    """The real sizes: the step is that of FFHQ, 1024², batch 2. The order puts ours before and after the published step."""
-    step, small = {"resolution": 1024, "tiny": False}, {"resolution": 256, "tiny": False}
+    """The real sizes: FFHQ's step, 1024², batch 2. Ours is measured before and after the published step."""
     reduced = [name_of(dtype) for dtype in dtypes(device)[1:]]
-    yield Job("floors", "floors", {"side": 2048 if device == "cpu" else 8192, "copied": 2**29, "repeats": 5})
-    yield Job("step", "step", step | {"dtype": "float32", "repeats": 3}, 8)
-    yield Job("step", "ladder", step | {"repeats": 1}, 20, 2400)
-    yield Job("step", "step", step | {"dtype": "float32", "repeats": 2, "again": True}, 8)
-    yield Job("step", "step", step | {"dtype": "float32", "repeats": 2, "sources": True}, 8)
-    yield Job("step", "step", step | {"dtype": "float32", "repeats": 2, "micro_batch": 1}, 8)
+    job, sizes = partial(make_job, device), {"resolution": 1024, "tiny": False}
+    step = partial(job, "step", "step", 8, **sizes)
+    side = 2048 if device == "cpu" else 8192
+    yield job("floors", "floors", side=side, copied=2**29, repeats=5)
+    yield step(dtype="float32", repeats=3)
+    yield job("step", "ladder", 20, 2400, **sizes, repeats=1)
+    yield step(dtype="float32", repeats=2, again=True)
+    yield step(dtype="float32", repeats=2, sources=True)
+    yield step(dtype="float32", repeats=2, micro_batch=1)
     for dtype in reduced:
-        yield Job("step", "step", step | {"dtype": dtype, "repeats": 4}, 8)
-        yield Job("step", "step", step | {"dtype": dtype, "repeats": 3, "sources": True}, 8)
-    yield Job(
-        "generator",
-        "generator",
-        {"sizes": [[64, 4], [128, 4], [256, 2], [512, 1], [1024, 1]], "repeats": 3, "tiny": False},
-        8,
-    )
-    for dtype, plain in (("float32", True), ("float32", False), *((dtype, False) for dtype in reduced)):
-        yield Job(
-            "generator",
-            "generator_memory",
-            {"resolution": 1024, "batch": 2, "dtype": dtype, "plain": plain, "tiny": False},
-            12 if plain else 6,
-        )
+        yield step(dtype=dtype, repeats=4)
+        yield step(dtype=dtype, repeats=3, sources=True)
+    batches = [[64, 4], [128, 4], [256, 2], [512, 1], [1024, 1]]
+    yield job("generator", "generator", 8, sizes=batches, repeats=3, tiny=False)
+    memory = partial(job, "generator", "generator_memory", **sizes, batch=2)
+    yield memory(12, dtype="float32", plain=True)
     for dtype in ("float32", *reduced):
-        yield Job("profile", "profile", step | {"dtype": dtype, "repeats": 2, "top": 12}, 8)
-    yield Job("fidelity", "pictures", {"faces": 64})
+        yield memory(6, dtype=dtype, plain=False)
+    for dtype in ("float32", *reduced):
+        yield job("profile", "profile", 8, **sizes, dtype=dtype, repeats=2, top=12)
+    yield job("fidelity", "pictures", faces=64)
     if device == "cpu":
-        yield Job("explorer", "explorer", {"faces": 8, "moves": 40}, 3)
-        yield Job("scaling", "growing_sweep", {"runs": [10, 100, 1000], "repeats": 3})
-    yield Job(
-        "scaling",
-        "growing_resolution",
-        {"resolutions": [64, 128, 256, 512, 1024], "tiny": False, "dtype": "float32", "repeats": 2},
-        8,
-    )
-    yield Job(
-        "scaling", "growing_batch", small | {"batches": [1, 2, 4, 8], "dtype": "float32", "repeats": 3}, 6
-    )
-    yield Job(
-        "scaling",
-        "growing_prompts",
-        {"prompts": [1, 8, 32], "prompts_at_once": [1, 2, 4, 8], "tiny": False, "repeats": 5},
-        3,
-    )
-    yield Job("step", "wastes", small | {"rounds": 2}, 6, 1500)
-    yield Job("generator", "compiled", {"resolution": 256, "batch": 2, "repeats": 3, "tiny": False}, 6, 240)
-    yield Job(
-        "fidelity",
-        "success",
-        {"prompts": ["green lipstick", "purple eyebrows"], "seeds": [0, 1, 2], "steps": 300, "faces": 32},
-        3,
-        5400,
-    )
+        yield job("explorer", "explorer", 3, faces=8, moves=40)
+        yield job("scaling", "growing_sweep", runs=[10, 100, 1000], repeats=3)
+    growing, prompts = partial(job, "scaling", "growing_steps", tiny=False), {"prompts": [1, 8, 32]}
+    yield growing(8, name="resolution", values=[64, 128, 256, 512, 1024], repeats=2)
+    yield growing(6, name="batch", values=[1, 2, 4, 8], repeats=3, resolution=256)
+    yield job("scaling", "growing_prompts", 3, **prompts, prompts_at_once=[1, 2, 4, 8], tiny=False, repeats=5)
+    yield job("step", "wastes", 6, 1500, resolution=256, tiny=False, rounds=2)
+    yield job("generator", "compiled", 6, 240, resolution=256, batch=2, repeats=3, tiny=False)
+    # a job per training: a bench that is stopped has the trainings before, and resumes after them
+    for seed in (0, 1, 2):
+        for prompt in ("green lipstick", "purple eyebrows"):
+            train = partial(job, "fidelity", "success", 3, prompt=prompt, seed=seed, steps=300, faces=32)
+            yield train(operators="reference", dtype="float32")
+            for dtype in ("float32", *reduced):
+                yield train(operators="ours", dtype=dtype)
 
 
 def quick(device: str) -> Iterator[Job]:
-    """Every part at the smallest size: its numbers say nothing but that it runs."""
-    step = {"resolution": 16, "tiny": True}
-    yield Job("floors", "floors", {"side": 256, "copied": 2**20, "repeats": 2})
-    for more in (
-        {"dtype": "float32"},
-        {"dtype": "float32", "sources": True},
-        {"dtype": "float32", "micro_batch": 1},
-        {"dtype": "bfloat16"},
-    ):
-        yield Job("step", "step", step | {"repeats": 3} | more)
-    yield Job("step", "ladder", step | {"repeats": 3})
-    yield Job("step", "wastes", step | {"rounds": 1})
-    yield Job("generator", "generator", {"sizes": [[8, 2], [16, 2]], "repeats": 2, "tiny": True})
-    yield Job(
-        "generator",
-        "generator_memory",
-        {"resolution": 16, "batch": 2, "dtype": "float32", "plain": False, "tiny": True},
-    )
-    yield Job(
-        "scaling",
-        "growing_resolution",
-        {"resolutions": [8, 16], "tiny": True, "dtype": "float32", "repeats": 1},
-    )
-    yield Job("scaling", "growing_batch", step | {"batches": [1, 2], "dtype": "float32", "repeats": 1})
-    yield Job(
-        "scaling",
-        "growing_prompts",
-        {"prompts": [1, 2], "prompts_at_once": [1, 2], "tiny": True, "repeats": 1},
-    )
-    yield Job("fidelity", "pictures", {"faces": 2})
-    yield Job("fidelity", "success", {"prompts": ["green lipstick"], "seeds": [0], "steps": 1, "faces": 2})
-    yield Job("profile", "profile", step | {"dtype": "float32", "repeats": 1, "top": 5})
+    """Every part at the smallest size: the numbers only show that it runs."""
+    job, sizes = partial(make_job, device), {"resolution": 16, "tiny": True}
+    step = partial(job, "step", "step", **sizes, repeats=3)
+    yield job("floors", "floors", side=256, copied=2**20, repeats=2)
+    yield step(dtype="float32")
+    yield step(dtype="float32", sources=True)
+    yield step(dtype="float32", micro_batch=1)
+    yield step(dtype="bfloat16")
+    yield job("step", "ladder", **sizes, repeats=3)
+    yield job("step", "wastes", **sizes, rounds=1)
+    yield job("generator", "generator", sizes=[[8, 2], [16, 2]], repeats=2, tiny=True)
+    yield job("generator", "generator_memory", **sizes, batch=2, dtype="float32", plain=False)
+    growing = partial(job, "scaling", "growing_steps", tiny=True, repeats=1)
+    yield growing(name="resolution", values=[8, 16])
+    yield growing(name="batch", values=[1, 2], resolution=16)
+    yield job("scaling", "growing_prompts", prompts=[1, 2], prompts_at_once=[1, 2], tiny=True, repeats=1)
+    yield job("fidelity", "pictures", faces=2)
+    tiny = {"seed": 0, "steps": 1, "faces": 2, "train_latents": 4}
+    for operators in ("reference", "ours"):
+        names = {"prompt": "green lipstick", "operators": operators, "dtype": "float32"}
+        yield job("fidelity", "success", **names, **tiny)
+    yield job("profile", "profile", **sizes, dtype="float32", repeats=1, top=5)
     if device == "cpu":
-        yield Job("scaling", "growing_sweep", {"runs": [3], "repeats": 1})
-        yield Job("explorer", "explorer", {"faces": 2, "moves": 3})
+        yield job("scaling", "growing_sweep", runs=[3], repeats=1)
+        yield job("explorer", "explorer", faces=2, moves=3)
 
 
-def code() -> str:
-    """Hash of the package, but for what only chooses the jobs and draws the report."""
-    here = Path(__file__).resolve().parent.parent
-    aside = (Path(__file__).resolve(), Path(report.__file__).resolve())
-    files = sorted(p for p in here.rglob("*") if p.suffix in (".py", ".json") and p not in aside)
-    return hashlib.sha256(
-        b"".join(p.relative_to(here).as_posix().encode() + p.read_bytes() for p in files)
-    ).hexdigest()[:16]
+def code_hash() -> str:
+    """Hash of the package without the files that only choose the jobs and write the report."""
+    ignored = {Path(__file__).resolve(), Path(report.__file__).resolve(), Path(tables.__file__).resolve()}
+    files = sorted(p for p in PACKAGE.rglob("*") if p.suffix in (".py", ".json") and p not in ignored)
+    contents = [p.relative_to(PACKAGE).as_posix().encode() + p.read_bytes() for p in files]
+    return hashlib.sha256(b"".join(contents)).hexdigest()[:16]
+
+
+def not_measurable(devices: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Rows that say why a device or a dtype is left out."""
+    skipped = {"part": "machine", "status": "skipped"}
+    if "cpu" in devices and len(dtypes("cpu")) == 1:
+        why = "bfloat16 is not faster than float32 on this processor, see the floors"
+        yield skipped | {"job": "bfloat16", "device": "cpu", "why": why}
+    if "cuda" in devices and not torch.cuda.is_available():
+        yield skipped | {"job": "cuda", "device": "cuda", "why": "no CUDA device"}
 
 
 def bench(
@@ -159,133 +157,101 @@ def bench(
     threads: int | None = None,
     devices: Sequence[str] = ("cpu", "cuda"),
 ) -> Path:
-    """Measure ``parts`` (default: all of :data:`PARTS`), write ``bench.jsonl``, ``bench.md`` and figures into ``out``; returns bench.md.
+    """Measure, write ``bench.jsonl``, ``bench.md`` and figures into ``out``, and return the path of bench.md.
 
-    ``out``: default a folder of reports/bench that is named after the machine, so that no machine's numbers replace another's.
+    Every row is written as soon as it is known. What the same code has measured on the same machine before is
+    not measured again, so an interrupted bench is resumed. Raises ValueError if a part is unknown, and, once
+    everything is written, if our losses differ from those of the published step.
 
-    What the same code has measured on the same machine is kept, so that an interrupted bench goes on. ValueError if a part is unknown, or,
-    once everything is written, if the published step and ours have different losses.
+    Args:
+        parts: some of :data:`PARTS`; default: all.
+        small: the smallest sizes, to see that everything runs.
+        out: default: a folder of reports/bench with the machine's name; each machine has its own numbers.
+        threads: default: the number of cores, or 1 with ``small``.
+        devices: some of "cpu" and "cuda".
     """
     if unknown := set(parts) - set(PARTS):
-        raise ValueError(
-            f"unknown part {', '.join(map(repr, sorted(unknown)))}; there are: {', '.join(PARTS)}"
-        )
-    threads = threads or (1 if small else machine.cores())  # tiny tensors only wait for a second thread
+        names = ", ".join(map(repr, sorted(unknown)))
+        raise ValueError(f"unknown part {names}; the parts are: {', '.join(PARTS)}")
+    threads = threads or (1 if small else machine.cores())  # tiny tensors are slower on several threads
     where = machine.describe(threads)
     out = writable(out or Path("reports/bench") / machine.name(where))
-    key = hashlib.sha256(
-        json.dumps([{k: v for k, v in where.items() if k != "date"}, code(), small]).encode()
-    ).hexdigest()[:16]
-    before = (
-        [row for row in read_rows(out / "bench.jsonl") if row["key"] == key]
-        if (out / "bench.jsonl").exists()
-        else []
-    )
+    file = out / "bench.jsonl"
+    same_key = [{name: value for name, value in where.items() if name != "date"}, code_hash(), small]
+    key = {"key": hashlib.sha256(json.dumps(same_key).encode()).hexdigest()[:16]}
+    before = [row for row in read_rows(file) if row["key"] == key["key"]] if file.exists() else []
     done = {row["job"] for row in before if row.get("status") == "done"}
+    about = {"job": "machine", "part": "machine", "quick": small, "allocator": machine.ALLOCATOR} | where
     rows = [row for row in before if row["job"] in done]
-    rows.append(
-        {"key": key, "job": "machine", "part": "machine", "quick": small, "allocator": machine.ALLOCATOR}
-        | where
-    )
-    jobs = []
-    for device in devices:
-        if device == "cuda" and not torch.cuda.is_available():
-            rows.append({
-                "key": key,
-                "job": "cuda",
-                "part": "machine",
-                "device": device,
-                "status": "skipped",
-                "why": "no CUDA device",
-            })
-            continue
-        if device == "cpu" and len(dtypes(device)) == 1:
-            rows.append({
-                "key": key,
-                "job": "bfloat16",
-                "part": "machine",
-                "device": device,
-                "status": "skipped",
-                "why": "bfloat16 is not faster than float32 on this processor, see the floors",
-            })
-        chosen = [
-            Job(j.part, j.what, {"device": device} | j.arguments, j.need_gb, j.limit)
-            for j in (quick if small else full)(device)
-        ]
-        jobs += [j for j in chosen if j.id not in done and (not parts or j.part in (*parts, "floors"))]
-    groups = [[job] for job in jobs]
-    if small:  # a start takes seconds, and tiny peaks mean nothing
-        groups = [
-            group
-            for device in devices
-            if (group := [job for job in jobs if job.arguments["device"] == device])
-        ]
-    bar = tqdm(groups, desc="bench", smoothing=0)
+    write_rows(file, rows + [key | row for row in (about, *not_measurable(devices))])
+    bar = tqdm(_groups(parts, small, devices, done), desc="bench", smoothing=0)
     try:
         for group in bar:
             bar.set_postfix_str(group[0].id if len(group) == 1 else f"{len(group)} jobs")
-            rows += [{"key": key} | row for row in _measure(group, threads, bar)]
-            write_rows(out / "bench.jsonl", rows)
-    finally:  # stopped, it reports what it has
-        write_rows(out / "bench.jsonl", rows)
+            run_jobs(group, threads, file, key, bar)
+    finally:  # a bench that is stopped reports the rows it has
+        rows = read_rows(file)
         path = report.write(rows, out)
-    if unequal := report.unequal(rows):
-        raise ValueError(f"the published step and ours have different losses: {unequal}")
+    if differ := tables.unequal(rows):
+        raise ValueError(f"our losses differ from those of the published step: {differ}")
     return path
 
 
-def _measure(group: Sequence[Job], threads: int, bar: tqdm) -> list[dict[str, Any]]:
-    """Rows of ``group``, done by one fresh process. What does not fit into memory is said, and not tried."""
-    rows: list[dict[str, Any]] = []
-    busy, free = machine.others(), machine.free_gb(group[0].arguments["device"])
-    fit = [job for job in group if job.need_gb <= free]
-    for job in group:
-        if job not in fit:
-            rows.append(_row(job, "skipped", f"it needs {job.need_gb:.0f} GB, and {free:.0f} GB are free"))
-    if not fit:
-        return rows
-    with tempfile.TemporaryDirectory() as folder:
-        jobs, found, errors = Path(folder, "jobs.json"), Path(folder, "rows.jsonl"), Path(folder, "errors")
-        jobs.write_text(
-            json.dumps([
-                {"id": job.id, "part": job.part, "what": job.what, "arguments": job.arguments} for job in fit
-            ]),
-            encoding="utf-8",
+def _groups(parts: Sequence[str], small: bool, devices: Sequence[str], done: set[str]) -> list[list[Job]]:
+    """The jobs that are left, by process: each alone; ``small`` ones together, as a start takes seconds."""
+    groups = []
+    for device in devices:
+        if device != "cuda" or torch.cuda.is_available():
+            chosen = [job for job in (quick if small else full)(device) if job.id not in done]
+            jobs = [job for job in chosen if not parts or job.part in (*parts, "floors")]
+            groups += [jobs] if small and jobs else [[job] for job in jobs]
+    return groups
+
+
+def run_jobs(jobs: Sequence[Job], threads: int, file: Path, columns: Mapping[str, Any], bar: tqdm) -> None:
+    """Do ``jobs``, all on one device, in one fresh process, which appends their rows to ``file``.
+
+    Every row has the ``columns``. Jobs that do not fit into the free memory are skipped.
+    """
+    busy, free = machine.busy(), machine.free_gb(jobs[0].arguments["device"])
+    for job in jobs:
+        if job.need_gb > free:
+            why = f"it needs {job.need_gb:.0f} GB, and {free:.0f} GB are free"
+            append_row(file, {**columns, **job.row("skipped", why)})
+    if not (jobs := [job for job in jobs if job.need_gb <= free]):
+        return
+    given = [{"id": job.id} | asdict(job) for job in jobs], {"others": busy, **columns}
+    command = [sys.executable, "-m", "cfclip.bench.worker", str(file), *map(json.dumps, given)]
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
+        process = subprocess.Popen(
+            command,
+            env=machine.environment(threads),
+            stdin=subprocess.DEVNULL,
+            stdout=errors,
+            stderr=errors,
+            start_new_session=True,
         )
-        found.touch()
-        with errors.open("w") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", f"{__package__}.worker", jobs, found],
-                env=machine.environment(threads),
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-            why = _wait(process, sum(job.limit for job in fit), bar)
-        rows += [row | {"others": busy} for row in read_rows(found)]
-        ended = {row["job"] for row in rows if "status" in row}
-        last = (
-            [line for line in errors.read_text(errors="replace").splitlines() if line.strip()]
-            or ["it said nothing"]
-        )[-1]
-        return rows + [_row(job, "failed", f"{why}: {last}"[:300]) for job in fit if job.id not in ended]
-
-
-def _row(job: Job, status: str, why: str) -> dict[str, Any]:
-    return {"job": job.id, "part": job.part, "device": job.arguments["device"], "status": status, "why": why}
+        why = _wait(process, sum(job.limit for job in jobs), bar)
+        errors.seek(0)
+        lines = [line for line in errors.read().splitlines() if line.strip()]
+    logger.debug("output of %s:\n%s", command, "\n".join(lines))
+    ended = {row["job"] for row in read_rows(file) if "status" in row}
+    for job in jobs:
+        if job.id not in ended:
+            why_failed = f"{why}: {lines[-1] if lines else 'no output'}"[:300]
+            append_row(file, {**columns, **job.row("failed", why_failed)})
 
 
 def _wait(process: subprocess.Popen, limit: float, bar: tqdm) -> str:
-    """Until ``process`` ends, or for ``limit`` seconds -> how it ended; it and what it started are gone then."""
+    """Wait until ``process`` ends, or kill it and its children after ``limit`` seconds -> how it ended."""
     try:
         for _ in range(int(limit)):
             with suppress(subprocess.TimeoutExpired):
                 code = process.wait(1)
                 return f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
             if sys.stderr.isatty():
-                bar.refresh()  # the clock goes on while nothing ends
-        return f"given up after {limit:.0f} s"
+                bar.refresh()  # shows the time that has passed
+        return f"stopped after {limit:.0f} s"
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -1,9 +1,11 @@
-"""``python -m cfclip.bench.worker JOBS ROWS``: does the jobs of a JSON file in this process, and writes a row as soon as it is known."""
+"""``python -m cfclip.bench.worker FILE JOBS COLUMNS``: measures in this process; :mod:`.run` starts it."""
 
 import json
+import logging
 import os
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,57 +14,36 @@ import torch
 
 from cfclip.bench import parts
 from cfclip.bench.explorer import explorer
+from cfclip.bench.measure import append_row
 
-WHAT = {
-    name: getattr(parts, name)
-    for name in (
-        "floors",
-        "generator",
-        "compiled",
-        "generator_memory",
-        "step",
-        "ladder",
-        "wastes",
-        "growing_resolution",
-        "growing_batch",
-        "growing_prompts",
-        "growing_sweep",
-        "pictures",
-        "success",
-        "profile",
-    )
-} | {"explorer": explorer}
+logger = logging.getLogger(__name__)
+
+FUNCTIONS = vars(parts) | {"explorer": explorer}
 
 
-def work(jobs: list[dict[str, Any]], out: Path) -> None:
-    """``jobs``: {id, part, what, arguments}. A row more per job says that it is done, or why not."""
-    with out.open("a", encoding="utf-8") as file:
+def work(jobs: Sequence[Mapping[str, Any]], file: Path, columns: Mapping[str, Any]) -> None:
+    """Append the rows of ``jobs`` (:class:`.run.Job` as dicts) to the JSON lines of ``file``, one by one.
 
-        def write(job: dict[str, Any], **row: Any) -> None:
-            file.write(
-                json.dumps(
-                    {"job": job["id"], "part": job["part"], "device": job["arguments"]["device"]} | row,
-                    ensure_ascii=False,
-                )
-                + "\n"
-            )
-            file.flush()
-
-        for job in jobs:
-            begun = time.perf_counter()
-            try:
-                for row in WHAT[job["what"]](**job["arguments"]):
-                    write(job, **row)
-            except Exception as error:  # one part that does not work here keeps no other from being measured
-                words = str(error).strip().splitlines() or [""]
-                write(job, status="failed", why=f"{type(error).__name__}: {words[0]}"[:300])
-            else:
-                write(job, status="done", took=round(time.perf_counter() - begun, 1))
+    Every row has the ``columns``. The last row of a job has a ``status``: done, or failed and ``why``.
+    """
+    for job in jobs:
+        known = {**columns, "job": job["id"], "part": job["part"], "device": job["arguments"]["device"]}
+        start = time.perf_counter()
+        try:
+            for row in FUNCTIONS[job["what"]](**job["arguments"]):
+                append_row(file, known | row)
+        except Exception as error:  # a part that does not work here must not stop the others
+            logger.exception("%s failed", job["id"])
+            first_line = (str(error).strip().splitlines() or [""])[0]
+            why = f"{type(error).__name__}: {first_line}"[:300]
+            append_row(file, known | {"status": "failed", "why": why})
+        else:
+            append_row(file, known | {"status": "done", "took": round(time.perf_counter() - start, 1)})
 
 
 if __name__ == "__main__":
-    with suppress(OSError):  # if memory runs out, this process goes, and no other
-        Path("/proc/self/oom_score_adj").write_text("1000")
-    torch.backends.cudnn.allow_tf32 = False  # float32 is to mean it
+    with suppress(OSError):  # if memory runs out, the system ends this process and no other
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
+    torch.backends.cudnn.allow_tf32 = False  # the rows called float32 are float32
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    work(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2]))
+    work(json.loads(sys.argv[2]), Path(sys.argv[1]), json.loads(sys.argv[3]))
