@@ -1,8 +1,11 @@
-"""ArcFace IR-SE identity networks: the paper's IR-SE50 and the small one of toonfaces are the same class."""
+"""ArcFace identity networks with an IR-SE body: the paper's IR-SE50, and the small one of toonfaces.
+
+"ArcFace: Additive Angular Margin Loss for Deep Face Recognition", Deng et al. 2019; the blocks are those of
+"Squeeze-and-Excitation Networks", Hu et al. 2018.
+"""
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -11,7 +14,7 @@ IRSE50 = ((64, 64, 3), (64, 128, 4), (128, 256, 14), (256, 512, 3))
 
 
 class SqueezeExcite(nn.Module):
-    """Channel attention. [N, C, H, W] -> the same."""
+    """Channel attention: ``x * sigmoid(W2 relu(W1 mean_hw(x)))``. [N, C, H, W] -> the same."""
 
     def __init__(self, channels: int, reduction: int = 16):
         super().__init__()
@@ -23,15 +26,15 @@ class SqueezeExcite(nn.Module):
 
 
 class Unit(nn.Module):
-    """Residual unit: BN, 3x3, PReLU, strided 3x3, BN, squeeze-excite."""
+    """Residual unit: BN, 3x3, PReLU, strided 3x3, BN, squeeze-excite. [N, in, H, W] -> [N, out, H/s, W/s]."""
 
     def __init__(self, in_ch: int, out_ch: int, stride: int):
         super().__init__()
-        self.shortcut_layer = (
-            nn.MaxPool2d(1, stride)
-            if in_ch == out_ch
-            else nn.Sequential(nn.Conv2d(in_ch, out_ch, 1, stride, bias=False), nn.BatchNorm2d(out_ch))
-        )
+        if in_ch == out_ch:
+            self.shortcut_layer = nn.MaxPool2d(1, stride)
+        else:
+            convolution = nn.Conv2d(in_ch, out_ch, 1, stride, bias=False)
+            self.shortcut_layer = nn.Sequential(convolution, nn.BatchNorm2d(out_ch))
         self.res_layer = nn.Sequential(
             nn.BatchNorm2d(in_ch),
             nn.Conv2d(in_ch, out_ch, 3, 1, 1, bias=False),
@@ -45,12 +48,25 @@ class Unit(nn.Module):
         return self.res_layer(x) + self.shortcut_layer(x)
 
 
+def input_layer(channels: int) -> nn.Sequential:
+    """[N, 3, S, S] -> [N, channels, S, S]."""
+    convolution = nn.Conv2d(3, channels, 3, 1, 1, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(channels), nn.PReLU(channels))
+
+
+def body(stages: Sequence[tuple[int, int, int]]) -> nn.Sequential:
+    """The units of ``stages``, (in, out, units) each; the first unit of a stage has stride 2."""
+    return nn.Sequential(
+        *(Unit(a if i == 0 else b, b, 2 if i == 0 else 1) for a, b, n in stages for i in range(n))
+    )
+
+
 class IRSE(nn.Module):
-    """IR-SE backbone with the parameter names of ``model_ir_se50.pth``. [N, 3, S, S] -> unit features [N, D].
+    """IR-SE network with the parameter names of ``model_ir_se50.pth``. [N, 3, S, S] -> unit features [N, D].
 
     Args:
-        input_size: S, 112 for IR-SE50; must be a multiple of 16.
-        stages: (in, out, units) per stage; each starts with stride 2.
+        input_size: S, 112 for IR-SE50; a multiple of 2^stages.
+        stages: (in, out, units) per stage.
         embed_dim: D.
     """
 
@@ -58,15 +74,9 @@ class IRSE(nn.Module):
         self, input_size: int = 112, stages: Sequence[tuple[int, int, int]] = IRSE50, embed_dim: int = 512
     ):
         super().__init__()
-        first, last = stages[0][0], stages[-1][1]
         self.input_size, self.stages, self.embed_dim = input_size, tuple(map(tuple, stages)), embed_dim
-        self.input_layer = nn.Sequential(
-            nn.Conv2d(3, first, 3, 1, 1, bias=False), nn.BatchNorm2d(first), nn.PReLU(first)
-        )
-        self.body = nn.Sequential(
-            *(Unit(a if i == 0 else b, b, 2 if i == 0 else 1) for a, b, n in stages for i in range(n))
-        )
-        side = input_size // 2 ** len(stages)
+        self.input_layer, self.body = input_layer(stages[0][0]), body(stages)
+        last, side = stages[-1][1], input_size // 2 ** len(stages)
         self.output_layer = nn.Sequential(
             nn.BatchNorm2d(last),
             nn.Dropout(0.6),
@@ -77,11 +87,9 @@ class IRSE(nn.Module):
 
     @property
     def metadata(self) -> dict:
-        return {
-            "input_size": self.input_size,
-            "stages": [list(s) for s in self.stages],
-            "embed_dim": self.embed_dim,
-        }
+        """The constructor's arguments, for a file's header."""
+        stages = [list(stage) for stage in self.stages]
+        return {"input_size": self.input_size, "stages": stages, "embed_dim": self.embed_dim}
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.output_layer(self.body(self.input_layer(x)))
@@ -89,10 +97,10 @@ class IRSE(nn.Module):
 
 
 class FaceIdentity(nn.Module):
-    """A frozen identity network on the generator's images: [N, 3, H, W] in [-1, 1] -> unit features [N, D].
+    """A frozen identity network for generated images: [N, 3, H, W] in [-1, 1] -> unit features [N, D].
 
-    With ``crop`` the picture is pooled to 256 x 256 and cropped to rows 35:223, columns 32:220 (the published
-    alignment of FFHQ faces) first; then it is pooled to the backbone's input size.
+    With ``crop`` (the published alignment of FFHQ faces) images are first pooled to 256 x 256 and cropped to
+    rows 35:223 and columns 32:220. In both cases they are then resized to the network's input.
     """
 
     def __init__(self, backbone: IRSE, crop: bool = True):
@@ -110,8 +118,3 @@ class FaceIdentity(nn.Module):
         elif images.shape[-1] > size:
             images = F.adaptive_avg_pool2d(images, size)
         return self.backbone(images)
-
-    @torch.no_grad()
-    def similarity(self, a: Tensor, b: Tensor) -> Tensor:
-        """Cosine similarity of two batches of images, [N]."""
-        return (self(a) * self(b)).sum(1)

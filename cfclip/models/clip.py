@@ -1,6 +1,7 @@
-"""The CLIP guide: an ``open_clip`` model behind differentiable preprocessing and cached text features.
+"""The CLIP guide: an ``open_clip`` model with differentiable preprocessing and cached text features.
 
-Features are returned *raw* (not normalised) unless said otherwise; D is the embedding width, T = 79 templates.
+"Learning Transferable Visual Models From Natural Language Supervision", Radford et al. 2021. Features are
+*raw* (not normalised) unless stated otherwise. D is the embedding width, T = 79 the number of templates.
 """
 
 import copy
@@ -18,9 +19,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 TEMPLATES = tuple(t for t in OPENAI_IMAGENET_TEMPLATES if t("X") != "a photo of many X.")
 """The paper's 79 prompt templates: OpenAI's 80 without "a photo of many {}."."""
 
-
 MAX_TEXTS = 16_384
-"""Text features that are kept."""
+"""The cache of text features is emptied when it holds more than this."""
 
 
 class ClipGuide(nn.Module):
@@ -28,8 +28,8 @@ class ClipGuide(nn.Module):
 
     Args:
         model: an ``open_clip`` CLIP.
-        antialias: low-pass when the picture is shrunk to CLIP's input. The published code ran on a torchvision that
-            ignored it for tensors; ``False`` reproduces that to the digit.
+        antialias: low-pass filter images that shrink to CLIP's input. ``False`` reproduces the published
+            code, whose torchvision ignored this option for tensors.
     """
 
     def __init__(self, model: nn.Module, antialias: bool = True):
@@ -42,9 +42,9 @@ class ClipGuide(nn.Module):
         self.context_length: int = model.context_length
         self.antialias = antialias
         self.tokenizer = SimpleTokenizer(context_length=self.context_length)
-        self.register_buffer("mean", torch.tensor(OPENAI_DATASET_MEAN).reshape(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(OPENAI_DATASET_STD).reshape(1, 3, 1, 1), persistent=False)
-        self._texts: tuple[tuple, dict[str, Tensor]] = ((), {})
+        for name, values in (("mean", OPENAI_DATASET_MEAN), ("std", OPENAI_DATASET_STD)):
+            self.register_buffer(name, torch.tensor(values).reshape(1, 3, 1, 1), persistent=False)
+        self._clear_cache()
 
     @property
     def embed_dim(self) -> int:
@@ -52,31 +52,29 @@ class ClipGuide(nn.Module):
         return self.model.text_projection.shape[1]
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """[N, 3, H, W] in [-1, 1] -> CLIP's input [N, 3, S, S]: bicubic resize, to [0, 1], mean/std. (Resizing is linear: it may come first.)"""
-        if images.shape[-2:] != (self.image_size, self.image_size):
-            images = F.interpolate(
-                images,
-                (self.image_size, self.image_size),
-                mode="bicubic",
-                align_corners=False,
-                antialias=self.antialias,
-            )
+        """[N, 3, H, W] in [-1, 1] -> CLIP's input [N, 3, S, S]: bicubic resizing, to [0, 1], mean and std.
+
+        Resizing is linear, so it may come before the change of range.
+        """
+        if images.shape[-2:] != (size := (self.image_size, self.image_size)):
+            how = {"mode": "bicubic", "align_corners": False, "antialias": self.antialias}
+            images = F.interpolate(images, size, **how)
         return (images + (1 - 2 * self.mean)) / (2 * self.std)
 
     def encode_image(self, images: Tensor, preprocessed: bool = False) -> Tensor:
-        """[N, 3, H, W] in [-1, 1], or what :meth:`preprocess` makes of them -> raw image features [N, D], differentiable."""
+        """Images, or what :meth:`preprocess` made of them -> raw features [N, D]. Differentiable."""
         return self.model.encode_image(images if preprocessed else self.preprocess(images))
 
     def in_dtype(self, dtype: torch.dtype) -> "ClipGuide":
-        """This guide with an image tower made for autocast to ``dtype``: batch norms folded, weights cast once and not at every call.
+        """This guide with an image tower for autocast to ``dtype``: batch norms folded, weights already cast.
 
-        Itself where that changes nothing. All but the image tower is shared: move the guide it is made of, not this one.
+        Returns the guide itself if that changes nothing. All but the image tower is shared: to move the
+        result, move the original and call this again.
         """
-        if dtype == torch.float32 and not any(
-            isinstance(module, nn.BatchNorm2d) for module in self.model.visual.modules()
-        ):
+        has_norms = any(isinstance(module, nn.BatchNorm2d) for module in self.model.visual.modules())
+        if dtype == torch.float32 and not has_norms:
             return self
-        guide, model = copy.copy(self), copy.copy(self.model)  # shallow: only the image tower is another
+        guide, model = copy.copy(self), copy.copy(self.model)  # shallow: only the image tower is replaced
         guide._modules, model._modules = self._modules | {"model": model}, dict(self.model._modules)
         model.visual = fold_batch_norms(copy.deepcopy(self.model.visual))
         for module in model.visual.modules():
@@ -97,45 +95,57 @@ class ClipGuide(nn.Module):
         return self.tokenizer([text])
 
     def encode_text(self, texts: str | Sequence[str]) -> Tensor:
-        """Text(s) -> raw text features [N, D], without gradient. Cached until the text tower changes or moves."""
-        known = self._known_texts()
+        """Text(s) -> raw features [N, D], without gradient. Cached until the text tower changes or moves."""
+        texts, known = [texts] if isinstance(texts, str) else texts, self._known_texts()
         with torch.no_grad():
-            for text in (texts := [texts] if isinstance(texts, str) else texts):
-                if text not in known:  # one at a time: a feature does not depend on its neighbours' rounding
+            for text in texts:
+                if text not in known:  # one at a time: rounding in a batch would depend on the other texts
                     known[text] = self.model.encode_text(self.tokenize(text).to(self.mean.device))
         return torch.cat([known[text] for text in texts])
-
-    def _known_texts(self) -> dict[str, Tensor]:
-        """text -> feature, emptied when a weight of the text tower is another one, was written to, or is elsewhere."""
-        tower = (p for name, p in self.model.named_parameters() if not name.startswith("visual."))
-        state = tuple((p.data_ptr(), None if p.is_inference() else p._version, p.device) for p in tower)
-        if self._texts[0] != state or len(self._texts[1]) > MAX_TEXTS:
-            self._texts = (state, {})
-        return self._texts[1]
 
     def template_features(self, prompt: str) -> Tensor:
         """Unit text features of ``prompt`` under the T templates, [T, D]."""
         self.tokenize(prompt)  # the error should quote the prompt, not a template
         return F.normalize(self.encode_text([template(prompt) for template in TEMPLATES]), dim=-1)
 
+    def _known_texts(self) -> dict[str, Tensor]:
+        """text -> feature; emptied if a weight of the text tower was replaced, moved, or changed in place.
+
+        Writing through ``weight.data`` leaves the cache stale.
+        """
+        tower = (p for name, p in self.model.named_parameters() if not name.startswith("visual."))
+        state = tuple((p.data_ptr(), None if p.is_inference() else p._version, p.device) for p in tower)
+        if self._texts[0] != state or len(self._texts[1]) > MAX_TEXTS:
+            self._texts = (state, {})
+        return self._texts[1]
+
+    def _clear_cache(self) -> None:
+        self._texts: tuple[tuple, dict[str, Tensor]] = ((), {})
+
+    def _apply(self, *args, **kwargs) -> "ClipGuide":
+        self._clear_cache()  # a converted weight may get the address of a freed one, as in .half().float()
+        return super()._apply(*args, **kwargs)
+
 
 def tokens_first(tower: VisionTransformer) -> None:
-    """Let its blocks pass [tokens, N, D] on, as OpenAI's do: torch's attention turns [N, tokens, D] into a view of that, whose product with the
-    weights then copies these for every token, most of a training step's time and memory."""
+    """Make a tower's blocks pass [tokens, N, D], as OpenAI's do.
+
+    torch's attention would turn [N, tokens, D] into a view of that, whose products with the weights copy the
+    weights for every token: most of a training step's time and memory.
+    """
     tower.transformer.batch_first = False
     for block in tower.transformer.resblocks:
         block.attn.batch_first = False
 
 
 def fold_batch_norms(module: nn.Module) -> nn.Module:
-    """Replace, in place, every frozen batch norm that follows a convolution by that convolution's weights (in order of registration)."""
+    """Fold each frozen batch norm into the convolution registered directly before it, in place."""
     for parent in list(module.modules()):
-        before = None
+        before = None  # name of the child before, if it is a convolution
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.BatchNorm2d) and before is not None:
-                setattr(
-                    parent, before, fuse_conv_bn_eval(getattr(parent, before), child).requires_grad_(False)
-                )
+                folded = fuse_conv_bn_eval(getattr(parent, before), child)
+                setattr(parent, before, folded.requires_grad_(False))
                 setattr(parent, name, nn.Identity())
             before = name if isinstance(child, nn.Conv2d) else None
     return module

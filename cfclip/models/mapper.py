@@ -1,4 +1,4 @@
-"""The text-conditioned latent mapper of CF-CLIP: text embedding mapping (TEM), fusion, three residual mappers.
+"""CF-CLIP's text-conditioned latent mapper: text embedding mapping (TEM), fusion, three residual mappers.
 
 Shapes: N latents, L layers of W+, D = w_dim, E = width of the CLIP embedding (E = D = 512 in the paper).
 """
@@ -9,47 +9,41 @@ import torch
 from torch import Tensor, nn
 
 from cfclip.models.stylegan2 import EqualLinear, pixel_norm
+from cfclip.settings import Settings, int_at_least, one_of, setting, some_of
 
 LEVELS: dict[str, slice] = {"coarse": slice(0, 4), "medium": slice(4, 8), "fine": slice(8, None)}
 """Layer groups of W+, each with its own residual mapper."""
 
 NORM_AXES = {"layer": 1, "channel": -1}
+"""The dim of [N, L', D] that PixelNorm averages over."""
 
 RESIDUAL_SCALE = 0.1
 """The published scale of the residual: ``w' = w + 0.1 delta``."""
 
 
 @dataclass(frozen=True)
-class MapperConfig:
+class MapperConfig(Settings):
     """What a mapper is made of; everything else can be read off its tensors."""
 
-    num_ws: int = 18  # L
-    w_dim: int = 512  # D
-    text_dim: int | None = 512  # E; None: not conditioned on text (StyleCLIP's mapper)
-    levels: tuple[str, ...] = tuple(LEVELS)
-    norm_axis: str = (
-        "layer"  # "layer": as published, only the signs of the text feature get through; or "channel"
-    )
-
-    def __post_init__(self):
-        if self.norm_axis not in NORM_AXES:
-            raise ValueError(f"norm_axis must be one of {list(NORM_AXES)}, not {self.norm_axis!r}")
-        if unknown := set(self.levels) - set(LEVELS):
-            raise ValueError(f"unknown levels {sorted(unknown)}: a mapper has {list(LEVELS)}")
+    num_ws: int = setting(18, int_at_least(1))  # L
+    w_dim: int = setting(512, int_at_least(1))  # D
+    # E; None: not conditioned on text (StyleCLIP's mapper)
+    text_dim: int | None = setting(512, int_at_least(1, optional=True))
+    levels: tuple[str, ...] = setting(tuple(LEVELS), some_of(LEVELS))
+    norm_axis: str = setting("layer", one_of(NORM_AXES))  # see PixelNormMLP
 
     def fits(self, generator: nn.Module, clip: nn.Module) -> bool:
-        """Whether such a mapper is of the sizes of this generator and this CLIP."""
-        return (self.num_ws, self.w_dim) == (generator.num_ws, generator.w_dim) and self.text_dim in (
-            None,
-            clip.embed_dim,
-        )
+        """Whether the sizes are those of this generator and this CLIP."""
+        sizes = self.num_ws, self.w_dim
+        return sizes == (generator.num_ws, generator.w_dim) and self.text_dim in (None, clip.embed_dim)
 
 
 class PixelNormMLP(nn.Module):
     """PixelNorm, then four ``EqualLinear(lr_mul=0.01)`` with leaky ReLU. [N, L', D_in] -> [N, L', D].
 
-    ``norm_axis="layer"`` normalises over dim 1 as the published code does: for a single layer ``x / sqrt(x^2 + 1e-8)``,
-    the sign of x; ``"channel"`` over the last dim, as the paper's figure suggests.
+    ``norm_axis="layer"`` normalises over dim 1 as the published code does: for a single layer ``x / sqrt(x^2
+    + 1e-8)``, which keeps only the sign of x. ``"channel"`` normalises over the last dim, as the paper's
+    figure suggests.
     """
 
     def __init__(self, in_dim: int, dim: int, norm_axis: str):
@@ -67,22 +61,20 @@ class PixelNormMLP(nn.Module):
 
 
 class Mapper(nn.Module):
-    """CF-CLIP's mapper (and StyleCLIP's, with ``text_dim=None``)."""
+    """CF-CLIP's mapper; with ``text_dim=None`` StyleCLIP's."""
 
     def __init__(self, config: MapperConfig):
         super().__init__()
         self.config = config
-        d = config.w_dim
+        d, norm = config.w_dim, config.norm_axis
         if config.text_dim is not None:
-            self.text = nn.ModuleList(
-                PixelNormMLP(config.text_dim, d, config.norm_axis) for _ in range(config.num_ws)
-            )
+            self.text = nn.ModuleList(PixelNormMLP(config.text_dim, d, norm) for _ in range(config.num_ws))
             self.fuse = EqualLinear(2 * d, d, lr_mul=0.01, activate=True)
-        self.levels = nn.ModuleDict({name: PixelNormMLP(d, d, config.norm_axis) for name in config.levels})
+        self.levels = nn.ModuleDict({name: PixelNormMLP(d, d, norm) for name in config.levels})
 
     @classmethod
     def initialised(cls, config: MapperConfig, generator: torch.Generator) -> "Mapper":
-        """An untrained mapper on the CPU with random numbers of ``generator``; torch's global ones are not touched."""
+        """An untrained mapper on the CPU, its weights drawn from ``generator`` alone."""
         with torch.device("meta"):
             mapper = cls(config)
         mapper.to_empty(device="cpu")
@@ -93,40 +85,37 @@ class Mapper(nn.Module):
 
     @property
     def metadata(self) -> dict:
-        """The constructor's arguments, for a file's header."""
+        """The configuration, for a file's header."""
         return asdict(self.config)
 
     def embed_text(self, text_feature: Tensor) -> Tensor:
-        """TEM: raw CLIP feature of the plain prompt [1 or N, E] -> t [1 or N, L, D]."""
+        """TEM: raw CLIP feature of the plain prompt [1 or N, E] -> t [1 or N, L, D]. Raises ValueError."""
         if text_feature.ndim != 2 or text_feature.shape[1] != self.config.text_dim:
             raise ValueError(
-                f"this mapper takes a text feature of shape [N, {self.config.text_dim}], not {list(text_feature.shape)}: "
-                "it was trained with another CLIP"
+                f"this mapper takes a text feature of shape [N, {self.config.text_dim}], "
+                f"not {list(text_feature.shape)}: it was trained with another CLIP"
             )
         return torch.cat([mlp(text_feature[:, None]) for mlp in self.text], 1)
 
     def residual(self, w: Tensor, text_feature: Tensor | None = None) -> Tensor:
-        """delta [N, L, D], before the step of 0.1."""
-        if w.ndim != 3 or w.shape[1:] != (self.config.num_ws, self.config.w_dim):
+        """delta [N, L, D], before it is scaled by 0.1. Raises ValueError for a wrong shape."""
+        num_ws, w_dim = self.config.num_ws, self.config.w_dim
+        if w.ndim != 3 or w.shape[1:] != (num_ws, w_dim):
             raise ValueError(
-                f"this mapper takes w of shape [N, {self.config.num_ws}, {self.config.w_dim}], not {list(w.shape)}: "
+                f"this mapper takes w of shape [N, {num_ws}, {w_dim}], not {list(w.shape)}: "
                 "it belongs to a generator of another size"
             )
         x = w
         if self.config.text_dim is not None:
             if text_feature is None:
-                raise ValueError(
-                    "this mapper is conditioned on text: pass text_feature, the raw CLIP feature of the prompt"
-                )
+                raise ValueError("this mapper needs text_feature, the raw CLIP feature of the prompt")
             t = self.embed_text(text_feature).expand(len(w), -1, -1)
             x = self.fuse(torch.cat([w, t], -1))
-        return torch.cat(
-            [
-                self.levels[name](x[:, layers]) if name in self.levels else torch.zeros_like(w[:, layers])
-                for name, layers in LEVELS.items()
-            ],
-            1,
-        )
+        deltas = [
+            self.levels[name](x[:, layers]) if name in self.levels else torch.zeros_like(w[:, layers])
+            for name, layers in LEVELS.items()
+        ]
+        return torch.cat(deltas, 1)
 
     def edit(self, w: Tensor, text_feature: Tensor | None = None, strength: float = 1.0) -> Tensor:
         """``w' = w + strength * 0.1 * delta(w, text)``. w: [N, L, D]; text_feature: [1, E] or [N, E]."""

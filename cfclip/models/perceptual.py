@@ -12,17 +12,15 @@ from torch import Tensor
 
 
 class PerceptualDistance(NamedTuple):
-    """A distance and the name of the column that holds it.
-
-    ``between`` takes pictures a, b [N, 3, R, R] in [-1, 1] and returns [N], 0 for equal pictures; differentiable.
-    """
+    """A perceptual distance and the name of the table column that holds it."""
 
     name: str
+    # images a, b [N, 3, R, R] in [-1, 1] -> [N], 0 for equal images; differentiable
     between: Callable[[Tensor, Tensor], Tensor]
 
 
 def feature_distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """LPIPS with unit weights: mean over the stages of the squared distance of unit features. [N, C_l, h, w] each -> [N]."""
+    """LPIPS with unit weights: ``mean_l mean_hw |a_l - b_l|^2`` of unit features [N, C_l, h_l, w_l]."""
     total = torch.zeros(len(a[0]), device=a[0].device)
     for x, y in zip(a, b, strict=True):
         difference = F.normalize(x, dim=1, eps=1e-6) - F.normalize(y, dim=1, eps=1e-6)

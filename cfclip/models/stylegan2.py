@@ -1,7 +1,7 @@
-"""StyleGAN2 ("Analyzing and Improving the Image Quality of StyleGAN", Karras et al. 2020), the generator of config-f.
+"""The generator of StyleGAN2, config-f.
 
-One class for every checkpoint: NVIDIA's, rosinality's and our own. All sizes are constructor arguments that
-``checkpoints.py`` reads off the tensors. Notation: N images, L = num_ws = 2 log2(R) - 2 layers, D = w_dim.
+"Analyzing and Improving the Image Quality of StyleGAN", Karras et al. 2020. One class for NVIDIA's,
+rosinality's and our own checkpoints. N images, R = resolution, L = num_ws = 2 log2(R) - 2 layers, D = w_dim.
 """
 
 import math
@@ -10,25 +10,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from cfclip.models.ops import (
-    HALF,
-    Prepared,
-    bias_act,
-    folds,
-    layout_of,
-    modulate,
-    prepare,
-    setup_filter,
-    styled_conv2d,
-    upfirdn2d,
-)
+from cfclip.models import ops
 
+Noise = str | Sequence[Tensor]
+"""Noise maps: "const" (those that are stored), "random", "none", or one tensor per convolution."""
 HALF_FROM = 32
-"""The lowest resolution that is computed in half precision on request: smaller layers cost little and feed all others."""
+"""The lowest resolution that half precision is used for: smaller layers cost little and feed all others."""
 
 
 class EqualLinear(nn.Module):
-    """Linear layer with run-time weight scaling: ``y = act(x (W lr_mul / sqrt(in))^T + b lr_mul)``."""
+    """Linear layer with equalised learning rate: ``y = act(x (W lr_mul / sqrt(in))^T + b lr_mul)``.
+
+    [..., in] -> [..., out]. With ``activate``, act is leaky ReLU (0.2) times sqrt(2).
+    """
 
     def __init__(
         self, in_dim: int, out_dim: int, lr_mul: float = 1.0, bias_init: float = 0.0, activate: bool = False
@@ -41,11 +35,11 @@ class EqualLinear(nn.Module):
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
-        """The constructor's start, with random numbers of ``generator``."""
+        """Initialise the weights as the constructor does, with random numbers from ``generator``."""
         self.weight.copy_(torch.randn(self.weight.shape, generator=generator) / self.lr_mul)
         self.bias.fill_(self.bias_init)
 
-    def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
+    def forward(self, x: Tensor) -> Tensor:
         y = nn.functional.linear(x, self.weight * self.scale, self.bias * self.lr_mul)
         return nn.functional.leaky_relu(y, 0.2) * math.sqrt(2) if self.activate else y
 
@@ -56,7 +50,7 @@ def pixel_norm(x: Tensor, dim: int = 1) -> Tensor:
 
 
 class StyledConv(nn.Module):
-    """Modulated 3x3 convolution (up-sampling if ``up``), noise, bias, leaky ReLU."""
+    """Modulated 3x3 convolution (doubling the resolution if ``up``), noise, bias, leaky ReLU."""
 
     def __init__(self, in_ch: int, out_ch: int, w_dim: int, resolution: int, up: bool):
         super().__init__()
@@ -66,55 +60,45 @@ class StyledConv(nn.Module):
         self.register_buffer("noise_const", torch.randn(resolution, resolution))
         self.bias = nn.Parameter(torch.zeros(out_ch))
         self.scale, self.up = 1 / math.sqrt(in_ch * 9), up
-        self._kept: tuple | None = None
+        self._kept: tuple[tuple, ops.Prepared] | None = None
 
-    def prepared(self, dtype: torch.dtype, fir: Tensor | None) -> Prepared:
-        """:func:`prepare` of the weights: once while they are frozen, at every call while they are trained.
+    def prepared(self, dtype: torch.dtype, fir: Tensor | None) -> ops.Prepared:
+        """The prepared weights: made once while they are frozen, at every call while they are trained.
 
-        Frozen weights may be changed in place, but not through ``.data``, which tells nobody: assign to ``.data``, or ``copy_`` without it.
+        Frozen weights may be changed in place or replaced, but writing through ``weight.data`` leaves the
+        cached kernel stale.
         """
         if self.weight.requires_grad or self.weight.is_inference():
-            return prepare(self.weight * self.scale, fir, dtype)
+            return ops.prepare(self.weight * self.scale, fir, dtype)
         state = (self.weight.data_ptr(), self.weight._version, self.weight.device, dtype)
         if fir is not None:
-            state += fir.data_ptr(), fir._version, folds(self.weight, fir, dtype)
-        kept = self._kept  # another thread may keep its own at any moment
+            state += fir.data_ptr(), fir._version, ops.folds(self.weight, fir, dtype)
+        kept = self._kept  # read once: another thread may replace it at any time
         if kept is None or kept[0] != state:
-            with torch.inference_mode(False):  # what is kept there could never be trained through
-                kept = self._kept = state, prepare(self.weight * self.scale, fir, dtype)
+            with torch.inference_mode(False):  # an inference tensor could never be trained through
+                kept = self._kept = state, ops.prepare(self.weight * self.scale, fir, dtype)
         return kept[1]
 
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_kept": None}  # a copy makes its own
+    def _apply(self, *args, **kwargs) -> "StyledConv":
+        self._kept = None  # a converted weight may get the address of a freed one, as in .half().float()
+        return super()._apply(*args, **kwargs)
 
-    def forward(
-        self,
-        x: Tensor,
-        style: Tensor,
-        noise: Tensor | None,
-        fir: Tensor,
-        clamp: float | None,
-        styles: Sequence[Tensor],
-        rgb: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tensor, ...]:
-        """x: times ``style`` already. Returns the output times each of ``styles``, those of the convolutions that read it, and what ``rgb`` makes of it."""
-        noise = None if noise is None else noise * self.noise_strength
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_kept": None}  # a copy prepares its own
+
+    def forward(self, x: Tensor, style: Tensor, fir: Tensor, e: ops.Epilogue) -> ops.LayerOutput:
+        """x: [N, in, r, r], already multiplied by ``style`` [N, in] in the previous layer.
+
+        e: noise (before its strength), clamp, styles and RGB weights of the layers that read the output.
+        """
+        noise = None if e.noise is None else e.noise * self.noise_strength
         fir = fir if self.up else None
-        return styled_conv2d(
-            x,
-            self.prepared(x.dtype, fir),
-            style,
-            fir,
-            noise=noise,
-            bias=self.bias,
-            clamp=clamp,
-            styles=styles,
-            rgb=rgb,
-        )
+        prepared = self.prepared(x.dtype, fir)
+        return ops.styled_conv2d(x, prepared, style, fir, e._replace(noise=noise, bias=self.bias))
 
 
 class ToRGB(nn.Module):
-    """Modulated 1x1 convolution to RGB, without demodulation. The layer before it does it, while it has its output in hand."""
+    """Modulated 1x1 convolution to RGB, without demodulation; the layer before it computes the sum."""
 
     def __init__(self, in_ch: int, w_dim: int):
         super().__init__()
@@ -125,7 +109,7 @@ class ToRGB(nn.Module):
 
     def forward(self, x: Tensor, clamp: float | None) -> Tensor:
         """x: the convolution's sum [N, 3, H, W]."""
-        return bias_act(x, self.bias, slope=1, gain=1, clamp=clamp)
+        return ops.bias_act(x, self.bias, slope=1, gain=1, clamp=clamp)
 
 
 class Generator(nn.Module):
@@ -133,11 +117,11 @@ class Generator(nn.Module):
 
     Args:
         resolution: R, a power of two from 8.
-        channels: channels of the layers at each resolution 4, 8, …, R.
+        channels: number of channels at each resolution 4, 8, …, R.
         z_dim, w_dim: widths of Z and W.
         mapping_layers: depth of the mapping network.
         fir: taps of the (separable) resampling filter, or the 2-D filter itself.
-        conv_clamp: NVIDIA's clamp of every layer's output, None for none.
+        conv_clamp: largest absolute value of a layer's output (NVIDIA); None: no limit.
     """
 
     def __init__(
@@ -156,7 +140,8 @@ class Generator(nn.Module):
             raise ValueError(f"resolution must be a power of two from 8, not {resolution}")
         if len(channels) != levels:
             raise ValueError(
-                f"resolution {resolution} needs {levels} channel counts (4 … {resolution}), not {len(channels)}"
+                f"resolution {resolution} needs {levels} numbers of channels (4 … {resolution}), "
+                f"not {len(channels)}"
             )
         self.resolution, self.channels, self.z_dim, self.w_dim = resolution, tuple(channels), z_dim, w_dim
         self.mapping_layers, self.conv_clamp, self.num_ws = mapping_layers, conv_clamp, 2 * levels
@@ -174,22 +159,16 @@ class Generator(nn.Module):
             self.rgbs.append(ToRGB(ch, w_dim))
         self.register_buffer("w_avg", torch.zeros(w_dim))
         fir = torch.as_tensor(fir, dtype=torch.float32)
-        self.register_buffer("fir", fir if fir.ndim == 2 else setup_filter(fir.tolist()))
+        self.register_buffer("fir", fir if fir.ndim == 2 else ops.setup_filter(fir.tolist()))
 
     @property
     def config(self) -> dict:
-        """The constructor arguments that cannot be read off the tensors or are handy to have beside them."""
-        return {
-            "resolution": self.resolution,
-            "channels": list(self.channels),
-            "z_dim": self.z_dim,
-            "w_dim": self.w_dim,
-            "mapping_layers": self.mapping_layers,
-            "conv_clamp": self.conv_clamp,
-        }
+        """The constructor arguments for a file's header; ``fir`` is among the tensors."""
+        names = ("resolution", "channels", "z_dim", "w_dim", "mapping_layers", "conv_clamp")
+        return {name: getattr(self, name) for name in names} | {"channels": list(self.channels)}
 
     def mapping(self, z: Tensor, truncation: float = 1.0, truncation_cutoff: int | None = None) -> Tensor:
-        """z [N, z_dim] -> w [N, L, D]; ``truncation`` psi pulls (the first ``truncation_cutoff`` layers) towards ``w_avg``."""
+        """z [N, z_dim] -> w [N, L, D]; see :meth:`truncate` for psi = ``truncation``."""
         w = self.map_one(z)[:, None].repeat(1, self.num_ws, 1)
         return self.truncate(w, truncation, truncation_cutoff)
 
@@ -208,89 +187,82 @@ class Generator(nn.Module):
         return torch.cat([self.w_avg + psi * (w[:, :cutoff] - self.w_avg), w[:, cutoff:]], 1)
 
     def _layers(self):
-        """(layer, index into W+, level) in the order of StyleSpace: conv, rgb, then conv, conv, rgb per resolution."""
-        yield self.convs[0], 0, 0
-        yield self.rgbs[0], 1, 0
-        for level in range(1, len(self.rgbs)):
-            yield self.convs[2 * level - 1], 2 * level - 1, level
-            yield self.convs[2 * level], 2 * level, level
-            yield self.rgbs[level], 2 * level + 1, level
+        """(layer, index into W+) in the order of StyleSpace."""
+        for i, conv in enumerate(self.convs):
+            yield conv, i
+            if i % 2 == 0:
+                yield self.rgbs[i // 2], i + 1
 
     def style_space(self, w: Tensor) -> list[Tensor]:
-        """w [N, L, D] -> the modulation vectors [N, C_i], in the order conv, rgb, then conv, conv, rgb per resolution."""
+        """w [N, L, D] -> modulation vectors [N, C_i]: conv, rgb, then conv, conv, rgb for each resolution."""
         if w.ndim != 3 or w.shape[1:] != (self.num_ws, self.w_dim):
             raise ValueError(
                 f"this generator takes w of shape [N, {self.num_ws}, {self.w_dim}], not {list(w.shape)}; "
                 "repeat one w per image over the layers with w[:, None].repeat(1, G.num_ws, 1)"
             )
-        return [layer.affine(w[:, i]) for layer, i, _ in self._layers()]
+        return [layer.affine(w[:, i]) for layer, i in self._layers()]
 
     def noise_shapes(self) -> list[tuple[int, int]]:
+        """Height and width of each convolution's noise map."""
         return [tuple(conv.noise_const.shape) for conv in self.convs]
 
-    def synthesis(
-        self, w: Tensor, noise: str | Sequence[Tensor] = "const", dtype: torch.dtype | None = None
-    ) -> Tensor:
+    def synthesis(self, w: Tensor, noise: Noise = "const", dtype: torch.dtype | None = None) -> Tensor:
         """w [N, L, D] -> images [N, 3, R, R], nominally in [-1, 1].
 
-        noise: "const" (the stored maps), "random", "none", or one tensor per convolution, broadcastable to [N, 1, r, r].
-        dtype: what to convolve in (default: that of ``w``); half precision begins at :data:`HALF_FROM`, and sums stay at least float32.
+        noise: see :data:`Noise`; tensors must be broadcastable to [N, 1, r, r].
+        dtype: of the convolutions (default: that of ``w``). Half precision is used from :data:`HALF_FROM`
+        pixels on; the image is at least float32.
         """
         return self.synthesis_from_styles(self.style_space(w), noise, dtype)
 
     def synthesis_from_styles(
-        self,
-        styles: Sequence[Tensor],
-        noise: str | Sequence[Tensor] = "const",
-        dtype: torch.dtype | None = None,
+        self, styles: Sequence[Tensor], noise: Noise = "const", dtype: torch.dtype | None = None
     ) -> Tensor:
-        """As :meth:`synthesis`, from the modulation vectors that :meth:`style_space` returns."""
+        """As :meth:`synthesis`, from the modulation vectors of :meth:`style_space`."""
         if isinstance(noise, str) and noise not in ("const", "random", "none"):
-            raise ValueError(
-                f"noise must be 'const', 'random', 'none' or {len(self.convs)} tensors, not {noise!r}"
-            )
+            known = f"'const', 'random', 'none' or {len(self.convs)} tensors"
+            raise ValueError(f"noise must be {known}, not {noise!r}")
         if not isinstance(noise, str) and len(noise) != len(self.convs):
             raise ValueError(f"this generator takes {len(self.convs)} noise tensors, not {len(noise)}")
         if len(counts := {len(style) for style in styles}) > 1:
-            raise ValueError(
-                f"all styles must be of the same number of pictures, not of {', '.join(map(str, sorted(counts)))}"
-            )
+            counts = ", ".join(map(str, sorted(counts)))
+            raise ValueError(f"all styles must be for the same number of images, not for {counts}")
         n, dtype, styles, image = styles[0].shape[0], dtype or styles[0].dtype, list(styles), None
-        const = self.const[None].expand(n, -1, -1, -1).to(styles[0].dtype if dtype in HALF else dtype)
-        x = modulate(const, styles[0])  # the next convolution's input is times its style already
+        const = self.const[None].expand(n, -1, -1, -1).to(styles[0].dtype if dtype in ops.HALF else dtype)
+        x = ops.modulate(const, styles[0])  # as each layer does for the convolution that reads it
         for i, conv in enumerate(self.convs):
             style, rgb = styles.pop(0), None
             if i % 2 == 0:
                 layer = self.rgbs[i // 2]
                 rgb = layer.weight * layer.scale, styles.pop(0)
             if x.dtype != dtype and conv.noise_const.shape[-1] >= HALF_FROM:
-                x = x.to(dtype, memory_format=layout_of(dtype))
-            read = conv(x, style, self._noise(noise, i, n), self.fir, self.conv_clamp, styles[:1], rgb)
-            x = read[0]
+                x = x.to(dtype, memory_format=ops.layout_of(dtype))
+            noise_map = self._noise(noise, i, n)
+            e = ops.Epilogue(noise=noise_map, clamp=self.conv_clamp, styles=styles[:1], rgb=rgb)
+            out = conv(x, style, self.fir, e)
+            x = out.scaled[0] if out.scaled else None  # None: no convolution reads the last layer
             if rgb is not None:
-                shown = layer(read[-1], self.conv_clamp)
+                shown = layer(out.rgb, self.conv_clamp)
                 image = shown if image is None else shown + upsample2x(image, self.fir)
         return image
 
-    def _noise(self, noise: str | Sequence[Tensor], i: int, n: int) -> Tensor | None:
+    def _noise(self, noise: Noise, i: int, n: int) -> Tensor | None:
         const = self.convs[i].noise_const
-        if noise == "none":
-            return None
-        if noise == "const":
-            return const
-        return torch.randn(n, 1, *const.shape, device=const.device) if noise == "random" else noise[i]
+        if noise == "random":
+            return torch.randn(n, 1, *const.shape, device=const.device)
+        return {"none": None, "const": const}[noise] if isinstance(noise, str) else noise[i]
 
     def forward(self, z: Tensor, truncation: float = 1.0, noise: str = "const") -> Tensor:
         return self.synthesis(self.mapping(z, truncation), noise)
 
 
 def upsample2x(x: Tensor, f: Tensor) -> Tensor:
-    """FIR up-sampling by 2. x: [N, C, H, W]."""
+    """Up-sampling by 2 with the FIR filter ``f`` [n, n]. [N, C, H, W] -> [N, C, 2 H, 2 W]."""
     n = f.shape[-1]
     before, after = (n + 1) // 2, (n - 2) // 2
-    return upfirdn2d(x, f, up=2, pad=(before, after, before, after), gain=4.0)
+    return ops.upfirdn2d(x, f, up=2, pad=(before, after, before, after), gain=4.0)
 
 
 def max_batch(generator: Generator) -> int:
-    """How many pictures to synthesise together: 64 of 1024² would take 50 GB."""
+    """Number of images to synthesise together: 64 of 1024² would take 50 GB."""
     return max(1, min(64, 64 * 256**2 // generator.resolution**2))

@@ -1,17 +1,21 @@
-"""The perceptual loss of the AFHQ runs: L1 between VGG19 features at ``conv5_2``, after ReLU."""
+"""VGG19 up to ``conv5_2``, the features of the perceptual loss in the AFHQ runs.
+
+"Very Deep Convolutional Networks for Large-Scale Image Recognition", Simonyan & Zisserman 2015, configuration
+E.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 STAGES = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 2))
-"""(channels, convolutions) up to conv5_2, the last one that is used; a 2 x 2 max-pooling between stages."""
+"""(channels, convolutions) of each stage up to conv5_2, with 2 x 2 max-pooling between stages."""
 
 MEAN_BGR = (0.40760392, 0.45795686, 0.48501961)
 
 
 class VGG19(nn.Module):
-    """VGG19 to ``conv5_2``, with the parameter names of ``vgg19_conv.pth``. [N, 3, H, W] in [-1, 1] -> [N, 512, H/16, W/16]."""
+    """[N, 3, H, W] in [-1, 1] -> [N, 512, H/16, W/16], after ReLU. Parameter names of ``vgg19_conv.pth``."""
 
     def __init__(self):
         super().__init__()

@@ -1,17 +1,23 @@
-"""The guide for half precision against the guide it was made from."""
+"""The CLIP guide: its cache of text features, and the guide for half precision."""
 
+import copy
+
+import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from cfclip.models.clip import ClipGuide, fold_batch_norms
 from cfclip.toonfaces.clip import build
 
+TEXT = "green lipstick"
 
+
+@pytest.fixture
 def guide() -> ClipGuide:
     torch.manual_seed(0)
     model = build().train()
-    with torch.no_grad():  # statistics and scales that a fold can get wrong
+    with torch.no_grad():  # statistics and scales that folding could get wrong
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.weight.uniform_(0.5, 2)
@@ -20,65 +26,110 @@ def guide() -> ClipGuide:
     return ClipGuide(model)
 
 
-def test_folded_batch_norms_change_nothing_but_rounding():
-    made = guide()
-    images = torch.rand(4, 3, 64, 64) * 2 - 1
-    expected = made.encode_image(images)
-    fold_batch_norms(made.model.visual)
-    assert not [m for m in made.model.visual.modules() if isinstance(m, nn.BatchNorm2d)]
-    torch.testing.assert_close(
-        made.encode_image(images), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item()
-    )
+@pytest.fixture
+def images() -> Tensor:
+    return (torch.rand(8, 3, 64, 64) * 2 - 1).requires_grad_()
 
 
-def test_in_dtype_is_as_near_to_float32_as_autocast_is():
-    made = guide()
-    fast = made.in_dtype(torch.bfloat16)
-    images = (torch.rand(8, 3, 64, 64) * 2 - 1).requires_grad_()
-    exact = made.encode_image(images)
+def assert_equal_but_for_rounding(features: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+def assert_current(clip: ClipGuide) -> None:
+    """Its text feature is what its text tower computes now."""
+    expected = clip.model.encode_text(clip.tokenize(TEXT).to(clip.mean.device))
+    assert torch.equal(clip.encode_text(TEXT), expected)
+
+
+def test_a_text_is_encoded_once(domain):
+    encoded = []
+    domain.clip.model.ln_final.register_forward_hook(lambda *_: encoded.append(TEXT))
+    features = domain.clip.encode_text([TEXT, "blue hair", TEXT])
+    assert torch.equal(features[:1], features[2:]) and not torch.equal(features[0], features[1])
+    assert torch.equal(domain.clip.encode_text(TEXT), features[:1]) and len(encoded) == 2
+
+
+def test_a_copied_guide_encodes_text_with_its_own_weights(domain):
+    clip = domain.clip
+    before = clip.encode_text(TEXT)
+    copied = copy.deepcopy(clip)
+    copied.model.text_projection.add_(1)
+    assert torch.equal(clip.encode_text(TEXT), before)
+    assert_current(copied)
+    clip.model.token_embedding.weight.mul_(2)
+    copied_before = copied.encode_text(TEXT)
+    assert_current(clip)
+    assert torch.equal(copied.encode_text(TEXT), copied_before)
+
+
+@pytest.mark.parametrize("change", ["in place", "replaced", "loaded"])
+def test_text_is_encoded_again_after_a_weight_changes(change, domain):
+    clip = domain.clip
+    before = clip.encode_text(TEXT)
+    if change == "in place":
+        clip.model.ln_final.bias.add_(1)
+    elif change == "replaced":
+        clip.model.text_projection = nn.Parameter(clip.model.text_projection + 1, requires_grad=False)
+    else:
+        state = {name: tensor + 0.1 for name, tensor in clip.model.state_dict().items()}
+        clip.model.load_state_dict(state)
+    assert not torch.equal(clip.encode_text(TEXT), before)
+    assert_current(clip)
+
+
+def test_text_is_encoded_again_after_a_move(domain):
+    clip = domain.clip
+    before = clip.encode_text(TEXT)
+    assert clip.double().encode_text(TEXT).dtype == torch.float64
+    assert_current(clip)
+    for _ in range(3):  # the weights may come back to the addresses they had, with other values
+        rounded = clip.bfloat16().float().encode_text(TEXT)
+        assert not torch.equal(rounded, before)
+        assert_current(clip)
+    assert copy.deepcopy(clip).to("meta").encode_text(TEXT).is_meta
+    assert_current(clip)
+
+
+def test_folding_batch_norms_changes_only_rounding(guide, images):
+    expected = guide.encode_image(images)
+    fold_batch_norms(guide.model.visual)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in guide.model.visual.modules())
+    assert_equal_but_for_rounding(guide.encode_image(images), expected)
+
+
+def test_in_dtype_is_as_close_to_float32_as_autocast_is(guide, images):
+    fast, exact = guide.in_dtype(torch.bfloat16), guide.encode_image(images)
     with torch.autocast("cpu", torch.bfloat16):
-        plain, half = made.encode_image(images), fast.encode_image(images)
-    assert (
-        F.cosine_similarity(half.float(), exact).min()
-        > F.cosine_similarity(plain.float(), exact).min() - 1e-3
-        > 0.99
-    )
+        plain, half = guide.encode_image(images), fast.encode_image(images)
+    plain, fast = (F.cosine_similarity(x.float(), exact).min() for x in (plain, half))
+    assert fast > plain - 1e-3 > 0.99
     half.float().sum().backward()
     assert images.grad.isfinite().all() and images.grad.any()
 
 
-def test_in_float32_only_batch_norms_are_folded(domain):
+def test_in_float32_only_batch_norms_are_folded(domain, guide, images):
     assert domain.clip.in_dtype(torch.float32) is domain.clip, "a ViT has none"
-    made = guide()
-    images = torch.rand(4, 3, 64, 64) * 2 - 1
-    expected = made.encode_image(images)
-    torch.testing.assert_close(
-        made.in_dtype(torch.float32).encode_image(images),
-        expected,
-        rtol=1e-4,
-        atol=1e-4 * expected.abs().max().item(),
-    )
-    assert torch.equal(made.encode_image(images), expected) and made.in_dtype(torch.float32) is not made
+    expected, folded = guide.encode_image(images), guide.in_dtype(torch.float32)
+    assert_equal_but_for_rounding(folded.encode_image(images), expected)
+    assert torch.equal(guide.encode_image(images), expected) and folded is not guide
 
 
-def test_in_bfloat16_a_transformer_casts_no_weight_again(domain):
-    visual = domain.clip.in_dtype(torch.bfloat16).model.visual
-    assert {p.dtype for name, p in visual.transformer.named_parameters() if p.ndim > 1} == {torch.bfloat16}
+def test_in_bfloat16_a_transformer_has_already_cast_its_weights(domain):
+    clip = domain.clip.in_dtype(torch.bfloat16)
+    weights = [p for p in clip.model.visual.transformer.parameters() if p.ndim > 1]
+    assert {p.dtype for p in weights} == {torch.bfloat16}
     images = (torch.rand(4, 3, 32, 32) * 2 - 1).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        half = domain.clip.in_dtype(torch.bfloat16).encode_image(images)
+        half = clip.encode_image(images)
     assert F.cosine_similarity(half.float(), domain.clip.encode_image(images)).min() > 0.99
     half.float().sum().backward()
     assert images.grad.any()
 
 
-def test_in_dtype_leaves_the_guide_and_its_words_alone():
-    made = guide()
-    before = {name: tensor.clone() for name, tensor in made.state_dict().items()}
-    fast = made.in_dtype(torch.bfloat16)
-    assert fast is not made
-    assert torch.equal(fast.encode_text("green lipstick"), made.encode_text("green lipstick"))
-    after = made.state_dict()
-    assert after.keys() == before.keys() and all(
-        torch.equal(after[name], before[name]) and after[name].dtype == before[name].dtype for name in before
-    )
+def test_in_dtype_leaves_the_guide_and_its_text_tower_unchanged(guide):
+    before = {name: tensor.clone() for name, tensor in guide.state_dict().items()}
+    fast = guide.in_dtype(torch.bfloat16)
+    assert fast is not guide and torch.equal(fast.encode_text(TEXT), guide.encode_text(TEXT))
+    after = guide.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[k], before[k]) and after[k].dtype == before[k].dtype for k in before)

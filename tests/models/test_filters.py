@@ -1,4 +1,4 @@
-"""Resampling filters of any length: they agree with the 4-tap path, which the goldens hold."""
+"""Resampling filters of any length: they agree with the 4-tap path, which the goldens check."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_zero_taps_change_nothing(other, taps):
 
 
 def test_up_sampling_by_definition():
-    """Zeros between the pixels, a true convolution by 3x3, then by the filter; NVIDIA's padding of 1 around the result."""
+    """Zeros between the pixels, true convolutions by 3x3 and by the filter, NVIDIA's padding."""
     torch.manual_seed(1)
     taps = torch.tensor([1.0, 2, 5, 4, 2, 1], dtype=torch.float64)
     f = torch.outer(taps, taps) / taps.sum() ** 2

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cfclip.models import ops
 from cfclip.models.ops import bias_act, folding, modulated_conv2d, setup_filter, upfirdn2d
 from cfclip.models.stylegan2 import Generator, upsample2x
 
@@ -14,12 +15,10 @@ def test_upfirdn2d_by_hand():
     x = torch.tensor([[[[1.0, 2.0]]]])
     f = torch.tensor([[1.0, 10.0]])
     assert upfirdn2d(x, f, pad=(1, 1, 0, 0)).flatten().tolist() == [1, 12, 20]  # a true convolution
-    f1 = torch.ones(1, 1)
-    assert upfirdn2d(x, f1, up=2).tolist() == [[[[1, 0, 2, 0], [0, 0, 0, 0]]]]
-    assert upfirdn2d(torch.arange(6.0).reshape(1, 1, 1, 6), f1, down=2).flatten().tolist() == [0, 2, 4]
-    assert upfirdn2d(
-        torch.arange(6.0).reshape(1, 1, 1, 6), f1, pad=(-1, -2, 0, 0), gain=3
-    ).flatten().tolist() == [3, 6, 9]
+    row, one = torch.arange(6.0).reshape(1, 1, 1, 6), torch.ones(1, 1)
+    assert upfirdn2d(x, one, up=2).tolist() == [[[[1, 0, 2, 0], [0, 0, 0, 0]]]]
+    assert upfirdn2d(row, one, down=2).flatten().tolist() == [0, 2, 4]
+    assert upfirdn2d(row, one, pad=(-1, -2, 0, 0), gain=3).flatten().tolist() == [3, 6, 9]
 
 
 def test_bias_act_by_hand():
@@ -31,11 +30,7 @@ def test_bias_act_by_hand():
 @pytest.mark.parametrize("demodulate", [False, True])
 def test_modulated_conv_is_the_papers_per_sample_convolution(up, demodulate):
     torch.manual_seed(0)
-    x, weight, style = (
-        torch.randn(3, 4, 5, 7).double(),
-        torch.randn(6, 4, 3, 3).double(),
-        torch.randn(3, 4).double(),
-    )
+    x, weight, style = (torch.randn(shape).double() for shape in ((3, 4, 5, 7), (6, 4, 3, 3), (3, 4)))
     f = torch.rand(4, 4).double()
     w = weight[None] * style[:, None, :, None, None]
     if demodulate:
@@ -47,22 +42,16 @@ def test_modulated_conv_is_the_papers_per_sample_convolution(up, demodulate):
             rows.append(upfirdn2d(y, f, pad=(1, 1, 1, 1), gain=4))
         else:
             rows.append(F.conv2d(image[None], kernel, padding=1))
-    torch.testing.assert_close(
-        modulated_conv2d(x, weight, style, demodulate, f if up else None),
-        torch.cat(rows),
-        rtol=1e-9,
-        atol=1e-9,
-    )
+    result = modulated_conv2d(x, weight, style, demodulate, f if up else None)
+    torch.testing.assert_close(result, torch.cat(rows), rtol=1e-9, atol=1e-9)
 
 
 def test_upsampling_keeps_a_constant():
-    x = torch.full((1, 1, 8, 8), 3.0)
-    torch.testing.assert_close(
-        upsample2x(x, setup_filter((1, 3, 3, 1)))[..., 3:-3, 3:-3], torch.full((1, 1, 10, 10), 3.0)
-    )
+    y = upsample2x(torch.full((1, 1, 8, 8), 3.0), setup_filter((1, 3, 3, 1)))
+    torch.testing.assert_close(y[..., 3:-3, 3:-3], torch.full((1, 1, 10, 10), 3.0))
 
 
-def test_mapping_and_truncation(generator):
+def test_truncation_pulls_the_first_layers_towards_the_mean(generator):
     z = torch.randn(3, 12)
     w = generator.mapping(z)
     assert w.shape == (3, generator.num_ws, 16) and generator.num_ws == 6
@@ -71,7 +60,7 @@ def test_mapping_and_truncation(generator):
     torch.testing.assert_close(half[:, 2:], w[:, 2:])
 
 
-def test_synthesis(generator):
+def test_synthesis_from_w_styles_and_given_noise(generator):
     w = generator.mapping(torch.randn(2, 12))
     image = generator.synthesis(w)
     assert image.shape == (2, 3, 16, 16)
@@ -91,7 +80,7 @@ def test_wrong_shapes_are_named(generator):
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_inference_mode_leaves_no_trace(dtype, generator):
+def test_a_generator_is_differentiable_after_inference_mode(dtype, generator):
     w = generator.mapping(torch.randn(1, 12))
     with torch.inference_mode():
         shown, born = generator.synthesis(w, dtype=dtype), copy.deepcopy(generator)
@@ -101,7 +90,7 @@ def test_inference_mode_leaves_no_trace(dtype, generator):
     assert w.grad.norm() > 0
 
 
-def test_one_generator_in_two_threads(generator):
+def test_two_threads_can_share_a_generator(generator):
     def drawn(dtype: torch.dtype) -> list[torch.Tensor]:
         with torch.no_grad():
             return [generator.synthesis(w, dtype=dtype) for _ in range(30)]
@@ -116,41 +105,55 @@ def test_one_generator_in_two_threads(generator):
         sys.setswitchinterval(between)
 
 
-def test_styles_of_one_number_of_pictures(generator):
+def test_all_styles_are_for_the_same_number_of_images(generator):
     styles = generator.style_space(generator.mapping(torch.randn(2, 12)))
-    with pytest.raises(ValueError, match="the same number of pictures, not of 1, 2"):
+    with pytest.raises(ValueError, match="the same number of images, not for 1, 2"):
         generator.synthesis_from_styles([styles[0][:1], *styles[1:]])
 
 
+@pytest.fixture
+def prepared(monkeypatch) -> list:
+    """The calls of ``ops.prepare`` by generators."""
+    calls, prepare = [], ops.prepare
+    monkeypatch.setattr(ops, "prepare", lambda *args: calls.append(args) or prepare(*args))
+    return calls
+
+
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_kept_kernels_follow_the_weights(dtype):
-    """Frozen weights are prepared once: never again for another picture, always after they changed."""
-
-    def drawn() -> torch.Tensor:
-        with torch.no_grad():
-            return g.synthesis(w, dtype=dtype)
-
+def test_frozen_kernels_are_prepared_once_and_again_after_they_change(dtype, prepared):
     torch.manual_seed(0)
     g = Generator(32, [8] * 4, 16, 16, 2)
     w = torch.randn(2, g.num_ws, 16)
-    fresh = drawn()  # trained weights: nothing is kept
-    assert all(conv._kept is None for conv in g.convs)
+
+    @torch.no_grad()
+    def drawn(g: Generator, expected: int) -> torch.Tensor:
+        """An image, for which ``expected`` kernels are prepared."""
+        prepared.clear()
+        image = g.synthesis(w, dtype=dtype)
+        assert len(prepared) == expected
+        return image
+
+    everything = len(g.convs)
+    fresh = drawn(g, everything)
+    assert torch.equal(drawn(g, everything), fresh), "trained weights: nothing is kept"
     g.requires_grad_(False)
-    assert torch.equal(drawn(), fresh)
-    kept = [conv._kept[1].kernel for conv in g.convs]
-    assert torch.equal(drawn(), fresh)
-    assert all(conv._kept[1].kernel is kernel for conv, kernel in zip(g.convs, kept, strict=True))
-    assert all(conv._kept is None for conv in copy.deepcopy(g).convs), "a copy makes its own"
+    assert torch.equal(drawn(g, everything), fresh) and torch.equal(drawn(g, 0), fresh)
+    assert torch.equal(drawn(copy.deepcopy(g), everything), fresh), "a copy prepares its own"
     g.convs[1].weight[0].mul_(1.5)
-    other = drawn()
+    other = drawn(g, 1)
     assert not torch.equal(other, fresh)
-    g.convs[2].weight.data = g.convs[2].weight.data + 1  # (a factor of all would be demodulated away)
-    assert not torch.equal(drawn(), other)
+    # not a common factor: that would be demodulated away
+    g.convs[2].weight.data = g.convs[2].weight.data + 1
+    assert not torch.equal(drawn(g, 1), other)
+    for _ in range(3):  # the weights may come back to the addresses they had, with other values
+        g.convs[2].weight[0].mul_(1.1)
+        drawn(g, 1)
+        assert torch.equal(drawn(g.bfloat16().float(), everything), drawn(copy.deepcopy(g), everything))
     with folding(True):
-        other = drawn()
+        folded = drawn(g, everything // 2)
         g.fir.mul_(0.5)
-        assert not torch.equal(drawn(), other), "a folded kernel holds the filter"
+        assert not torch.equal(drawn(g, everything // 2), folded), "a folded kernel holds the filter"
         g.fir.mul_(2)
-    other = drawn()
-    g.requires_grad_(True)  # and nothing is kept
-    assert torch.equal(other, drawn())
+    other = drawn(g, everything // 2)
+    g.requires_grad_(True)
+    assert torch.equal(drawn(g, everything), other)

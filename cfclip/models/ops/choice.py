@@ -1,4 +1,4 @@
-"""What this machine does faster: measured where it is first asked, once a process and device, in a fraction of a second."""
+"""What is faster on this machine: measured when first needed, once per process and device."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -10,26 +10,34 @@ from torch import Tensor
 
 HALF = (torch.float16, torch.bfloat16)
 
-CLEARLY = 1.2
-"""How many times faster the less plain way must be to be chosen: the luck of a measurement should not decide."""
+MIN_SPEEDUP = 1.2
+"""How many times faster than the plain way another must be to be chosen, so that noise does not decide."""
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """As a config has it: "float32"."""
+    """As in a config, e.g. "float32"."""
     return str(dtype).removeprefix("torch.")
 
 
 def layout_of(dtype: torch.dtype) -> torch.memory_format:
-    """How a frozen network's activations and kernels lie: channels last is faster in half precision; in float32 it is not, and rounds twice as badly."""
+    """Memory format of a frozen network's activations and kernels.
+
+    Channels last is faster in half precision; in float32 it is not, and its rounding errors are twice as
+    large.
+    """
     return torch.channels_last if dtype in HALF else torch.contiguous_format
 
 
-def quickest(
-    ways: Sequence[Callable[[], object]], device: torch.device, turns: int = 5, patience: float = 0.5
+def best_times(
+    ways: Sequence[Callable[[], object]], device: torch.device, rounds: int = 5, patience: float = 0.5
 ) -> list[float]:
-    """The least seconds that each of ``ways`` took, called in turns: once to warm up, then ``turns`` times, or until ``patience`` seconds are over."""
-    least, begun = [float("inf")] * len(ways), time.perf_counter()
-    for turn in range(1 + turns):
+    """The shortest time in seconds of each of ``ways``.
+
+    They are called alternately: once to warm up, then ``rounds`` times, or until ``patience`` seconds have
+    passed.
+    """
+    best, start = [float("inf")] * len(ways), time.perf_counter()
+    for turn in range(1 + rounds):
         for i, way in enumerate(ways):
             before = time.perf_counter()
             way()
@@ -38,23 +46,22 @@ def quickest(
             elif device.type == "mps":
                 torch.mps.synchronize()
             if turn:
-                least[i] = min(least[i], time.perf_counter() - before)
-        if turn and time.perf_counter() - begun > patience:
+                best[i] = min(best[i], time.perf_counter() - before)
+        if turn and time.perf_counter() - start > patience:
             break
-    return least
+    return best
 
 
 @cache
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """What to convolve in on ``device``: bfloat16 where that is clearly faster, else float32.
+    """The dtype for convolutions on ``device``: bfloat16 where that is clearly faster, else float32.
 
-    A processor without instructions for bfloat16 takes ten times longer in it than in float32.
+    On a processor without bfloat16 instructions it is ten times slower than float32.
     """
-    n, channels, side = (
-        (2, 64, 64) if device.type == "cpu" else (4, 256, 128)
-    )  # a GPU would only wait for its launches
+    # a GPU needs large tensors: for small ones only the launches would be measured
+    n, channels, side = (2, 64, 64) if device.type == "cpu" else (4, 256, 128)
 
-    def way(dtype: torch.dtype) -> Callable[[], Tensor]:
+    def convolve_in(dtype: torch.dtype) -> Callable[[], Tensor]:
         x, kernel = (
             torch.ones(shape, dtype=dtype, device=device).contiguous(memory_format=layout_of(dtype))
             for shape in ((n, channels, side, side), (channels, channels, 3, 3))
@@ -63,7 +70,7 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 
     with torch.no_grad():
         try:
-            plain, half = quickest([way(torch.float32), way(torch.bfloat16)], device)
-        except (RuntimeError, TypeError):  # a device that has no bfloat16
+            plain, half = best_times([convolve_in(torch.float32), convolve_in(torch.bfloat16)], device)
+        except (RuntimeError, TypeError):  # a device without bfloat16
             return torch.float32
-    return torch.bfloat16 if plain > CLEARLY * half else torch.float32
+    return torch.bfloat16 if plain > MIN_SPEEDUP * half else torch.float32

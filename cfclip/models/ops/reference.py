@@ -2,10 +2,41 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+SQRT2 = math.sqrt(2)
+
+
+class Epilogue(NamedTuple):
+    """What follows a layer's convolution: ``y = clamp(gain * leaky_relu(d * fir(x) + noise + bias, slope))``.
+
+    x is the convolution's result [N, C, H, W]. The layers that read y have their styles multiplied in here.
+    """
+
+    d: Tensor | None = None  # demodulation coefficients [N, C]
+    noise: Tensor | None = None  # broadcastable to [N, 1, H, W]
+    bias: Tensor | None = None  # [C]
+    slope: float = 0.2  # of the leaky ReLU; 1: linear
+    gain: float = SQRT2
+    clamp: float | None = None  # largest |y|
+    styles: Sequence[Tensor] = ()  # [N, C] each, of the convolutions that read y
+    shuffle: bool = False  # x holds the four phases of each channel instead, [N, 4 C, H / 2, W / 2]
+    fir: Tensor | None = None  # filter [n, n] that is applied to x first, with a gain of 4
+    pad: tuple[int, int] = (1, 1)  # padding of x for the filter: (before, after) in both directions
+    rgb: tuple[Tensor, Tensor] | None = (
+        None  # weight [K, C, 1, 1] and style [N, C] of the RGB layer that reads y
+    )
+
+
+class LayerOutput(NamedTuple):
+    """What the readers of a layer get."""
+
+    scaled: tuple[Tensor, ...]  # y times each of the styles, [N, C, H, W] each; (y,) if nothing reads it
+    rgb: Tensor | None = None  # the RGB layer's sum [N, K, H, W], at least float32
 
 
 def setup_filter(taps: Sequence[float]) -> Tensor:
@@ -18,16 +49,17 @@ def setup_filter(taps: Sequence[float]) -> Tensor:
 def upfirdn2d(
     x: Tensor, f: Tensor, up: int = 1, down: int = 1, pad: Sequence[int] = (0, 0, 0, 0), gain: float = 1.0
 ) -> Tensor:
-    """Insert ``up - 1`` zeros, pad (left, right, top, bottom; negative crops), convolve with ``f``, keep every ``down``-th.
+    """Insert ``up - 1`` zeros after each pixel, pad, convolve with ``gain f``, keep every ``down``-th pixel.
 
-    x: [N, C, H, W]; f: [h, w]. A true convolution, as in StyleGAN2: ``f`` is flipped before it slides.
+    x: [N, C, H, W]; f: [h, w], flipped before it slides (a true convolution, as in StyleGAN2); pad: (left,
+    right, top, bottom), negative numbers crop.
     """
     n, c, h, w = x.shape
     left, right, top, bottom = pad
     if up > 1:
         x = x.reshape(n, c, h, 1, w, 1)
         x = F.pad(x, (0, up - 1, 0, 0, 0, up - 1)).reshape(n, c, h * up, w * up)
-    even = top == bottom >= 0 and left == right >= 0  # then the convolution pads by itself, without a copy
+    even = top == bottom >= 0 and left == right >= 0  # then the convolution itself pads, without a copy
     if not even:
         x = F.pad(x, (max(left, 0), max(right, 0), max(top, 0), max(bottom, 0)))
         x = x[:, :, max(-top, 0) : x.shape[2] - max(-bottom, 0), max(-left, 0) : x.shape[3] - max(-right, 0)]
@@ -36,11 +68,7 @@ def upfirdn2d(
 
 
 def bias_act(
-    x: Tensor,
-    bias: Tensor | None = None,
-    slope: float = 0.2,
-    gain: float = math.sqrt(2),
-    clamp: float | None = None,
+    x: Tensor, bias: Tensor | None = None, slope: float = 0.2, gain: float = SQRT2, clamp: float | None = None
 ) -> Tensor:
     """``clamp(gain * leaky_relu(x + bias, slope))``; ``slope=1`` is linear. x: [N, C, ...], bias: [C]."""
     if bias is not None:
@@ -53,7 +81,7 @@ def bias_act(
 
 
 def conv2d(x: Tensor, kernel: Tensor, up: bool = False) -> Tensor:
-    """``F.conv2d`` with "same" padding, or ``up``: its transpose with stride 2, which keeps all of the border.
+    """``F.conv2d`` with "same" padding; with ``up`` its transpose with stride 2, including the whole border.
 
     x: [N, I, H, W]; kernel: [O, I, k, k], k odd -> [N, O, H, W] or [N, O, 2 H + k - 2, 2 W + k - 2].
     """
@@ -68,41 +96,23 @@ def modulate(x: Tensor, style: Tensor) -> Tensor:
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, else float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
-def epilogue(
-    x: Tensor,
-    d: Tensor | None = None,
-    noise: Tensor | None = None,
-    bias: Tensor | None = None,
-    slope: float = 0.2,
-    gain: float = math.sqrt(2),
-    clamp: float | None = None,
-    styles: Sequence[Tensor] = (),
-    shuffle: bool = False,
-    fir: Tensor | None = None,
-    pad: tuple[int, int] = (1, 1),
-    rgb: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, ...]:
-    """What is left of a layer after its convolution: ``y = bias_act(4 fir * x d + noise, bias, slope, gain, clamp)``.
-
-    x: [N, C, H, W], or with ``shuffle`` the four phases of each channel, [N, 4 C, H / 2, W / 2], or with a filter ``fir`` [n, n] what it
-    makes [N, C, H, W] of when padded by ``pad`` (before, after); d: [N, C], the demodulation coefficients; noise: broadcastable to
-    [N, 1, H, W]; styles: [N, C] each, of the convolutions that read y; rgb: weight [K, C, 1, 1] and style [N, C] of the RGB layer that does.
-    Returns y multiplied by each of ``styles``, and last the RGB layer's sum [N, K, H, W], at least float32; (y,) where nothing reads it.
-    """
-    if shuffle:
+def epilogue(x: Tensor, e: Epilogue) -> LayerOutput:
+    """The rest of a layer after its convolution; see :class:`Epilogue` for the equation and the shapes."""
+    if e.shuffle:
         x = F.pixel_shuffle(x, 2)
-    if fir is not None:
-        x = upfirdn2d(x, fir, pad=(*pad, *pad), gain=4.0)
-    if d is not None:
-        x = modulate(x, d)
-    if noise is not None:
-        x = x + noise.to(x.dtype)
-    x = bias_act(x, bias, slope, gain, clamp)
-    read = tuple(modulate(x, style) for style in styles)
-    if rgb is not None:
-        weight, style = rgb
-        read += (conv2d(modulate(x, style), weight.to(x.dtype)).to(at_least_float32(x.dtype)),)
-    return read or (x,)
+    if e.fir is not None:
+        x = upfirdn2d(x, e.fir, pad=(*e.pad, *e.pad), gain=4.0)
+    if e.d is not None:
+        x = modulate(x, e.d)
+    if e.noise is not None:
+        x = x + e.noise.to(x.dtype)
+    y = bias_act(x, e.bias, e.slope, e.gain, e.clamp)
+    scaled = tuple(modulate(y, style) for style in e.styles)
+    if e.rgb is None:
+        return LayerOutput(scaled or (y,))
+    weight, style = e.rgb
+    return LayerOutput(scaled, conv2d(modulate(y, style), weight.to(y.dtype)).to(at_least_float32(y.dtype)))
