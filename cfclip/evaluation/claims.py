@@ -20,9 +20,9 @@ HOLDS, FAILS, UNDECIDED, UNTESTED = "holds", "does not hold", "undecided", "cann
 COLOURS = {HOLDS: "C2", FAILS: "C3", UNDECIDED: "0.5"}
 RULE = (
     "Rule: two methods are compared at the same prompt and the same seed. The differences are averaged over "
-    "the counterfactual prompts, seed by seed, and then over seeds, with a 95 % interval (Student's t). All of "
-    "the interval is above 0: holds; all is below 0: does not hold; it contains 0, or there is only one seed: "
-    "undecided. There is nothing to compare: cannot be tested here."
+    "the counterfactual prompts, seed by seed, then over seeds, with a 95 % interval (Student's t). If all "
+    "of it is above 0, the claim holds; if all of it is below 0, it does not hold; if it contains 0, or "
+    "with one seed, it is undecided. Where there is nothing to compare, it cannot be tested here."
 )
 COLUMNS = ["claim", "measure", "verdict", "why", "difference", "half"]
 BASELINES = [method for method in METHODS if method != "cfclip"]

@@ -86,10 +86,8 @@ def edits(
 ) -> dict[str, Tensor]:
     """prompt -> pictures [N (1 + M), 3, R, R]: each source, G(w), and after it its edits by M methods.
 
-    w: [N, L, D]. The first seed of each method is shown, white if the method has no run for the prompt.
-
-    ``table`` is that of the folder ``runs`` (:func:`cfclip.experiments.gather`). Without ``prompts`` all, by
-    group.
+    w: [N, L, D]. Each method shows its first seed, or white without a run for the prompt. ``table`` is that
+    of the folder ``runs`` (:func:`cfclip.experiments.gather`). Default: all prompts, by group.
     """
     trained = table[table.method.notna()].drop_duplicates("run").sort_values("seed")
     trained = trained.drop_duplicates(["method", "prompt"])
@@ -226,7 +224,8 @@ def tradeoff(
 ) -> Figure:
     """``y`` against ``x``, one panel per group: a line per method, with a point per strength.
 
-    Each line begins at the source (strength 0). ``marks``: dotted lines at this x and this y, where :func:`cfclip.evaluation.tables.matched` compares.
+    Each line begins at the source (strength 0). ``marks``: dotted lines at this x and this y, where
+    :func:`cfclip.evaluation.tables.matched` compares.
     """
     groups = [group for group in each.group.cat.categories if each.loc[each.group == group, y].notna().any()]
     figure, axes = panels(1, len(groups), (3.4 * len(groups) + 0.4, 3.3), sharex=True, sharey=True)

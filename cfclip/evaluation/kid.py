@@ -36,7 +36,7 @@ def kid(a: np.ndarray, b: np.ndarray) -> float:
 def kid_to_renders(edit: Edit, n: int = 256) -> dict[str, float]:
     """KID of the edited pictures to ``n`` natural renders, ``kid_natural``.
 
-    If the prompt names the colour of a part, also ``kid_counterfactual``: KID to the same renders, recoloured.
+    If the prompt names the colour of a part, also ``kid_counterfactual``: to the same renders, recoloured.
     {} without a ground truth, or for a single picture.
     """
     truth, images = edit.domain.truth, edit.after.images

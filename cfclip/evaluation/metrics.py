@@ -39,13 +39,13 @@ METRIC_DIRECTIONS: dict[str, str] = {
     "round_trip_*": "",
 }
 """Column (or pattern) -> which way is better, "" for neither; in the order in which tables show them."""
+PERCENT = ("success_before", "success_after", "success_inverted")
+"""Columns that are shares of pictures."""
 MAIN = (
     "prompt",
     "group",
     "n",
-    "success_before",
-    "success_after",
-    "success_inverted",
+    *PERCENT,
     "leakage",
     "clip_before",
     "clip_after",
@@ -60,8 +60,6 @@ MAIN = (
     "round_trip_identity",
 )
 """The columns of a report's page, in order; its files have all columns."""
-PERCENT = ("success_before", "success_after", "success_inverted")
-"""Columns that are shares of pictures."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -50,10 +50,11 @@ def means(table: pd.DataFrame, by: str | list[str] = "prompt") -> pd.DataFrame:
 
 
 def trainings(table: pd.DataFrame, group_of: Callable[[str], str], by: str = "method") -> pd.DataFrame:
-    """:data:`KEYS` and metrics, one line per training and strength. ``by="row"``: the ablation's rows as methods.
+    """:data:`KEYS` and metrics, one line per training and strength.
 
-    ``group_of`` is the domain's. Raises ValueError if two runs of one training differ in other settings, or
-    if a face is there twice: the mean would be meaningless.
+    ``by="row"`` takes the rows of the ablation as methods. ``group_of`` is the domain's. Raises ValueError if
+    two runs of one training differ in other settings, or if a face is there twice: the mean would be
+    meaningless.
     """
     table = table[table[by].notna()] if by in table else table.iloc[:0]
     names = columns_of(table)
@@ -93,7 +94,7 @@ def over_seeds(each: pd.DataFrame, by: Sequence[str] = ("group", "method")) -> p
 
 
 def wide(long: pd.DataFrame, rows: Sequence[str], across: str = "metric") -> pd.DataFrame:
-    """:func:`over_seeds` for people: cells "mean ± half", one column per ``across`` in order of appearance."""
+    """:func:`over_seeds` for people: cells "mean ± half", one column per ``across``, as they appear."""
     scales = [100 if metric in PERCENT else 1 for metric in long.metric]
     cells = [plus_minus(*values) for values in zip(long["mean"], long.half, scales, strict=True)]
     table = long.assign(cell=cells).pivot(index=list(rows), columns=across, values="cell")
