@@ -76,7 +76,7 @@ def image_grid(
     return figure
 
 
-def edits(
+def pictures_by_method(
     table: pd.DataFrame,
     runs: str | os.PathLike,
     domain: Domain,
@@ -106,7 +106,7 @@ def edits(
 
 
 def picture_grid(rows: Mapping[str, Tensor], methods: Sequence[str]) -> Figure:
-    """:func:`edits` with the methods' names above."""
+    """:func:`pictures_by_method` with the methods' names above."""
     n = len(next(iter(rows.values())))
     headers = [name.replace("-", "-\n") for name in ("source", *methods)] * (n // (1 + len(methods)))
     return image_grid(rows, columns=n, headers=headers)

@@ -1,4 +1,4 @@
-"""One mapper for many prompts: its training step, comparisons with mappers of one prompt, and toonfaces' own."""
+"""One mapper for many prompts: its step, its comparison with mappers of one prompt, and toonfaces' own."""
 
 import dataclasses
 from collections import Counter

@@ -278,7 +278,7 @@ def test_the_example_has_runs_of_both_notebooks_and_their_pictures(domain, tmp_p
     assert len(identity) == len(expected), "each strength is a line, also the one that the notebook shows"
     assert identity.to_dict() == pytest.approx(expected.to_dict())
     w = domain.latents(2, "test", 0)
-    shown = figures.edits(table, runs, domain, w)
+    shown = figures.pictures_by_method(table, runs, domain, w)
     assert list(shown) == ["green lipstick", "face"] and shown["face"].shape == (6, 3, 16, 16)
     # face by face: the source, then the methods
     assert torch.equal(shown["face"][3], domain.generator.synthesis(w)[1])
