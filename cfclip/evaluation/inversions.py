@@ -1,4 +1,4 @@
-"""Inversions, measured: how well a photo is reconstructed, against how well its code can be edited."""
+"""How well inversion reconstructs a photo, against how well the code that it finds can be edited."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cfclip.domain import Domain
-from cfclip.evaluation import metrics
+from cfclip.evaluation.metrics import Edit, evaluate
 from cfclip.inversion.projector import InversionConfig, invert
 from cfclip.models.mapper import Mapper
 
@@ -22,23 +22,24 @@ def tradeoff(
     strength: float = 1.0,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Reconstruction against editability: invert under each config, edit what comes out, score both.
+    """Invert ``photos`` [N, 3, R, R] by each config and edit the codes: one row per config and photo.
 
-    ``configs``: pairs of a label (columns, e.g. ``{"varied": "w_centre", "value": 0.1}``) and a config. A row per config and photo:
-    the label, :func:`reconstruction`'s columns (inversion against photo), :func:`metrics.evaluate`'s (edit against inversion;
-    its perceptual column is called ``moved``).
+    Args:
+        configs: pairs of a label (columns, e.g. ``{"varied": "w_centre", "value": 0.1}``) and a config.
+
+    A row has the label, the inversion's ``metrics`` (against the photo), and the columns of
+    :func:`cfclip.evaluation.evaluate` (the edit against the inversion; there the perceptual column is
+    ``moved``).
     """
     text, rows = domain.clip.encode_text(prompt), []
     for label, config in configs:
-        found = invert(domain, photos, config, start, progress)
+        inverted = invert(domain, photos, config, start, progress)
         with torch.no_grad():
-            edited = domain.generator.synthesis(
-                mapper.edit(found.w_plus, text, strength), found.synthesis_noise
-            )
-        scores = metrics.evaluate(metrics.Edit(domain, prompt, found.images, edited))
+            w_edited = mapper.edit(inverted.w_plus, text, strength)
+            edited = domain.generator.synthesis(w_edited, inverted.synthesis_noise)
+        scores = evaluate(Edit(domain, prompt, inverted.images, edited))
         scores = {"moved" if name.startswith("lpips") else name: values for name, values in scores.items()}
-        rows += [
-            {**label, "index": k, **row, **{name: float(values[k]) for name, values in scores.items()}}
-            for k, row in enumerate(found.metrics)
-        ]
+        for i, reconstruction in enumerate(inverted.metrics):
+            edit = {name: float(values[i]) for name, values in scores.items()}
+            rows.append({**label, "index": i, **reconstruction, **edit})
     return rows

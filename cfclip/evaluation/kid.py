@@ -1,4 +1,4 @@
-"""Kernel inception distance on the features of a ground truth."""
+"""Kernel inception distance (KID) on the features of a ground truth."""
 
 from functools import lru_cache
 
@@ -12,16 +12,17 @@ from cfclip.evaluation.metrics import Edit
 
 @torch.no_grad()
 def kid_features(truth: GroundTruth, images: Tensor) -> np.ndarray:
-    """Means of the feature maps over the picture, [N, sum of C_l]."""
+    """The ground truth's feature maps of ``images``, averaged over the picture: [N, sum of C_l]."""
     batches = images.split(100)
     features = [torch.cat([stage.mean((2, 3)) for stage in truth.features(batch)], 1) for batch in batches]
     return torch.cat(features).cpu().double().numpy()
 
 
 def kid(a: np.ndarray, b: np.ndarray) -> float:
-    """KID of two sets of features (Binkowski et al. 2018).
+    """KID of two sets of features [N, d] and [M, d] (Binkowski et al. 2018, section 4.1).
 
-    Unbiased MMD^2 under ``(x y / d + 1)^3``, features standardised by those of b. Near 0 for equal distributions.
+    The unbiased MMD^2 with the kernel ``(x y / d + 1)^3``; features are standardised by the mean and standard
+    deviation of b. Near 0, and possibly negative, for equal distributions.
     """
     mean, std = b.mean(0), b.std(0) + 1e-9
     a, b = (a - mean) / std, (b - mean) / std
@@ -33,22 +34,22 @@ def kid(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def kid_to_renders(edit: Edit, n: int = 256) -> dict[str, float]:
-    """KID of the set of edits to ``n`` natural renders and, if the prompt names a part's colour, to the same recoloured.
+    """KID of the edited pictures to ``n`` natural renders, ``kid_natural``.
 
-    kid_natural: how far from faces that exist; kid_counterfactual: from the faces that were asked for. {} without a
-    ground truth, or for a single picture.
+    If the prompt names the colour of a part, also ``kid_counterfactual``: to the same renders, recoloured.
+    {} without a ground truth, or for a single picture.
     """
     truth, images = edit.domain.truth, edit.after.images
     if truth is None or len(images) < 2:
         return {}
     features = kid_features(truth, images.clamp(-1, 1))
-    found = {"kid_natural": kid(features, _references(truth, n))}
+    distances = {"kid_natural": kid(features, _references(truth, n))}
     if claim := truth.claim(edit.prompt):
-        found["kid_counterfactual"] = kid(features, _references(truth, n, claim))
-    return found
+        distances["kid_counterfactual"] = kid(features, _references(truth, n, claim))
+    return distances
 
 
 @lru_cache(maxsize=64)
 def _references(truth: GroundTruth, n: int, claim: Claim | None = None) -> np.ndarray:
-    # the natural renders are the first half of those that natural_spread has drawn already
+    # natural_spread draws 2 n natural renders, which are cached: use the first half of those
     return kid_features(truth, truth.renders(n, claim) if claim else truth.renders(2 * n)[:n])

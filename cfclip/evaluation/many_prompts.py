@@ -1,8 +1,4 @@
-"""Amortised CF-CLIP: one mapper for many prompts of a domain, so that any prompt edits at once.
-
-The step is :class:`cfclip.method.CFCLIP`'s, on prompts drawn anew each time. PixelNorm is over channels: over layers, as published,
-only the signs of a text feature reach the mapper.
-"""
+"""One mapper for many prompts, measured beside mappers that were trained for one prompt each."""
 
 from collections.abc import Iterable, Mapping
 
@@ -11,12 +7,9 @@ import torch
 
 from cfclip.domain import Domain
 from cfclip.evaluation import metrics
-from cfclip.evaluation.metrics import PERCENT
-from cfclip.evaluation.stats import half_width, plus_minus
+from cfclip.evaluation.tables import ordered, over_seeds, wide
 from cfclip.models.mapper import Mapper
 from cfclip.models.stylegan2 import max_batch
-
-MEASURED = ("success_before", "success_after", "leakage", "identity")
 
 
 @torch.no_grad()
@@ -28,58 +21,39 @@ def compare(
     n: int = 32,
     strength: float = 1.0,
 ) -> list[dict]:
-    """Mappers of many prompts beside those of one, on the same ``n`` test faces: a row per prompt, mapper and face.
+    """Edit the same ``n`` test faces with both kinds of mapper: one row per prompt, mapper and face.
 
     Args:
         many: (what it was trained on, seed) -> mapper of many prompts.
-        alone: (prompt, seed) -> mapper that was trained for this prompt; those of other prompts are left out.
+        alone: (prompt, seed) -> mapper of this prompt, which edits by no other.
 
-    A row has ``prompt``, ``trained_on`` ("this prompt", or what ``many`` says), ``seed``, ``strength``, ``index`` of the face, and
-    what :func:`metrics.ground_truth` and :func:`metrics.identity` find.
+    A row has ``prompt``, ``trained_on`` ("this prompt", or the name in ``many``), ``seed``, ``strength``,
+    ``index`` of the face, and the columns of :func:`metrics.ground_truth` and :func:`metrics.identity`.
     """
-    w, found = domain.latents(n, "test"), []
-    draw = domain.generator.synthesis
-    source = metrics.Pictures(
-        domain, torch.cat([draw(part) for part in w.split(max_batch(domain.generator))])
-    )
+    draw, rows = domain.generator.synthesis, []
+    parts = domain.latents(n, "test").split(max_batch(domain.generator))
+    source = metrics.Pictures(domain, torch.cat([draw(w) for w in parts]))
     for prompt in prompts:
         text = domain.clip.encode_text(prompt)
-        runs = [
-            *many.items(),
-            *((("this prompt", seed), mapper) for (other, seed), mapper in alone.items() if other == prompt),
-        ]
-        for (trained_on, seed), mapper in runs:
-            edited = torch.cat([
-                draw(mapper.edit(part, text, strength)) for part in w.split(max_batch(domain.generator))
-            ])
+        mappers = dict(many)
+        mappers |= {
+            ("this prompt", seed): mapper for (other, seed), mapper in alone.items() if other == prompt
+        }
+        for (trained_on, seed), mapper in mappers.items():
+            edited = torch.cat([draw(mapper.edit(w, text, strength)) for w in parts])
             edit = metrics.Edit(domain, prompt, source, edited)
-            found += metrics.rows(
-                metrics.ground_truth(edit) | metrics.identity(edit),
-                prompt=prompt,
-                trained_on=trained_on,
-                seed=seed,
-                strength=strength,
-            )
-    return found
+            labels = {"prompt": prompt, "trained_on": trained_on, "seed": seed, "strength": strength}
+            rows += metrics.rows(metrics.ground_truth(edit) | metrics.identity(edit), **labels)
+    return rows
 
 
 def summarise(table: pd.DataFrame, by: str) -> pd.DataFrame:
-    """Of :func:`compare`'s rows, a line per value of the column ``by`` and ``trained_on``: means and 95 % intervals over seeds.
+    """:func:`compare`'s rows, one line per value of the column ``by`` and ``trained_on``, for people.
 
-    First the mean over a training's faces and prompts, then over trainings: the faces of one are no independent tries of it.
+    The mean of each seed comes first, over its faces and prompts: the faces of one training share its luck.
     """
-    lines = []
-    for (value, trained_on), rows in table.groupby([by, "trained_on"], sort=False, observed=True):
-        seeds = rows.groupby("seed")[list(MEASURED)].mean()
-        cells = {
-            f"{name.replace('_after', '').replace('_', ' ')}{' %' if name in PERCENT else ''}": plus_minus(
-                seeds[name].mean(), half_width(seeds[name]), 100 if name in PERCENT else 1
-            )
-            for name in MEASURED
-        }
-        lines.append(
-            {by: value, "trained on": trained_on}
-            | cells
-            | {"prompts": rows["prompt"].nunique(), "seeds": len(seeds)}
-        )
-    return pd.DataFrame(lines)
+    keys = [by, "trained_on"]
+    table = table.assign(**{name: ordered(table[name], table[name].unique()) for name in keys})
+    counts = table.groupby(keys, observed=True).agg(prompts=("prompt", "nunique"), seeds=("seed", "nunique"))
+    cells = wide(over_seeds(table, keys), keys).set_index(keys)
+    return cells.join(counts).reset_index().rename(columns={"trained_on": "trained on"})

@@ -1,4 +1,4 @@
-"""Everything measured of an editor: on sampled faces, as a set, on inverted renders, and there and back again."""
+"""All that is measured of an editor: single edits, the set of edits, inverted renders, round trips."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,20 +29,17 @@ from cfclip.models.stylegan2 import max_batch
 
 @dataclass(frozen=True, eq=False)
 class TrueEdits:
-    """N held-out renders, the same renders with the part recoloured, and the encoder's codes of the former.
-
-    renders, wanted: [N, 3, R, R] in [-1, 1]; w: [N, L, D].
-    """
+    """Held-out renders of which the true counterfactual is known."""
 
     domain: Domain
     claim: Claim
-    renders: Tensor
-    wanted: Tensor
-    w: Tensor
+    renders: Tensor  # [N, 3, R, R] in [-1, 1]
+    wanted: Tensor  # the same renders with the part recoloured
+    w: Tensor  # the encoder's codes of ``renders`` [N, L, D]
 
     @classmethod
     def of(cls, domain: Domain, prompt: str, n: int) -> "TrueEdits | None":
-        """``n`` of them; None if the prompt does not name a part's colour, or there is no ground truth or encoder."""
+        """None if the prompt does not name the colour of a part, or without a ground truth or an encoder."""
         claim = domain.truth and domain.truth.claim(prompt)
         if claim is None or domain.encoder is None:
             return None
@@ -51,14 +48,14 @@ class TrueEdits:
 
     @cached_property
     def floor(self) -> np.ndarray:
-        """Perceptual distance of the inverted pictures G(w) to the renders [N]: what inversion alone costs."""
+        """Perceptual distance of the inverted renders G(w) to the renders [N]: the cost of inversion."""
         parts = self.w.split(max_batch(self.domain.generator))
         with torch.no_grad():
             images = torch.cat([self.domain.generator.synthesis(part) for part in parts])
         return distances(self.domain, images, self.renders)[1]
 
     def columns(self, editor: Editor, strength: float) -> Columns:
-        """Of the edited inversions: ``truth_distance``, to the true counterfactual; ``truth_floor``; their success."""
+        """Measurements of the edited inversions; ``truth_distance`` is to the true counterfactual."""
         (part, colour), parts = self.claim, self.w.split(max_batch(self.domain.generator))
         edited = Pictures(self.domain, torch.cat([editor.edit(w, strength) for w in parts]))
         return {
@@ -69,7 +66,7 @@ class TrueEdits:
 
 
 def round_trip(editor: Editor, w: Tensor, strength: float, source: Pictures) -> Columns:
-    """Identity and perceptual distance to the source after the edit and its reverse; {} if it cannot be reversed."""
+    """Identity and distance to the source after the edit and its reverse; {} if it cannot be reversed."""
     parts = [editor.round_trip(part, strength) for part in w.split(max_batch(editor.domain.generator))]
     if parts[0] is None:
         return {}
@@ -78,20 +75,19 @@ def round_trip(editor: Editor, w: Tensor, strength: float, source: Pictures) -> 
 
 
 def measure(editor: Editor, w: Tensor, strengths: Sequence[float]) -> list[dict]:
-    """A row per strength and picture, with the columns for which the domain has the networks:
+    """One row per strength and picture, with the columns for which the domain has the networks:
 
-    - of the edits of w [N, L, D]: :func:`metrics.evaluate`, ``leakage_<part>`` and :func:`round_trip`;
-    - ``kid_natural`` and ``kid_counterfactual`` of the set, the same number in all its rows;
-    - :meth:`TrueEdits.columns` of as many inverted renders: row i has the i-th of them, not the i-th sampled face.
+    - edits of w [N, L, D]: :func:`.metrics.evaluate`, ``leakage_<part>`` and :func:`round_trip`;
+    - the set of edits: :func:`.kid.kid_to_renders`, the same number in each row;
+    - N edited inversions: :meth:`TrueEdits.columns`. Row i has the i-th render, not the i-th face.
     """
-    domain, prompt, found = editor.domain, editor.config.prompt, []
+    domain, prompt, lines = editor.domain, editor.config.prompt, []
     true_edits = TrueEdits.of(domain, prompt, len(w))
     for strength, edit in edits(domain, prompt, editor.edit, w, strengths):
-        columns = evaluate(edit) | {
-            f"leakage_{part}": values for part, values in leakage_by_part(edit).items()
-        }
+        columns = evaluate(edit)
+        columns |= {f"leakage_{part}": values for part, values in leakage_by_part(edit).items()}
         columns |= {name: np.full(len(w), value) for name, value in kid_to_renders(edit).items()}
         columns |= round_trip(editor, w, strength, edit.before)
         columns |= true_edits.columns(editor, strength) if true_edits else {}
-        found += rows(columns, strength=strength)
-    return found
+        lines += rows(columns, strength=strength)
+    return lines

@@ -1,6 +1,6 @@
-"""Metrics of an edit: a registry of functions, each of which takes an :class:`Edit` and returns a number per picture.
+"""Metrics of an edit: a registry of functions from an :class:`Edit` to columns with one number per picture.
 
-N pictures, P parts of a picture, E and D the widths of the CLIP and the identity features.
+N pictures, P parts of a picture, E the width of CLIP features.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,14 +38,14 @@ METRIC_DIRECTIONS: dict[str, str] = {
     "kid_counterfactual": "↓",
     "round_trip_*": "",
 }
-"""Column (or pattern) -> which way is better; in the order in which tables show them."""
+"""Column (or pattern) -> which way is better, "" for neither; in the order in which tables show them."""
+PERCENT = ("success_before", "success_after", "success_inverted")
+"""Columns that are shares of pictures."""
 MAIN = (
     "prompt",
     "group",
     "n",
-    "success_before",
-    "success_after",
-    "success_inverted",
+    *PERCENT,
     "leakage",
     "clip_before",
     "clip_after",
@@ -59,14 +59,12 @@ MAIN = (
     "truth_distance",
     "round_trip_identity",
 )
-"""The columns of a report that people read, in order; its files hold all."""
-PERCENT = ("success_before", "success_after", "success_inverted")
-"""Columns that are shares of pictures."""
+"""The columns of a report's page, in order; its files have all columns."""
 
 
 @dataclass(frozen=True, eq=False)
 class Pictures:
-    """Pictures [N, 3, R, R] in [-1, 1], and what the domain's networks see in them, computed when it is first needed."""
+    """Pictures [N, 3, R, R] in [-1, 1] and their features, each computed when it is first needed."""
 
     domain: Domain
     images: Tensor
@@ -82,25 +80,25 @@ class Pictures:
 
     @cached_property
     def heldout_clip(self) -> Tensor:
-        """Unit features [N, E'] of the CLIP that no edit was optimised for."""
+        """Unit features [N, E'] of the CLIP that no edit was optimised with."""
         return F.normalize(self._encode(self.domain.heldout_clip.encode_image), dim=-1)
 
     @cached_property
     def identity(self) -> Tensor:
-        """Unit identity features [N, D]."""
+        """Unit identity features, one row per picture."""
         return self._encode(self.domain.identity)
 
     @cached_property
     def seen(self) -> Measurement:
-        """What the ground truth measures."""
+        """What the ground truth measures in them."""
         return self.domain.truth.measure(self.images)
 
 
 class Edit:
-    """Pictures ``before`` and ``after`` an edit by ``prompt``.
+    """The pictures ``before`` and ``after`` an edit by ``prompt``.
 
-    source, edited: [N, 3, R, R] in [-1, 1]. A ``source`` that is the :class:`Pictures` of another edit is not measured
-    again.
+    source, edited: [N, 3, R, R] in [-1, 1]. Features are reused if ``source`` is the
+    ``before`` of another edit.
     """
 
     def __init__(self, domain: Domain, prompt: str, source: Tensor | Pictures, edited: Tensor):
@@ -110,13 +108,13 @@ class Edit:
 
     @cached_property
     def moved(self) -> np.ndarray:
-        """How far each part moved: :func:`movement`, colours then shapes [N, 2 P], in units of :func:`natural_spread`."""
+        """:func:`movement` of each part, colours then shapes [N, 2 P], in units of :func:`natural_spread`."""
         moved, spread = movement(self.before.seen, self.after.seen), natural_spread(self.domain.truth)
         return np.concatenate([values / unit for values, unit in zip(moved, spread, strict=True)], 1)
 
 
 METRICS: dict[str, Callable[[Edit], Columns]] = {}
-"""name -> function that returns its columns, or {} where it does not apply."""
+"""Name -> function; it returns {} where it does not apply."""
 
 
 def metric(function: Callable[[Edit], Columns]) -> Callable[[Edit], Columns]:
@@ -137,7 +135,7 @@ def _clip_direction(guide: ClipGuide, edit: Edit, before: Tensor, after: Tensor)
 
 @metric
 def clip_score(edit: Edit) -> Columns:
-    """``100 cos(image, text)`` with the mean of the unit template features as text; before and after."""
+    """``100 cos(image, text)`` before and after; text: the mean of the prompt's unit template features."""
     return {
         f"clip_{when}": _clip_score(edit.domain.clip, edit.prompt, pictures.clip)
         for when, pictures in (("before", edit.before), ("after", edit.after))
@@ -146,13 +144,13 @@ def clip_score(edit: Edit) -> Columns:
 
 @metric
 def clip_direction(edit: Edit) -> Columns:
-    """``100 cos(edited - source image, target - source text)``, the directional CLIP score; 0 for a null edit."""
+    """Directional CLIP score, ``100 cos(edited - source image, target - source text)``; 0 for a null edit."""
     return {"clip_direction": _clip_direction(edit.domain.clip, edit, edit.before.clip, edit.after.clip)}
 
 
 @metric
 def heldout_clip(edit: Edit) -> Columns:
-    """The same three numbers of the held-out CLIP: scores of the CLIP that was optimised are biased."""
+    """The same three scores by the held-out CLIP, because those of the CLIP that was optimised are biased."""
     if (guide := edit.domain.heldout_clip) is None:
         return {}
     before, after = edit.before.heldout_clip, edit.after.heldout_clip
@@ -165,7 +163,7 @@ def heldout_clip(edit: Edit) -> Columns:
 
 @metric
 def identity(edit: Edit) -> Columns:
-    """Cosine of the identity features of source and edit; 1 for the same person."""
+    """Cosine of the identity features of source and edit, in [-1, 1]; 1 for the same person."""
     if edit.domain.identity is None:
         return {}
     return {"identity": (edit.before.identity * edit.after.identity).sum(1).cpu().numpy()}
@@ -173,7 +171,7 @@ def identity(edit: Edit) -> Columns:
 
 @torch.no_grad()
 def distances(domain: Domain, a: Tensor, b: Tensor) -> tuple[str, np.ndarray] | None:
-    """The domain's perceptual distance of pictures a and b [N, 3, R, R]: (its name, [N]). None if it has none."""
+    """(name, [N]) of the domain's perceptual distance between a and b [N, 3, R, R]; None if it has none."""
     if (distance := domain.distance()) is None:
         return None
     batches = zip(a.split(64), b.split(64), strict=True)
@@ -182,19 +180,19 @@ def distances(domain: Domain, a: Tensor, b: Tensor) -> tuple[str, np.ndarray] | 
 
 @metric
 def perceptual(edit: Edit) -> Columns:
-    """Perceptual distance of edit and source; the name of the column says which distance it is."""
-    found = distances(edit.domain, edit.before.images, edit.after.images)
-    return {} if found is None else dict([found])
+    """Perceptual distance of edit and source; the column's name says which distance it is."""
+    named = distances(edit.domain, edit.before.images, edit.after.images)
+    return {} if named is None else dict([named])
 
 
 @metric
 def ground_truth(edit: Edit) -> Columns:
-    """Success and leakage against the ground truth, if the prompt names the colour of a part or is a null edit.
+    """Success and leakage by the ground truth, if the prompt names the colour of a part or is a null edit.
 
-    success: the part is visible, and of all its colours the measured one is nearest, in CIELAB, to the one asked for.
-    leakage: how far the *other* parts moved, mean over parts of colour (CIELAB distance) and shape (1 - soft Dice), each
-    divided by its median between two random natural faces: 0 = untouched, 1 = another person's. A null edit cannot
-    succeed, and leaks wherever it moves.
+    success: 1 if the part is visible and its nearest colour, in CIELAB, is the one asked for, else 0.
+    leakage: how far the *other* parts moved, the mean of their colours (CIELAB distance) and shapes (1 - soft
+    Dice), each divided by its median between two random natural faces: 0 = unchanged, 1 = as another
+    person's. A null edit has no success, and all parts count in its leakage.
     """
     truth = edit.domain.truth
     claim = truth and truth.claim(edit.prompt)
@@ -211,7 +209,7 @@ def ground_truth(edit: Edit) -> Columns:
 
 
 def leakage_by_part(edit: Edit) -> Columns:
-    """part -> how far it moved [N], mean of colour and shape as in :func:`ground_truth`, NaN where it is not visible."""
+    """part -> how far it moved [N], as in :func:`ground_truth`; NaN where it is not visible."""
     if edit.domain.truth is None:
         return {}
     colour, shape = np.split(edit.moved, 2, 1)
@@ -220,7 +218,7 @@ def leakage_by_part(edit: Edit) -> Columns:
 
 
 def movement(before: Measurement, after: Measurement) -> tuple[np.ndarray, np.ndarray]:
-    """Per picture and part [N, P]: CIELAB distance of the mean colours, and 1 - soft Dice of the masks; NaN if unseen."""
+    """CIELAB distance of mean colours, and 1 - soft Dice of masks: [N, P] each, NaN where not visible."""
     colour = np.linalg.norm(after.lab - before.lab, axis=-1)
     common = 2 * np.minimum(before.masks, after.masks).sum((2, 3))
     overlap = common / (before.masks + after.masks).sum((2, 3))
@@ -237,8 +235,11 @@ def natural_spread(truth: GroundTruth, n: int = 256) -> tuple[np.ndarray, np.nda
 
 
 def evaluate(edit: Edit) -> Columns:
-    """Every registered metric of ``edit``."""
-    return {column: values for function in METRICS.values() for column, values in function(edit).items()}
+    """Every registered metric of ``edit``: column -> [N]."""
+    columns: Columns = {}
+    for function in METRICS.values():
+        columns |= function(edit)
+    return columns
 
 
 def edits(
@@ -248,7 +249,7 @@ def edits(
     w: Tensor,
     strengths: Sequence[float],
 ) -> Iterator[tuple[float, Edit]]:
-    """(strength, edit) at each strength; the sources are measured once.
+    """(strength, edit) for each strength; the features of the sources are computed once.
 
     edit: (w [N, L, D], strength) -> pictures [N, 3, R, R], e.g. an editor's ``edit``.
     """
@@ -260,11 +261,12 @@ def edits(
 
 
 def rows(columns: Mapping[str, np.ndarray], **labels: Any) -> list[dict]:
-    """Columns [N] as N rows, which begin with ``labels`` and their ``index``; NaN is left out."""
-    return [
-        labels | {"index": i} | {n: float(v) for n, v in zip(columns, values, strict=True) if not np.isnan(v)}
-        for i, values in enumerate(zip(*columns.values(), strict=True))
-    ]
+    """Columns [N] as N rows, which begin with ``labels`` and the ``index``; NaN is left out."""
+    lines = []
+    for i, values in enumerate(zip(*columns.values(), strict=True)):
+        defined = {name: float(v) for name, v in zip(columns, values, strict=True) if not np.isnan(v)}
+        lines.append(labels | {"index": i} | defined)
+    return lines
 
 
 def over_strengths(
@@ -274,8 +276,11 @@ def over_strengths(
     w: Tensor,
     strengths: Sequence[float],
 ) -> list[dict]:
-    """:func:`evaluate` at each strength: a row per strength and picture. See :func:`cfclip.evaluation.measure`."""
-    found = []
+    """:func:`evaluate` at each strength, one row per strength and picture; arguments as for :func:`edits`.
+
+    :func:`cfclip.evaluation.measure` measures more.
+    """
+    lines = []
     for strength, one in edits(domain, prompt, edit, w, strengths):
-        found += rows(evaluate(one), strength=strength)
-    return found
+        lines += rows(evaluate(one), strength=strength)
+    return lines

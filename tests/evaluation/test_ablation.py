@@ -2,90 +2,89 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cfclip.evaluation import ablation
-from cfclip.method.config import CFCLIPConfig
+from cfclip.baselines.library import load_editor
+from cfclip.evaluation import ablation, report, tables
+from cfclip.evaluation.figures import ablation_figure
+from cfclip.evaluation.stats import half_width
+from cfclip.method.config import CFCLIPConfig, with_settings
 
 
-def test_every_row_is_a_change_that_its_name_says():
+def test_every_row_but_the_first_changes_a_default():
     default = CFCLIPConfig("x")
     for name, change in ablation.ROWS.items():
-        assert (name == "CF-CLIP") == (CFCLIPConfig("x", **change) == default), name
+        assert (name == "CF-CLIP") == (with_settings(default, change) == default), name
     assert len({str(sorted(change.items())) for change in ablation.ROWS.values()}) == len(ablation.ROWS)
 
 
 def test_the_interval_by_hand():
     # Student's t with 2 degrees of freedom: 4.302653 at 97.5 %
-    assert ablation.half_width([1.0, 2.0, 3.0]) == pytest.approx(4.302653 * 1.0 / np.sqrt(3), rel=1e-6)
-    assert np.isnan(ablation.half_width([1.0]))
+    assert half_width([1.0, 2.0, 3.0]) == pytest.approx(4.302653 * 1.0 / np.sqrt(3), rel=1e-6)
+    assert np.isnan(half_width([1.0]))
 
 
 @pytest.fixture
 def table():
-    """Two rows, three trainings of two faces: trainings' means are 1, 2, 3 and 5, 5, 5; the faces differ more than those."""
+    """Two rows of three trainings, whose means are 1, 2, 3 and 5, 5, 5; their two faces differ far more."""
     means = {"CF-CLIP": (1, 2, 3), "views: none": (5, 5, 5)}
+    same = {"prompt": "p", "strength": 1.0, "success_after": 0.5}
     return pd.DataFrame([
-        {
-            "row": row,
-            "prompt": "p",
-            "seed": seed,
-            "index": face,
-            "identity": mean + (-10, 10)[face],
-            "success_after": 0.5,
-        }
+        {"row": row, "seed": seed, "index": face, "identity": mean + (-10, 10)[face]} | same
         for row, values in means.items()
         for seed, mean in enumerate(values)
         for face in range(2)
     ])
 
 
+def trainings(table):
+    return tables.trainings(table, lambda prompt: "other", by="row")
+
+
 def test_the_interval_is_over_trainings_not_faces(table):
-    summary = ablation.summarise(table)
+    summary = tables.over_seeds(trainings(table), ["method"])
     first, second = summary[summary.metric == "identity"].to_dict("records")
-    assert (first["row"], first["mean"], first["trainings"]) == ("CF-CLIP", 2, 3) and first[
-        "half"
-    ] == pytest.approx(2.4841, rel=1e-4)
-    assert (second["row"], second["mean"], second["half"]) == ("views: none", 5, 0)
-    shown = ablation.pretty(summary)
+    assert (first["method"], first["mean"], first["seeds"]) == ("CF-CLIP", 2, 3)
+    assert first["half"] == pytest.approx(half_width([1, 2, 3]))
+    assert (second["method"], second["mean"], second["half"]) == ("views: none", 5, 0)
+    shown = tables.wide(summary, ["method"])
     assert shown.to_dict("records")[0] == {
-        "row": "CF-CLIP",
-        "identity": "2 ± 2.5",
-        "success after %": "50 ± 0",
+        "method": "CF-CLIP",
+        "success % ↑": "50 ± 0",
+        "identity ↑": "2 ± 2.5",
     }
 
 
 def test_one_training_has_no_interval(table):
-    summary = ablation.summarise(table[table.seed == 0])
-    assert summary.half.isna().all() and ablation.pretty(summary)["identity"].tolist() == ["1", "5"]
+    summary = tables.over_seeds(trainings(table[table.seed == 0]), ["method"])
+    assert summary.half.isna().all()
+    assert tables.wide(summary, ["method"])["identity ↑"].tolist() == ["1", "5"]
 
 
 def test_the_report_is_written(table, tmp_path):
-    ablation.write(tmp_path, table, ablation.figure(table), "a note")
-    assert {p.name for p in tmp_path.iterdir()} == {
-        "ablation.csv",
-        "ablation.jsonl",
-        "ablation.png",
-        "ablation.md",
-    }
-    text = (tmp_path / "ablation.md").read_text()
-    assert "2 ± 2.5" in text and "a note" in text
+    each = trainings(table)
+    shown = tables.wide(tables.over_seeds(each, ["method"]), ["method"])
+    text = report.page(
+        "Ablation", report.section("Rows", shown, "a note"), report.pictures(["ablation"], False)
+    )
+    files = {"ablation.csv": table, "ablation.md": text, "ablation.png": ablation_figure(each)}
+    report.write(tmp_path, files)
+    assert {path.name for path in tmp_path.iterdir()} == files.keys()
+    text = (tmp_path / "ablation.md").read_text(encoding="utf-8")
+    assert "2 ± 2.5" in text and "a note" in text and text.endswith("\n\n![ablation](ablation.png)\n")
     assert len(pd.read_csv(tmp_path / "ablation.csv")) == 12
 
 
-def test_a_row_is_trained_as_it_says_and_scored(domain, monkeypatch):
-    seen = {}
-    honest = ablation.baselines.fit
-    monkeypatch.setattr(ablation.baselines, "fit", lambda *a, **k: seen.setdefault("editor", honest(*a, **k)))
-    table = ablation.run_row(
-        domain, "views: none", "green lipstick", seed=3, n=4, steps=2, train_latents=4, draws=5
-    )
-    assert (seen["editor"].config.draws, seen["editor"].config.seed) == (0, 3)
+def test_a_row_is_trained_as_its_name_says_and_measured(domain, tmp_path):
+    given = {"steps": 2, "train_latents": 4, "num_views": 5, "out": tmp_path}
+    table = ablation.run_row(domain, "views: none", "green lipstick", seed=3, n=4, **given)
+    config = load_editor(tmp_path, domain).config
+    assert (config.num_views, config.seed) == (0, 3)
     assert table["index"].tolist() == [0, 1, 2, 3] and set(table.row) == {"views: none"}
     assert {"clip_after", "clip_direction", "identity", "success_after", "leakage"} <= set(table.columns)
     # the tiny network's edit moves the picture: before and after differ
     assert (table.clip_before - table.clip_after).abs().min() > 1e-6
 
 
-def test_rows_that_do_not_exist(domain):
+def test_an_unknown_row_is_named(domain):
     assert ablation.choose(["query: image"]) == ["query: image"] and ablation.choose() == list(ablation.ROWS)
     with pytest.raises(ValueError, match=r"unknown rows \['query: x'\]"):
         ablation.run_row(domain, "query: x", "green lipstick")
