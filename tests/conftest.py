@@ -9,6 +9,7 @@ from cfclip.models.arcface import IRSE, FaceIdentity
 from cfclip.models.clip import ClipGuide
 from cfclip.models.stylegan2 import Generator
 from cfclip.toonfaces.readout import Readout
+from cfclip.toonfaces.truth import ToonTruth
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def domain(generator) -> Domain:
         generator=generator,
         clip=ClipGuide(clip),
         identity=FaceIdentity(IRSE(16, ((16, 16, 1), (16, 32, 1)), 8), crop=False),
-        readout=Readout(8).eval(),
         source_text="face",
         prompts=("green lipstick",),
+        truth=ToonTruth(Readout(8).eval(), 16),
     )
