@@ -1,7 +1,7 @@
 """Plain-English captions of toon faces, and which captions are true of which face.
 
-A caption claims *facts* such as ("lipstick", "green"); a face has many of them. The contrastive training therefore
-knows every true (image, caption) pair of a batch, not only the pairs that were written for each other.
+A caption claims *facts* such as ("lipstick", "green"). A caption written for one face may be true of others,
+and the contrastive training knows every true (image, caption) pair of a batch.
 """
 
 import re
@@ -52,7 +52,7 @@ def fact_vector(facts: set[Fact]) -> np.ndarray:
 
 
 def matches(faces: Tensor, claims: Tensor) -> Tensor:
-    """faces [N, F], claims [M, F], bool -> bool [N, M]: whether every claim of caption m is true of face n."""
+    """faces [N, F], claims [M, F], bool -> bool [N, M]: are all claims of caption m true of face n?"""
     return (~faces).float() @ claims.float().t() == 0
 
 

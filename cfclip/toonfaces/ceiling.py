@@ -1,4 +1,4 @@
-"""The upper bound of any edit by this generator: W+ optimised directly to the rendered true counterfactual."""
+"""The best edit this generator can make: W+ optimised directly to the rendered true counterfactual."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +22,10 @@ from cfclip.toonfaces.render import MASKS, render
 def ceiling(
     domain: Domain, prompt: str, n: int = 16, steps: int = 200, lr: float = 0.05, seed: int = 60_000
 ) -> dict[str, float]:
-    """Metrics of ``G(w_plus*)``, the closest picture (weighted L1) to the true counterfactual; means of ``n`` faces.
+    """Metrics of ``G(w_plus*)``, the closest to the true counterfactual in weighted L1; means of ``n`` faces.
 
-    The part weighs as much as the rest of the picture, otherwise lips would hardly count. The source is also optimised,
-    towards the natural render, so that the scores describe the edit and not the inversion.
+    The part weighs as much as the rest of the picture, otherwise lips would hardly count. The source is
+    optimised too, towards the natural render, so that the scores describe the edit and not the inversion.
     Raises ValueError if ``prompt`` does not name the colour of a part.
     """
     if (claim := claim_of(prompt)) is None:
@@ -68,9 +68,9 @@ def write_ceiling(path: Path, prompts: Sequence[str], n: int, steps: int) -> Pat
     domain = load_toonfaces()
     rows = [ceiling(domain, prompt, n, steps) for prompt in prompts]
     note = (
-        f"W+ optimised to held-out renders ({steps} steps of Adam), then to the same renders with the part recoloured; "
-        f"n = {n} faces per prompt, seed 60000, device cpu. Neither CLIP nor a mapper is used: "
-        "a low number is a limit of the generator."
+        f"W+ optimised to held-out renders ({steps} steps of Adam), then to the same renders "
+        f"with the part recoloured; n = {n} faces per prompt, seed 60000, device cpu. Neither CLIP nor a "
+        "mapper is used: a low number is a limit of the generator."
     )
     return write_text(
         path, f"# Ceiling\n\nWritten by `cfclip toonfaces ceiling`.\n\n{markdown(pd.DataFrame(rows), note)}"

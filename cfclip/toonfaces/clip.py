@@ -40,7 +40,7 @@ class KnownWords(nn.Module):
 
 
 def build(name: str = "toonfaces-rn") -> nn.Module:
-    """The untrained ``open_clip`` model of ``clip_configs/<name>.json`` with :class:`KnownWords` for its tokens."""
+    """The untrained ``open_clip`` model of ``clip_configs/<name>.json``, with :class:`KnownWords`."""
     if name not in open_clip.list_models():
         open_clip.add_model_config(CONFIGS)
     # not create_model, which warns that there are no weights yet

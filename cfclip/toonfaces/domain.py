@@ -25,7 +25,7 @@ PROMPTS = ("green lipstick", "purple eyebrows", "blue hair", "blue skin", "red l
 def load_toonfaces(folder: Path = DATA / "toonfaces") -> Domain:
     """All networks of ``folder``, on the CPU. Raises WeightsError.
 
-    An encoder or a mapper that was trained for other networks than those of ``folder`` is left out, with a warning.
+    An encoder or a mapper trained for other networks than those of ``folder`` is left out, with a warning.
     """
 
     def path_of(name: str) -> Path:

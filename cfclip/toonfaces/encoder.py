@@ -10,7 +10,7 @@ from cfclip.models.stylegan2 import Generator
 
 
 class ToonEncoder(nn.Module):
-    """Photos [N, 3, S, S] in [-1, 1] -> w_plus [N, L, D]: ``w_l = w_avg + s (base + offset_l)``, offset_0 = 0.
+    """``w_l = w_avg + s (base + offset_l)``, offset_0 = 0. Photos [N, 3, S, S] in [-1, 1] -> W+ [N, L, D].
 
     Args:
         image_size: S, a multiple of 2^stages.
@@ -45,7 +45,7 @@ class ToonEncoder(nn.Module):
         return sizes | {"stages": [list(s) for s in self.stages], "width": self.width}
 
     def fits(self, generator: Generator) -> bool:
-        """Whether it was trained for this generator: both have the same ``w_avg``, to the precision of float16."""
+        """Whether it was trained for this generator: the same ``w_avg``, to the precision of float16."""
         if (self.num_ws, self.w_dim) != (generator.num_ws, generator.w_dim):
             return False
         return torch.allclose(self.w_avg, generator.w_avg, rtol=2e-3, atol=1e-3 * self.w_spread.item())
@@ -54,7 +54,7 @@ class ToonEncoder(nn.Module):
         return self.unlocked(images, self.num_ws)[0]
 
     def unlocked(self, images: Tensor, layers: int) -> tuple[Tensor, Tensor]:
-        """-> w_plus [N, L, D] in which only the first ``layers`` layers have offsets; the offsets [N, L - 1, D] / s."""
+        """-> W+ [N, L, D] with offsets in the first ``layers`` layers only; the offsets, in units of s."""
         if images.shape[1:] != (3, self.image_size, self.image_size):
             raise ValueError(
                 f"the encoder needs photos of shape [N, 3, {self.image_size}, {self.image_size}], "

@@ -1,7 +1,8 @@
 """The factors of a toon face: what varies, in which range, and the names of the colours.
 
-Every colour factor has a *natural* support, on which the generator is trained, and a *counterfactual* one, which only
-CLIP, the identity network and the readout see in training. Background and shirt take any hue in both.
+Every colour factor has a *natural* support, on which the generator is trained, and a *counterfactual* one,
+which only CLIP, the identity network and the readout see in training. Background and shirt take any hue in
+both.
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -52,7 +53,7 @@ NATURAL: dict[str, dict[str, RGB]] = {
     "lipstick": {"pink": (226, 128, 142), "red": (196, 44, 54), "rose": (176, 88, 100)},
     "beard": _HAIR,
 }
-"""part -> colour name -> RGB on which the generator is trained. Eyebrows and beard follow the hair in natural faces."""
+"""part -> colour name -> RGB that the generator is trained on. Natural brows and beards follow the hair."""
 
 COUNTERFACTUAL: dict[str, dict[str, RGB]] = {
     "skin": _vivid("green", "blue", "purple", "yellow", "cyan", "red"),
@@ -87,7 +88,7 @@ class Colour:
 
 
 def _person(*limits: float) -> Any:
-    """A factor that all pictures of a person share; a number is drawn uniformly between its ``limits``."""
+    """A number that all pictures of a person share, drawn uniformly between its ``limits``."""
     return field(metadata={"limits": limits, "person": True})
 
 
@@ -98,13 +99,13 @@ def _pose(*limits: float) -> Any:
 
 @dataclass(frozen=True)
 class Face:
-    """All factors of one face. Lengths are in half image widths: the picture is [-1, 1] x [-1, 1], y downwards."""
+    """All factors of one face. Lengths in half pictures: the picture is [-1, 1] x [-1, 1], y downwards."""
 
     # colours that a prompt can name
-    skin: Colour = _person()
+    skin: Colour
     hair: Colour
     eyebrows: Colour
-    eyes: Colour = _person()
+    eyes: Colour
     lipstick: Colour
     beard: Colour
     # free colours
@@ -112,7 +113,7 @@ class Face:
     shirt: RGB
     frame: RGB  # of the glasses
     # presence and style
-    hair_style: str = _person()  # one of HAIR_STYLES
+    hair_style: str  # one of HAIR_STYLES
     has_beard: bool
     has_glasses: bool
     # geometry
@@ -146,13 +147,16 @@ class Face:
         return {"hair": self.has_hair, "beard": self.has_beard}.get(part, True)
 
     def with_colour(self, part: str, name: str) -> "Face":
-        """The true counterfactual: the same face, the colour of ``part`` changed to the one called ``name``."""
+        """The true counterfactual: the same face with the colour ``name`` on ``part``."""
         return replace(self, **{part: Colour(name, colours(part)[name])})
 
 
-_LIMITS = {one.name: one.metadata["limits"] for one in fields(Face) if one.metadata.get("limits")}
+_LIMITS = {one.name: one.metadata["limits"] for one in fields(Face) if "limits" in one.metadata}
 
-IDENTITY_FACTORS: tuple[str, ...] = tuple(one.name for one in fields(Face) if one.metadata.get("person"))
+IDENTITY_FACTORS: tuple[str, ...] = (
+    *("skin", "eyes", "hair_style"),
+    *(one.name for one in fields(Face) if one.metadata.get("person")),
+)
 """The factors that all pictures of a person share; everything else may differ between two pictures."""
 
 
@@ -185,7 +189,7 @@ def _any_hue(rng: np.random.Generator, saturation: tuple[float, float]) -> RGB:
 
 
 class LatentDraws:
-    """Random numbers for :func:`sample_face` made from a latent code z [D]: draw k is the normal CDF of z_k."""
+    """Random numbers for :func:`sample_face` from a latent code z [D]: draw k is the normal CDF of z_k."""
 
     def __init__(self, z: np.ndarray):
         self._u = iter(np.clip(ndtr(z), 1e-6, 1 - 1e-6))
@@ -207,8 +211,8 @@ class LatentDraws:
 def sample_face(seed: int | tuple[int, ...] | LatentDraws, support: str = "natural") -> Face:
     """A face; the same one for the same ``seed``.
 
-    support: "natural", on which the generator is trained, or "both": every colour factor is counterfactual with
-        probability ½, and eyebrows and beard do not follow the hair. Raises ValueError for any other.
+    support: "natural", on which the generator is trained, or "both": every colour factor is counterfactual
+        with probability ½, and eyebrows and beard do not follow the hair. Raises ValueError for any other.
     """
     if support not in ("natural", "both"):
         raise ValueError(f"support must be 'natural' or 'both', not {support!r}")

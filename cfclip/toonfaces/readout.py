@@ -36,7 +36,7 @@ class Measurement:
     has_glasses: np.ndarray  # bool [N]
 
     def colour(self, part: str) -> list[str | None]:
-        """The name of the nearest colour of ``part`` in CIELAB, for each picture; None where it is not visible."""
+        """The nearest named colour of ``part`` (in CIELAB) in each picture; None where it is not visible."""
         names = list(colours(part))
         palette = rgb2lab(np.array([colours(part)[n] for n in names]) / 255)
         lab = self.lab[:, MASKS.index(part)]
@@ -52,7 +52,7 @@ class Measurement:
 
 
 class Readout(nn.Module):
-    """A small U-Net. Pictures [N, 3, R, R] in [-1, 1], R a multiple of 8 -> part logits and presence logits."""
+    """A small U-Net. Pictures [N, 3, R, R] in [-1, 1], R a multiple of 8 -> part and presence logits."""
 
     def __init__(self, width: int = 16):
         super().__init__()

@@ -1,8 +1,8 @@
 """Draws a :class:`~cfclip.toonfaces.factors.Face`.
 
-A *label map* is painted at four times the resolution. Colours are looked up in a palette and masks are one-hot lookups
-of the same map; both are averaged down. So the picture is antialiased, the masks are exact coverages that sum to one,
-and a face in which one colour changed has exactly the edges of the original.
+A *label map* is painted at four times the resolution. Colours are looked up in a palette and masks are
+one-hot lookups of the same map; both are averaged down. So the picture is antialiased, the masks are exact
+coverages that sum to one, and a face in which one colour changed has exactly the edges of the original.
 """
 
 from dataclasses import dataclass
@@ -62,7 +62,7 @@ def _ellipse(cx, cy, rx, ry, power: float = 2.0) -> np.ndarray:
 
 
 def _mirrored(half: list[tuple[float, float]], x: float = 0.0) -> list[tuple[float, float]]:
-    """A polygon that is symmetric about the vertical line at ``x``; ``half``: one side, relative to the line."""
+    """A polygon symmetric about the vertical line at ``x``; ``half``: one side, relative to the line."""
     return [(x + dx, y) for dx, y in half] + [(x - dx, y) for dx, y in reversed(half)]
 
 

@@ -1,4 +1,4 @@
-"""The ground truth of toonfaces: the renderer draws the right answer, the readout measures what an edit did."""
+"""The ground truth of toonfaces: the renderer draws the right answer, the readout measures edits."""
 
 import copy
 from functools import lru_cache
@@ -80,7 +80,7 @@ class ToonTruth:
 
 @lru_cache(maxsize=4)
 def natural_renders(resolution: int, n: int, claim: Claim | None = None) -> Tensor:
-    """Renders of ``n`` natural faces [n, 3, R, R], recoloured if there is a ``claim``. Cached: do not change them."""
+    """Renders of ``n`` natural faces [n, 3, R, R], recoloured to the ``claim``. Cached: do not modify."""
     faces = [sample_face((NATURAL_FACES, k)) for k in range(n)]
     if claim is not None:
         faces = [face.with_colour(*claim) for face in faces]

@@ -11,7 +11,7 @@ from cfclip.toonfaces.render import MASKS, render
 
 
 def random_warp(images: Tensor, share: float, strength: float = 0.5) -> Tensor:
-    """A random perspective for each image of a random ``share``, mid-grey outside. [N, 3, R, R] in [-1, 1]."""
+    """Random perspectives of a random ``share`` of the images, mid-grey outside. [N, 3, R, R] in [-1, 1]."""
     n = len(images)
     corners = torch.tensor([[-1.0, -1], [1, -1], [1, 1], [-1, 1]])
     moved = corners * (1 - strength * torch.rand(n, 4, 2))
@@ -33,8 +33,8 @@ def random_warp(images: Tensor, share: float, strength: float = 0.5) -> Tensor:
 def degrade(images: Tensor) -> Tensor:
     """Blur and tint some of the images, and add noise to all.
 
-    Blur and noise: so that the network does not depend on the renderer's exact edges. Soft patches of colour: otherwise
-    it takes a green glow around the mouth for green lips, and edits learn to add that glow.
+    Blur and noise: so that the network does not depend on the renderer's exact edges. Soft patches of colour:
+    otherwise it takes a green glow around the mouth for green lips, and edits learn to add that glow.
     """
     n, r = len(images), images.shape[-1]
     small = F.interpolate(images, scale_factor=0.6, mode="bilinear", antialias=True)
@@ -47,7 +47,7 @@ def degrade(images: Tensor) -> Tensor:
 
 
 HALOED = {"skin": 0.05, "hair": 0.1, "eyebrows": 0.35, "eyes": 0.2, "lipstick": 0.25, "beard": 0.05}
-"""How often :func:`with_halo` chooses which part: small parts more often, as CLIP confuses them more easily."""
+"""How often :func:`with_halo` chooses which part: small ones more often, as CLIP confuses them easily."""
 
 
 def with_halo(face: Face, rng: np.random.Generator, resolution: int = 64) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Trains the embedded CLIP: an ``open_clip`` model of our own configuration, contrastively, on both supports."""
+"""Trains the embedded CLIP, an ``open_clip`` model of our own configuration, contrastive on both supports."""
 
 import math
 from dataclasses import dataclass
@@ -67,8 +67,8 @@ def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, true: Tensor) -
 class FactHead(nn.Module):
     """Predicts facts from unit embeddings of images and texts with one linear layer; used in training only.
 
-    A caption names one or two of the six colours of a face, so the contrastive loss alone learns lips and irises very
-    late. The head asks of an image all its facts, and of a text those that it claims.
+    A caption names one or two of the six colours of a face, so the contrastive loss alone learns lips and
+    irises very late. The head asks of an image all its facts, and of a text those that it claims.
     """
 
     def __init__(self, embed_dim: int):
@@ -159,9 +159,9 @@ def train(config: CLIPConfig, out: Path) -> nn.Module:
 def colour_accuracy(guide: ClipGuide, faces: int = 1000, seed: int = 10_000) -> list[dict]:
     """Zero-shot colour naming on held-out renders, one row per part.
 
-    The colour is chosen among *all* colours of the part, by "face with <colour> <part>" under the 79 templates.
-    ``accuracy``: over faces whose part has a counterfactual colour; ``natural``: a natural one; ``held_out``: a
-    (part, colour) pair that training never showed. ``n_…``: how many faces each is over.
+    The colour is chosen among *all* colours of the part, by "face with <colour> <part>" under the 79
+    templates. ``accuracy``: over faces whose part has a counterfactual colour; ``natural``: a natural one;
+    ``held_out``: a (part, colour) pair that training never showed. ``n_…``: how many faces each is over.
     """
     people = [sample_face((seed, k), "both") for k in range(faces)]
     features = torch.cat([

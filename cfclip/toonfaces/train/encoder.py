@@ -1,8 +1,8 @@
-"""Trains the embedded encoder, photo -> W+: a small e4e (Tov et al. 2021, "Designing an Encoder for StyleGAN…").
+"""Trains the embedded encoder, photo -> W+: a small e4e (Tov et al. 2021, arXiv:2102.02766).
 
-One w for all layers, and an offset per layer; offsets are unlocked layer by layer (progressive training) and kept short
-(delta regularisation). e4e's feature pyramid and latent discriminator are left out: the true codes of generator samples
-are known, and the loss on them keeps the codes in W instead.
+One w for all layers, and an offset per layer; offsets are unlocked layer by layer (progressive training) and
+kept short (delta regularisation). e4e's feature pyramid and latent discriminator are left out: the true codes
+of generator samples are known, and the loss on them keeps the codes in W instead.
 """
 
 from dataclasses import dataclass
@@ -107,7 +107,8 @@ def train(config: EncoderConfig, out: Path, domain: Domain | None = None) -> Too
 def refinement(domain: Domain, n: int = 64, steps: int = 100, seed: int = 1) -> list[dict]:
     """Reconstruction of ``n`` held-out renders from three starts: means and half-widths of 95 % intervals.
 
-    The encoder alone, the encoder refined by ``steps`` of optimisation, and as many steps from the centre of W.
+    The encoder alone, the encoder refined by ``steps`` of optimisation, and as many steps from the centre of
+    W.
     """
     photos = held_out(domain, n, seed)
     start = encode(domain, photos)

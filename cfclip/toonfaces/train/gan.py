@@ -90,7 +90,7 @@ class EqualConv(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """StyleGAN2's residual discriminator with minibatch standard deviation. Images [N, 3, R, R] -> logits [N]."""
+    """StyleGAN2's residual discriminator with minibatch deviation. Images [N, 3, R, R] -> logits [N]."""
 
     def __init__(self, resolution: int, channels: tuple[int, ...]):
         super().__init__()
@@ -195,8 +195,8 @@ class GANTraining:
         """One step of regression on natural faces.
 
         The synthesis network learns to draw a face from its factors (:meth:`_error`), through a linear layer
-        ``factors -> w`` that is not kept; the mapping network learns to give that w for the face's z. On a CPU a purely
-        adversarial start took many times as long.
+        ``factors -> w`` that is not kept; the mapping network learns to give that w for the face's z. On a
+        CPU a purely adversarial start took many times as long.
         """
         c = self.config
         for group in self.opt_warm.param_groups:
@@ -219,8 +219,8 @@ class GANTraining:
     def map_step(self, i: int) -> dict[str, float]:
         """One adversarial step in W: the mapping network learns the *distribution* of the factors' w.
 
-        Regression alone pulls w towards the mean, because w jumps where z crosses from one hair colour to the next. Its
-        error stays in the loss as an anchor, so that every kind of face is still generated.
+        Regression alone pulls w towards the mean, because w jumps where z crosses from one hair colour to the
+        next. Its error stays in the loss as an anchor, so that every kind of face is still generated.
         """
         z, factors, _ = self._pool(pictures=False)
         for group in (*self.opt_map.param_groups, *self.opt_dw.param_groups):
@@ -263,9 +263,10 @@ class GANTraining:
         return to_tensor([render_image(sample_face((c.seed, step, k)), c.resolution) for k in range(c.batch)])
 
     def _fakes(self) -> tuple[Tensor, Tensor]:
-        """Pictures [B, 3, R, R], half from known factors and half from z with style mixing; the pool's index of the first half.
+        """Pictures [B, 3, R, R], half from known factors, half from z with style mixing; an index [B / 2].
 
-        Without noise: toon faces have no random detail, and early in training noise would hide the generator's errors.
+        The index: where in the pool the known factors are. Without noise: toon faces have no random
+        detail, and early in training noise would hide the generator's errors.
         """
         c, g, half = self.config, self.g, self.config.batch // 2
         _, factors, _ = self._pool()
@@ -280,7 +281,7 @@ class GANTraining:
         return g.synthesis(torch.cat([known, mixed]), "none", self.dtype), index
 
     def step(self, i: int) -> dict[str, float]:
-        """One step of StyleGAN2's adversarial training: logistic loss, lazy R1, and the regression error as an anchor."""
+        """One step of StyleGAN2's adversarial training: logistic loss, lazy R1; regression is an anchor."""
         c = self.config
         self.d.requires_grad_(False)
         fakes, known = self._fakes()
@@ -330,7 +331,8 @@ def save_grid(generator: Generator, path: Path) -> None:
 def train(config: GANConfig, out: Path, preview_every: int = 250) -> Generator:
     """Train, or resume the training in ``out``; returns the averaged generator.
 
-    Each phase has its own folder and starts from the end of the one before; sample grids are in ``out/samples``.
+    Each phase has its own folder and starts from the end of the one before; sample grids are in
+    ``out/samples``.
     """
     training, before = GANTraining(config), None
     for phase, step, steps in (

@@ -37,7 +37,10 @@ class IdentityConfig(Settings):
 
 
 def arcface_loss(features: Tensor, centres: Tensor, labels: Tensor, scale: float, margin: float) -> Tensor:
-    """ArcFace (Deng et al. 2019, eq. 3): cross entropy of ``s cos(theta + m [own class])``. features: unit [N, D]."""
+    """ArcFace (Deng et al. 2019, eq. 3): cross entropy of ``s cos(theta + m [own class])``.
+
+    features: unit [N, D]; centres [C, D]; labels [N].
+    """
     cosine = features @ F.normalize(centres, dim=1).t()
     theta = cosine.gather(1, labels[:, None]).clamp(-1 + 1e-6, 1 - 1e-6).acos()
     logits = scale * cosine.scatter(1, labels[:, None], (theta + margin).cos())
@@ -76,7 +79,7 @@ def train(config: IdentityConfig, out: Path) -> IRSE:
 
 @torch.no_grad()
 def verification(facenet: FaceIdentity, pairs: int = 1000, seed: int = 30_000) -> dict[str, float]:
-    """How well pairs of one person are told from pairs of two people: the AUC of the cosine, and mean cosines.
+    """How well pairs of one person are told from pairs of two people: AUC of the cosine, and mean cosines.
 
     A pair is a natural photo and one with counterfactual make-up, of people that training never showed.
     """
