@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-import cfclip
 from cfclip.checkpoints import weights
 from cfclip.files import read_rows
 from cfclip.toonfaces.factors import sample_face
@@ -44,19 +43,14 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_a_training_neither_reads_nor_changes_the_callers_random_state(name, tmp_path):
+def test_a_training_neither_reads_nor_changes_the_callers_random_state(name, toonfaces, tmp_path):
     networks = []
     for user_seed in (1, 2):
         torch.manual_seed(user_seed)
         np.random.seed(user_seed)
         before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
-        if name in ("encoder", "multi"):  # building the domain's networks draws numbers
-            domain = cfclip.load_domain("toonfaces")
-            before = torch.get_rng_state()
-            train = partial(cards.NETWORKS[name].train, domain=domain)
-        else:
-            train = cards.NETWORKS[name].train
-        networks.append(train(TINY[name], tmp_path / str(user_seed)))
+        domain = {"domain": toonfaces} if name in ("encoder", "multi") else {}
+        networks.append(cards.NETWORKS[name].train(TINY[name], tmp_path / str(user_seed), **domain))
         assert torch.equal(torch.get_rng_state(), before)
         assert np.array_equal(np.random.get_state()[1], numpy_before)
     assert same(*networks)
