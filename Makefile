@@ -1,34 +1,42 @@
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test lab lint bench
+.PHONY: help reproduce test lab lint format bench
 
 PYTHON ?= python3
 BIN := .venv/bin
+# the exact versions that the committed numbers were made with; the default is free, because a GPU machine has its own torch
+PINS := $(if $(LOCKED),--constraint requirements.lock)
 
-# glibc gives every big tensor back to the kernel at each free, and faults it in again: twice the time of a step
+# glibc returns each large tensor to the kernel when it is freed, and page-faults it in again: twice the time of a step
 export MALLOC_MMAP_THRESHOLD_ := 4000000000
 export MALLOC_TRIM_THRESHOLD_ := 8000000000
 export MALLOC_TOP_PAD_ := 500000000
 
-help:           ## what there is
+help:           ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/ -/'
 
-.venv/installed: pyproject.toml
+.venv/installed$(LOCKED): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 …")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' $(PINS)
 	@touch $@
 
-reproduce: .venv/installed  ## train the prompts, evaluate, rewrite reports/ (4 to 15 minutes on two cores, after the install)
+reproduce: .venv/installed$(LOCKED)  ## train the prompts, evaluate, rewrite reports/ (4 to 15 minutes on two cores, after the install)
 	$(BIN)/cfclip sweep notebooks/presets/paper-toonfaces.yaml --quick
 
-test: .venv/installed       ## unit tests, and the notebooks at their smoke defaults
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest
+test: .venv/installed       ## unit tests, and the notebooks at their smoke defaults; one thread a process, a process a core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
 
 lab: .venv/installed        ## JupyterLab on the notebooks, with the explorer open
 	$(BIN)/jupyter lab notebooks/05_explorer.ipynb
 
-lint: .venv/installed       ## style
+lint: .venv/installed       ## style, and who may import whom
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+
+format: .venv/installed     ## mend the style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 bench: .venv/installed      ## speed and memory against the published recipe's work, into reports/bench/MACHINE (an hour of a quiet machine)
 	$(BIN)/cfclip bench

@@ -1,4 +1,4 @@
-"""``cfclip …``: commands that call the package's functions. A command imports what it needs, so that help is instant."""
+"""``cfclip …``: commands that call the package's functions. Each imports what it needs: help is instant."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,7 +81,7 @@ def toonfaces_ceiling(
     steps: Annotated[int, typer.Option(help="of Adam on W+, for the source and again for the edit")] = 150,
     out: Annotated[Path, typer.Option(help="where the table goes")] = Path("reports/ceiling.md"),
 ) -> None:
-    """What any editor of the generator could reach: W+ optimised straight to the rendered true counterfactual."""
+    """What any editor of the generator could reach: W+ optimised straight to the true counterfactual."""
     from cfclip.toonfaces.ceiling import write_ceiling
 
     with _plain_errors():
@@ -105,7 +105,7 @@ def run_sweep(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be done")] = False,
 ) -> None:
-    """Run a grid of notebooks, then those that gather it. If it was stopped or failed, the same command does the rest."""
+    """Run a grid of notebooks, then those that gather it. After a stop the same command does the rest."""
     from cfclip.experiments.executors import LocalExecutor, cluster_executor
     from cfclip.experiments.runs import status
     from cfclip.experiments.spec import load_spec
@@ -180,7 +180,7 @@ def fetch(
     everything: Annotated[bool, typer.Option("--all", help="optional files too")] = False,
     folder: Folder = DOWNLOADS,
 ) -> None:
-    """Download a domain's files where they have a URL, and say how to get the others. Resumes if it was stopped."""
+    """Download a domain's files where they have a URL; say how to get the others. Resumes after a stop."""
     from cfclip.checkpoints import sources
 
     with _plain_errors():

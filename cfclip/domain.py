@@ -58,13 +58,13 @@ class GroundTruth(Protocol):
         """Part probabilities [N, P, R, R]."""
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Feature maps [N, C_l, h_l, w_l], fine to coarse, for perceptual distances and KID; differentiable."""
+        """Feature maps [N, C_l, h, w], fine to coarse, for perceptual distances and KID; differentiable."""
 
     def renders(self, n: int, claim: Claim | None = None) -> Tensor:
-        """``n`` natural faces [n, 3, R, R], the same ones at every call; with ``claim`` the same faces, recoloured."""
+        """``n`` natural faces [n, 3, R, R], always the same; with ``claim`` the same, recoloured."""
 
     def counterfactuals(self, claim: Claim, n: int) -> tuple[Tensor, Tensor]:
-        """``n`` held-out faces that show the part, and the same faces with the part recoloured: [n, 3, R, R] each."""
+        """``n`` held-out faces that show the part, and the same recoloured: [n, 3, R, R] each."""
 
     def photos(self, n: int, seed: int) -> Tensor:
         """``n`` held-out faces to invert [n, 3, R, R]."""
@@ -95,7 +95,7 @@ class Domain:
     )  # split -> codes of real photos; else sampled
 
     def latents(self, n: int, split: str = "train", seed: int = 0) -> Tensor:
-        """``n`` codes w_plus [n, L, D] to edit, or as many as ``latent_files`` has. The same codes for the same seed.
+        """``n`` codes w_plus [n, L, D] to edit, or as many as there are; the same for the same seed.
 
         Raises WeightsError if the file is damaged or belongs to another generator.
         """
@@ -113,7 +113,7 @@ class Domain:
         return "other" if claim is None else self.truth.group(claim)
 
     def distance(self) -> PerceptualDistance | None:
-        """LPIPS (AlexNet) where its weights are on this machine, else the same formula on the ground truth's features.
+        """LPIPS (AlexNet) if its weights are here, else the same formula on the ground truth's features.
 
         None if there is neither.
         """
@@ -126,7 +126,7 @@ class Domain:
         return PerceptualDistance("lpips_readout", lambda a, b: feature_distance(features(a), features(b)))
 
     def to(self, device: str | torch.device) -> "Domain":
-        """The same domain on ``device``. Networks that have to move are copied: this domain stays where it is."""
+        """The same domain on ``device``. Networks that have to move are copied; this domain stays."""
         device = torch.device(device)
         if device == self.device:
             return self

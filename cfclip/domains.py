@@ -31,7 +31,7 @@ def load_ffhq(folder: Path = DOWNLOADS) -> Domain:
 
 
 def load_afhq(animal: str, prompts: tuple[str, ...], folder: Path = DOWNLOADS) -> Domain:
-    """The paper's dogs or cats: W codes at psi = 0.7, VGG19 instead of identity. Raises as :func:`load_ffhq`."""
+    """The paper's dogs or cats: W codes at psi = 0.7, VGG19 instead of identity. Raises WeightsError."""
     files = sources.require(f"afhq-{animal}", folder)
     return Domain(
         name=f"afhq-{animal}",
@@ -62,7 +62,8 @@ DOMAINS = {
 def load_domain(name: str = "toonfaces", device: str | torch.device = "cpu") -> Domain:
     """The domain ``name`` on ``device``.
 
-    Raises ValueError for an unknown domain or a device that this machine does not have, WeightsError for missing files.
+    Raises ValueError for an unknown domain or a device that this machine does not have, WeightsError for
+    missing files.
     """
     if name not in DOMAINS:
         raise ValueError(f"unknown domain {name!r}; choose one of {', '.join(DOMAINS)}")

@@ -64,7 +64,7 @@ def write_csv(path: str | os.PathLike, table: Any) -> Path:
 
 
 def writable(folder: str | os.PathLike) -> Path:
-    """``folder``, made if it is missing. PermissionError names the folder and the fix if it cannot be written to."""
+    """``folder``, made if it is missing. PermissionError says how to mend one that cannot be written to."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ def writable(folder: str | os.PathLike) -> Path:
 
 @contextmanager
 def locked(folder: str | os.PathLike, name: str, wait: bool = False) -> Iterator[None]:
-    """Hold the lock ``name`` of ``folder``. The system drops the lock of a process that died, so none is ever stale.
+    """Hold the lock ``name`` of ``folder``. A process that dies loses its locks, so none is ever stale.
 
     Raises FolderInUse if another process or thread holds it and ``wait`` is False.
     """

@@ -13,8 +13,8 @@ def sample(
 ) -> Tensor:
     """``n`` codes w_plus [n, L, D] (one w repeated over the layers); never the same z in two splits.
 
-    The draw is made on the CPU whatever the generator's device, so it is the same everywhere; a longer sample starts
-    with the shorter one.
+    The draw is made on the CPU whatever the generator's device, so it is the same everywhere; a longer sample
+    starts with the shorter one.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {list(SPLITS)}, not {split!r}")

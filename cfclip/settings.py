@@ -76,7 +76,7 @@ def some_of(known: Collection[str]) -> Check:
 
 @dataclass(frozen=True)
 class Settings:
-    """Base of all configurations. Lists become tuples; ValueError names the first setting that cannot work."""
+    """Base of all configurations. Lists become tuples; ValueError names the first bad setting."""
 
     def __post_init__(self) -> None:
         for one in fields(self):

@@ -1,17 +1,15 @@
 """The interface of all methods: an editor turns codes into edited pictures."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from cfclip.checkpoints import weights
 from cfclip.domain import Domain
 from cfclip.method.config import flat
-from cfclip.method.loop import Callback
 from cfclip.settings import Settings
 
 Rows = list[dict[str, float]]
@@ -21,7 +19,6 @@ class Editor:
     """The result of :func:`cfclip.baselines.fit`. ``rows``: the log of its training."""
 
     KIND: ClassVar[str]  # of its file, which is <KIND>.safetensors
-    STORE_AS: ClassVar[torch.dtype | None] = None
 
     def __init__(
         self, method: str, domain: Domain, config: Settings, module: nn.Module, rows: Rows | None = None
@@ -35,7 +32,7 @@ class Editor:
         )
 
     def edit(self, w: Tensor, strength: float = 1.0) -> Tensor:
-        """w [N, L, D] -> edited pictures [N, 3, R, R]; ``strength=0`` gives the source pictures, to the bit."""
+        """w [N, L, D] -> edited pictures [N, 3, R, R]; ``strength=0`` gives the source pictures."""
         raise NotImplementedError
 
     def round_trip(self, w: Tensor, strength: float = 1.0) -> Tensor | None:
@@ -51,22 +48,14 @@ class Editor:
         return {}
 
     def save(self, out: str | os.PathLike) -> Path:
-        """Write the editor into the folder ``out``; :func:`cfclip.baselines.load_editor` reads it to the bit."""
+        """Write the editor into the folder ``out``, for :func:`cfclip.baselines.load_editor`."""
         card = {"method": self.method, "domain": self.domain.name, "training": flat(self.config)}
         path = Path(out) / f"{self.KIND}.safetensors"
-        return weights.save(self.module, path, self.KIND, self.sizes, self.STORE_AS, **card)
+        return weights.save(self.module, path, self.KIND, self.sizes, **card)
 
     @classmethod
-    def fit(
-        cls,
-        method: str,
-        domain: Domain,
-        config: Any,
-        out: Path | None,
-        progress: bool,
-        callbacks: Sequence[Callback],
-    ) -> "Editor":
-        """Train, or find, what the editor needs; with ``out`` a stopped run is resumed."""
+    def fit(cls, method: str, domain: Domain, config: Any, out: Path | None, **loop: Any) -> "Editor":
+        """Train what the editor needs, or resume it in ``out``; ``loop``: see :func:`run_loop`."""
         raise NotImplementedError
 
     @classmethod

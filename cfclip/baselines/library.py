@@ -39,15 +39,14 @@ class Trained:
         return self.training.get("seed", 0)
 
     def open(self, domain: Domain) -> Editor:
-        """The editor; the last 16 stay open. WeightsError if it belongs to another domain, or is of no known method."""
+        """The editor; the last 16 stay open. WeightsError for another domain or an unknown method."""
         if self.domain not in ("", domain.name):
-            raise WeightsError(
-                f"{self.path} was made for domain {self.domain}, not {domain.name}: load that domain"
-            )
+            wrong = f"domain {self.domain}, not {domain.name}"
+            raise WeightsError(f"{self.path} was made for {wrong}: load that domain")
         known = METHODS.get(self.method)
-        if known is None or known.editor.KIND != self.kind or self.prompt is None:
+        if known is None or self.kind != known.editor.KIND or self.prompt is None:
             raise WeightsError(
-                f"{self.path} does not say by which known method, or for which prompt, it was made: fit it again"
+                f"{self.path} does not say by which method or for which prompt it was made: fit it again"
             )
         # a domain cannot be hashed; the editor keeps its generator alive, so that the id stays its own
         key = (self.path, self.path.stat().st_mtime, id(domain.generator))
@@ -64,7 +63,7 @@ _OPEN: dict[tuple, Editor] = {}
 
 
 def read_trained(path: str | os.PathLike) -> Trained | None:
-    """What the header of ``path`` says; None if it is not an editor. Raises WeightsError for a file that is not ours."""
+    """What the header of ``path`` says; None if it is not an editor. WeightsError if it is not our file."""
     kind, _, card = weights.read_header(path)
     training = card.get("training", {})
     if kind != "mapper" and not (kind in KINDS and "prompt" in training):
@@ -93,7 +92,7 @@ def scan(*places: str | os.PathLike, skip_damaged: bool = False) -> list[Trained
 
 
 def load_editor(place: str | os.PathLike, domain: Domain) -> Editor:
-    """The editor in the folder ``place``, or in that file. WeightsError if there is none, or if it does not fit."""
+    """The editor in the folder or file ``place``. WeightsError if there is none, or it does not fit."""
     place = Path(place)
     if place.is_dir():
         found = [one for path in sorted(place.glob("*.safetensors")) if (one := read_trained(path))]
@@ -119,7 +118,7 @@ def find_editors(folder: str | os.PathLike, domain: Domain, prompts: Sequence[st
     labels = [", ".join(part[k] for k in telling) for part in parts]
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise ValueError(
-            f"{folder} holds several runs of {twice}, which differ in other settings: give a folder with one of each"
+            f"{folder} holds several runs of {twice} with other settings: give a folder with one of each"
         )
     return {label: one.open(domain) for label, one in zip(labels, known, strict=True)}
 
@@ -159,7 +158,10 @@ def _of_prompts(
 
 
 def find_by_seed(*places: str | os.PathLike) -> tuple[dict[int, Mapper], dict[tuple[str, int], Mapper]]:
-    """(seed -> mapper of many prompts, (prompt, seed) -> CF-CLIP's mapper of this prompt). ValueError for two of one."""
+    """(seed -> mapper of many prompts, (prompt, seed) -> mapper of this prompt), by CF-CLIP.
+
+    Raises ValueError for two with the same key.
+    """
     many: dict[int, Mapper] = {}
     alone: dict[tuple[str, int], Mapper] = {}
     for one in scan(*places):
@@ -187,7 +189,7 @@ def _scan_once(folder: Path) -> list[Trained]:
 
 
 def mapper_for(domain: Domain, prompt: str) -> Mapper:
-    """The mapper committed for this prompt, else the domain's of many prompts. ValueError if there is neither."""
+    """The mapper committed for this prompt, else the domain's for any. ValueError if there is neither."""
     known = committed(domain)
     if prompt in known:
         return known[prompt].open(domain).module

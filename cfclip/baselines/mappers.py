@@ -1,6 +1,6 @@
 """Editors that train a latent mapper: CF-CLIP, StyleCLIP's mapper, StyleGAN-NADA's loss on that mapper."""
 
-from collections.abc import Mapping
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from cfclip.baselines.editor import Editor
-from cfclip.checkpoints.mappers import load_mapper
+from cfclip.checkpoints.mappers import load_mapper, save_mapper
 from cfclip.domain import Domain
+from cfclip.method.config import flat
 from cfclip.method.loop import begin_run
 from cfclip.method.trainer import train_mapper
 from cfclip.models.mapper import Mapper
@@ -18,12 +19,8 @@ from cfclip.models.mapper import Mapper
 class MapperEditor(Editor):
     """``x' = G(w + strength * 0.1 * delta(w, t))``. The mapper has the half floats that its file has."""
 
-    KIND, STORE_AS = "mapper", torch.float16
+    KIND = "mapper"
     module: Mapper
-
-    @property
-    def sizes(self) -> Mapping[str, Any]:
-        return self.module.metadata
 
     @torch.no_grad()
     def edit(self, w: Tensor, strength: float = 1.0) -> Tensor:
@@ -32,15 +29,19 @@ class MapperEditor(Editor):
 
     @torch.no_grad()
     def round_trip(self, w: Tensor, strength: float = 1.0) -> Tensor:
-        """``G(w' - strength * 0.1 * delta(w', t))``: the residual at w' is not the one at w, so faces may change."""
+        """``G(w' - strength * 0.1 * delta(w', t))``: the residual at w' differs from that at w."""
         text = self.domain.clip.encode_text(self.config.prompt)
         edited = self.module.edit(w, text, strength)
         return self.domain.generator.synthesis(self.module.edit(edited, text, -strength))
 
+    def save(self, out: str | os.PathLike) -> Path:
+        card = {"method": self.method, "domain": self.domain.name, "training": flat(self.config)}
+        return save_mapper(self.module, Path(out) / "mapper.safetensors", **card)
+
     @classmethod
-    def fit(cls, method, domain, config, out, progress, callbacks) -> Editor:
+    def fit(cls, method: str, domain: Domain, config: Any, out: Path | None, **loop: Any) -> Editor:
         config = begin_run(config, domain.device, out, method=method, domain=domain.name)
-        mapper, rows = train_mapper(domain, config, out, callbacks, progress, method)
+        mapper, rows = train_mapper(domain, config, out, method=method, **loop)
         return cls(method, domain, config, mapper.half().float(), rows)
 
     @classmethod

@@ -1,7 +1,8 @@
 """All methods by name: ``fit(method, domain, prompt) -> editor``.
 
-StyleCLIP (Patashnik et al. 2021) as a mapper, as an optimisation per picture and as a global direction of StyleSpace;
-StyleGAN-NADA (Gal et al. 2021) on a mapper and on the generator. All see pictures through the domain's CLIP.
+StyleCLIP (Patashnik et al. 2021) as a mapper, as an optimisation per picture and as a global direction of
+StyleSpace; StyleGAN-NADA (Gal et al. 2021) on a mapper and on the generator. All see pictures through the
+domain's CLIP.
 """
 
 import os
@@ -60,7 +61,7 @@ def settings(method: str) -> dict[str, Any]:
 
 
 def configure(method: str, prompt: str, **given: Any) -> Settings:
-    """The configuration of ``method`` for ``prompt`` with the settings ``given``, as :func:`settings` writes them.
+    """The configuration of ``method`` for ``prompt``; ``given`` as :func:`settings` has them.
 
     ValueError names a setting that the method does not have, or that cannot work.
     """
@@ -79,18 +80,22 @@ def fit(
     out: str | os.PathLike | None = None,
     progress: bool = True,
     callbacks: Iterable[Callback] = (),
+    checkpoint_every: int | None = None,
     **given: Any,
 ) -> Editor:
     """Fit ``method`` to ``prompt``; ``given`` are settings of :func:`configure`.
 
-    With ``out`` the folder holds the editor at the end (:func:`cfclip.baselines.load_editor`), and meanwhile the log and
-    the checkpoint from which a stopped run is resumed. Channel statistics are kept beside it, for other prompts.
-    Raises ValueError if ``out`` holds another run.
+    With ``out`` the folder holds the editor at the end (:func:`cfclip.baselines.load_editor`), and meanwhile
+    the log and a checkpoint, ``checkpoint_every`` so many steps (default: the method's), from which a stopped
+    run is resumed. Channel statistics are kept beside the folder, for other prompts. Raises ValueError if
+    ``out`` holds another run.
     """
     config = configure(method, prompt, **given)
     domain.clip.tokenize(prompt)  # a prompt that cannot be read fails here, not after minutes
     out = None if out is None else Path(out)
-    editor = METHODS[method].editor.fit(method, domain, config, out, progress, tuple(callbacks))
+    loop = {"progress": progress, "callbacks": tuple(callbacks)}
+    loop |= {} if checkpoint_every is None else {"checkpoint_every": checkpoint_every}
+    editor = METHODS[method].editor.fit(method, domain, config, out, **loop)
     if out is not None:
         editor.save(out)
     return editor

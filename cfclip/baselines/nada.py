@@ -33,7 +33,7 @@ class NADAGeneratorConfig(Settings):
 
 
 class GeneratorEditor(Editor):
-    """``x' = G'(w)``; the weights of G' are interpolated between the source's (strength 0) and the tuned ones (1)."""
+    """``x' = G'(w)``; the weights of G' lie between the source's (strength 0) and the tuned ones (1)."""
 
     KIND = "generator"
     module: Generator
@@ -46,13 +46,12 @@ class GeneratorEditor(Editor):
     def edit(self, w: Tensor, strength: float = 1.0) -> Tensor:
         source, tuned = self.domain.generator.state_dict(), self.module.state_dict()
         between = copy.deepcopy(self.module)
-        between.load_state_dict({
-            name: source[name] + strength * (tuned[name] - source[name]) for name in tuned
-        })
+        weights = {name: source[name] + strength * (tuned[name] - source[name]) for name in tuned}
+        between.load_state_dict(weights)
         return between.synthesis(w)
 
     @classmethod
-    def fit(cls, method, domain, config, out, progress, callbacks) -> Editor:
+    def fit(cls, method: str, domain: Domain, config: Any, out: Path | None, **loop: Any) -> Editor:
         c = begin_run(config, domain.device, out, method=method, domain=domain.name)
         clip = domain.clip
         target = clip.template_features(c.prompt)
@@ -62,9 +61,8 @@ class GeneratorEditor(Editor):
         tuned.convs.requires_grad_(True)
         tuned.const.requires_grad_(True)
         lazy = 4 / 5
-        optimizer = torch.optim.Adam(
-            [p for p in tuned.parameters() if p.requires_grad], lr=c.lr * lazy, betas=(0.0, 0.99**lazy)
-        )
+        trained = [p for p in tuned.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(trained, lr=c.lr * lazy, betas=(0.0, 0.99**lazy))
 
         def step(i: int, generator: torch.Generator) -> dict[str, float]:
             w = latents[torch.randint(len(latents), (c.batch,), generator=generator)]
@@ -77,18 +75,10 @@ class GeneratorEditor(Editor):
             optimizer.step()
             return {"directional": loss.item()}
 
-        rows = run_loop(
-            step,
-            c.steps,
-            state={"generator": tuned, "optimizer": optimizer},
-            out=out,
-            seed=c.seed,
-            callbacks=callbacks,
-            checkpoint_every=100,
-            desc=c.prompt,
-            progress=progress,
-        )
-        return cls(method, domain, config, tuned.requires_grad_(False), rows)
+        state = {"generator": tuned, "optimizer": optimizer}
+        loop = {"checkpoint_every": 100, "desc": c.prompt} | loop
+        rows = run_loop(step, c.steps, state=state, out=out, seed=c.seed, **loop)
+        return cls(method, domain, c, tuned.requires_grad_(False), rows)
 
     @classmethod
     def open(cls, path: Path, domain: Domain) -> nn.Module:

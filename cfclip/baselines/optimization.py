@@ -31,14 +31,14 @@ class OptimizationConfig(Settings):
 
 
 class OptimizationEditor(Editor):
-    """``x' = G(w + strength * d)``, with d optimised for each w that :meth:`edit` is given. Fitting does nothing."""
+    """``x' = G(w + strength * d)``, with d optimised for each w in :meth:`edit`. Fitting does nothing."""
 
     KIND = "optimization"
-    progress, callbacks = False, ()
 
     def __init__(self, *args: Any):
         super().__init__(*args)
         self._shifts: dict[bytes, Tensor] = {}
+        self.loop: dict[str, Any] = {}  # of :func:`run_loop`, e.g. progress and callbacks
 
     def edit(self, w: Tensor, strength: float = 1.0) -> Tensor:
         shift = torch.zeros_like(w) if strength == 0 else self.shift(w)
@@ -69,10 +69,8 @@ class OptimizationEditor(Editor):
         def step(i: int, generator: torch.Generator) -> dict[str, float]:
             optimizer.param_groups[0]["lr"] = c.lr * learning_rate(i / c.steps)
             images = networks.synthesise(w + shift)
-            losses = {
-                "clip": 1 - networks.clip(images) @ target[0],
-                "l2": shift.square().sum((1, 2)),
-            }  # [N] each
+            clip, l2 = 1 - networks.clip(images) @ target[0], shift.square().sum((1, 2))  # [N] each
+            losses = {"clip": clip, "l2": l2}
             loss = losses["clip"] + c.lambda_l2 * losses["l2"]
             if source is not None:
                 losses["id"] = 1 - (identity(images) * source).sum(1)
@@ -80,25 +78,17 @@ class OptimizationEditor(Editor):
             optimizer.zero_grad()
             loss.sum().backward()  # a sum: each picture's gradient is its own
             optimizer.step()
-            return {"loss": loss.mean().item()} | {
-                name: value.mean().item() for name, value in losses.items()
-            }
+            return {name: value.mean().item() for name, value in ({"loss": loss} | losses).items()}
 
-        self.rows = run_loop(
-            step, c.steps, state={}, callbacks=self.callbacks, desc=c.prompt, progress=self.progress
-        )
+        self.rows = run_loop(step, c.steps, state={}, **{"desc": c.prompt, "progress": False} | self.loop)
         return shift.detach()
 
     @classmethod
-    def fit(cls, method, domain, config, out, progress, callbacks) -> Editor:
+    def fit(cls, method: str, domain: Domain, config: Any, out: Path | None, **loop: Any) -> Editor:
         check_networks(domain, config)
-        editor = cls(
-            method,
-            domain,
-            begin_run(config, domain.device, out, method=method, domain=domain.name),
-            nn.Module(),
-        )
-        editor.progress, editor.callbacks = progress, tuple(callbacks)
+        config = begin_run(config, domain.device, out, method=method, domain=domain.name)
+        editor = cls(method, domain, config, nn.Module())
+        editor.loop = loop
         return editor
 
     @classmethod

@@ -1,4 +1,4 @@
-"""StyleCLIP's global directions (Patashnik et al. 2021, section 6): which channels of StyleSpace a text means, found once per domain.
+"""StyleCLIP's global directions in StyleSpace (Patashnik et al. 2021, section 6).
 
 Shapes: C channels of StyleSpace without ToRGB; E the width of CLIP's embedding; L layers, D = w_dim.
 """
@@ -7,9 +7,10 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from cfclip.baselines.editor import Editor
 from cfclip.checkpoints import weights
 from cfclip.domain import Domain
-from cfclip.method.loop import Callback, begin_run, run_loop
+from cfclip.method.loop import begin_run, run_loop
 from cfclip.method.losses import direction
 from cfclip.models.stylegan2 import max_batch
 from cfclip.settings import Settings, int_at_least, number, optional_text, setting, text
@@ -41,7 +42,7 @@ class GlobalConfig(Settings):
 
 
 class Channels(nn.Module):
-    """What every channel of StyleSpace does to pictures in CLIP's space: ``effect`` [C, E] unit or 0, its ``mean`` and ``std`` [C]."""
+    """Each channel's ``effect`` on pictures in CLIP's space [C, E], unit or 0; ``mean`` and ``std`` [C]."""
 
     def __init__(self, channels: int, embed_dim: int):
         super().__init__()
@@ -55,7 +56,7 @@ class Channels(nn.Module):
 
 
 class Direction(nn.Module):
-    """``step`` [C]: ``alpha * std_c * R_c / max |R|`` where ``|R_c| >= beta``, else 0; ``relevance`` [C]: R itself."""
+    """``step`` [C]: ``alpha std_c R_c / max |R|`` where ``|R_c| >= beta``, else 0; ``relevance`` [C]: R."""
 
     def __init__(self, step: Tensor, relevance: Tensor):
         super().__init__()
@@ -64,23 +65,20 @@ class Direction(nn.Module):
 
 
 def convolutions(styles: Sequence[Tensor]) -> list[int]:
-    """Where the convolutions are in ``style_space``'s order (conv, rgb, then conv, conv, rgb …): ToRGB is left alone, as published."""
+    """Indices of the convolutions in ``style_space``: conv, rgb, then conv, conv, rgb per resolution."""
     return [i for i in range(len(styles)) if i % 3 != 1]
 
 
 @torch.no_grad()
 def channel_statistics(
-    domain: Domain,
-    config: GlobalConfig,
-    folder: str | os.PathLike | None = None,
-    progress: bool = True,
-    callbacks: Iterable[Callback] = (),
+    domain: Domain, config: GlobalConfig, folder: str | os.PathLike | None = None, **loop: Any
 ) -> tuple[Channels, list[dict[str, float]]]:
-    """Try every channel at its mean -/+ ``sigmas`` standard deviations on the same pictures (StyleCLIP, section 6.1).
+    """Move each channel to its mean -/+ ``sigmas`` standard deviations, on the same pictures (section 6.1).
 
-    ``effect_c`` is the mean over pictures of ``direction(E_I(above) - E_I(below))``, made unit again. With ``folder`` the
-    result is kept in ``folder/channels-<key>``, with a checkpoint to go on from; the key stands for the networks and settings,
-    so all prompts share it.
+    ``effect_c`` is the mean over pictures of ``direction(E_I(above) - E_I(below))``, made unit again. With
+    ``folder`` the result and its checkpoints are kept in ``folder/channels-<key>``; the key depends on the
+    networks and the settings, so that all prompts share the result. ``loop``: see
+    :func:`cfclip.method.run_loop`.
     """
     g, file = domain.generator, None
     w = domain.latents(config.samples, "train", config.seed)
@@ -92,10 +90,8 @@ def channel_statistics(
         file = folder / "channels.safetensors"
         if file.exists():
             return weights.load_into(channels, weights.read(file, "channels")[0], file), []
-    moments, draw = (
-        torch.zeros(2, len(where), dtype=torch.float64),
-        torch.Generator().manual_seed(config.seed),
-    )
+    moments = torch.zeros(2, len(where), dtype=torch.float64)
+    draw = torch.Generator().manual_seed(config.seed)
     for size in [1000] * (config.style_samples // 1000) + [config.style_samples % 1000]:
         sample = g.style_space(g.mapping(torch.randn(size, g.z_dim, generator=draw).to(w), domain.truncation))
         sample = torch.cat([sample[layer] for layer in convolutions(sample)], 1).cpu().double()
@@ -109,9 +105,8 @@ def channel_statistics(
         moved[layer] = styles[layer].clone()
         moved[layer][:, channel] = value
         parts = zip(*(style.split(max_batch(g)) for style in moved), strict=True)
-        return F.normalize(
-            torch.cat([domain.clip.encode_image(g.synthesis_from_styles(part)) for part in parts]), dim=-1
-        )
+        encoded = [domain.clip.encode_image(g.synthesis_from_styles(part)) for part in parts]
+        return F.normalize(torch.cat(encoded), dim=-1)
 
     def step(i: int, generator: torch.Generator) -> dict[str, float]:
         reach = config.sigmas * channels.std[i]
@@ -120,17 +115,8 @@ def channel_statistics(
         channels.effect[i] = direction(mean)
         return {"agreement": mean.norm().item()}  # 1: the channel does the same to every picture
 
-    rows = run_loop(
-        step,
-        len(where),
-        state={"channels": channels},
-        out=folder,
-        seed=config.seed,
-        callbacks=callbacks,
-        checkpoint_every=50,
-        desc="channels",
-        progress=progress,
-    )
+    loop = {"checkpoint_every": 50, "desc": "channels"} | loop
+    rows = run_loop(step, len(where), state={"channels": channels}, out=folder, seed=config.seed, **loop)
     if file is not None:
         weights.save(
             channels,
@@ -165,7 +151,10 @@ def _key(domain: Domain, config: GlobalConfig) -> str:
 
 
 def global_direction(domain: Domain, config: GlobalConfig, channels: Channels) -> Direction:
-    """The direction of ``config.prompt``; no step at all if that is the source text. ValueError if no channel is relevant enough."""
+    """The direction of ``config.prompt``; a zero step for the source text.
+
+    Raises ValueError if no channel is relevant enough.
+    """
     described = config.source_text or domain.source_text
     target, source = (
         direction(domain.clip.template_features(text).mean(0)) for text in (config.prompt, described)
@@ -176,8 +165,8 @@ def global_direction(domain: Domain, config: GlobalConfig, channels: Channels) -
         return Direction(torch.zeros_like(relevance), relevance)
     if most == 0 or most < config.beta:
         raise ValueError(
-            f"no channel of {domain.name} has a relevance of beta = {config.beta:g} for {config.prompt!r}, the most is {most:.3f}: "
-            "set beta lower"
+            f"no channel of {domain.name} has a relevance of beta = {config.beta:g} for {config.prompt!r}, "
+            f"the most is {most:.3f}: set beta lower"
         )
     step = config.alpha * channels.std * torch.where(relevance.abs() < config.beta, 0.0, relevance) / most
     return Direction(step, relevance)
@@ -200,10 +189,10 @@ class GlobalEditor(Editor):
         return self.domain.generator.synthesis_from_styles(styles)
 
     @classmethod
-    def fit(cls, method, domain, config, out, progress, callbacks) -> Editor:
+    def fit(cls, method: str, domain: Domain, config: Any, out: Path | None, **loop: Any) -> Editor:
         config = begin_run(config, domain.device, out, method=method, domain=domain.name)
         shared = None if out is None else out.resolve().parent  # all prompts can use the statistics
-        channels, rows = channel_statistics(domain, config, shared, progress, callbacks)
+        channels, rows = channel_statistics(domain, config, shared, **loop)
         return cls(method, domain, config, global_direction(domain, config, channels), rows)
 
     @classmethod

@@ -61,7 +61,7 @@ class TrainingConfig(Settings):
 
 @dataclass(frozen=True)
 class CFCLIPConfig(TrainingConfig):
-    """A run of CF-CLIP for one prompt. All defaults are the paper's but ``train_latents``: the paper has 30 000."""
+    """CF-CLIP for one prompt. All defaults are the paper's but ``train_latents``, where it has 30 000."""
 
     prompt: str = setting(MISSING, text)  # target text, e.g. "green lipstick"
 
@@ -76,7 +76,7 @@ class CFCLIPConfig(TrainingConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class MultiPromptConfig(TrainingConfig):
-    """A run over many prompts. PixelNorm is over channels: over layers only the signs of a text feature pass."""
+    """Many prompts. PixelNorm is over channels: over layers only the signs of a text feature pass."""
 
     prompts: tuple[str, ...] = setting(MISSING, lambda value: None)
     prompts_at_once: int = setting(
@@ -97,15 +97,15 @@ class MultiPromptConfig(TrainingConfig):
             raise ValueError(f"prompts must be different texts, at least one, not {self.prompts!r}")
         if self.prompts_at_once > len(self.prompts) or self.batch % self.prompts_at_once:
             raise ValueError(
-                f"prompts_at_once must divide the batch of {self.batch} and be at most the number of prompts, "
-                f"{len(self.prompts)}, not {self.prompts_at_once}"
+                f"prompts_at_once must divide the batch of {self.batch} and be at most the "
+                f"{len(self.prompts)} prompts, not {self.prompts_at_once}"
             )
         if not self.text_mapper:
             raise ValueError("text_mapper must be True: without text a mapper edits all prompts alike")
 
 
 def flat(config: Settings) -> dict[str, Any]:
-    """All settings as JSON-ready values; those of the objective are beside the others, ``objective`` is its name."""
+    """All settings as JSON-ready values: ``objective`` is a name, with its settings beside the others."""
     values = defaults(config)
     if isinstance(objective := values.get("objective"), Settings):
         values |= {"objective": objective.name, **defaults(objective)}

@@ -1,7 +1,7 @@
 """The one training loop. It knows no network and no loss.
 
-Each step has random numbers of its own, made from (seed, step): a resumed run takes the same steps as one that was never
-stopped, and nothing outside of the loop is re-seeded.
+Each step has random numbers of its own, made from (seed, step): a resumed run takes the same steps as one
+that was never stopped, and nothing outside of the loop is re-seeded.
 """
 
 import json
@@ -35,7 +35,7 @@ class Callback:
 
 
 def learning_rate(t: float, ramp_up: float = 0.05, ramp_down: float = 0.25) -> float:
-    """The schedule of StyleGAN2's projector and of StyleCLIP: linear up, cosine down. t: share of the steps. [0, 1]."""
+    """The projector's and StyleCLIP's schedule at share t of the steps: linear up, cosine down; in [0, 1]."""
     down = min(1.0, (1 - t) / ramp_down) if ramp_down else 1.0
     return (0.5 - 0.5 * math.cos(math.pi * down)) * (min(1.0, t / ramp_up) if ramp_up else 1.0)
 
@@ -46,7 +46,7 @@ def generator_for(seed: int, step: int) -> torch.Generator:
 
 
 def with_global_seed(step: Callable[[int], Mapping[str, float]]) -> Step:
-    """A :data:`Step` of a function that draws from torch's global random numbers, as dropout does; restores them."""
+    """A :data:`Step` from one that draws from torch's global random numbers, e.g. dropout; restores these."""
 
     def seeded(i: int, generator: torch.Generator) -> Mapping[str, float]:
         with torch.random.fork_rng(devices=[]):
@@ -102,9 +102,11 @@ def run_loop(
     """Run ``step(i, generator)`` for i = 0 … steps - 1.
 
     Args:
-        step: one optimisation step; takes its random numbers from ``generator`` and returns the numbers to log.
+        step: one optimisation step; takes its random numbers from ``generator`` and returns the numbers to
+            log.
         state: name -> object with ``state_dict`` and ``load_state_dict``: the content of a checkpoint.
-        out: folder for ``log.jsonl`` and the checkpoint; a run that was stopped is resumed. None writes nothing.
+        out: folder for ``log.jsonl`` and the checkpoint; a run that was stopped is resumed. None writes
+            nothing.
 
     Returns the logged rows: means over ``log_every`` steps, with ``step`` and ``seconds``.
     Raises FolderInUse if another process is running in ``out``.
@@ -149,7 +151,7 @@ def _run(step, steps, state, out, seed, callbacks, log_every, checkpoint_every, 
 
 
 def _restore(state: Mapping[str, Any], out: Path) -> tuple[int, list[dict[str, float]]]:
-    """Load the checkpoint in ``out`` into ``state`` -> steps that were taken, and their rows; (0, []) without one."""
+    """Load the checkpoint in ``out`` into ``state``: (steps taken, their rows), or (0, []) without one."""
     if not (out / CHECKPOINT).exists():
         return 0, []
     saved = torch.load(out / CHECKPOINT, weights_only=True, map_location="cpu")

@@ -72,12 +72,12 @@ def nce_directions(
     """The directions that :func:`clip_nce` compares. Raises ValueError.
 
     Args:
-        edited: features of the augmented edited images [N, E], draw-major (all images of view 1, then of view 2, …).
+        edited: features of the views of the edited images [N, E], draw-major (view 1 of all images first).
         source: features of the source images [N, E], or [B, E] with N a multiple of B.
         target_text, source_text: features of the target and source prompt under each template [T, E].
         negatives: a key of :data:`NEGATIVES`.
         query: a key of :data:`QUERIES`.
-        negative_templates: number of S_k that are negatives, the first ones (default: all T). The positives use all.
+        negative_templates: how many S_k are negatives, the first ones (default: all). Positives use all.
         first: s_0 [1, E], where ``source`` is only a part of a batch (default: its first).
     """
     if negative_templates is not None and not 1 <= negative_templates <= len(source_text):
@@ -102,8 +102,8 @@ def info_nce(
 ) -> Tensor:
     """``-log( e^{q p / tau} / (e^{q p / tau} + sum_k e^{q n_k / tau}) )``, mean over rows and positives.
 
-    positives: some of "text" (p1) and "target" (p2). Without negatives the loss is ``-q p / tau``: the positives of
-    other rows are not negatives either.
+    positives: some of "text" (p1) and "target" (p2). Without negatives the loss is ``-q p / tau``: the
+    positives of other rows are not negatives either.
     """
     if not positives or set(positives) - set(POSITIVES):
         raise ValueError(f"positives must be some of {', '.join(POSITIVES)}, not {tuple(positives)}")
@@ -129,10 +129,11 @@ def clip_nce(
     positives: Sequence[str] = POSITIVES,
     **variant,
 ) -> Tensor:
-    """CLIP-NCE (eq. 5-8 of the paper): pulls the edit towards the text's directions, pushes it from the source's.
+    """CLIP-NCE (eq. 5-8): pulls the edit along the text's directions, pushes it from the source's.
 
-    The features and ``variant`` are the arguments of :func:`nce_directions`, the others those of :func:`info_nce`.
-    Returns a scalar. Finite, with finite gradients, where an edited image equals its source. Raises ValueError.
+    The features and ``variant`` are the arguments of :func:`nce_directions`, the others those of
+    :func:`info_nce`. Returns a scalar. Finite, with finite gradients, where an edited image equals its
+    source. Raises ValueError.
     """
     directions = nce_directions(edited, source, target_text, source_text, **variant)
     return info_nce(directions, positives, temperature)
@@ -141,7 +142,8 @@ def clip_nce(
 def clip_distance(edited: Tensor, text: Tensor) -> Tensor:
     """StyleCLIP's loss (Patashnik et al. 2021): ``1 - mean cos(E_I(x'), E_T(t))``.
 
-    edited: [N, E]; text: the plain target prompt [1, E]. The published ``1 - logit / 100`` is the same number.
+    edited: [N, E]; text: the plain target prompt [1, E]. The published ``1 - logit / 100`` is the same
+    number.
     """
     return 1 - (edited * text).sum(-1).mean()
 
@@ -149,9 +151,9 @@ def clip_distance(edited: Tensor, text: Tensor) -> Tensor:
 def directional(edited: Tensor, source: Tensor, target_text: Tensor, source_text: Tensor) -> Tensor:
     """StyleGAN-NADA's loss (Gal et al. 2021, eq. 3): ``1 - mean cos(dI, dT)``.
 
-    ``dI = q_img - s``, ``dT = mean_k T_k - S_k``; arguments as of :func:`clip_nce`. Where an edited image equals its
-    source the loss is 1 and its gradient that of ``-dI dT / |dT|``: fine-tuning starts from the source generator
-    itself, where the cosine has no gradient.
+    ``dI = q_img - s``, ``dT = mean_k T_k - S_k``; arguments as of :func:`clip_nce`. Where an edited image
+    equals its source the loss is 1 and its gradient that of ``-dI dT / |dT|``: fine-tuning starts from the
+    source generator itself, where the cosine has no gradient.
     """
     moved = edited - per_view(source, edited)
     size = moved.square().sum(-1, keepdim=True)
@@ -160,7 +162,7 @@ def directional(edited: Tensor, source: Tensor, target_text: Tensor, source_text
 
 
 def per_view(source: Tensor, edited: Tensor) -> Tensor:
-    """Source features [B, E] repeated for each row of ``edited`` [N, E]. ValueError if N is not a multiple of B."""
+    """Source features [B, E] for each row of ``edited`` [N, E]. ValueError if N is not a multiple of B."""
     if len(edited) % len(source):
         raise ValueError(f"{len(edited)} edited features are not a multiple of {len(source)} source features")
     return source.repeat(len(edited) // len(source), 1)
@@ -174,7 +176,10 @@ def latent_l2(w_edited: Tensor, w: Tensor) -> Tensor:
 def identity_loss(
     facenet: Callable[[Tensor], Tensor], edited_images: Tensor, source_images: Tensor
 ) -> Tensor:
-    """``1 - mean cos(R(x'), R(x))``; ``facenet`` maps images [N, 3, H, W] in [-1, 1] to unit features [N, D]."""
+    """``1 - mean cos(R(x'), R(x))``.
+
+    facenet: images [N, 3, H, W] in [-1, 1] -> unit features [N, D].
+    """
     with torch.no_grad():
         source = facenet(source_images)
     return identity_loss_from_features(facenet(edited_images), source)

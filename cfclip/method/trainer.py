@@ -1,12 +1,13 @@
 """CF-CLIP's training step: the frozen networks, the mapper in training, and the objective's terms.
 
-Shapes: B pictures of a batch, L layers of W+, D = w_dim, R = resolution, E = CLIP's embedding width, T templates,
-P prompts.
+Shapes: B pictures of a batch, L layers of W+, D = w_dim, R = resolution, E = CLIP's embedding width, T
+templates, P prompts.
 """
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor
 from cfclip.checkpoints.mappers import save_mapper
 from cfclip.domain import Domain
 from cfclip.method.config import TrainingConfig, flat
-from cfclip.method.loop import Callback, begin_run, learning_rate, resolve_dtype, run_loop
+from cfclip.method.loop import begin_run, learning_rate, resolve_dtype, run_loop
 from cfclip.method.losses import identity_loss_from_features, latent_l2, perceptual_loss
 from cfclip.method.objectives import Features
 from cfclip.method.views import perspective_views
@@ -61,7 +62,7 @@ class FrozenNetworks:
 
 
 class MapperTrainer:
-    """A mapper in training: ``step`` is one optimisation step, to be passed to :func:`cfclip.method.run_loop`.
+    """A mapper in training: ``step`` is one optimisation step, for :func:`cfclip.method.run_loop`.
 
     Whatever stays the same is computed once: the text features, and each latent's CLIP and identity features.
     ``config`` is a :class:`CFCLIPConfig` or a :class:`MultiPromptConfig` of P prompts.
@@ -101,7 +102,7 @@ class MapperTrainer:
         return torch.cat(clip), torch.cat(identity) if identity else None
 
     def choose_prompts(self, generator: torch.Generator) -> list[int]:
-        """The prompts of a step, ``prompts_at_once`` different ones. A single prompt takes no random numbers."""
+        """The prompts of a step, ``prompts_at_once`` different ones. For one prompt nothing is drawn."""
         count = len(self.config.prompts)
         if count == 1:
             return [0]
@@ -110,8 +111,8 @@ class MapperTrainer:
     def features(self, prompt: int, views: Tensor, source: Tensor, first: Tensor) -> Features:
         """What the objective compares for one prompt.
 
-        views: unit CLIP features of the edited pictures [V * B, E]; source: of the sources [B, E]; first: of the first
-        source of the whole batch that is edited by this prompt [1, E].
+        views: unit CLIP features of the edited pictures [V * B, E]; source: of the sources [B, E]; first: of
+            the first source of the whole batch that is edited by this prompt [1, E].
         """
         plain = F.normalize(self.text_feature[prompt, None], dim=-1)
         return Features(views, source, plain, self.target_text[prompt], self.source_text, first)
@@ -121,7 +122,8 @@ class MapperTrainer:
     ) -> dict[str, Tensor]:
         """Each term of the loss, unweighted, and their weighted sum "loss"; means over pictures.
 
-        index, prompts: [B], which latents are edited by which prompts; first: prompt -> s_0, see :meth:`features`.
+        index, prompts: [B], which latents are edited by which prompts; first: prompt -> s_0, see
+            :meth:`features`.
         """
         c, w = self.config, self.w[index]
         w_edited = self.mapper.edit(w, self.text_feature[prompts])
@@ -149,9 +151,9 @@ class MapperTrainer:
     def step(self, i: int, generator: torch.Generator) -> dict[str, float]:
         """One step on a batch: ``lambda_nce L_NCE + lambda_l2 L_2 + lambda_id L_id + lambda_perc L_perc``.
 
-        Another objective takes the place of L_NCE, and is logged under its name. Several prompts share the batch
-        equally, each with a loss of its own; the mean of these counts. The parts of a ``micro_batch`` see the same
-        perspectives, and their gradients add up to those of the batch.
+        Another objective takes the place of L_NCE, and is logged under its name. Several prompts share the
+        batch equally, each with a loss of its own; the mean of these counts. The parts of a ``micro_batch``
+        see the same perspectives, and their gradients add up to those of the batch.
         """
         c = self.config
         if c.ramp_down:
@@ -177,31 +179,23 @@ def train_mapper(
     domain: Domain,
     config: TrainingConfig,
     out: str | os.PathLike | None = None,
-    callbacks: Iterable[Callback] = (),
-    progress: bool = True,
     method: str = "cfclip",
+    **loop: Any,
 ) -> tuple[Mapper, list[dict[str, float]]]:
     """Train a mapper for the prompt(s) of ``config``; returns it (frozen, eval mode) and the logged rows.
 
     With ``out`` the folder gets ``log.jsonl``, a checkpoint from which a stopped run is resumed, and finally
-    ``mapper.safetensors``, which says that ``method`` made it. Raises ValueError if ``out`` holds another run.
+    ``mapper.safetensors``, which says that ``method`` made it. ``loop``: more arguments of :func:`run_loop`,
+    such as ``progress``, ``callbacks``, ``checkpoint_every``. Raises ValueError if ``out`` holds another run.
     """
     config = begin_run(config, domain.device, out, method=method, domain=domain.name)
     run = MapperTrainer(domain, config)
-    rows = run_loop(
-        run.step,
-        config.steps,
-        state={"mapper": run.mapper, "optimizer": run.optimizer},
-        out=out,
-        seed=config.seed,
-        callbacks=callbacks,
-        checkpoint_every=500,
-        desc=config.prompts[0] if len(config.prompts) == 1 else f"{len(config.prompts)} prompts",
-        progress=progress,
-    )
+    what = config.prompts[0] if len(config.prompts) == 1 else f"{len(config.prompts)} prompts"
+    loop = {"checkpoint_every": 500, "desc": what} | loop
+    state = {"mapper": run.mapper, "optimizer": run.optimizer}
+    rows = run_loop(run.step, config.steps, state=state, out=out, seed=config.seed, **loop)
     mapper = run.mapper.eval().requires_grad_(False)
     if out is not None:
-        save_mapper(
-            mapper, f"{out}/mapper.safetensors", method=method, domain=domain.name, training=flat(config)
-        )
+        card = {"method": method, "domain": domain.name, "training": flat(config)}
+        save_mapper(mapper, f"{out}/mapper.safetensors", **card)
     return mapper, rows

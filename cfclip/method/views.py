@@ -1,4 +1,4 @@
-"""The published augmentation: random perspectives of the edited pictures (torchvision's, with one warp for a batch)."""
+"""The published augmentation: random perspectives of the edited pictures, one warp for a batch."""
 
 from collections.abc import Callable, Sequence
 
@@ -22,9 +22,10 @@ def perspective_views(
 
     Args:
         distortion: how far a corner may move, as a share of half the side.
-        then: applied to each view before they are put together; eight views of 1024² are better shrunk one by one.
-        generator: random numbers (CPU), drawn exactly as torchvision's ``RandomPerspective(distortion, p=1)`` does.
-            Default: torch's global ones.
+        then: applied to each view before they are put together; eight views of 1024² are better shrunk one by
+            one.
+        generator: random numbers (CPU), drawn exactly as torchvision's ``RandomPerspective(distortion, p=1)``
+            does. Default: torch's global ones.
     """
     if not num_views:
         return then(images)
@@ -43,7 +44,8 @@ def draw_corners(
 ) -> tuple[Corners, Corners]:
     """The four corners and where they move to, in pixels, clockwise from the top left.
 
-    The same random numbers as torchvision's ``RandomPerspective.forward`` and ``get_params``, which take no generator.
+    The same random numbers as torchvision's ``RandomPerspective.forward`` and ``get_params``, which take no
+    generator.
     """
 
     def draw(size: int, far: bool) -> int:
@@ -65,8 +67,9 @@ def perspective_grid(
 ) -> Tensor:
     """Where to read a picture so that its four points ``start`` come to lie at ``end``.
 
-    Points in pixels; returns [1, H, W, 2] as ``F.grid_sample`` takes it. ``u = (a x + b y + c) / (g x + h y + 1)``,
-    ``v = (d x + e y + f) / (g x + h y + 1)``; twice as fast at 1024² as torchvision's matrix product per pixel.
+    Points in pixels; returns [1, H, W, 2] as ``F.grid_sample`` takes it. ``u = (a x + b y + c) / (g x + h y +
+    1)``, ``v = (d x + e y + f) / (g x + h y + 1)``; twice as fast at 1024² as torchvision's matrix product
+    per pixel.
     """
     rows = [
         row

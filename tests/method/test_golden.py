@@ -277,7 +277,7 @@ def check_step(o, s, mapper, generator, facenet, clip, text, optimizer=None):
     x_hat = generator.synthesis(w_hat)
     assert rel(x, o[f"s{s}_x"]) < 5e-6 and rel(x_hat.detach(), o[f"s{s}_x_hat"]) < 5e-6
     torch.manual_seed(6000 + s)
-    views = perspective_views(x_hat, draws=8)
+    views = perspective_views(x_hat, num_views=8)
     if f"s{s}_x_aug" in o:
         assert rel(views.detach(), o[f"s{s}_x_aug"]) < 5e-6
     with torch.no_grad():

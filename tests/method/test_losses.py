@@ -74,7 +74,7 @@ def test_identity_and_latent_losses():
 def test_views_are_draw_major_and_share_a_warp():
     torch.manual_seed(0)
     image = torch.rand(1, 3, 16, 16)
-    views = perspective_views(image.repeat(2, 1, 1, 1), draws=3)
+    views = perspective_views(image.repeat(2, 1, 1, 1), num_views=3)
     assert views.shape == (6, 3, 16, 16)
     for draw in range(3):
         torch.testing.assert_close(views[2 * draw], views[2 * draw + 1])
@@ -86,12 +86,12 @@ def test_views_are_torchvisions(size):
     """RandomPerspective's, but for the mask that today's torchvision multiplies its rim by."""
     image = torch.rand(1, 3, *size)
     torch.manual_seed(3)
-    ours = perspective_views(image, draws=2)
+    ours = perspective_views(image, num_views=2)
     torch.manual_seed(3)
     theirs = [RandomPerspective(0.5, p=1, fill=0.0) for _ in range(2)]
     mask = torch.ones_like(image)
     torch.manual_seed(3)
-    inside = perspective_views(mask, draws=2) > 0.999
+    inside = perspective_views(mask, num_views=2) > 0.999
     torch.manual_seed(3)
     theirs = torch.cat([warp(image) for warp in theirs])
     assert inside.float().mean() > 0.3
@@ -101,7 +101,7 @@ def test_views_are_torchvisions(size):
 def test_no_views_are_the_images_and_cost_no_random_number():
     image = torch.rand(2, 3, 8, 8)
     state = torch.get_rng_state()
-    assert torch.equal(perspective_views(image, draws=0), image)
+    assert torch.equal(perspective_views(image, num_views=0), image)
     assert torch.equal(torch.get_rng_state(), state)
 
 
