@@ -99,7 +99,7 @@ def _pose(*limits: float) -> Any:
 
 @dataclass(frozen=True)
 class Face:
-    """All factors of one face. Lengths in half pictures: the picture is [-1, 1] x [-1, 1], y downwards."""
+    """All factors of one face. Coordinates: the picture is [-1, 1] x [-1, 1], y downwards."""
 
     # colours that a prompt can name
     skin: Colour
