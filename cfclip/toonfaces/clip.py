@@ -32,9 +32,8 @@ class KnownWords(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         row = self.rows(tokens)
         if self.training:  # 2 % of the words count as unknown, so that the last row is trained too
-            unknown = (torch.rand(row.shape) < 0.02) & (
-                tokens < self.tokens[-2]
-            )  # never the start or the end
+            words = tokens < self.tokens[-2]  # neither the start nor the end
+            unknown = (torch.rand(row.shape) < 0.02) & words
             row = torch.where(unknown, len(self.tokens), row)
         return F.embedding(row, self.weight)
 

@@ -14,25 +14,18 @@ from scipy.special import ndtr
 RGB = tuple[float, float, float]  # 0 … 255
 
 _VIVID: dict[str, RGB] = {
-    "red": (214, 36, 42),
-    "orange": (247, 134, 24),
-    "yellow": (247, 224, 40),
-    "green": (38, 168, 62),
-    "cyan": (32, 206, 214),
-    "blue": (36, 74, 220),
-    "purple": (138, 40, 182),
-    "pink": (248, 112, 176),
-    "white": (246, 246, 246),
-    "black": (26, 24, 26),
-}
-
+    "red": (214, 36, 42), "orange": (247, 134, 24), "yellow": (247, 224, 40), "green": (38, 168, 62),
+    "cyan": (32, 206, 214), "blue": (36, 74, 220), "purple": (138, 40, 182), "pink": (248, 112, 176),
+    "white": (246, 246, 246), "black": (26, 24, 26),
+}  # fmt: skip
 _HAIR: dict[str, RGB] = {
-    "black": (30, 26, 27),
-    "brown": (98, 62, 36),
-    "blonde": (224, 188, 112),
-    "ginger": (186, 84, 34),
+    "black": (30, 26, 27), "brown": (98, 62, 36), "blonde": (224, 188, 112), "ginger": (186, 84, 34),
     "grey": (146, 146, 150),
-}
+}  # fmt: skip
+_SKIN: dict[str, RGB] = {
+    "pale": (250, 222, 200), "fair": (240, 198, 164), "tan": (212, 160, 118), "brown": (158, 106, 72),
+    "dark": (104, 68, 46),
+}  # fmt: skip
 
 
 def _vivid(*names: str) -> dict[str, RGB]:
@@ -40,13 +33,7 @@ def _vivid(*names: str) -> dict[str, RGB]:
 
 
 NATURAL: dict[str, dict[str, RGB]] = {
-    "skin": {
-        "pale": (250, 222, 200),
-        "fair": (240, 198, 164),
-        "tan": (212, 160, 118),
-        "brown": (158, 106, 72),
-        "dark": (104, 68, 46),
-    },
+    "skin": _SKIN,
     "hair": _HAIR,
     "eyebrows": _HAIR,
     "eyes": {"brown": (108, 66, 34), "blue": (66, 128, 208), "green": (84, 150, 84)},
@@ -189,22 +176,19 @@ def _any_hue(rng: np.random.Generator, saturation: tuple[float, float]) -> RGB:
 
 
 class LatentDraws:
-    """Random numbers for :func:`sample_face` from a latent code z [D]: draw k is the normal CDF of z_k."""
+    """Numpy's random numbers for :func:`sample_face`, from a code z [D]: draw k is the normal CDF of z_k."""
 
     def __init__(self, z: np.ndarray):
         self._u = iter(np.clip(ndtr(z), 1e-6, 1 - 1e-6))
 
     def uniform(self, low: float = 0.0, high: float = 1.0, size: int | None = None):
-        """As numpy's."""
         u = next(self._u) if size is None else np.array([next(self._u) for _ in range(size)])
         return low + (high - low) * u
 
     def integers(self, n: int) -> int:
-        """As numpy's."""
         return int(next(self._u) * n)
 
     def choice(self, n: int, p) -> int:
-        """As numpy's."""
         return int(np.searchsorted(np.cumsum(p), next(self._u)).clip(0, n - 1))
 
 

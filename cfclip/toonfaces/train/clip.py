@@ -36,9 +36,7 @@ class CLIPConfig(Settings):
     warmup: int = setting(100, int_at_least(1))  # steps
     weight_decay: float = setting(0.02, number())
     halos: float = setting(0.7, number(0, 1))  # share of pictures with_halo
-    warped: float = setting(
-        0.5, number(0, 1)
-    )  # share of images under a random perspective, as CF-CLIP's views
+    warped: float = setting(0.5, number(0, 1))  # share of images under a perspective, as CF-CLIP's views are
     fact_weight: float = setting(1.0, number())  # of the auxiliary loss, see FactHead
     seed: int = setting(0, int_at_least(0))
     dtype: str = setting("auto", one_of(DTYPES))  # autocast of the image and text towers

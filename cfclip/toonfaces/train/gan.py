@@ -43,16 +43,12 @@ class GANConfig(Settings):
     map_steps: int = setting(6000, int_at_least(1))  # of GANTraining.map_step
     warm_pool: int = setting(30_000, int_at_least(1))
     small_parts: float = setting(6.0, number())  # weight of a pixel of SMALL_PARTS in the error; others: 1
-    warm_lr: float = setting(
-        0.01, number(above=True)
-    )  # mapping network: 50 times that, as its lr_mul is 0.01
+    warm_lr: float = setting(0.01, number(above=True))  # of the mapping network: 50 times that
     steps: int = setting(1000, int_at_least(1))  # of GANTraining.step
     lr: float = setting(0.001, number(above=True))
     anchor: float = setting(10.0, number())  # weight of the regression error beside the adversarial loss
     r1_gamma: float = setting(1.0, number())
-    r1_every: int = setting(
-        16, int_at_least(1)
-    )  # R1 is computed at every r1_every-th step, weighted accordingly
+    r1_every: int = setting(16, int_at_least(1))  # steps from one R1 to the next; it weighs that much more
     # probability of style mixing; 0.5 raised KID from 0.2 to 1.5, as regression never mixes two faces
     mixing: float = setting(0.0, number(0, 1))
     ema_images: int = setting(5_000, int_at_least(1))  # half-life of the averaged generator
@@ -294,9 +290,7 @@ class GANTraining:
         self.d.requires_grad_(True)
         reals = self._reals(i)
         logits_real = self.d(reals, self.dtype)
-        logits_fake = self.d(
-            fakes.detach(), self.dtype
-        )  # the same fakes: a second forward of G would cost time
+        logits_fake = self.d(fakes.detach(), self.dtype)  # the fakes of above, to save a forward of G
         loss_d = F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean()
         if i % c.r1_every == 0:
             reals.requires_grad_(True)
