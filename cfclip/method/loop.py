@@ -76,7 +76,7 @@ def begin_run(
         config = replace(config, dtype=resolve_dtype(begun, device))
     if path is None:
         return config
-    run = what | flat(config)
+    run = json.loads(json.dumps(what | flat(config)))  # as it is read back: a tuple in a tuple becomes a list
     if before and (differ := [name for name in {**before, **run} if before.get(name) != run.get(name)]):
         raise ValueError(
             f"{out} holds a run with another {', '.join(differ)}; refusing to resume it with these settings: "

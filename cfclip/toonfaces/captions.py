@@ -1,7 +1,7 @@
 """Plain-English captions of toon faces, and which captions are true of which face.
 
-A caption claims *facts* such as ("lipstick", "green"); a face has many. So the contrastive training knows every true
-(image, caption) pair of a batch, not only the one that was written for it.
+A caption claims *facts* such as ("lipstick", "green"). A caption written for one face may be true of others,
+and the contrastive training knows every true (image, caption) pair of a batch.
 """
 
 import re
@@ -17,23 +17,14 @@ Fact = tuple[str, str]
 FACTS: tuple[Fact, ...] = (
     *((part, name) for part in PARTS for name in colours(part)),
     *(("style", style) for style in HAIR_STYLES),
-    ("beard?", "yes"),
-    ("glasses", "yes"),
-    ("smile", "yes"),
-    ("person", "man"),
-    ("person", "woman"),
+    *(("beard?", "yes"), ("glasses", "yes"), ("smile", "yes"), ("person", "man"), ("person", "woman")),
 )
 """Everything that a caption can claim; the order of :func:`fact_vector`."""
 
-_NOUNS = {
+_NOUNS = {part: (part,) for part in PARTS} | {
     "lipstick": ("lipstick", "lipstick", "lips"),
-    "hair": ("hair",),
     "eyebrows": ("eyebrows", "eyebrows", "brows"),
-    "eyes": ("eyes",),
-    "skin": ("skin",),
-    "beard": ("beard",),
 }
-
 _STYLES = {
     "short": ("short hair",),
     "long": ("long hair",),
@@ -51,13 +42,8 @@ def facts_of(face: Face) -> set[Fact]:
         facts.add(("person", "man"))
     elif face.hair_style in ("long", "bob"):
         facts.add(("person", "woman"))
-    if face.has_beard:
-        facts.add(("beard?", "yes"))
-    if face.has_glasses:
-        facts.add(("glasses", "yes"))
-    if face.smile > 0.5:
-        facts.add(("smile", "yes"))
-    return facts
+    flags = {"beard?": face.has_beard, "glasses": face.has_glasses, "smile": face.smile > 0.5}
+    return facts | {(name, "yes") for name, holds in flags.items() if holds}
 
 
 def fact_vector(facts: set[Fact]) -> np.ndarray:
@@ -66,18 +52,21 @@ def fact_vector(facts: set[Fact]) -> np.ndarray:
 
 
 def matches(faces: Tensor, claims: Tensor) -> Tensor:
-    """faces [N, F], claims [M, F], bool -> bool [N, M]: whether every claim of caption m holds for face n."""
+    """faces [N, F], claims [M, F], bool -> bool [N, M]: are all claims of caption m true of face n?"""
     return (~faces).float() @ claims.float().t() == 0
 
 
 def phrase(part: str, colour: str, rng: np.random.Generator | None = None) -> str:
-    """ "green lipstick", or with ``rng`` "green lips"; without ``rng`` the plainest wording."""
+    """ "green lipstick", or with ``rng`` perhaps "green lips"; without ``rng`` the plainest wording."""
     noun = _NOUNS[part][0 if rng is None else rng.integers(len(_NOUNS[part]))]
     return f"{colour} {noun}"
 
 
 def claim_of(prompt: str) -> tuple[str, str] | None:
-    """The (part, colour) that a prompt such as "green lipstick" or "a man with a blue beard" asks for; None if unclear."""
+    """The (part, colour) that a prompt asks for, e.g. "green lipstick" or "a man with a blue beard".
+
+    None if the prompt does not name the colour of exactly one part.
+    """
     text = " ".join(prompt.lower().split())
     claims = {
         (part, colour)
@@ -94,19 +83,15 @@ def caption(face: Face, rng: np.random.Generator) -> tuple[str, set[Fact]]:
     facts = facts_of(face)
     visible = [part for part in PARTS if face.has(part)]
     count = rng.choice(7, p=(0.03, 0.32, 0.22, 0.17, 0.12, 0.08, 0.06))
-    chosen = list(rng.permutation(len(visible))[:count])
-    extras = [
-        fact
-        for fact in sorted(facts)
-        if fact[0] in ("style", "glasses", "smile", "beard?")
-        and not (fact[0] == "beard?" and "beard" in [visible[i] for i in chosen])
-    ]
+    chosen = [visible[i] for i in rng.permutation(len(visible))[:count]]
+    extra_kinds = {"style", "glasses", "smile"} | (set() if "beard" in chosen else {"beard?"})
+    extras = [fact for fact in sorted(facts) if fact[0] in extra_kinds]
     claims: set[Fact] = set()
     words, adjectives = [], []
-    for i in chosen:
-        part = visible[i]
-        claims.add((part, getattr(face, part).name))
-        text = phrase(part, getattr(face, part).name, rng)
+    for part in chosen:
+        name = getattr(face, part).name
+        claims.add((part, name))
+        text = phrase(part, name, rng)
         words.append(f"a {text}" if part == "beard" and rng.uniform() < 0.7 else text)
     if extras and rng.uniform() < 0.35:
         fact = extras[rng.integers(len(extras))]
@@ -130,34 +115,29 @@ def caption(face: Face, rng: np.random.Generator) -> tuple[str, set[Fact]]:
     if gender and rng.uniform() < 0.15:
         subject = gender
         claims.add(("person", gender))
-    with_words = " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
-    if with_words and not adjectives and subject in ("face", "person") and rng.uniform() < 0.4:
-        text = with_words
+    listed = " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
+    if listed and not adjectives and subject in ("face", "person") and rng.uniform() < 0.4:
+        text = listed
     else:
-        text = " ".join([*adjectives, subject]) + (f" with {with_words}" if with_words else "")
+        text = " ".join([*adjectives, subject]) + (f" with {listed}" if listed else "")
     if rng.uniform() < 0.7:
         text = OPENAI_IMAGENET_TEMPLATES[rng.integers(len(OPENAI_IMAGENET_TEMPLATES))](text)
     return text, claims
 
 
 def vocabulary() -> list[str]:
-    """Texts that between them hold every word of every :func:`caption`."""
-    named = [text for part in PARTS for text in (*colours(part), *_NOUNS[part])] + [
-        text for texts in _STYLES.values() for text in texts
-    ]
-    return [
-        *named,
-        *(template("a") for template in OPENAI_IMAGENET_TEMPLATES),
-        "glasses, a beard and a smile",
-        "smiling bald face with",
-        "person man woman",
-    ]
+    """Texts that together hold every word of every :func:`caption`."""
+    parts = [text for part in PARTS for text in (*colours(part), *_NOUNS[part])]
+    styles = [text for texts in _STYLES.values() for text in texts]
+    templates = [template("a") for template in OPENAI_IMAGENET_TEMPLATES]
+    others = ["glasses, a beard and a smile", "smiling bald face with", "person man woman"]
+    return parts + styles + templates + others
 
 
 def training_face(seed: tuple[int, ...]) -> Face:
-    """A face of both supports in which no held-out (part, colour) pair can be seen."""
+    """A face of both supports that does not show a held-out (part, colour) pair."""
     for attempt in range(1000):
         face = sample_face((*seed, attempt), "both")
         if not any(face.has(part) and getattr(face, part).name == name for part, name in HELD_OUT):
             return face
-    raise RuntimeError("no face without a held-out pair in 1000 draws: HELD_OUT covers too much")
+    raise RuntimeError("1000 faces in a row show a pair of HELD_OUT: hold out fewer pairs")

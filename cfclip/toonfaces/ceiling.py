@@ -1,4 +1,4 @@
-"""The ceiling of any editor of this generator: W+ optimised straight to the rendered true counterfactual."""
+"""The best edit this generator can make: W+ optimised directly to the rendered true counterfactual."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,21 +22,22 @@ from cfclip.toonfaces.render import MASKS, render
 def ceiling(
     domain: Domain, prompt: str, n: int = 16, steps: int = 200, lr: float = 0.05, seed: int = 60_000
 ) -> dict[str, float]:
-    """Metrics of ``G(w_plus*)``, the closest (L1) the generator comes to ``n`` natural renders with the part recoloured.
+    """Metrics of ``G(w_plus*)``, the closest to the true counterfactual in weighted L1; means of ``n`` faces.
 
-    The part weighs as much as the rest of the picture: otherwise lips would hardly count. The source is the same
-    optimisation towards the render itself, so that the edit is scored and not the inversion.
+    The part weighs as much as the rest of the picture, otherwise lips would hardly count. The source is
+    optimised too, towards the natural render, so that the scores describe the edit and not the inversion.
+    Raises ValueError if ``prompt`` does not name the colour of a part.
     """
-    part, colour = claim_of(prompt) or (None, None)
-    if part is None:
+    if (claim := claim_of(prompt)) is None:
         raise ValueError(
-            f"{prompt!r} does not name the colour of a part: there is no true counterfactual to aim at"
+            f"{prompt!r} does not name the colour of a part, so there is no true counterfactual to aim at; "
+            'use a prompt such as "green lipstick"'
         )
+    part, colour = claim
     faces = [f for f in (sample_face((seed, k)) for k in range(4 * n)) if f.has(part)][:n]
     g = domain.generator
-    area = torch.from_numpy(np.stack([render(f, g.resolution).masks[MASKS.index(part)] for f in faces]))[
-        :, None
-    ]
+    drawn = [render(f, g.resolution) for f in faces]
+    area = torch.from_numpy(np.stack([one.masks[MASKS.index(part)] for one in drawn]))[:, None]
     rest = 1 - area
     weight = area / area.mean((1, 2, 3), keepdim=True) + rest / rest.mean((1, 2, 3), keepdim=True)
 
@@ -52,10 +53,8 @@ def ceiling(
             optimizer.step()
         return w.detach()
 
-    wanted_faces = [f.with_colour(part, colour) for f in faces]
-    natural, wanted = (
-        to_tensor([render(f, g.resolution).image for f in group]) for group in (faces, wanted_faces)
-    )
+    natural = to_tensor([one.image for one in drawn])
+    wanted = to_tensor([render(f.with_colour(part, colour), g.resolution).image for f in faces])
     w = invert(natural, g.w_avg.expand(len(faces), g.num_ws, -1))
     w_edited = invert(wanted, w)
     with torch.no_grad():
@@ -65,12 +64,14 @@ def ceiling(
 
 
 def write_ceiling(path: Path, prompts: Sequence[str], n: int, steps: int) -> Path:
-    """The :func:`ceiling` of the embedded domain for each prompt, as a Markdown table."""
+    """Write the :func:`ceiling` of the embedded domain for each prompt as a Markdown table."""
     domain = load_toonfaces()
     rows = [ceiling(domain, prompt, n, steps) for prompt in prompts]
     note = (
-        f"W+ optimised to held-out renders ({steps} steps of Adam), then to the same renders with the part recoloured; "
-        f"n = {n} faces per prompt, seed 60000, device cpu. Without CLIP or a mapper: a low number is the generator's limit."
+        f"W+ optimised to held-out renders ({steps} steps of Adam), then to the same renders "
+        f"with the part recoloured; n = {n} faces per prompt, seed 60000, device cpu. Neither CLIP nor a "
+        "mapper is used: a low number is a limit of the generator."
     )
-    text = f"# Ceiling\n\nRewritten by `cfclip toonfaces ceiling`.\n\n{markdown(pd.DataFrame(rows), note)}"
-    return write_text(path, text)
+    return write_text(
+        path, f"# Ceiling\n\nWritten by `cfclip toonfaces ceiling`.\n\n{markdown(pd.DataFrame(rows), note)}"
+    )

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from cfclip.toonfaces.captions import vocabulary
 
 CONFIGS = Path(__file__).parent / "clip_configs"
+MODELS = tuple(sorted(path.stem for path in CONFIGS.glob("*.json")))
 
 
 class KnownWords(nn.Module):
-    """The embedding of the few tokens that captions hold, and one row for all others.
+    """Token embedding with one row per token of our captions, and one row for all other tokens.
 
-    In place of open_clip's table, whose 49 408 rows would be most of the file, and noise but for these.
+    open_clip's table has 49 408 rows; it would be most of the file, and untrained except for these few rows.
     """
 
     def __init__(self, tokens: Tensor, width: int):
@@ -24,34 +25,28 @@ class KnownWords(nn.Module):
         self.weight = nn.Parameter(0.02 * torch.randn(len(tokens) + 1, width))
 
     def rows(self, tokens: Tensor) -> Tensor:
-        """Token ids [...] -> row of ``weight``; V for a token that training never saw."""
+        """Token ids [...] -> rows of ``weight`` [...]; V for a token that is not in our captions."""
         row = torch.searchsorted(self.tokens, tokens).clamp(max=len(self.tokens) - 1)
         return torch.where(self.tokens[row] == tokens, row, len(self.tokens))
 
     def forward(self, tokens: Tensor) -> Tensor:
         row = self.rows(tokens)
-        if self.training:  # a word in fifty goes unread, or the last row would stay noise
-            row = torch.where(
-                (torch.rand(row.shape) < 0.02) & (tokens < self.tokens[-2]), len(self.tokens), row
-            )
+        if self.training:  # 2 % of the words count as unknown, so that the last row is trained too
+            words = tokens < self.tokens[-2]  # neither the start nor the end
+            unknown = (torch.rand(row.shape) < 0.02) & words
+            row = torch.where(unknown, len(self.tokens), row)
         return F.embedding(row, self.weight)
 
 
 def build(name: str = "toonfaces-rn") -> nn.Module:
-    """The untrained ``open_clip`` model of ``clip_configs/<name>.json``, reading the words of our captions (:class:`KnownWords`)."""
+    """The untrained ``open_clip`` model of ``clip_configs/<name>.json``, with :class:`KnownWords`."""
     if name not in open_clip.list_models():
         open_clip.add_model_config(CONFIGS)
-    model = open_clip.CLIP(
-        **open_clip.get_model_config(name)
-    )  # create_model warns that there are no weights yet
+    # not create_model, which warns that there are no weights yet
+    model = open_clip.CLIP(**open_clip.get_model_config(name))
     tokenizer = open_clip.tokenizer.SimpleTokenizer()
     known = {token for text in vocabulary() for token in tokenizer.encode(text)}
-    ends = {
-        0,
-        tokenizer.sot_token_id,
-        tokenizer.eot_token_id,
-    }  # padding, start, end: the two largest ids are the last two
-    model.token_embedding = KnownWords(
-        torch.tensor(sorted(known | ends)), model.token_embedding.embedding_dim
-    )
+    # padding, start and end; start and end are the two largest ids, so they are the last two known tokens
+    known |= {0, tokenizer.sot_token_id, tokenizer.eot_token_id}
+    model.token_embedding = KnownWords(torch.tensor(sorted(known)), model.token_embedding.embedding_dim)
     return model

@@ -19,37 +19,43 @@ from cfclip.toonfaces.encoder import ToonEncoder
 from cfclip.toonfaces.readout import Readout
 from cfclip.toonfaces.truth import ToonTruth
 
+PROMPTS = ("green lipstick", "purple eyebrows", "blue hair", "blue skin", "red lipstick", "blonde hair")
+
 
 def load_toonfaces(folder: Path = DATA / "toonfaces") -> Domain:
     """All networks of ``folder``, on the CPU. Raises WeightsError.
 
-    The encoder and the mapper are left out, with a warning, if they were trained for other networks than these.
+    An encoder or a mapper trained for other networks than those of ``folder`` is left out, with a warning.
     """
 
-    def load(name: str, make: Callable[[dict[str, Any]], nn.Module]) -> nn.Module:
-        path = folder / f"{name}.safetensors"
-        tensors, config, _ = weights.read(path, name)
-        return weights.load_into(make(config), tensors, path)
+    def path_of(name: str) -> Path:
+        return folder / f"{name}.safetensors"
 
-    def load_fitting(
-        name: str, opened: Callable[[], nn.Module], fits: Callable[[nn.Module], bool]
-    ) -> nn.Module | None:
-        path = folder / f"{name}.safetensors"
-        if not path.exists():
-            return None
-        if fits(network := opened()):
-            return network
-        warnings.warn(
-            f"{path} was trained for other networks than those beside it and is left out: run 'cfclip toonfaces train {name}'",
-            stacklevel=3,
-        )
-        return None
+    def load(name: str, make: Callable[[dict[str, Any]], nn.Module]) -> nn.Module:
+        tensors, config, _ = weights.read(path_of(name), name)
+        return weights.load_into(make(config), tensors, path_of(name))
 
     def load_clip(name: str) -> ClipGuide:
         return ClipGuide(load(name, lambda c: build(c["model"])))
 
-    generator = load("generator", lambda c: Generator(**c))
-    clip = load_clip("clip")
+    def checked(name: str, network: nn.Module, fits: bool) -> nn.Module | None:
+        if fits:
+            return network
+        warnings.warn(
+            f"{path_of(name)} was trained for other networks than those beside it and is left out: "
+            f"run 'cfclip toonfaces train {name}'",
+            stacklevel=3,
+        )
+        return None
+
+    generator, clip = load("generator", lambda c: Generator(**c)), load_clip("clip")
+    encoder = mapper = None
+    if path_of("encoder").exists():
+        encoder = load("encoder", lambda c: ToonEncoder(**c))
+        encoder = checked("encoder", encoder, encoder.fits(generator))
+    if path_of("multi").exists():
+        mapper = load_mapper(path_of("multi"))
+        mapper = checked("multi", mapper, mapper.config.fits(generator, clip))
     return Domain(
         name="toonfaces",
         generator=generator,
@@ -57,23 +63,8 @@ def load_toonfaces(folder: Path = DATA / "toonfaces") -> Domain:
         identity=FaceIdentity(load("identity", lambda c: IRSE(**c)), crop=False),
         truth=ToonTruth(load("readout", lambda c: Readout(**c)), generator.resolution),
         source_text="face",
-        prompts=(
-            "green lipstick",
-            "purple eyebrows",
-            "blue hair",
-            "blue skin",
-            "red lipstick",
-            "blonde hair",
-        ),
-        encoder=load_fitting(
-            "encoder",
-            lambda: load("encoder", lambda c: ToonEncoder(**c)),
-            lambda encoder: encoder.fits(generator),
-        ),
-        heldout_clip=load_clip("heldout_clip") if (folder / "heldout_clip.safetensors").exists() else None,
-        mapper=load_fitting(
-            "multi",
-            lambda: load_mapper(folder / "multi.safetensors"),
-            lambda mapper: mapper.config.fits(generator, clip),
-        ),
+        prompts=PROMPTS,
+        encoder=encoder,
+        heldout_clip=load_clip("heldout_clip") if path_of("heldout_clip").exists() else None,
+        mapper=mapper,
     )

@@ -10,13 +10,13 @@ from cfclip.models.stylegan2 import Generator
 
 
 class ToonEncoder(nn.Module):
-    """Photos [N, 3, S, S] in [-1, 1] -> W+ [N, L, D]: ``w_l = w_avg + s (base + offset_l)``, offset_0 = 0.
+    """``w_l = w_avg + s (base + offset_l)``, offset_0 = 0. Photos [N, 3, S, S] in [-1, 1] -> W+ [N, L, D].
 
     Args:
         image_size: S, a multiple of 2^stages.
         num_ws, w_dim: L and D.
         stages: (in, out, units) per stage of the IR-SE body; each starts with stride 2.
-        width: of the code that base and offsets are read off.
+        width: of the code from which base and offsets are computed.
     """
 
     def __init__(self, image_size: int, num_ws: int, w_dim: int, stages: Sequence[Sequence[int]], width: int):
@@ -40,28 +40,25 @@ class ToonEncoder(nn.Module):
 
     @property
     def metadata(self) -> dict:
-        return {
-            "image_size": self.image_size,
-            "num_ws": self.num_ws,
-            "w_dim": self.w_dim,
-            "stages": [list(s) for s in self.stages],
-            "width": self.width,
-        }
+        """The constructor's arguments, ready for JSON."""
+        sizes = {name: getattr(self, name) for name in ("image_size", "num_ws", "w_dim")}
+        return sizes | {"stages": [list(s) for s in self.stages], "width": self.width}
 
     def fits(self, generator: Generator) -> bool:
-        """Whether it was trained for this generator: its centre of W is the generator's, to the digits of float16."""
-        return (self.num_ws, self.w_dim) == (generator.num_ws, generator.w_dim) and torch.allclose(
-            self.w_avg, generator.w_avg, rtol=2e-3, atol=1e-3 * self.w_spread.item()
-        )
+        """Whether it was trained for this generator: the same ``w_avg``, to the precision of float16."""
+        if (self.num_ws, self.w_dim) != (generator.num_ws, generator.w_dim):
+            return False
+        return torch.allclose(self.w_avg, generator.w_avg, rtol=2e-3, atol=1e-3 * self.w_spread.item())
 
     def forward(self, images: Tensor) -> Tensor:
         return self.unlocked(images, self.num_ws)[0]
 
     def unlocked(self, images: Tensor, layers: int) -> tuple[Tensor, Tensor]:
-        """-> W+ [N, L, D] with the offsets of the first ``layers`` layers only, and the offsets [N, L - 1, D] in units of s."""
+        """-> W+ [N, L, D] with offsets in the first ``layers`` layers only; the offsets, in units of s."""
         if images.shape[1:] != (3, self.image_size, self.image_size):
             raise ValueError(
-                f"the encoder takes photos of shape [N, 3, {self.image_size}, {self.image_size}], not {list(images.shape)}: resize them first"
+                f"the encoder needs photos of shape [N, 3, {self.image_size}, {self.image_size}], "
+                f"not {list(images.shape)}: resize them first"
             )
         code = self.code(self.body(images))
         offsets = self.offsets(code).reshape(len(images), self.num_ws - 1, self.w_dim)

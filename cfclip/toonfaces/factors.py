@@ -1,10 +1,12 @@
-"""The factors of a toon face: what varies, over which support, and which colours carry which name.
+"""The factors of a toon face: what varies, in which range, and the names of the colours.
 
-Every colour factor has a *natural* support (what the generator is trained on) and a *counterfactual* one (what only
-CLIP, the identity network and the readout ever see). Background and shirt range over all hues in both.
+Every colour factor has a *natural* support, on which the generator is trained, and a *counterfactual* one,
+which only CLIP, the identity network and the readout see in training. Background and shirt take any hue in
+both.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 from scipy.special import ndtr
@@ -12,25 +14,18 @@ from scipy.special import ndtr
 RGB = tuple[float, float, float]  # 0 … 255
 
 _VIVID: dict[str, RGB] = {
-    "red": (214, 36, 42),
-    "orange": (247, 134, 24),
-    "yellow": (247, 224, 40),
-    "green": (38, 168, 62),
-    "cyan": (32, 206, 214),
-    "blue": (36, 74, 220),
-    "purple": (138, 40, 182),
-    "pink": (248, 112, 176),
-    "white": (246, 246, 246),
-    "black": (26, 24, 26),
-}
-
+    "red": (214, 36, 42), "orange": (247, 134, 24), "yellow": (247, 224, 40), "green": (38, 168, 62),
+    "cyan": (32, 206, 214), "blue": (36, 74, 220), "purple": (138, 40, 182), "pink": (248, 112, 176),
+    "white": (246, 246, 246), "black": (26, 24, 26),
+}  # fmt: skip
 _HAIR: dict[str, RGB] = {
-    "black": (30, 26, 27),
-    "brown": (98, 62, 36),
-    "blonde": (224, 188, 112),
-    "ginger": (186, 84, 34),
+    "black": (30, 26, 27), "brown": (98, 62, 36), "blonde": (224, 188, 112), "ginger": (186, 84, 34),
     "grey": (146, 146, 150),
-}
+}  # fmt: skip
+_SKIN: dict[str, RGB] = {
+    "pale": (250, 222, 200), "fair": (240, 198, 164), "tan": (212, 160, 118), "brown": (158, 106, 72),
+    "dark": (104, 68, 46),
+}  # fmt: skip
 
 
 def _vivid(*names: str) -> dict[str, RGB]:
@@ -38,20 +33,14 @@ def _vivid(*names: str) -> dict[str, RGB]:
 
 
 NATURAL: dict[str, dict[str, RGB]] = {
-    "skin": {
-        "pale": (250, 222, 200),
-        "fair": (240, 198, 164),
-        "tan": (212, 160, 118),
-        "brown": (158, 106, 72),
-        "dark": (104, 68, 46),
-    },
+    "skin": _SKIN,
     "hair": _HAIR,
     "eyebrows": _HAIR,
     "eyes": {"brown": (108, 66, 34), "blue": (66, 128, 208), "green": (84, 150, 84)},
     "lipstick": {"pink": (226, 128, 142), "red": (196, 44, 54), "rose": (176, 88, 100)},
     "beard": _HAIR,
 }
-"""part -> colour name -> RGB seen by the generator. Eyebrows and beard follow the hair in natural faces."""
+"""part -> colour name -> RGB that the generator is trained on. Natural brows and beards follow the hair."""
 
 COUNTERFACTUAL: dict[str, dict[str, RGB]] = {
     "skin": _vivid("green", "blue", "purple", "yellow", "cyan", "red"),
@@ -67,7 +56,7 @@ PARTS: tuple[str, ...] = tuple(NATURAL)
 """The parts whose colour a prompt can name."""
 
 HELD_OUT: frozenset[tuple[str, str]] = frozenset({("skin", "cyan"), ("beard", "cyan")})
-"""(part, colour) pairs that CLIP never sees in training: each word is known, the composition is not."""
+"""(part, colour) pairs that CLIP never sees in training: it knows both words, but not their combination."""
 
 HAIR_STYLES: tuple[str, ...] = ("short", "long", "bob", "curly", "bald")
 
@@ -85,11 +74,21 @@ class Colour:
     rgb: RGB
 
 
+def _person(*limits: float) -> Any:
+    """A number that all pictures of a person share, drawn uniformly between its ``limits``."""
+    return field(metadata={"limits": limits, "person": True})
+
+
+def _pose(*limits: float) -> Any:
+    """A number that differs from picture to picture, drawn uniformly between its ``limits``."""
+    return field(metadata={"limits": limits})
+
+
 @dataclass(frozen=True)
 class Face:
-    """All factors of one face. Lengths are in half image widths: the picture is [-1, 1] x [-1, 1], y downwards."""
+    """All factors of one face. Coordinates: the picture is [-1, 1] x [-1, 1], y downwards."""
 
-    # colours a prompt can name
+    # colours that a prompt can name
     skin: Colour
     hair: Colour
     eyebrows: Colour
@@ -104,97 +103,58 @@ class Face:
     hair_style: str  # one of HAIR_STYLES
     has_beard: bool
     has_glasses: bool
-    # geometry: what makes a person, together with skin, eyes and hair style
-    face_width: float
-    face_height: float
-    jaw: float  # 0 pointed … 1 square
-    eye_spacing: float
-    eye_size: float
-    eye_height: float
-    nose_length: float
-    nose_width: float
-    brow_thickness: float
-    brow_tilt: float
-    mouth_width: float
-    lip_fullness: float
-    hairline: float
-    parting: float
+    # geometry
+    face_width: float = _person(0.47, 0.57)
+    face_height: float = _person(0.58, 0.68)
+    jaw: float = _person(0, 1)  # 0: pointed, 1: square
+    eye_spacing: float = _person(0.205, 0.265)
+    eye_size: float = _person(0.85, 1.15)
+    eye_height: float = _person(-0.10, -0.02)
+    nose_length: float = _person(0.13, 0.22)
+    nose_width: float = _person(0.05, 0.10)
+    brow_thickness: float = _person(0.058, 0.092)
+    brow_tilt: float = _person(-0.035, 0.045)
+    mouth_width: float = _person(0.155, 0.235)
+    lip_fullness: float = _person(0.125, 0.185)
+    hairline: float = _person(-0.52, -0.40)
+    parting: float = _person(-0.3, 0.3)
     # what changes from photo to photo
-    smile: float  # -0.3 … 1
+    smile: float = _pose(-0.3, 1)
     shift: tuple[float, float]
-    roll: float  # radians
-    yaw: float  # -1 … 1, moves the features across the head
-    zoom: float
+    roll: float = _pose(-0.12, 0.12)  # radians
+    yaw: float = _pose(-1, 1)  # moves the features across the head
+    zoom: float = _pose(0.92, 1.06)
 
     @property
     def has_hair(self) -> bool:
         return self.hair_style != "bald"
 
     def has(self, part: str) -> bool:
-        """Whether ``part`` can be seen at all."""
+        """Whether the face has ``part``; only hair and beard can be absent."""
         return {"hair": self.has_hair, "beard": self.has_beard}.get(part, True)
 
     def with_colour(self, part: str, name: str) -> "Face":
-        """The true counterfactual: the same face, one colour changed to the named one."""
+        """The true counterfactual: the same face with the colour ``name`` on ``part``."""
         return replace(self, **{part: Colour(name, colours(part)[name])})
 
 
-_UNIT = {
-    "face_width": (0.47, 0.57),
-    "face_height": (0.58, 0.68),
-    "jaw": (0, 1),
-    "eye_spacing": (0.205, 0.265),
-    "eye_size": (0.85, 1.15),
-    "eye_height": (-0.10, -0.02),
-    "nose_length": (0.13, 0.22),
-    "nose_width": (0.05, 0.10),
-    "brow_thickness": (0.058, 0.092),
-    "brow_tilt": (-0.035, 0.045),
-    "mouth_width": (0.155, 0.235),
-    "lip_fullness": (0.125, 0.185),
-    "hairline": (-0.52, -0.40),
-    "parting": (-0.3, 0.3),
-    "smile": (-0.3, 1),
-    "roll": (-0.12, 0.12),
-    "yaw": (-1, 1),
-    "zoom": (0.92, 1.06),
-}
-"""Ranges of the uniform factors."""
+_LIMITS = {one.name: one.metadata["limits"] for one in fields(Face) if "limits" in one.metadata}
+
+IDENTITY_FACTORS: tuple[str, ...] = (
+    *("skin", "eyes", "hair_style"),
+    *(one.name for one in fields(Face) if one.metadata.get("person")),
+)
+"""The factors that all pictures of a person share; everything else may differ between two pictures."""
 
 
 def factor_vector(face: Face) -> np.ndarray:
     """All factors as numbers in about [-1, 1]: nine colours, styles and presence, geometry, pose. [54]."""
-    colour = [c for part in PARTS for c in getattr(face, part).rgb] + [
-        *face.background,
-        *face.shirt,
-        *face.frame,
-    ]
+    colour = [c for part in PARTS for c in getattr(face, part).rgb]
+    colour += [*face.background, *face.shirt, *face.frame]
     flags = [face.hair_style == style for style in HAIR_STYLES] + [face.has_beard, face.has_glasses]
-    lengths = [(getattr(face, name) - low) / (high - low) for name, (low, high) in _UNIT.items()]
+    lengths = [(getattr(face, name) - low) / (high - low) for name, (low, high) in _LIMITS.items()]
     place = [face.shift[0] / 0.12 + 0.5, face.shift[1] / 0.1 + 0.5]
     return 2 * np.array([*np.asarray(colour) / 255, *flags, *lengths, *place], dtype=np.float32) - 1
-
-
-IDENTITY_FACTORS: tuple[str, ...] = (
-    "skin",
-    "eyes",
-    "hair_style",
-    "face_width",
-    "face_height",
-    "jaw",
-    "eye_spacing",
-    "eye_size",
-    "eye_height",
-    "nose_length",
-    "nose_width",
-    "brow_thickness",
-    "brow_tilt",
-    "mouth_width",
-    "lip_fullness",
-    "hairline",
-    "parting",
-)
-"""What makes a person; everything else may differ between two pictures of them."""
 
 
 def _jitter(rng: np.random.Generator, rgb: RGB, amount: float) -> RGB:
@@ -209,37 +169,34 @@ def _pick(rng: np.random.Generator, table: dict[str, RGB], amount: float = 0.07)
     return Colour(name, _jitter(rng, table[name], amount))
 
 
-def _any_hue(rng: np.random.Generator, saturation: tuple[float, float] = (0.15, 0.75)) -> RGB:
+def _any_hue(rng: np.random.Generator, saturation: tuple[float, float]) -> RGB:
     h, s, v = rng.uniform(0, 6), rng.uniform(*saturation), rng.uniform(0.45, 0.98)
     r, g, b = (255 * v * (1 - s * np.clip(1 - np.abs((h - k) % 6 - 3) + 1, 0, 1)) for k in (3, 5, 1))
     return (float(r), float(g), float(b))
 
 
 class LatentDraws:
-    """Feeds :func:`sample_face` from a latent code z [D] instead of a random stream: draw k is the normal CDF of z_k."""
+    """Numpy's random numbers for :func:`sample_face`, from a code z [D]: draw k is the normal CDF of z_k."""
 
     def __init__(self, z: np.ndarray):
         self._u = iter(np.clip(ndtr(z), 1e-6, 1 - 1e-6))
 
     def uniform(self, low: float = 0.0, high: float = 1.0, size: int | None = None):
-        """As numpy's."""
         u = next(self._u) if size is None else np.array([next(self._u) for _ in range(size)])
         return low + (high - low) * u
 
     def integers(self, n: int) -> int:
-        """As numpy's."""
         return int(next(self._u) * n)
 
     def choice(self, n: int, p) -> int:
-        """As numpy's."""
         return int(np.searchsorted(np.cumsum(p), next(self._u)).clip(0, n - 1))
 
 
 def sample_face(seed: int | tuple[int, ...] | LatentDraws, support: str = "natural") -> Face:
-    """A face, the same one for the same ``seed``.
+    """A face; the same one for the same ``seed``.
 
-    ``support``: "natural" (the generator's), or "both" (every colour factor is counterfactual with probability ½,
-    and eyebrows and beard no longer follow the hair).
+    support: "natural", on which the generator is trained, or "both": every colour factor is counterfactual
+        with probability ½, and eyebrows and beard do not follow the hair. Raises ValueError for any other.
     """
     if support not in ("natural", "both"):
         raise ValueError(f"support must be 'natural' or 'both', not {support!r}")
@@ -256,7 +213,7 @@ def sample_face(seed: int | tuple[int, ...] | LatentDraws, support: str = "natur
                 colour[part] = odd
             elif draw < 0.75:
                 colour[part] = independent
-    # "both" must cover what an edit may do to a background, or CLIP takes a vivid one for hair
+    # edits may make a background vivid: a CLIP that has not seen vivid ones takes them for hair
     saturation = (0.15, 0.75) if support == "natural" else (0.0, 1.0)
     style = HAIR_STYLES[rng.choice(5, p=(0.26, 0.24, 0.18, 0.18, 0.14))]
     u = rng.uniform
@@ -269,21 +226,17 @@ def sample_face(seed: int | tuple[int, ...] | LatentDraws, support: str = "natur
         has_beard=bool(u() < (0.12 if style in ("long", "bob") else 0.4)),
         has_glasses=bool(u() < 0.25),
         shift=(u(-0.06, 0.06), u(-0.05, 0.05)),
-        **{name: u(low, high) for name, (low, high) in _UNIT.items()},
+        **{name: u(low, high) for name, (low, high) in _LIMITS.items()},
     )
 
 
 def new_photo(face: Face, seed: int | tuple[int, ...], support: str = "both") -> Face:
-    """Another picture of the same person: identity factors kept, everything else drawn afresh from ``support``."""
-    other = sample_face(seed, support)
-    kept = {name: getattr(face, name) for name in IDENTITY_FACTORS}
-    return replace(other, **kept)
+    """Another picture of the same person: the identity factors are kept, everything else is drawn anew."""
+    return replace(sample_face(seed, support), **{name: getattr(face, name) for name in IDENTITY_FACTORS})
 
-
-assert set(IDENTITY_FACTORS) < {f.name for f in fields(Face)}
 
 FACTORS: int = factor_vector(sample_face(0)).size
 """Length of :func:`factor_vector`."""
 
 LATENT_DRAWS = 71
-"""How many numbers of z a natural face takes (see :class:`LatentDraws`)."""
+"""How many numbers of z a natural face needs, see :class:`LatentDraws`."""

@@ -1,8 +1,8 @@
 """Draws a :class:`~cfclip.toonfaces.factors.Face`.
 
-The painter fills one *label map* at four times the resolution; colours are looked up in a palette and masks are
-one-hot lookups of the same map, both averaged down. So the picture is antialiased, the masks are exact coverages
-that sum to one, and a face with one colour changed shares every edge with the original.
+A *label map* is painted at four times the resolution. Colours are looked up in a palette and masks are
+one-hot lookups of the same map; both are averaged down. So the picture is antialiased, the masks are exact
+coverages that sum to one, and a face in which one colour changed has exactly the edges of the original.
 """
 
 from dataclasses import dataclass
@@ -14,34 +14,19 @@ from cfclip.toonfaces.factors import Face
 
 SUPERSAMPLE = 4
 
-# label name -> part it belongs to; the order is only that of the indices
 LABELS: dict[str, str] = {
-    "background": "background",
-    "shirt": "shirt",
-    "shirt_shade": "shirt",
-    "skin": "skin",
-    "skin_shade": "skin",
-    "blush": "skin",
-    "hair": "hair",
-    "hair_shade": "hair",
-    "eyebrows": "eyebrows",
-    "eye_white": "eye_white",
-    "eyes": "eyes",
-    "pupil": "pupil",
-    "lipstick": "lipstick",
-    "mouth_line": "mouth",
-    "teeth": "mouth",
-    "beard": "beard",
-    "glasses": "glasses",
-}
+    "background": "background", "shirt": "shirt", "shirt_shade": "shirt", "skin": "skin",
+    "skin_shade": "skin", "blush": "skin", "hair": "hair", "hair_shade": "hair", "eyebrows": "eyebrows",
+    "eye_white": "eye_white", "eyes": "eyes", "pupil": "pupil", "lipstick": "lipstick", "mouth_line": "mouth", "teeth": "mouth",
+    "beard": "beard", "glasses": "glasses",
+}  # fmt: skip
+"""Label -> the part it belongs to; a label's position is its index."""
 
 MASKS: tuple[str, ...] = tuple(dict.fromkeys(LABELS.values()))
 """The parts that have a mask, in channel order."""
 
 _INDEX = {name: i for i, name in enumerate(LABELS)}
-
 _PART_OF_LABEL = np.array([MASKS.index(part) for part in LABELS.values()])
-
 _CIRCLE = np.linspace(0, 2 * np.pi, 33)[:-1]
 
 
@@ -63,6 +48,16 @@ def _ellipse(cx, cy, rx, ry, power: float = 2.0) -> np.ndarray:
     return np.stack([cx + rx * np.sign(c) * np.abs(c) ** e, cy + ry * np.sign(s) * np.abs(s) ** e], 1)
 
 
+def _mirrored(half: list[tuple[float, float]], x: float = 0.0) -> list[tuple[float, float]]:
+    """A polygon symmetric about the vertical line at ``x``; ``half``: one side, relative to the line."""
+    return [(x + dx, y) for dx, y in half] + [(x - dx, y) for dx, y in reversed(half)]
+
+
+def _band(x: np.ndarray, upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
+    """The polygon between two curves."""
+    return np.concatenate([np.stack([x, upper], 1), np.stack([x, lower], 1)[::-1]])
+
+
 class _Canvas:
     def __init__(self, face: Face, resolution: int):
         self.size = resolution * SUPERSAMPLE
@@ -79,55 +74,31 @@ class _Canvas:
         self.pen.polygon(self._pixels(np.asarray(points)), fill=_INDEX[label])
 
     def line(self, label: str, points: np.ndarray, width: float) -> None:
-        self.pen.line(
-            self._pixels(np.asarray(points)),
-            fill=_INDEX[label],
-            width=max(1, round(width * self.size / 2)),
-            joint="curve",
-        )
+        pixels, thick = self._pixels(np.asarray(points)), max(1, round(width * self.size / 2))
+        self.pen.line(pixels, fill=_INDEX[label], width=thick, joint="curve")
 
 
 def _head(face: Face, grow: float = 1.0, n: int = 48) -> np.ndarray:
-    """Outline of the head, clockwise from the right ear; the jaw is a superellipse from pointed to square."""
+    """Outline of the head [n, 2], clockwise from the right ear; its jaw is between pointed and square."""
     t = np.linspace(0, 2 * np.pi, n, endpoint=False)
     c, s = np.cos(t), np.sin(t)
     x, y = face.face_width * grow * c, face.face_height * grow * s
     below = np.clip(s, 0, 1)
-    x = x * (
-        1
-        + below * (0.22 * face.jaw - 0.16)
-        + 0.1 * face.jaw * np.sin(2 * np.clip(t, 0, np.pi)) * np.sign(c) * below
-    )
+    jaw = 0.1 * face.jaw * np.sin(2 * np.clip(t, 0, np.pi)) * np.sign(c) * below
+    x = x * (1 + below * (0.22 * face.jaw - 0.16) + jaw)
     return np.stack([x, y + 0.06], 1)
+
+
+_BACK_HAIR = {  # left outline, x in face widths
+    "long": [(-1.12, -0.2), (-1.32, 0.5), (-1.25, 1.3)],
+    "bob": [(-1.15, -0.2), (-1.34, 0.42), (-0.7, 0.56)],
+}
 
 
 def _hair_back(canvas: _Canvas, face: Face) -> None:
     w, h = face.face_width, face.face_height
-    if face.hair_style == "long":
-        canvas.fill(
-            "hair_shade",
-            [
-                (-w * 1.12, -0.2),
-                (-w * 1.32, 0.5),
-                (-w * 1.25, 1.3),
-                (w * 1.25, 1.3),
-                (w * 1.32, 0.5),
-                (w * 1.12, -0.2),
-            ],
-        )
-        canvas.fill("hair_shade", _ellipse(0, -0.12, w * 1.2, h * 0.98))
-    elif face.hair_style == "bob":
-        canvas.fill(
-            "hair_shade",
-            [
-                (-w * 1.15, -0.2),
-                (-w * 1.34, 0.42),
-                (-w * 0.7, 0.56),
-                (w * 0.7, 0.56),
-                (w * 1.34, 0.42),
-                (w * 1.15, -0.2),
-            ],
-        )
+    if outline := _BACK_HAIR.get(face.hair_style):
+        canvas.fill("hair_shade", _mirrored([(w * x, y) for x, y in outline]))
         canvas.fill("hair_shade", _ellipse(0, -0.12, w * 1.2, h * 0.98))
     elif face.hair_style == "curly":
         for a in np.linspace(np.pi * 0.93, np.pi * 2.07, 13):
@@ -144,18 +115,11 @@ def _hair_front(canvas: _Canvas, face: Face) -> None:
     outer = outer[outer[:, 1] < -0.02]
     outer = outer[np.argsort(outer[:, 0])]  # left ear over the crown to the right ear
     part = face.parting * w
-    fringe = [
-        (w * 1.0, drop),
-        (w * 0.90, drop - 0.12),
-        (w * 0.74, line + 0.06),
-        (part + 0.16, line - 0.05),
-        (part, line - 0.1),
-        (part - 0.2, line + 0.0),
-        (-w * 0.76, line + 0.08),
-        (-w * 0.90, drop - 0.12),
-        (-w * 1.0, drop),
-    ]
-    canvas.fill("hair", np.concatenate([[(-w * grow, drop)], outer, [(w * grow, drop)], fringe]))
+    right = [(w, drop), (w * 0.90, drop - 0.12), (w * 0.74, line + 0.06)]
+    middle = [(part + 0.16, line - 0.05), (part, line - 0.1), (part - 0.2, line)]
+    left = [(-w * 0.76, line + 0.08), (-w * 0.90, drop - 0.12), (-w, drop)]
+    crown = [[(-w * grow, drop)], outer, [(w * grow, drop)]]
+    canvas.fill("hair", np.concatenate([*crown, right, middle, left]))
     if face.hair_style == "curly":
         for a in np.linspace(np.pi * 1.04, np.pi * 1.96, 9):
             canvas.fill("hair", _ellipse(w * 0.95 * np.cos(a), -0.08 + h * 0.9 * np.sin(a), 0.15, 0.14))
@@ -167,12 +131,10 @@ def _mouth(canvas: _Canvas, face: Face, x: float) -> None:
     y0 = 0.40 - 0.055 * smile * t**2 + 0.01  # the line between the lips
     opening = 0.05 * max(0.0, smile - 0.35) * (1 - t**2)
     bow = 1 - t**2 + 0.22 * np.exp(-(((np.abs(t) - 0.33) / 0.2) ** 2)) - 0.12 * np.exp(-((t / 0.15) ** 2))
-    top = np.stack([x + w * t, y0 - 0.46 * full * bow - opening], 1)
-    bottom = np.stack([x + w * t, y0 + 0.6 * full * (1 - t**4) + opening], 1)
-    canvas.fill("lipstick", np.concatenate([top, bottom[::-1]]))
+    upper, lower = y0 - 0.46 * full * bow - opening, y0 + 0.6 * full * (1 - t**4) + opening
+    canvas.fill("lipstick", _band(x + w * t, upper, lower))
     if smile > 0.45:
-        inner = np.stack([x + 0.8 * w * t, y0 - opening], 1), np.stack([x + 0.8 * w * t, y0 + opening], 1)
-        canvas.fill("teeth", np.concatenate([inner[0], inner[1][::-1]]))
+        canvas.fill("teeth", _band(x + 0.8 * w * t, y0 - opening, y0 + opening))
     else:
         canvas.line("mouth_line", np.stack([x + 0.9 * w * t, y0], 1), 0.018)
 
@@ -182,15 +144,9 @@ def _beard(canvas: _Canvas, face: Face, x: float) -> None:
     jaw = jaw[jaw[:, 1] > 0.16]
     jaw = jaw[np.argsort(-jaw[:, 0])]  # right cheek under the chin to the left cheek
     w = face.mouth_width
-    inner = [
-        (-face.face_width * 0.78, 0.22),
-        (x - w - 0.12, 0.31),
-        (x - 0.07, 0.255),
-        (x + 0.07, 0.255),
-        (x + w + 0.12, 0.31),
-        (face.face_width * 0.78, 0.22),
-    ]
-    canvas.fill("beard", np.concatenate([jaw, inner]))
+    left = [(-face.face_width * 0.78, 0.22), (x - w - 0.12, 0.31), (x - 0.07, 0.255)]
+    right = [(x + 0.07, 0.255), (x + w + 0.12, 0.31), (face.face_width * 0.78, 0.22)]
+    canvas.fill("beard", np.concatenate([jaw, left, right]))
 
 
 def _eye(canvas: _Canvas, face: Face, side: int, x: float) -> None:
@@ -204,32 +160,17 @@ def _eye(canvas: _Canvas, face: Face, side: int, x: float) -> None:
     t = np.linspace(-1, 1, 9)
     arch = cy - ry - 0.105 - 0.045 * (1 - t**2) - side * t * face.brow_tilt
     half = 0.5 * face.brow_thickness * (1 - 0.45 * np.clip(side * t, 0, 1) ** 2)
-    bx = cx + 0.165 * k * t
-    canvas.fill(
-        "eyebrows", np.concatenate([np.stack([bx, arch - half], 1), np.stack([bx, arch + half], 1)[::-1]])
-    )
+    canvas.fill("eyebrows", _band(cx + 0.165 * k * t, arch - half, arch + half))
 
 
 def _glasses(canvas: _Canvas, face: Face, x: float) -> None:
+    spacing, y = face.eye_spacing, face.eye_height
     for side in (-1, 1):
-        ring = _ellipse(side * face.eye_spacing + x, face.eye_height, 0.19, 0.158, 3)
+        ring = _ellipse(side * spacing + x, y, 0.19, 0.158, 3)
         canvas.line("glasses", np.concatenate([ring, ring[:2]]), 0.03)
-        canvas.line(
-            "glasses",
-            [
-                (side * (face.eye_spacing + 0.185) + x, face.eye_height - 0.03),
-                (side * face.face_width * 0.99, face.eye_height - 0.06),
-            ],
-            0.03,
-        )
-    canvas.line(
-        "glasses",
-        [
-            (-face.eye_spacing + 0.18 + x, face.eye_height - 0.02),
-            (face.eye_spacing - 0.18 + x, face.eye_height - 0.02),
-        ],
-        0.03,
-    )
+        temple = [(side * (spacing + 0.185) + x, y - 0.03), (side * face.face_width * 0.99, y - 0.06)]
+        canvas.line("glasses", temple, 0.03)
+    canvas.line("glasses", [(-spacing + 0.18 + x, y - 0.02), (spacing - 0.18 + x, y - 0.02)], 0.03)
 
 
 def _palette(face: Face) -> np.ndarray:
@@ -273,17 +214,8 @@ def _label_map(face: Face, resolution: int) -> np.ndarray:
     if face.has_beard:
         _beard(canvas, face, x)
     n, top = face.nose_width, face.eye_height + 0.07
-    canvas.fill(
-        "skin_shade",
-        [
-            (x - 0.014, top),
-            (x + 0.014, top),
-            (x + n, top + face.nose_length - 0.02),
-            (x + n * 0.5, top + face.nose_length + 0.012),
-            (x - n * 0.5, top + face.nose_length + 0.012),
-            (x - n, top + face.nose_length - 0.02),
-        ],
-    )
+    tip = top + face.nose_length
+    canvas.fill("skin_shade", _mirrored([(0.014, top), (n, tip - 0.02), (n * 0.5, tip + 0.012)], x))
     _mouth(canvas, face, x)
     _hair_front(canvas, face)
     for side in (-1, 1):
@@ -300,7 +232,7 @@ def _colour(face: Face, labels: np.ndarray) -> np.ndarray:
 
 
 def render_image(face: Face, resolution: int = 64) -> np.ndarray:
-    """The picture alone, uint8 [R, R, 3]; twice as fast as :func:`render`."""
+    """Only the picture, uint8 [R, R, 3]; twice as fast as :func:`render`."""
     return _colour(face, _label_map(face, resolution))
 
 
@@ -309,8 +241,7 @@ def render(face: Face, resolution: int = 64) -> Rendering:
     labels = _label_map(face, resolution)
     row = np.arange(resolution * SUPERSAMPLE) // SUPERSAMPLE
     cell = row[:, None] * resolution + row
-    counts = np.bincount(
-        (_PART_OF_LABEL[labels] * resolution**2 + cell).ravel(), minlength=len(MASKS) * resolution**2
-    )
+    index = (_PART_OF_LABEL[labels] * resolution**2 + cell).ravel()
+    counts = np.bincount(index, minlength=len(MASKS) * resolution**2)
     masks = counts.reshape(len(MASKS), resolution, resolution).astype(np.float32) / SUPERSAMPLE**2
     return Rendering(_colour(face, labels), masks)

@@ -1,4 +1,4 @@
-"""The ground truth of toonfaces: the renderer draws what was asked for, the readout measures what an edit did."""
+"""The ground truth of toonfaces: the renderer draws the right answer, the readout measures edits."""
 
 import copy
 from functools import lru_cache
@@ -7,19 +7,23 @@ from itertools import count, islice
 import torch
 from torch import Tensor
 
-from cfclip.domain import COUNTERFACTUAL, GROUPS, Claim
+from cfclip.domain import GROUPS, Claim
 from cfclip.images import to_tensor
 from cfclip.toonfaces.captions import claim_of, phrase
 from cfclip.toonfaces.factors import HELD_OUT, NATURAL, PARTS, Face, colours, sample_face
 from cfclip.toonfaces.readout import VISIBLE, Measurement, Readout
 from cfclip.toonfaces.render import MASKS, render, render_image
 
-# first numbers of the seeds of faces that nothing was trained on
+# the seeds of faces that no network was trained on start with these numbers
 NATURAL_FACES, PHOTOS, COUNTERFACTUALS = 40_000, 70_000, 80_000
+COUNTERFACTUAL, HELD_OUT_FROM_CLIP, IN_THE_DOMAIN = GROUPS[:3]
 
 
 class ToonTruth:
-    """A :class:`cfclip.domain.GroundTruth` that asks the renderer and the readout."""
+    """Implements :class:`cfclip.domain.GroundTruth`, where the methods are described.
+
+    resolution: R of the rendered faces, the generator's.
+    """
 
     parts = MASKS
     regions = tuple(part for part in MASKS if part not in ("background", "shirt"))
@@ -33,7 +37,9 @@ class ToonTruth:
 
     def group(self, claim: Claim) -> str:
         part, colour = claim
-        return GROUPS[2] if colour in NATURAL[part] else COUNTERFACTUAL[claim in HELD_OUT]
+        if colour in NATURAL[part]:
+            return IN_THE_DOMAIN
+        return HELD_OUT_FROM_CLIP if claim in HELD_OUT else COUNTERFACTUAL
 
     def measure(self, images: Tensor) -> Measurement:
         return self.readout.measure(images)
@@ -50,12 +56,12 @@ class ToonTruth:
         return stages
 
     def renders(self, n: int, claim: Claim | None = None) -> Tensor:
-        return natural_renders(self.resolution, n, claim).to(self._device)
+        return natural_renders(self.resolution, n, claim).to(self._device, copy=True)
 
     def counterfactuals(self, claim: Claim, n: int) -> tuple[Tensor, Tensor]:
-        part, size = claim[0], self.resolution
         everyone = (sample_face((COUNTERFACTUALS, k)) for k in count())
-        faces = list(islice((face for face in everyone if render(face, size).area(part) > VISIBLE), n))
+        showing = (f for f in everyone if render(f, self.resolution).area(claim[0]) > VISIBLE)
+        faces = list(islice(showing, n))
         return self._draw(faces), self._draw([face.with_colour(*claim) for face in faces])
 
     def photos(self, n: int, seed: int) -> Tensor:
@@ -74,8 +80,8 @@ class ToonTruth:
 
 @lru_cache(maxsize=4)
 def natural_renders(resolution: int, n: int, claim: Claim | None = None) -> Tensor:
-    """Renders of ``n`` natural faces [n, 3, R, R]; with ``claim`` the same faces, recoloured."""
+    """Renders of ``n`` natural faces [n, 3, R, R], recoloured to the ``claim``. Cached: do not modify."""
     faces = [sample_face((NATURAL_FACES, k)) for k in range(n)]
-    return to_tensor([
-        render_image(face.with_colour(*claim) if claim else face, resolution) for face in faces
-    ])
+    if claim is not None:
+        faces = [face.with_colour(*claim) for face in faces]
+    return to_tensor([render_image(face, resolution) for face in faces])

@@ -1,8 +1,7 @@
-"""Trains, exports and measures the embedded networks; each weight file's card is written by the command that measured it."""
+"""Trains, stores and measures the embedded networks; a measurement writes the card of the weight file."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,14 @@ from torch import nn
 
 from cfclip.checkpoints import weights
 from cfclip.checkpoints.mappers import load_mapper
+from cfclip.domain import Domain
 from cfclip.evaluation.kid import kid, kid_features
 from cfclip.evaluation.report import markdown
 from cfclip.files import DATA, write_text
 from cfclip.images import to_tensor
 from cfclip.method.config import flat
 from cfclip.method.loop import begin_run
+from cfclip.settings import Settings
 from cfclip.toonfaces.domain import load_toonfaces
 from cfclip.toonfaces.factors import NATURAL, PARTS, sample_face
 from cfclip.toonfaces.readout import VISIBLE
@@ -26,212 +27,179 @@ from cfclip.toonfaces.render import render_image
 from cfclip.toonfaces.train import clip, encoder, gan, identity, multi, readout
 
 
-def measure_generator(folder: Path) -> str:
-    """KID to held-out renders, share of samples that are no face, share of samples with a colour that training never showed."""
-    n = 1000
-    domain = load_toonfaces(folder)
+def measure_generator(domain: Domain, path: Path) -> str:
+    """KID to held-out renders; shares of samples that are not a face or have a colour unseen in training."""
+    n, g = 1000, domain.generator
     with torch.no_grad():
-        z = torch.randn(n, domain.generator.z_dim, generator=torch.Generator().manual_seed(50_000))
-        fakes = torch.cat([domain.generator(part).clamp(-1, 1) for part in z.split(100)])
-    real, other = (
-        to_tensor([render_image(sample_face((seed, k)), domain.generator.resolution) for k in range(n)])
-        for seed in (50_001, 50_002)
-    )
-    f_fake, f_real, f_other = (kid_features(domain.truth, x) for x in (fakes, real, other))
+        z = torch.randn(n, g.z_dim, generator=torch.Generator().manual_seed(50_000))
+        fakes = torch.cat([g(part).clamp(-1, 1) for part in z.split(100)])
+
+    def renders(seed: int) -> torch.Tensor:
+        return to_tensor([render_image(sample_face((seed, k)), g.resolution) for k in range(n)])
+
+    fake, real, other = (kid_features(domain.truth, x) for x in (fakes, renders(50_001), renders(50_002)))
     seen = domain.truth.measure(fakes)
     rows = [
-        {"what": "KID, samples to renders", "value": kid(f_fake, f_real), "n": n},
-        {"what": "KID, renders to other renders (the floor)", "value": kid(f_other, f_real), "n": n},
-        {"what": "share of samples with no face", "value": float(1 - seen.is_face.mean()), "n": n},
+        ("KID, samples to renders", kid(fake, real), n),
+        ("KID, renders to other renders (the floor)", kid(other, real), n),
+        ("share of samples with no face", float(1 - seen.is_face.mean()), n),
     ]
     for part in PARTS:
         names = [name for name in seen.colour(part) if name is not None]
         odd = float(np.mean([name not in NATURAL[part] for name in names]))
-        rows.append({
-            "what": f"share of samples with a counterfactual colour: {part}",
-            "value": odd,
-            "n": len(names),
-        })
-    gan.save_grid(domain.generator, folder / "generator.png")
-    return (
-        markdown(
-            pd.DataFrame(rows),
-            "Samples at psi = 1, seed 50000. KID on the readout's encoder (176 pooled features, standardised), cubic kernel.",
-        )
-        + "\n![64 uncurated samples, psi = 1](generator.png)\n"
+        rows.append((f"share of samples with a counterfactual colour: {part}", odd, len(names)))
+    gan.save_grid(g, path.with_suffix(".png"))
+    note = (
+        "Samples at psi = 1, seed 50000. KID with a cubic kernel on 176 pooled features of the readout's "
+        f"encoder, standardised.\n\n![64 uncurated samples, psi = 1]({path.stem}.png)"
     )
+    return markdown(pd.DataFrame(rows, columns=["what", "value", "n"]), note)
 
 
-def measure_clip(folder: Path, which: str = "clip") -> str:
+def measure_clip(domain: Domain, path: Path) -> str:
     """Zero-shot colour naming on held-out renders."""
-    table = pd.DataFrame(clip.colour_accuracy(getattr(load_toonfaces(folder), which)))
-    return markdown(
-        table,
-        'Share of held-out renders whose colour is named rightly among *all* colours of the part, by "face with <colour> <part>" '
-        "under the 79 templates. accuracy: counterfactual colours; natural: natural ones; held_out: (part, colour) pairs never "
-        "shown in training. Seed 10000.",
+    note = (
+        "Share of held-out renders whose colour is named correctly among *all* colours of the part, by "
+        '"face with <colour> <part>" under the 79 templates. accuracy: counterfactual colours; natural: '
+        "natural colours; held out: (part, colour) pairs that training never showed. Seed 10000."
     )
+    guide = domain.heldout_clip if path.stem == "heldout_clip" else domain.clip
+    return markdown(pd.DataFrame(clip.colour_accuracy(guide)), note)
 
 
-def measure_identity(folder: Path) -> str:
-    """Verification with counterfactual make-up on one side."""
-    result = identity.verification(load_toonfaces(folder).identity)
-    return markdown(
-        pd.DataFrame([result]),
-        "Same person in another photo, with counterfactual make-up, hair and brow colours and a new pose, smile and "
-        "background, against another person; people never seen in training. Seed 30000.",
+def measure_identity(domain: Domain, path: Path) -> str:
+    """Verification of people in counterfactual make-up."""
+    note = (
+        "A natural photo against another photo, of the same person or of someone else, that has "
+        "counterfactual make-up, hair and brow colours and a new pose, smile and background. People that "
+        "training never showed. Seed 30000."
     )
+    return markdown(pd.DataFrame([identity.verification(domain.identity)]), note)
 
 
-def measure_readout(folder: Path) -> str:
+def measure_readout(domain: Domain, path: Path) -> str:
     """Colour and presence accuracy on held-out renders."""
-    table = pd.DataFrame(readout.colour_accuracy(load_toonfaces(folder).truth))
-    return markdown(
-        table,
-        f"Held-out renders of both supports; colours over parts larger than {VISIBLE:g} pixels. Seed 20000.",
-    )
+    note = f"Held-out renders of both supports; colours of parts larger than {VISIBLE:g} pixels. Seed 20000."
+    return markdown(pd.DataFrame(readout.colour_accuracy(domain.truth)), note)
 
 
-def measure_encoder(folder: Path) -> str:
+def measure_encoder(domain: Domain, path: Path) -> str:
     """Reconstruction of held-out renders, before and after optimisation."""
-    domain = load_toonfaces(folder)
     if domain.encoder is None:
-        raise weights.WeightsError(
-            f"{folder / 'encoder.safetensors'} does not fit {folder / 'generator.safetensors'}: cfclip toonfaces train encoder"
-        )
-    return markdown(
-        pd.DataFrame(encoder.refinement(domain)),
-        "Held-out natural renders against G(w), mean ± half of the 95 % interval over the renders. "
-        "PSNR in dB; perceptual distance under its name (0 = the same picture); centre distance: of w from W's centre, 1 = as a sample. "
-        "Settings of `InversionConfig`. Seed 70000.",
+        raise _unfit(path)
+    note = (
+        "Held-out natural renders against G(w): mean ± half of the 95 % interval over the renders. psnr in "
+        "dB; lpips: perceptual distance (0: the same picture); centre distance: of w from the centre of W "
+        "(1: that of a sample). Settings of `InversionConfig`. Seed 70000."
     )
+    return markdown(pd.DataFrame(encoder.refinement(domain)), note)
 
 
-def measure_multi(name: str, folder: Path) -> str:
-    """Edits of test faces by prompts that were trained on, and by those that were not."""
-    path, domain = folder / f"{name}.safetensors", load_toonfaces(folder)
+def measure_multi(domain: Domain, path: Path) -> str:
+    """Edits of test faces by prompts that the mapper was trained on, and by others."""
     domain = replace(domain, mapper=load_mapper(path))
     if not domain.mapper.config.fits(domain.generator, domain.clip):
-        raise weights.WeightsError(
-            f"{path} does not fit the generator and the CLIP beside it: cfclip toonfaces train {name}"
-        )
-    groups, unseen = multi.measure(domain, weights.read(path, "mapper")[2]["training"]["prompts"])
+        raise _unfit(path)
+    groups, unseen = multi.measure(domain, weights.read_header(path).card["training"]["prompts"])
     note = (
-        "Edits at strength 1 of test faces; seen: by prompts that were trained on; n = prompts x faces. Success, leakage: the "
-        "readout's. A face without the part, as the bald for hair, cannot succeed. Test latents, seed 0."
+        "Edits of test faces at strength 1. seen: the mapper was trained on the prompt; n: prompts x faces. "
+        "Success and leakage are measured by the readout; a face without the part, for instance a bald one "
+        "if the prompt names hair, cannot succeed. Test latents, seed 0."
     )
     return markdown(groups, note) + ("\n" + markdown(unseen, "Every unseen prompt.") if len(unseen) else "")
+
+
+def _unfit(path: Path) -> weights.WeightsError:
+    return weights.WeightsError(
+        f"{path} was trained for other networks than those beside it: "
+        f"run 'cfclip toonfaces train {path.stem}'"
+    )
 
 
 @dataclass(frozen=True)
 class Network:
     """How one of the embedded networks is trained, stored and measured."""
 
-    config: Callable[..., Any]
+    title: str  # of its card
+    config: Callable[..., Settings]
     train: Callable[[Any, Path], nn.Module]
-    metadata: Callable[[Any, nn.Module], dict]
-    measure: Callable[[Path], str]
-    title: str
-    dtype: torch.dtype = torch.float16
+    measure: Callable[[Domain, Path], str]  # of the weight file at this path, which is in this domain
+    sizes: Callable[[Any, nn.Module], dict] = lambda config, model: model.metadata  # for the file's header
+    dtype: torch.dtype = torch.float16  # of the stored tensors
     kind: str | None = None  # of its file; default: its name
-    data: str = "toonfaces renders, drawn afresh"
-    run: Mapping[str, str] | None = None  # what tells its run apart; default: its name
+    data: str = "toonfaces renders"  # what it is trained on
+    run: Mapping[str, str] | None = None  # distinguishes its run from others; default: its name
+
+
+def _clip(title: str, config: type[clip.CLIPConfig]) -> Network:
+    return Network(title, config, clip.train, measure_clip, lambda c, model: {"model": c.model})
+
+
+def _mapper(title: str, config: Callable[..., Settings]) -> Network:
+    run = {"method": "cfclip", "domain": "toonfaces"}
+    data = "samples of the generator beside it"
+    return Network(title, config, multi.train, measure_multi, kind="mapper", data=data, run=run)
 
 
 NETWORKS: dict[str, Network] = {
     "readout": Network(
+        "Readout: segments parts and detects hair style, beard and glasses; the judge without CLIP",
         readout.ReadoutConfig,
         readout.train,
-        lambda c, m: m.metadata,
         measure_readout,
-        "Readout: part segmenter and presence factors, the judge that uses no CLIP",
     ),
     "identity": Network(
-        identity.IdentityConfig,
-        identity.train,
-        lambda c, m: m.metadata,
-        measure_identity,
-        "Identity: a small ArcFace IR-SE",
+        "Identity: a small ArcFace IR-SE", identity.IdentityConfig, identity.train, measure_identity
     ),
-    "clip": Network(
-        clip.CLIPConfig,
-        clip.train,
-        lambda c, m: {"model": c.model},
-        measure_clip,
-        "CLIP: open_clip model, convolutional image tower, open_clip's tokenizer",
+    "clip": _clip(
+        "CLIP: an open_clip model with a convolutional image tower and open_clip's tokenizer", clip.CLIPConfig
     ),
-    "heldout_clip": Network(
+    "heldout_clip": _clip(
+        "Held-out CLIP: judges edits, and no edit is optimised for it; a ConvNeXt image tower",
         clip.HeldOutConfig,
-        clip.train,
-        lambda c, m: {"model": c.model},
-        partial(measure_clip, which="heldout_clip"),
-        "Held-out CLIP: the judge that no edit was optimised for; a ConvNeXt image tower",
     ),
     "generator": Network(
+        "Generator: a StyleGAN2 that was trained on natural colours only",
         gan.GANConfig,
         gan.train,
-        lambda c, m: m.config,
         measure_generator,
-        "Generator: StyleGAN2 that has seen natural colours only",
+        lambda c, model: model.config,
         dtype=torch.float32,
     ),
     "encoder": Network(
+        "Encoder: a photo to W+, trained for the generator beside it",
         encoder.EncoderConfig,
         encoder.train,
-        lambda c, m: m.metadata,
         measure_encoder,
-        "Encoder: a photo to W+, trained for the generator beside it",
     ),
-    "multi": Network(
-        multi.config,
-        multi.train,
-        lambda c, m: m.metadata,
-        partial(measure_multi, "multi"),
-        "Mapper of every prompt: CF-CLIP, prompts drawn each step",
-        kind="mapper",
-        data="samples of the generator beside it",
-        run={"method": "cfclip", "domain": "toonfaces"},
-    ),
-    "heldout_multi": Network(
-        multi.heldout_config,
-        multi.train,
-        lambda c, m: m.metadata,
-        partial(measure_multi, "heldout_multi"),
-        "Mapper of many prompts that never saw some",
-        kind="mapper",
-        data="samples of the generator beside it",
-        run={"method": "cfclip", "domain": "toonfaces"},
+    "multi": _mapper("Mapper for every prompt: CF-CLIP with prompts drawn at each step", multi.config),
+    "heldout_multi": _mapper(
+        "Mapper for many prompts: CF-CLIP trained without some of them", multi.heldout_config
     ),
 }
 
 
 def train(name: str, out: Path, folder: Path = DATA / "toonfaces", **overrides: Any) -> Path:
-    """Train network ``name`` (going on in ``out`` if it was stopped) and store it as ``folder/<name>.safetensors``."""
+    """Train network ``name``, or resume it in ``out``, and store it as ``folder/<name>.safetensors``."""
     network = NETWORKS[name]
-    config = network.config(**overrides)
-    config = begin_run(config, "cpu", out, **network.run or {"network": name})
+    config = begin_run(network.config(**overrides), "cpu", out, **network.run or {"network": name})
     model = network.train(config, out)
-    return weights.save(
-        model,
-        folder / f"{name}.safetensors",
-        network.kind or name,
-        network.metadata(config, model),
-        store_as=network.dtype,
-        training=flat(config),
-    )
+    path, kind, sizes = folder / f"{name}.safetensors", network.kind or name, network.sizes(config, model)
+    return weights.save(model, path, kind, sizes, store_as=network.dtype, training=flat(config))
 
 
 def write_card(name: str, folder: Path = DATA / "toonfaces") -> Path:
-    """Measure ``folder/<name>.safetensors`` and write what was found, with how it was trained, to ``folder/<name>.md``."""
-    path = folder / f"{name}.safetensors"
-    network = NETWORKS[name]
+    """Measure ``folder/<name>.safetensors``; write the result and how it was trained to ``<name>.md``."""
+    path, network = folder / f"{name}.safetensors", NETWORKS[name]
     tensors, _, card = weights.read(path, network.kind or name)
-    parameters = sum(t.numel() for t in tensors.values())
-    budget = "\n".join(f"| {key} | {value} |" for key, value in card.get("training", {}).items())
+    values, megabytes = sum(t.numel() for t in tensors.values()), path.stat().st_size / 1e6
+    settings = "\n".join(f"| {key} | {value} |" for key, value in card.get("training", {}).items())
     text = (
-        f"# {network.title}\n\n`{path.name}`: {parameters:,} values, {path.stat().st_size / 1e6:.1f} MB. "
-        f"Data: {network.data}; no other source. Licence: MIT, as the code.\n\n"
-        f"Retrain: `cfclip toonfaces train {name}`. Measure again: `cfclip toonfaces measure {name}`.\n\n"
-        f"## Measured\n\n{network.measure(folder)}\n## Training\n\n{card.get('history', '')}| setting | value |\n|---|---|\n{budget}\n"
+        f"# {network.title}\n\n"
+        f"`{path.name}`: {values:,} values, {megabytes:.1f} MB. "
+        f"Trained only on {network.data}. Licence: MIT, as the code.\n\n"
+        f"Train again: `cfclip toonfaces train {name}`. Measure again: `cfclip toonfaces measure {name}`.\n\n"
+        f"## Measured\n\n{network.measure(load_toonfaces(folder), path)}\n"
+        f"## Training\n\n{card.get('history', '')}| setting | value |\n|---|---|\n{settings}\n"
     )
     return write_text(folder / f"{name}.md", text)

@@ -9,24 +9,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cfclip.images import to_tensor
-from cfclip.method.loop import run_loop, with_global_seed
-from cfclip.settings import Settings
+from cfclip.settings import Settings, int_at_least, number, setting
 from cfclip.toonfaces.factors import HAIR_STYLES, PARTS, Face, sample_face
 from cfclip.toonfaces.readout import VISIBLE, Readout
 from cfclip.toonfaces.render import render
 from cfclip.toonfaces.train.augment import degrade
+from cfclip.toonfaces.train.run import run_training, seeded
 from cfclip.toonfaces.truth import ToonTruth
 
 
 @dataclass(frozen=True)
 class ReadoutConfig(Settings):
-    """How the readout was trained."""
+    """How the readout is trained."""
 
-    width: int = 16
-    batch: int = 32
-    steps: int = 1000
-    lr: float = 3e-3
-    seed: int = 0
+    width: int = setting(16, int_at_least(1))
+    batch: int = setting(32, int_at_least(1))
+    steps: int = setting(1000, int_at_least(1))
+    lr: float = setting(3e-3, number(above=True))
+    seed: int = setting(0, int_at_least(0))
 
 
 def _presence_loss(logits: Tensor, faces: list[Face]) -> Tensor:
@@ -37,9 +37,9 @@ def _presence_loss(logits: Tensor, faces: list[Face]) -> Tensor:
 
 
 def train(config: ReadoutConfig, out: Path) -> Readout:
-    """Train (or go on training) in ``out``; returns the readout in eval mode."""
-    torch.manual_seed(config.seed)
-    model = Readout(config.width).train().to(memory_format=torch.channels_last)
+    """Train, or resume the training in ``out``; returns the readout in eval mode."""
+    with seeded(config.seed):
+        model = Readout(config.width).train().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), config.lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, config.steps)
 
@@ -57,20 +57,16 @@ def train(config: ReadoutConfig, out: Path) -> Readout:
         schedule.step()
         return {"parts": loss_parts.item(), "presence": loss_presence.item()}
 
-    run_loop(
-        with_global_seed(step),
-        config.steps,
-        state={"model": model, "optimizer": optimizer, "schedule": schedule},
-        out=out,
-        seed=config.seed,
-        checkpoint_every=250,
-        desc="readout",
-    )
+    state = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    run_training("readout", step, config, state, out)
     return model.eval()
 
 
 def colour_accuracy(readout: ToonTruth | Readout, faces: int = 1000, seed: int = 20_000) -> list[dict]:
-    """Colour naming on held-out renders of both supports, a row per part, over parts larger than ``VISIBLE``."""
+    """Accuracy on held-out renders of both supports.
+
+    One row per part, over the parts larger than ``VISIBLE``, then one per presence factor; n: faces counted.
+    """
     people = [sample_face((seed, k), "both") for k in range(faces)]
     drawn = [render(face) for face in people]
     measured = readout.measure(to_tensor([r.image for r in drawn]))
@@ -89,6 +85,6 @@ def colour_accuracy(readout: ToonTruth | Readout, faces: int = 1000, seed: int =
         "glasses or not": measured.has_glasses == [f.has_glasses for f in people],
         "is a face": measured.is_face,
     }
-    return rows + [
-        {"part": name, "accuracy": float(np.mean(hits)), "n": faces} for name, hits in presence.items()
-    ]
+    for name, hits in presence.items():
+        rows.append({"part": name, "accuracy": float(np.mean(hits)), "n": faces})
+    return rows

@@ -1,0 +1,54 @@
+"""What the trainings of the embedded networks share."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cfclip.method.loop import Callback, run_loop, with_global_seed
+from cfclip.settings import Settings
+
+CHECKPOINT_EVERY = 250
+"""Steps between two checkpoints."""
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Start torch's global random numbers (CPU) from ``seed``; the caller's state is restored at the end."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also re-seed the GPUs
+        yield
+
+
+def run_training(
+    name: str,
+    step: Callable[[int], Mapping[str, float]],
+    config: Settings,
+    state: Mapping[str, Any],
+    out: Path,
+    steps: int | None = None,
+    callbacks: Iterable[Callback] = (),
+) -> None:
+    """Run ``step(i)``, which draws from torch's global random numbers; resumes a training stopped in ``out``.
+
+    steps: default ``config.steps``.
+    """
+    options = {"state": state, "out": out, "seed": config.seed, "callbacks": callbacks, "desc": name}
+    steps = config.steps if steps is None else steps
+    run_loop(with_global_seed(step), steps, checkpoint_every=CHECKPOINT_EVERY, **options)
+
+
+def sizes(value: Any) -> str | None:
+    """The check of a tuple of channel counts."""
+    fine = isinstance(value, tuple) and value and all(isinstance(n, int) and n >= 1 for n in value)
+    return None if fine else "a list of whole numbers from 1"
+
+
+def stages(value: Any) -> str | None:
+    """The check of the stages of an IR-SE body."""
+    fine = (
+        isinstance(value, tuple) and value and all(len(one) == 3 and not sizes(tuple(one)) for one in value)
+    )
+    return None if fine else "a list of (in, out, units) with whole numbers from 1"

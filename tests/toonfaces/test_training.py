@@ -1,0 +1,144 @@
+"""The trainings of the embedded networks, at tiny sizes."""
+
+from dataclasses import fields, replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from cfclip.checkpoints import weights
+from cfclip.files import read_rows
+from cfclip.toonfaces.factors import sample_face
+from cfclip.toonfaces.render import MASKS, render
+from cfclip.toonfaces.train import augment, cards, clip, encoder, gan, identity, multi, readout
+from cfclip.toonfaces.train.run import run_training, seeded
+
+STAGES = ((16, 16, 1), (16, 16, 1), (16, 16, 1))
+GAN = gan.GANConfig(
+    resolution=16, channels=(16,) * 3, d_channels=(16,) * 3, w_dim=80, mapping_layers=2, batch=4,
+    dtype="float32", warm_steps=8, map_steps=3, steps=4, warm_pool=32,
+)  # fmt: skip
+TINY = {
+    "readout": readout.ReadoutConfig(width=8, batch=2, steps=2),
+    "identity": identity.IdentityConfig(stages=STAGES, embed_dim=8, people=4, batch=2, steps=2),
+    "clip": clip.CLIPConfig(batch=2, steps=1, pool=4, warmup=1, dtype="float32"),
+    "encoder": encoder.EncoderConfig(stages=STAGES, width=8, batch=2, steps=2, dtype="float32"),
+    "generator": replace(GAN, warm_steps=1, map_steps=1, steps=1),
+    "multi": multi.config(
+        steps=1,
+        batch=2,
+        prompts_at_once=2,
+        prompts=("red hair", "blue hair"),
+        train_latents=2,
+        dtype="float32",
+    ),
+}
+
+
+def same(a, b):
+    return all(
+        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_training_neither_reads_nor_changes_the_callers_random_state(name, toonfaces, tmp_path):
+    networks = []
+    for user_seed in (1, 2):
+        torch.manual_seed(user_seed)
+        np.random.seed(user_seed)
+        before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
+        domain = {"domain": toonfaces} if name in ("encoder", "multi") else {}
+        networks.append(cards.NETWORKS[name].train(TINY[name], tmp_path / str(user_seed), **domain))
+        assert torch.equal(torch.get_rng_state(), before)
+        assert np.array_equal(np.random.get_state()[1], numpy_before)
+    assert same(*networks)
+
+
+def test_seeded_restores_the_random_state_also_after_an_error():
+    before = torch.get_rng_state()
+    with pytest.raises(ZeroDivisionError), seeded(3):
+        first = torch.rand(4)
+        raise ZeroDivisionError
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first, torch.rand(4, generator=torch.Generator().manual_seed(3)))
+
+
+def test_the_steps_of_a_training_draw_the_same_numbers_each_time(tmp_path):
+    drawn = {}
+    for run in ("a", "b"):
+        numbers = drawn.setdefault(run, [])
+        step = lambda i, numbers=numbers: numbers.append(torch.rand(()).item()) or {"loss": 0.0}  # noqa: E731
+        run_training("test", step, TINY["readout"], {}, tmp_path / run, steps=3)
+    assert drawn["a"] == drawn["b"] and len(set(drawn["a"])) == 3
+
+
+@pytest.mark.parametrize("config", [type(one) for one in TINY.values()], ids=TINY)
+def test_every_setting_has_a_check_that_accepts_its_default(config):
+    checks = {one.name: one.metadata["check"] for one in fields(config)}
+    assert checks and all(map(callable, checks.values()))
+
+
+@pytest.mark.parametrize(
+    ("config", "wrong"),
+    [
+        (gan.GANConfig, {"w_dim": 16}),
+        (gan.GANConfig, {"channels": ()}),
+        (gan.GANConfig, {"mixing": 1.5}),
+        (clip.CLIPConfig, {"model": "ViT-B-32"}),
+        (clip.HeldOutConfig, {"dtype": "float8"}),
+        (readout.ReadoutConfig, {"steps": 0}),
+        (identity.IdentityConfig, {"stages": ((16, 16),)}),
+        (encoder.EncoderConfig, {"stages": [[16, 16, 0]]}),
+        (encoder.EncoderConfig, {"unlock": (0.5, 0.2)}),
+    ],
+)
+def test_a_setting_that_cannot_work_is_named(config, wrong):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        config(**wrong)
+
+
+def test_generator_training_passes_its_phases_and_resumes(tmp_path):
+    whole = gan.train(GAN, tmp_path / "whole")
+    gan.train(replace(GAN, steps=2), tmp_path / "cut")
+    assert same(whole, gan.train(GAN, tmp_path / "cut"))
+    errors = [row["error"] for row in read_rows(tmp_path / "whole" / "1-regression" / "log.jsonl")]
+    assert np.isfinite(errors).all()
+    assert (tmp_path / "whole" / "samples" / "3-adversarial-000004.png").exists()
+
+
+def test_a_network_is_stored_with_its_settings_and_its_training_can_be_repeated(tmp_path):
+    settings = {one.name: getattr(TINY["identity"], one.name) for one in fields(TINY["identity"])}
+    path = cards.train("identity", tmp_path / "run", tmp_path, **settings)
+    first, sizes, card = weights.read(path, "identity")
+    assert sizes["stages"] == [list(one) for one in STAGES] and card["training"]["people"] == 4
+    again, _, _ = weights.read(cards.train("identity", tmp_path / "run", tmp_path, **settings), "identity")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    with pytest.raises(ValueError, match="another lr"):
+        cards.train("identity", tmp_path / "run", tmp_path, **settings | {"lr": 0.1})
+
+
+def test_a_halo_leaves_its_part_unchanged():
+    rng = np.random.default_rng(0)
+    changed = 0
+    for k in range(20):
+        face = sample_face((5, k), "both")
+        drawn, haloed = render(face), augment.with_halo(face, rng)
+        for part in ("eyebrows", "lipstick", "eyes"):
+            inside = drawn.masks[MASKS.index(part)] == 1
+            assert (haloed[inside] == drawn.image[inside]).all()
+        changed += (haloed != drawn.image).any()
+    assert changed > 15
+
+
+def test_augmentations_draw_from_torchs_random_numbers_and_keep_shapes():
+    images = torch.rand(3, 3, 32, 32) * 2 - 1
+    for change in (augment.degrade, partial(augment.random_warp, share=0.5)):
+        with seeded(1):
+            first = change(images)
+        with seeded(1):
+            assert torch.equal(first, change(images))
+        assert first.shape == images.shape
+    assert torch.equal(augment.random_warp(images, share=0.0), images)
