@@ -1,4 +1,4 @@
-"""Photos: aligned as the generator's training faces were, and inverted into W+."""
+"""Photos: aligned as the generator's training faces were, then inverted into W+."""
 
 from cfclip.inversion import align
 from cfclip.inversion.projector import InversionConfig, encode, held_out, invert
