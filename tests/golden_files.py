@@ -1,4 +1,4 @@
-"""Where goldens are: the committed ones in ``tests/golden``, the whole set beside the repository in ``shared/golden``.
+"""The goldens: the committed ones in ``tests/golden``, all of them in ``shared/golden`` beside the repository.
 
 ``tests/golden/README.md`` says what they are and what was cut from the committed ones.
 """
@@ -20,7 +20,7 @@ _spec.loader.exec_module(recipe)
 
 
 def golden_path(folder: Path, name: str, tmp: Path) -> Path:
-    """The file ``name``, unpacked into ``tmp`` if it is committed compressed; skips the test if it is not there."""
+    """The file ``name``, unpacked into ``tmp`` if it is compressed; skips the test if it is missing."""
     if (folder / name).exists():
         return folder / name
     packed = folder / f"{name}.xz"
@@ -32,7 +32,7 @@ def golden_path(folder: Path, name: str, tmp: Path) -> Path:
 
 
 def golden(name: str, folder: Path | None = None) -> dict:
-    """A golden dict of tensors: from ``folder``, or the whole one if it is at hand, else the committed one."""
+    """A golden dict of tensors: from ``folder``, or the whole one if it is there, else the committed one."""
     for place in [folder] if folder else [SHARED, COMMITTED]:
         if (place / name).exists():
             return torch.load(place / name, weights_only=True)

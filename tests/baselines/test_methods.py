@@ -140,7 +140,7 @@ def plain(domain):
     ],
 )
 def test_training_lowers_its_own_objective(method, loss, domain):
-    """On the same pictures, after 1 and after 40 steps: the means that are logged are over other pictures each."""
+    """On the same pictures, after 1 and after 40 steps; the logged means are over other pictures each."""
     changes = {"lambda_l2": 0.0, "lambda_id": 0.0, "lr": 5.0} if method != "nada-generator" else {}
     w, unit = domain.latents(6, "train"), lambda x: F.normalize(domain.clip.encode_image(x), dim=-1)
     source = unit(domain.generator.synthesis(w))

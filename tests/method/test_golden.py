@@ -1,4 +1,4 @@
-"""The arithmetic of the published code: its outputs on the same weights and inputs (``tests/golden/README.md``)."""
+"""The published code's outputs on the same weights and inputs (``tests/golden/README.md``)."""
 
 import json
 
@@ -230,7 +230,8 @@ def test_identity(size, facenet):
     assert rel(edited.grad.flatten(1).norm(dim=1), o[f"{size}_grad_yhat_norm"]) < 1e-4
     pooled, known = torch.nn.functional.adaptive_avg_pool2d(edited.grad, 16), o[f"{size}_grad_yhat_pool"]
     apart = (pooled - known).abs() / known.abs().max()
-    # a PReLU whose input is zero up to rounding has either slope: the golden's own gradient at 64² is 2.4e-3 from the float64 one, in 3 % of its places
+    # a PReLU whose input is zero up to rounding has either slope: the golden's own gradient at 64² differs
+    # from the float64 one by 2.4e-3, in 3 % of its places
     assert (apart < 1e-4).float().mean() > 0.8 and apart.max() < 5e-3
 
 
