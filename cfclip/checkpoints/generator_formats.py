@@ -22,8 +22,7 @@ RESOLUTIONS = [4 << level for level in range(13)]
 Take = Callable[[int, str, str], Tensor]
 """(level, layer, part) -> tensor. Level 0 is 4 x 4; layer: "conv0" (up-sampling), "conv1" or "torgb"."""
 PARTS = ("weight", "bias", "affine.weight", "affine.bias")
-NOISE = ("noise_strength", "noise_const")
-"""The parts of every layer, and those that convolutions have in addition."""
+"""Of every layer; convolutions also have "noise_strength" and "noise_const" unless trained without noise."""
 
 Style = list[tuple[Tensor, Tensor, float]]
 """Weight, bias and learning-rate multiplier of each mapping layer."""
@@ -52,9 +51,10 @@ def from_rosinality(state: Mapping[str, Tensor], latent_avg: Tensor | None = Non
     style = [(state[f"style.{i + 1}.weight"], state[f"style.{i + 1}.bias"], LR_MUL) for i in range(depth)]
     if latent_avg is not None:  # [D], or e4e's [L, D] of one repeated row
         latent_avg = latent_avg.reshape(-1, latent_avg.shape[-1])[0]
-    resolutions = [4, *(RESOLUTIONS[k + 1] for k in _indices(r"to_rgbs\.(\d+)\..+", state))]
+    levels = [0, *(min(k + 1, 20) for k in _indices(r"to_rgbs\.(\d+)\..+", state))]  # no giant number below
     fir = state.get("convs.0.conv.blur.kernel")
-    return _assemble(take, resolutions, state["input.input"][0], style, latent_avg, fir, conv_clamp=None)
+    const, resolutions = state["input.input"][0], [4 << level for level in levels]
+    return _assemble(take, resolutions, const, style, latent_avg, fir, conv_clamp=None)
 
 
 def _seeded_noise(index: int) -> Tensor:
@@ -92,17 +92,16 @@ def from_nvidia(network: Any) -> Parts:
         name = f"mapping.fc{i}"
         lr_mul = _number(modules[name].get("bias_gain", LR_MUL))
         style.append((_tensor(flat, f"{name}.weight"), _tensor(flat, f"{name}.bias"), lr_mul))
-    use_noise = any(key.endswith("noise_strength") for key in flat)
 
     def take(level: int, layer: str, part: str) -> Tensor:
-        key = f"synthesis.b{4 << level}.{layer}.{part}"
-        return _tensor(flat, key) if use_noise or part not in NOISE else _no_noise(level, part)
+        return _tensor(flat, f"synthesis.b{4 << level}.{layer}.{part}")
 
     w_avg = to_tensor(flat["mapping.w_avg"]) if "mapping.w_avg" in flat else None
     fir = next((to_tensor(flat[key]) for key in flat if key.endswith("resample_filter")), None)
     resolutions = _indices(r"synthesis\.b(\d+)\.conv1\.weight", flat)
     const = _tensor(flat, "synthesis.b4.const")
-    return _assemble(take, resolutions, const, style, w_avg, fir, next(iter(clamps), None))
+    use_noise = any(key.endswith("noise_strength") for key in flat)
+    return _assemble(take, resolutions, const, style, w_avg, fir, next(iter(clamps), None), use_noise)
 
 
 def _flatten(
@@ -138,12 +137,9 @@ def from_tensorflow(network: Record) -> Parts:
     if {kwargs.get("nonlinearity", "lrelu"), kwargs.get("mapping_nonlinearity", "lrelu")} != {"lrelu"}:
         raise ValueError("it is a modified StyleGAN2: its activation is not a leaky ReLU")
     _check_unconditional(kwargs.get("label_size"), "mapping/LabelEmbed/weight" in flat)
-    use_noise = any(key.endswith("noise_strength") for key in flat)
 
     def take(level: int, layer: str, part: str) -> Tensor:
         res = 4 << level
-        if part in NOISE and not use_noise:
-            return _no_noise(level, part)
         if part == "noise_const":
             return _tensor(flat, f"synthesis/noise{2 * level - (layer == 'conv0')}")[0, 0]
         name = {"conv0": "Conv0_up", "conv1": "Conv1" if level else "Conv", "torgb": "ToRGB"}[layer]
@@ -162,8 +158,9 @@ def from_tensorflow(network: Record) -> Parts:
     taps = kwargs.get("resample_kernel", [1, 3, 3, 1])
     fir = torch.tensor([1.0] if taps is None else [float(_number(tap)) for tap in taps])
     resolutions = _indices(r"synthesis/(\d+)x\d+/Conv1?/weight", flat)
-    const = _tensor(flat, "synthesis/4x4/Const/const")[0]
-    return _assemble(take, resolutions, const, style, w_avg, fir, _number(kwargs.get("conv_clamp")))
+    const, clamp = _tensor(flat, "synthesis/4x4/Const/const")[0], _number(kwargs.get("conv_clamp"))
+    use_noise = any(key.endswith("noise_strength") for key in flat)
+    return _assemble(take, resolutions, const, style, w_avg, fir, clamp, use_noise)
 
 
 def _flatten_tensorflow(network: Any, prefix: str, flat: dict[str, Any], depth: int = 0) -> None:
@@ -184,6 +181,7 @@ def _assemble(
     w_avg: Tensor | None,
     fir: Tensor | None,
     conv_clamp: float | None,
+    use_noise: bool = True,
 ) -> Parts:
     """The parts of our generator. ``const``: [C, 4, 4]; ``fir``: 1-D or 2-D (default: 1, 3, 3, 1)."""
     if not resolutions or resolutions != RESOLUTIONS[: len(resolutions)]:
@@ -197,11 +195,12 @@ def _assemble(
     layers: dict[str, dict[str, Tensor]] = {}
     for level in levels:
         for name in ("conv0", "conv1") if level else ("conv1",):
-            index = 2 * level - (name == "conv0")
-            layers[f"convs.{index}"] = {part: take(level, name, part) for part in (*PARTS, *NOISE)}
-            layers[f"convs.{index}"]["noise_strength"] = layers[f"convs.{index}"][
-                "noise_strength"
-            ].reshape(())
+            conv = {part: take(level, name, part) for part in PARTS}
+            noise = torch.zeros(()), torch.zeros(4 << level, 4 << level)
+            if use_noise:
+                noise = take(level, name, "noise_strength").reshape(()), take(level, name, "noise_const")
+            conv["noise_strength"], conv["noise_const"] = noise
+            layers[f"convs.{2 * level - (name == 'conv0')}"] = conv
         layers[f"rgbs.{level}"] = {part: take(level, "torgb", part) for part in PARTS}
     if (channels := len(layers["rgbs.0"]["weight"])) != 3:
         raise ValueError(f"its images have {channels} channels (grey or with alpha), but only RGB works")
@@ -226,11 +225,6 @@ def _assemble(
         "fir": tensors["fir"],
     }
     return config, tensors
-
-
-def _no_noise(level: int, part: str) -> Tensor:
-    """What a layer trained with ``use_noise=False`` lacks."""
-    return torch.zeros(()) if part == "noise_strength" else torch.zeros(4 << level, 4 << level)
 
 
 def _check_architecture(architectures: set, skips: bool) -> None:

@@ -62,8 +62,8 @@ def about(path: Path) -> Iterator[None]:
             why = str(error)
         else:
             raise WeightsError(
-                f"{path} is damaged, or of an unknown kind ({type(error).__name__}: {str(error)[:200]}); "
-                "download or export it again"
+                f"{path} is damaged or truncated, or of an unknown kind "
+                f"({type(error).__name__}: {str(error)[:200]}); download or export it again"
             ) from error
         raise WeightsError(f"{path} cannot be used: {why}") from None
 

@@ -45,7 +45,7 @@ class Source:
     name: str  # in data/downloads
     role: str  # a key of OPENERS
     what: str
-    domains: tuple[str, ...]
+    domains: tuple[str, ...] = (FFHQ,)
     urls: tuple[str, ...] = ()  # tried in order
     page: str = ""  # where a person gets it in a browser (a drive asks for confirmation)
     sha256: str | None = None  # None: its authors publish none, and no two copies could be compared
@@ -98,7 +98,7 @@ def _openai(model: str, role: str, what: str, required: bool) -> Source:
 def _latents(split: str, key: str) -> Source:
     photos = "training" if split == "train" else split
     what = f"CelebA-HQ's {photos} photos, inverted by e4e; without it latents are sampled"
-    return OptionalSource(f"{split}_faces.pt", f"{split} latents", what, (FFHQ,), page=_drive(key))
+    return OptionalSource(f"{split}_faces.pt", f"{split} latents", what, page=_drive(key))
 
 
 SOURCES = (
@@ -106,8 +106,7 @@ SOURCES = (
         "stylegan2-ffhq-config-f.pkl",
         "generator",
         "StyleGAN2 config-f, FFHQ, 1024² (TensorFlow)",
-        (FFHQ,),
-        (
+        urls=(
             f"{NVIDIA}/stylegan2/networks/stylegan2-ffhq-config-f.pkl",
             "http://d36zk2xti64re0.cloudfront.net/stylegan2/networks/stylegan2-ffhq-config-f.pkl",
         ),
@@ -117,8 +116,7 @@ SOURCES = (
         "stylegan2-ffhq-config-f.pt",
         "generator",
         "the same network as rosinality's code stores it; CF-CLIP's own code loads this one",
-        (FFHQ,),
-        (f"{HUGGING_FACE}/akhaliq/OneshotCLIP-stylegan2-ffhq/resolve/main/stylegan2-ffhq-config-f.pt",),
+        urls=(f"{HUGGING_FACE}/akhaliq/OneshotCLIP-stylegan2-ffhq/resolve/main/stylegan2-ffhq-config-f.pt",),
         page=_drive("1EM87UquaoQmk17Q8d5kYIAHqu0dkYqdT"),
         sha256="bae494ef77e32a9cd1792a81a3c167692a0e64f6bcd8b06592ff42917e2ed46e",
         sha256_from=f"{TWO_COPIES}; smaller exports without the discriminator are in use too",
@@ -141,8 +139,7 @@ SOURCES = (
         "model_ir_se50.pth",
         "identity",
         "ArcFace IR-SE50, the identity loss",
-        (FFHQ,),
-        (
+        urls=(
             "https://github.com/xinntao/facexlib/releases/download/v0.1.0/recognition_arcface_ir_se50.pth",
             "https://www.dropbox.com/s/kzo52d9neybjxsb/model_ir_se50.pth?dl=1",
         ),
@@ -163,8 +160,7 @@ SOURCES = (
         "e4e_ffhq_encode.pt",
         "encoder",
         "e4e: an aligned photo of 256² to W+ (1.2 GB)",
-        (FFHQ,),
-        (
+        urls=(
             f"{HUGGING_FACE}/zhengchong/e4e/resolve/main/e4e_ffhq_encode.pt",
             f"{HUGGING_FACE}/wmpscc/StyleGene/resolve/main/e4e_ffhq_encode.pt",
         ),
@@ -177,15 +173,14 @@ SOURCES = (
         YUNET,
         "detector",
         "OpenCV's YuNet: finds the five points by which a photo is aligned",
-        (FFHQ,),
-        (
+        urls=(
             f"https://github.com/opencv/opencv_zoo/raw/main/models/face_detection_yunet/{YUNET}",
             f"{HUGGING_FACE}/opencv/face_detection_yunet/resolve/main/{YUNET}",
         ),
         sha256="8f2383e4dd3cfbb4553ea8718107fc0423210dc964f9f4280604804ed2552fa4",
         sha256_from="OpenCV's repository, in the file's Git LFS pointer",
     ),
-    OptionalSource("green_lipstick.pt", "mapper", "one of the paper's mappers", (FFHQ,), page=MAPPERS_PAGE),
+    OptionalSource("green_lipstick.pt", "mapper", "one of the paper's mappers", page=MAPPERS_PAGE),
     OptionalSource("tiger_stripes.pt", "mapper", "one of the paper's mappers", (DOG,), page=MAPPERS_PAGE),
     OptionalSource(
         ALEXNET,
