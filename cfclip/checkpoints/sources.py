@@ -282,10 +282,8 @@ def require(domain: str, folder: Path = DOWNLOADS) -> dict[str, Path]:
             ways = [f"{source.name}: {source.how(folder, domain)}" for source in options]
             missing.append(f"\n  {role}: " + ",\n    or ".join(ways))
     if missing:
-        raise WeightsError(
-            f"domain {domain} needs files that are not in {folder} (see 'cfclip check {domain}'):"
-            + "".join(missing)
-        )
+        problem = f"domain {domain} needs files that are not in {folder} (see 'cfclip check {domain}'):"
+        raise WeightsError(problem + "".join(missing))
     return paths
 
 
@@ -295,9 +293,8 @@ def recorded(folder: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     try:
-        return {
-            str(name): str(digest) for name, digest in json.loads(path.read_text(encoding="utf-8")).items()
-        }
+        checksums = json.loads(path.read_text(encoding="utf-8"))
+        return {str(name): str(digest) for name, digest in checksums.items()}
     except (ValueError, AttributeError):
         raise WeightsError(f"{path} is damaged: delete it, and every file will be opened again") from None
 
