@@ -15,7 +15,7 @@ from written_out import one_step
 
 import cfclip
 from cfclip import domains, latents
-from cfclip.checkpoints import sources, weights
+from cfclip.checkpoints import networks, sources, weights
 from cfclip.checkpoints.convert import convert
 from cfclip.checkpoints.generators import load_generator
 from cfclip.checkpoints.mappers import load_mapper
@@ -166,7 +166,7 @@ def test_clip_from_open_clips_files(toon_clip, tmp_path):
         torch.testing.assert_close(guide.encode_image(images), expected, rtol=0, atol=tolerance)
         assert not any(p.requires_grad for p in guide.parameters())
     assert torch.equal(torch.get_rng_state(), before)
-    with pytest.raises(WeightsError, match=r"clip\.safetensors.*it is no ViT-B-32-quickgelu"):
+    with pytest.raises(WeightsError, match=r"clip\.safetensors.*it is not a ViT-B-32-quickgelu"):
         load_openai_clip(tmp_path / "clip.safetensors")
 
 
@@ -182,17 +182,12 @@ def test_only_the_known_torchscript_archive_is_opened(tmp_path, monkeypatch):
     with pytest.raises(WeightsError, match=r"ViT-B-32\.pt.*TorchScript archive, but not OpenAI's"):
         load_openai_clip(path)
     monkeypatch.undo()
-    monkeypatch.setitem(
-        clip_module.OPENAI_SHA256, "ViT-B-16-quickgelu", hashlib.sha256(path.read_bytes()).hexdigest()
-    )
-    with pytest.raises(
-        WeightsError, match=r"not OpenAI's ViT-B-32\.pt"
-    ):  # the checksum of one model opens no other
-        load_openai_clip(path)
-    with pytest.raises(
-        WeightsError, match="it has no positional_embedding"
-    ):  # opened, and found to be something else
-        load_openai_clip(path, "ViT-B-16-quickgelu")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setitem(networks.OPENAI_SHA256, "ViT-B-16-quickgelu", digest)
+    with pytest.raises(WeightsError, match=r"not OpenAI's ViT-B-32\.pt"):
+        load_openai_clip(path)  # the checksum of one model opens no other
+    with pytest.raises(WeightsError, match="it has no positional_embedding"):
+        load_openai_clip(path, "ViT-B-16-quickgelu")  # opened, and found to be something else
 
 
 # ---- convert ------------------------------------------------------------------------------------------------------------
@@ -235,7 +230,7 @@ def test_convert_mappers(tmp_path):
     same(load_mapper(tmp_path / "m.safetensors"), m)
     assert list(cfclip.find_mappers(tmp_path)) == ["green lipstick"]
     assert convert(tmp_path / "m.safetensors", tmp_path / "m2.safetensors") == "mapper"
-    assert weights.read(tmp_path / "m2.safetensors", "mapper")[2]["prompt"] == "green lipstick"
+    assert weights.read(tmp_path / "m2.safetensors", "mapper")[2]["training"] == {"prompt": "green lipstick"}
     assert convert(tmp_path / "m.pt", tmp_path / "g.safetensors", "generator") == "generator"
     assert load_generator(tmp_path / "g.safetensors").resolution == 64
 
@@ -252,7 +247,7 @@ def test_convert_says_what_is_wrong(tmp_path):
         ((path, tmp_path / "o.pt"), "must end in .safetensors"),
         ((tmp_path / "g.safetensors", tmp_path / "g.safetensors"), "is the input itself"),
         ((tmp_path / "g.safetensors", tmp_path / "link.safetensors"), "is the input itself"),
-        ((path, tmp_path / "o.safetensors", "--kind", "mapper"), "a pickle file, where"),
+        ((path, tmp_path / "o.safetensors", "--kind", "mapper"), "a pickle file, but"),
         ((path, tmp_path / "o.safetensors", "--kind", "x"), "kind must be"),
         ((path, path / "o.safetensors"), "g.pkl"),
     ):

@@ -11,35 +11,34 @@ from cfclip.checkpoints.reading import option, read_torch, sniff, state_dict
 
 
 def convert(path: str | os.PathLike, out: str | os.PathLike, kind: str = "auto") -> str:
-    """Write any generator or mapper that is read here as our safetensors: safe, smaller, and quick to open.
+    """Write a generator or mapper of any known format as our safetensors: safe, smaller, and quick to open.
 
-    ``kind`` "generator" takes the generator out of a file that holds more (a mapper's, e4e's). Returns what was written,
-    "generator" or "mapper". Raises ValueError (WeightsError for what is wrong with the file).
+    ``kind`` "generator" takes the generator out of a file that holds more (a mapper's, e4e's). Returns
+    "generator" or "mapper", whichever was written. Raises ValueError (WeightsError if the input is bad).
     """
     path, out = Path(path), Path(out)
     if kind not in ("auto", "generator", "mapper"):
         raise ValueError(f"kind must be 'auto', 'generator' or 'mapper', not {kind!r}")
     form = sniff(path)
     if out.suffix != ".safetensors":
-        raise ValueError(f"{out} must end in .safetensors, which is what is written")
+        raise ValueError(f"{out} must end in .safetensors, the format that is written")
     if out.exists() and out.samefile(path):
         raise ValueError(f"{out} is the input itself: choose another name")
     card: dict[str, Any] = {"source": path.name}
+    contents = "generator"
     if form == "safetensors":
-        header = weights.read_header(path)
-        card = header.card
-        kind = header.kind if kind == "auto" else kind
+        contents, _, card = weights.read_header(path)
     elif form.startswith("torch"):
         tree = read_torch(path)
         if any(key.startswith("mapper.") for key in state_dict(tree, "state_dict")):
-            kind = "mapper" if kind == "auto" else kind
-            if isinstance(prompt := option(tree, "description"), str) and kind == "mapper":
+            contents = "mapper"
+            if isinstance(prompt := option(tree, "description"), str) and kind != "generator":
                 card["training"] = {"prompt": prompt}
-        del tree
-    if kind == "mapper":
+        del tree  # it is read again below, and may be large
+    if (contents if kind == "auto" else kind) == "mapper":
         mapper = load_mapper(path)
         weights.save(mapper, out, "mapper", mapper.metadata, **card)
-    else:
-        generator = load_generator(path)
-        weights.save(generator, out, "generator", generator.config, **card)
-    return "mapper" if kind == "mapper" else "generator"
+        return "mapper"
+    generator = load_generator(path)
+    weights.save(generator, out, "generator", generator.config, **card)
+    return "generator"

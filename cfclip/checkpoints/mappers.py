@@ -14,11 +14,11 @@ from cfclip.checkpoints.reading import about, build, describe, option, read_torc
 from cfclip.models.mapper import LEVELS, Mapper, MapperConfig
 
 OFFICIAL_LEVELS = {"coarse": "course", "medium": "medium", "fine": "fine"}
-"""Our name of a level -> the published files' ("course" is how they spell it)."""
+"""Our name of a level -> that of the published files, which write "course"."""
 
 
 def load_mapper(path: str | os.PathLike) -> Mapper:
-    """A latent mapper: CF-CLIP's or StyleCLIP's ``.pt``, or our safetensors. Frozen, float32. Raises WeightsError."""
+    """A latent mapper: CF-CLIP's or StyleCLIP's ``.pt``, or ours. Frozen, float32. Raises WeightsError."""
     path, kind = Path(path), sniff(path)
     with about(path):
         if kind == "safetensors":
@@ -31,43 +31,45 @@ def load_mapper(path: str | os.PathLike) -> Mapper:
 
 
 def save_mapper(mapper: Mapper, path: str | os.PathLike, **card: Any) -> Path:
-    """Write a mapper in half floats. ``card``: method, domain, and training, the flat settings with the prompt(s)."""
+    """Write a mapper in half precision.
+
+    ``card``: method, domain, and training (the flat settings, with ``prompt`` or ``prompts`` among them).
+    """
     return weights.save(mapper, path, "mapper", mapper.metadata, torch.float16, **card)
 
 
 def _official_mapper(tree: Any, state: Mapping[str, Tensor]) -> tuple[MapperConfig, dict[str, Tensor]]:
-    levels = tuple(
-        name for name in LEVELS if f"mapper.{OFFICIAL_LEVELS[name]}_mapping.mapping.1.weight" in state
-    )
+    stacks = {name: f"mapper.{theirs}_mapping" for name, theirs in OFFICIAL_LEVELS.items()}
+    levels = tuple(name for name in LEVELS if f"{stacks[name]}.mapping.1.weight" in state)
     if not levels:
-        other = any(key.startswith("mapper.") for key in state)
-        raise ValueError(
-            "it is a mapper of another type (SingleMapper or StyleSpace), where a LevelsMapper is needed"
-            if other
-            else f"it holds {describe(tree)}, where a mapper is needed"
-        )
-    tensors: dict[str, Tensor] = {}
+        if any(key.startswith("mapper.") for key in state):
+            raise ValueError(
+                "it is a mapper of another type (SingleMapper or StyleSpace), but a LevelsMapper is needed"
+            )
+        raise ValueError(f"it holds {describe(tree)}, but a mapper is needed")
     texts = len({key.split(".")[1] for key in state if key.startswith("text_mapper.")})
-    stacks = {f"mapper.{OFFICIAL_LEVELS[name]}_mapping": f"levels.{name}" for name in levels}
-    stacks |= {f"text_mapper.mapper_{i}": f"text.{i}" for i in range(texts)}
-    for theirs, ours in stacks.items():
-        if f"{theirs}.mapping.5.weight" in state:
-            raise ValueError(f"its {theirs} is deeper than the 4 layers of the published mappers")
-        for i in range(4):
-            for part in ("weight", "bias"):
-                name = f"{theirs}.mapping.{i + 1}.{part}"
-                if name not in state:
-                    raise ValueError(f"it has no {name}: the file is incomplete")
-                tensors[f"{ours}.layers.{i}.{part}"] = state[name]
     if ("mapper.fc.weight" in state) != bool(texts):
         raise ValueError("it has only one of text_mapper.* and mapper.fc.*: the file is incomplete")
-    tensors |= {f"fuse.{part}": state[f"mapper.fc.{part}"] for part in ("weight", "bias") if texts}
-    noises = sum(bool(re.fullmatch(r"decoder\.noises\.noise_\d+", key)) for key in state)
+    renamed = {stacks[name]: f"levels.{name}" for name in levels}
+    renamed |= {f"text_mapper.mapper_{i}": f"text.{i}" for i in range(texts)}
+    tensors: dict[str, Tensor] = {}
+    for part in ("weight", "bias"):
+        for theirs, ours in renamed.items():
+            if f"{theirs}.mapping.5.weight" in state:
+                raise ValueError(f"its {theirs} is deeper than the 4 layers of the published mappers")
+            for i in range(4):
+                tensors[f"{ours}.layers.{i}.{part}"] = state[f"{theirs}.mapping.{i + 1}.{part}"]
+        if texts:
+            tensors[f"fuse.{part}"] = state[f"mapper.fc.{part}"]
+    width = state[f"{stacks[levels[0]]}.mapping.1.weight"].shape[0]
+    text_dim = tensors["text.0.layers.0.weight"].shape[1] if texts else None
+    num_ws = texts or _layers_without_text(tree, state)
+    return MapperConfig(num_ws, width, text_dim, levels, norm_axis="layer"), tensors
+
+
+def _layers_without_text(tree: Any, state: Mapping[str, Tensor]) -> int:
+    """L of a StyleCLIP mapper, from the generator beside it or from its options; else 18 (1024 px)."""
+    if noises := sum(bool(re.fullmatch(r"decoder\.noises\.noise_\d+", key)) for key in state):
+        return noises + 1
     size = option(tree, "stylegan_size")
-    num_ws = texts or (noises + 1 if noises else 2 * int(size).bit_length() - 4 if size else 18)
-    width, text_dim = state[f"mapper.{OFFICIAL_LEVELS[levels[0]]}_mapping.mapping.1.weight"].shape[0], None
-    if texts:
-        text_dim = tensors["text.0.layers.0.weight"].shape[1]
-    return MapperConfig(
-        num_ws=num_ws, w_dim=width, text_dim=text_dim, levels=levels, norm_axis="layer"
-    ), tensors
+    return 2 * int(size).bit_length() - 4 if size else 18

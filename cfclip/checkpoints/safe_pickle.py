@@ -1,13 +1,14 @@
 """Read a pickle as data: nothing is imported, nothing is called.
 
-NVIDIA's networks are pickles of live objects that carry their own source code; the usual unpickler imports classes,
-calls functions and runs that source. Here ``pickletools`` finds the opcodes and :func:`load` interprets them with no
-function to call: a class is a :class:`Name`, and calling or instantiating one gives a :class:`Record` of the call. Only
-the few calls that stand for plain data (tensors, arrays, containers) are understood, by code of this module.
+NVIDIA's networks are pickles of live objects that carry their own source code; the usual unpickler imports
+classes, calls functions and runs that source. Here ``pickletools`` decodes the opcodes, and :func:`load`
+interprets them with no function to call: a class is a :class:`Name`, a call gives a :class:`Record` of it.
+Only the few calls that make plain data (tensors, arrays, containers) are understood, by code of this module.
 """
 
 import _compat_pickle
 import io
+import math
 import pickletools
 import re
 import sys
@@ -15,93 +16,45 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, BinaryIO
-from zipfile import ZIP_STORED, BadZipFile, ZipFile
+from zipfile import ZIP_STORED, ZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 
 MAX_REPEAT = 64
-"""How often a tensor may show each element of its storage (strides of 0): W expanded over 18 layers is 18 times."""
+"""How often a tensor may repeat its storage with strides of 0; W expanded over 18 layers does it 18 times."""
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 """The first pickle of a torch file from before the zip format."""
 
-STORAGES = {
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "UntypedStorage": torch.uint8,
-}
+STORAGES = {"Float": torch.float32, "Double": torch.float64, "Half": torch.float16}
+STORAGES |= {"BFloat16": torch.bfloat16, "Long": torch.int64, "Int": torch.int32, "Short": torch.int16}
+STORAGES |= {"Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool, "Untyped": torch.uint8}
+"""dtype of ``torch.FloatStorage`` and its siblings."""
 
-PLAIN_MODULES = {
-    "_codecs",
-    "argparse",
-    "collections",
-    "copyreg",
-    "datetime",
-    "functools",
-    "pathlib",
-    "types",
-    "typing",
-}
+PLAIN_TYPES = (bool, bytearray, bytes, complex, dict, float, frozenset, int)
+PLAIN_TYPES += (list, object, range, set, slice, str, tuple)
+PLAIN_BUILTINS = {kind.__name__ for kind in PLAIN_TYPES}
+PLAIN_MODULES = {"_codecs", "argparse", "collections", "copyreg", "datetime"}
+PLAIN_MODULES |= {"functools", "pathlib", "types", "typing"}
+"""What honest files call of the standard library; a call of anything else there is reported as hostile."""
 
-PLAIN_BUILTINS = {
-    "bool",
-    "bytearray",
-    "bytes",
-    "complex",
-    "dict",
-    "float",
-    "frozenset",
-    "int",
-    "list",
-    "object",
-    "range",
-    "set",
-    "slice",
-    "str",
-    "tuple",
-}
-"""The part of the standard library that an honest weight file may mention; a call of the rest is reported as hostile."""
+VALUES = (
+    "(SHORT_)?BIN(BYTES|STRING|UNICODE)8?|BYTEARRAY8|(BIN)?FLOAT|BININT[12]?|INT|LONG[14]?|STRING|UNICODE"
+)
+PUSHED = {op.name: lambda arg: arg for op in pickletools.opcodes if re.fullmatch(VALUES, op.name)}
+PUSHED |= {"NONE": lambda _: None, "NEWTRUE": lambda _: True, "NEWFALSE": lambda _: False}
+PUSHED |= {"EMPTY_LIST": lambda _: [], "EMPTY_DICT": lambda _: {}, "EMPTY_SET": lambda _: set()}
+PUSHED |= {"EMPTY_TUPLE": lambda _: ()}
+"""Opcode -> the value that it pushes, from its argument."""
 
-PUSHED = {
-    "BINBYTES",
-    "BINBYTES8",
-    "BINFLOAT",
-    "BININT",
-    "BININT1",
-    "BININT2",
-    "BINSTRING",
-    "BINUNICODE",
-    "BINUNICODE8",
-    "BYTEARRAY8",
-    "FLOAT",
-    "INT",
-    "LONG",
-    "LONG1",
-    "LONG4",
-    "SHORT_BINBYTES",
-    "SHORT_BINSTRING",
-    "SHORT_BINUNICODE",
-    "STRING",
-    "UNICODE",
-}
-
-CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-
-EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_TUPLE": tuple, "EMPTY_SET": set}
+SCALARS = (str, int, float)
+"""Kept in sets and, with bytes and None, as keys. Others are dropped: hashing may overflow the C stack."""
 
 
 class PickleError(ValueError):
-    """A pickle that is damaged, or that holds what no weight file needs."""
+    """A pickle that is damaged, or that holds something that no weight file needs."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +70,7 @@ class Name:
 
 @dataclass(eq=False)
 class Record:
-    """An object that the pickle would have built: which class or call, with which arguments, state and contents."""
+    """An object that the pickle would have built: its class or function, arguments, state and contents."""
 
     name: Name
     args: tuple = ()
@@ -127,18 +80,13 @@ class Record:
 
     def get(self, key: str, default: Any = None) -> Any:
         """An item (of a dict-like object) or an attribute."""
-        return (
-            self.items[key]
-            if key in self.items
-            else self.state.get(key, default)
-            if isinstance(self.state, dict)
-            else default
-        )
+        attributes = self.state if isinstance(self.state, dict) else {}
+        return self.items[key] if key in self.items else attributes.get(key, default)
 
 
 @dataclass(eq=False)
 class Storage:
-    """The memory behind tensors; ``data`` stays None where only the declared sizes are checked."""
+    """The memory behind tensors; ``data`` stays None if only the declared sizes are checked."""
 
     dtype: torch.dtype
     numel: int
@@ -150,16 +98,14 @@ class Storage:
 
     @cached_property
     def tensor(self) -> Tensor:
-        return (
-            torch.frombuffer(bytearray(self.data), dtype=self.dtype)
-            if self.numel
-            else torch.empty(0, dtype=self.dtype)
-        )
+        if not self.numel:
+            return torch.empty(0, dtype=self.dtype)
+        return torch.frombuffer(bytearray(self.data), dtype=self.dtype)
 
 
 @dataclass(eq=False)
 class View:
-    """A tensor that is not built yet. Raises PickleError if it would reach outside its storage or blow it up."""
+    """A tensor that is not built yet. PickleError if it leaves its storage or repeats it too often."""
 
     storage: Storage
     offset: int
@@ -167,17 +113,15 @@ class View:
     stride: tuple[int, ...]
 
     def __post_init__(self):
-        numbers = (self.offset, *self.size, *self.stride)
-        whole = all(type(n) is int and n >= 0 for n in numbers)
+        whole = all(type(n) is int and n >= 0 for n in (self.offset, *self.size, *self.stride))
         if not isinstance(self.storage, Storage) or len(self.size) != len(self.stride) or not whole:
             raise PickleError("a tensor is declared without proper storage, size and strides")
-        count = 1
-        for n in self.size:
-            count *= n
+        count = math.prod(self.size)
         last = self.offset + sum((n - 1) * s for n, s in zip(self.size, self.stride, strict=True))
-        if count and (last >= self.storage.numel or count > MAX_REPEAT * self.storage.numel):
+        held = self.storage.numel
+        if count and (last >= held or count > MAX_REPEAT * held):
             raise PickleError(
-                f"a tensor of size {list(self.size)[:8]} is declared over a storage of {self.storage.numel} elements"
+                f"a tensor of size {list(self.size)[:8]} is declared over a storage of {held} elements"
             )
 
     def tensor(self) -> Tensor:
@@ -185,18 +129,18 @@ class View:
 
 
 def load(file: BinaryIO, persistent: Callable[[Any], Any] | None = None) -> Any:
-    """Interpret one pickle (protocol 2 … 5) from ``file``, leaving it behind the pickle's end. Raises PickleError.
+    """Interpret one pickle (protocol 2 … 5) from ``file`` and stop at its end. Raises PickleError.
 
-    ``file.read(n)`` must not allocate more than the file holds (BytesIO, mmap). ``persistent`` resolves persistent ids.
+    ``file.read(n)`` must not allocate more than the file holds (BytesIO, mmap). ``persistent`` resolves
+    persistent ids.
     """
     try:
         return _interpret(file, persistent)
     except PickleError:
         raise
-    except Exception as error:  # whatever a mangled pickle breaks, this is the cause
-        raise PickleError(
-            f"the pickle is damaged or truncated ({type(error).__name__}: {str(error)[:100]})"
-        ) from None
+    except Exception as error:  # a damaged pickle may break anything
+        why = f"{type(error).__name__}: {str(error)[:100]}"
+        raise PickleError(f"the pickle is damaged or truncated ({why})") from error
 
 
 def _interpret(file: BinaryIO, persistent: Callable[[Any], Any] | None) -> Any:
@@ -204,107 +148,106 @@ def _interpret(file: BinaryIO, persistent: Callable[[Any], Any] | None) -> Any:
     marks: list[int] = []
     memo: dict[int, Any] = {}
 
-    def take(count: int | None = None) -> list[Any]:
+    def pop(count: int | None = None) -> list[Any]:
         """The top ``count`` values, or those above the last mark."""
         start = marks.pop() if count is None else len(stack) - count
-        if start < 0 or start > len(stack):
+        if not 0 <= start <= len(stack):
             raise PickleError("the pickle is damaged: it takes more values than it has")
-        taken = stack[start:]
+        values = stack[start:]
         del stack[start:]
-        return taken
+        return values
 
     for op, arg, _ in pickletools.genops(file):
-        kind = op.name
-        if kind in PUSHED:
-            stack.append(arg)
-        elif kind in CONSTANTS:
-            stack.append(CONSTANTS[kind])
-        elif kind in EMPTY:
-            stack.append(EMPTY[kind]())
-        elif kind in ("BINGET", "LONG_BINGET", "GET"):
-            stack.append(memo[arg])
-        elif kind in ("BINPUT", "LONG_BINPUT", "PUT"):
-            memo[arg] = stack[-1]
-        elif kind == "MEMOIZE":
-            memo[len(memo)] = stack[-1]
-        elif kind == "MARK":
-            marks.append(len(stack))
-        elif kind in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            stack.append(tuple(take(int(kind[-1]))))
-        elif kind == "TUPLE":
-            stack.append(tuple(take()))
-        elif kind == "LIST":
-            stack.append(take())
-        elif kind in ("DICT", "SETITEM", "SETITEMS"):
-            pairs = take(2 if kind == "SETITEM" else None)
-            if kind == "DICT":
+        match op.name:
+            case "PROTO" | "FRAME" | "STOP":
+                pass
+            case name if name in PUSHED:
+                stack.append(PUSHED[name](arg))
+            case "BINGET" | "LONG_BINGET" | "GET":
+                stack.append(memo[arg])
+            case "BINPUT" | "LONG_BINPUT" | "PUT":
+                memo[arg] = stack[-1]
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "MARK":
+                marks.append(len(stack))
+            case "POP":
+                stack.pop()
+            case "POP_MARK":
+                pop()
+            case "DUP":
+                stack.append(stack[-1])
+            case "TUPLE":
+                stack.append(tuple(pop()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                stack.append(tuple(pop(int(op.name[-1]))))
+            case "LIST":
+                stack.append(pop())
+            case "APPEND" | "APPENDS":
+                values = pop(1) if op.name == "APPEND" else pop()
+                _extend(stack[-1], values)
+            case "DICT":
+                pairs = pop()
                 stack.append({})
-            _set_items(stack[-1], pairs)
-        elif kind in ("APPEND", "APPENDS"):
-            values = take(1 if kind == "APPEND" else None)
-            _extend(stack[-1], values)
-        elif kind in ("ADDITEMS", "FROZENSET"):
-            values = {v for v in take() if isinstance(v, (str, int, float))}
-            if kind == "FROZENSET":
-                stack.append(frozenset(values))
-            else:
-                stack[-1].update(values)
-        elif kind in ("GLOBAL", "STACK_GLOBAL"):
-            module, name = map(str, arg.split(" ", 1) if kind == "GLOBAL" else take(2))
-            stack.append(
-                Name(_compat_pickle.IMPORT_MAPPING.get(module, module), name)
-            )  # protocol 2 uses Python 2's names
-        elif kind in ("REDUCE", "NEWOBJ"):
-            stack.append(_call(*take(2)))
-        elif kind == "NEWOBJ_EX":
-            cls, args, _ = take(3)
-            stack.append(_call(cls, args))
-        elif kind == "BUILD":
-            (state,) = take(1)
-            if isinstance(stack[-1], Record):
-                stack[-1].state = state
-            elif not isinstance(
-                stack[-1], dict
-            ):  # an OrderedDict's own attributes (``_metadata``) are not needed
-                raise PickleError("the pickle sets the state of something that is no object")
-        elif kind == "BINPERSID" and persistent is not None:
-            stack.append(persistent(stack.pop()))
-        elif kind == "POP":
-            stack.pop()
-        elif kind == "POP_MARK":
-            take()
-        elif kind == "DUP":
-            stack.append(stack[-1])
-        elif kind not in ("PROTO", "FRAME", "STOP"):
-            raise PickleError(f"the pickle uses {kind}, which no weight file needs")
+                _set_items(stack[-1], pairs)
+            case "SETITEM" | "SETITEMS":
+                pairs = pop(2) if op.name == "SETITEM" else pop()
+                _set_items(stack[-1], pairs)
+            case "FROZENSET":
+                stack.append(frozenset(_scalars(pop())))
+            case "ADDITEMS":
+                values = pop()
+                stack[-1].update(_scalars(values))
+            case "GLOBAL" | "STACK_GLOBAL":
+                module, name = map(str, arg.split(" ", 1) if op.name == "GLOBAL" else pop(2))
+                module = _compat_pickle.IMPORT_MAPPING.get(module, module)  # protocol 2 uses Python 2's names
+                stack.append(Name(module, name))
+            case "REDUCE" | "NEWOBJ":
+                stack.append(_call(*pop(2)))
+            case "NEWOBJ_EX":
+                function, args, _ = pop(3)
+                stack.append(_call(function, args))
+            case "BUILD":
+                (state,) = pop(1)
+                if isinstance(stack[-1], Record):
+                    stack[-1].state = state
+                elif not isinstance(
+                    stack[-1], dict
+                ):  # an OrderedDict's attributes (``_metadata``) are not needed
+                    raise PickleError("the pickle sets the state of something that is not an object")
+            case "BINPERSID" if persistent is not None:
+                stack.append(persistent(stack.pop()))
+            case name:
+                raise PickleError(f"the pickle uses {name}, which no weight file needs")
     (result,) = stack
     return result
+
+
+def _scalars(values: Any) -> set:
+    return {value for value in values if isinstance(value, SCALARS)}
 
 
 def _set_items(target: Any, pairs: list[Any]) -> None:
     items = target.items if isinstance(target, Record) else target
     if not isinstance(items, dict):
-        raise PickleError("the pickle sets items of something that is no dict")
+        raise PickleError("the pickle sets items of something that is not a dict")
     for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-        if isinstance(
-            key, (str, int, float, bytes, type(None))
-        ):  # hashing a deeply nested key would overflow the C stack
+        if key is None or isinstance(key, (*SCALARS, bytes)):
             items[key] = value
 
 
 def _extend(target: Any, values: list[Any]) -> None:
     items = target.values if isinstance(target, Record) else target
     if not isinstance(items, list):
-        raise PickleError("the pickle appends to something that is no list")
+        raise PickleError("the pickle appends to something that is not a list")
     items.extend(values)
 
 
 def _call(name: Any, args: Any) -> Any:
-    """What the call ``name(*args)`` stands for: data that this module understands, or a record."""
+    """The result of ``name(*args)``: data that this module understands, or a record of the call."""
     if not isinstance(name, Name) or not isinstance(args, tuple):
-        raise PickleError("the pickle calls something that is no function")
-    known = CALLS.get(str(name))
-    if known is not None:
+        raise PickleError("the pickle calls something that is not a function")
+    if (known := CALLS.get(str(name))) is not None:
         return known(*args)
     if name.name == "_reconstruct_persistent_obj" and name.module.endswith("persistence"):
         return _persistent_object(*args)
@@ -312,14 +255,14 @@ def _call(name: Any, args: Any) -> Any:
     plain = name.name in PLAIN_BUILTINS if root == "builtins" else root in PLAIN_MODULES
     if not plain and root in sys.stdlib_module_names:
         raise PickleError(
-            f"it would call {name} when opened the usual way: no weight file needs that, and it may be hostile "
-            "(nothing was run); delete it"
+            f"it would call {name} when opened the usual way: no weight file needs that, and it may be "
+            "hostile (nothing was run); delete it"
         )
     return Record(name, args)
 
 
 def _persistent_object(meta: Any) -> Record:
-    """An object of NVIDIA's ``torch_utils.persistence``: class name and state; its source code is dropped unread."""
+    """An object of NVIDIA's ``torch_utils.persistence``: class name and state, without its source code."""
     if not isinstance(meta, dict) or not isinstance(meta.get("state"), dict):
         raise PickleError("a persistent object has no state")
     return Record(Name("persistence", str(meta.get("class_name"))), state=meta["state"])
@@ -327,60 +270,59 @@ def _persistent_object(meta: Any) -> Record:
 
 def _load_from_bytes(data: Any) -> Storage:
     """A storage inside a plain pickle of tensors: a whole torch file of the old format."""
-    if not isinstance(data, bytes):
-        raise PickleError("a storage holds no bytes")
-    value = load_legacy(io.BytesIO(data), keep=True)
-    if not isinstance(value, Storage):
+    storage = load_legacy(io.BytesIO(data), keep=True) if isinstance(data, bytes) else None
+    if not isinstance(storage, Storage):
         raise PickleError("a storage holds something else")
-    return value
+    return storage
 
 
-def _from_type(call: Any, _type: Any, args: Any, _state: Any) -> Any:
-    return _call(call, args)
-
-
-def _declared_view(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> View:
-    return View(storage, offset, tuple(size), tuple(stride))
-
-
-def _dict(*pairs: Any) -> dict:
+def _dict(pairs: Any = (), *_: Any) -> dict:
     result: dict = {}
-    for pair in pairs[0] if pairs and isinstance(pairs[0], (list, tuple)) else ():
+    for pair in pairs if isinstance(pairs, list | tuple) else ():
         _set_items(result, list(pair))
     return result
 
 
+def _view(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> View:
+    return View(storage, offset, tuple(size), tuple(stride))
+
+
+def _first(value: Any, *_: Any) -> Any:
+    return value
+
+
 CALLS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": _dict,
-    "builtins.set": lambda values=(): {v for v in values if isinstance(v, (str, int, float))},
-    "builtins.frozenset": lambda values=(): frozenset(v for v in values if isinstance(v, (str, int, float))),
-    "builtins.bytes": lambda: b"",  # how protocol 2 writes the empty one
+    "builtins.set": lambda values=(): _scalars(values),
+    "builtins.frozenset": lambda values=(): frozenset(_scalars(values)),
+    "builtins.bytes": lambda: b"",  # the empty one in protocol 2
     "_codecs.encode": lambda text, encoding="latin1": text.encode("latin1"),
     "torch.storage._load_from_bytes": _load_from_bytes,
-    "torch._utils._rebuild_tensor": _declared_view,
-    "torch._utils._rebuild_tensor_v2": _declared_view,
-    "torch._utils._rebuild_parameter": lambda data, *_: data,
-    "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
-    "torch._tensor._rebuild_from_type_v2": _from_type,
+    "torch._utils._rebuild_tensor": _view,
+    "torch._utils._rebuild_tensor_v2": _view,
+    "torch._utils._rebuild_parameter": _first,
+    "torch._utils._rebuild_parameter_with_state": _first,
+    "torch._tensor._rebuild_from_type_v2": lambda function, kind, args, state: _call(function, args),
 }
+"""Calls that make plain data."""
 
 
 def load_legacy(file: BinaryIO, keep: bool = False) -> Any:
-    """A torch file from before the zip format, as data; with ``keep`` its storages are filled, else only checked."""
+    """A torch file from before the zip format, as data. Storages are checked; ``keep`` also reads them."""
     if load(file) != LEGACY_MAGIC:
-        raise PickleError("it is no torch file")
+        raise PickleError("it is not a torch file")
     load(file), load(file)  # protocol version, byte order of the machine
     storages: dict[str, Storage] = {}
     value = load(file, lambda pid: _declare(pid, storages))
     for key in load(file):
-        storage = storages[key] if isinstance(key, str) and key in storages else None
+        storage = storages.get(key) if isinstance(key, str) else None
         if storage is None or int.from_bytes(file.read(8), "little") != storage.numel:
             raise PickleError("the storages of the torch file do not match what it declares")
         start = file.tell()
         file.seek(0, io.SEEK_END)
-        if file.tell() - start < storage.nbytes:
+        if (left := file.tell() - start) < storage.nbytes:
             raise PickleError(
-                f"the torch file is truncated: {file.tell() - start} bytes where {storage.nbytes} are declared"
+                f"the torch file is truncated: it declares {storage.nbytes} bytes and has {left}"
             )
         file.seek(start)
         if keep:
@@ -392,18 +334,18 @@ def load_legacy(file: BinaryIO, keep: bool = False) -> Any:
 
 
 def _declare(pid: Any, storages: dict[str, Storage]) -> Storage:
-    """Persistent id ``("storage", torch.FloatStorage, key, location, numel[, view])`` -> Storage."""
+    """Persistent id ``("storage", torch.FloatStorage, key, location, numel[, None])`` -> Storage."""
     if (
         not isinstance(pid, tuple)
         or len(pid) not in (5, 6)
         or pid[0] != "storage"
-        or (len(pid) == 6 and pid[5] is not None)
+        or pid[5:] not in ((), (None,))
     ):
-        raise PickleError("the torch file refers to something that is no storage")
-    _, cls, key, _, numel, *_ = pid
-    dtype = STORAGES.get(cls.name) if isinstance(cls, Name) else None
+        raise PickleError("the torch file refers to something that is not a storage")
+    _, kind, key, _, numel, *_ = pid
+    dtype = STORAGES.get(kind.name.removesuffix("Storage")) if isinstance(kind, Name) else None
     if dtype is None or not isinstance(key, str) or type(numel) is not int or numel < 0:
-        raise PickleError(f"the torch file declares a storage of unknown kind ({str(cls)[:60]})")
+        raise PickleError(f"the torch file declares a storage of unknown kind ({str(kind)[:60]})")
     storage = storages.setdefault(key, Storage(dtype, numel))
     if (storage.dtype, storage.numel) != (dtype, numel):
         raise PickleError("the torch file declares one storage in two ways")
@@ -411,65 +353,65 @@ def _declare(pid: Any, storages: dict[str, Storage]) -> Storage:
 
 
 def check_zip(path: Any) -> None:
-    """Check a torch file of the zip format without reading tensors into memory: checksums, declared sizes, hostile calls."""
-    try:
-        with ZipFile(path) as archive:
-            entries = {i.filename: i for i in archive.infolist()}
-            roots = [
-                n.removesuffix("data.pkl") for n in entries if n.count("/") == 1 and n.endswith("/data.pkl")
-            ]
-            if len(roots) != 1:
-                raise PickleError("it is a zip archive, but no torch file: unpack it first")
-            if roots[0] + "constants.pkl" in entries:
-                raise PickleError(
-                    "it is a TorchScript archive, which is a program: export a plain state dict instead"
-                )
-            if any(i.compress_type != ZIP_STORED for i in entries.values()):
-                raise PickleError("the torch file was re-compressed: save it again with torch.save")
-            if damaged := archive.testzip():
-                raise PickleError(f"its checksums do not match (at {damaged})")
-            storages: dict[str, Storage] = {}
-            load(io.BytesIO(archive.read(roots[0] + "data.pkl")), lambda pid: _declare(pid, storages))
-            for key, storage in storages.items():
-                entry = entries.get(f"{roots[0]}data/{key}")
-                if entry is None or entry.file_size < storage.nbytes:
-                    raise PickleError(
-                        f"it declares {storage.nbytes} bytes for a storage that has {entry.file_size if entry else 0}"
-                    )
-    except PickleError:
-        raise
-    except (BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError, EOFError) as error:
-        raise PickleError(f"the zip archive is damaged or truncated ({str(error)[:100]})") from None
+    """Check the checksums, declared sizes and calls of a torch file of the zip format; reads no tensor.
+
+    Raises PickleError, or zipfile's errors for a damaged archive.
+    """
+    with ZipFile(path) as archive:
+        _check_archive(archive)
+
+
+def _check_archive(archive: ZipFile) -> None:
+    entries = {entry.filename: entry for entry in archive.infolist()}
+    roots = [name.removesuffix("data.pkl") for name in entries if re.fullmatch(r"[^/]*/data\.pkl", name)]
+    if len(roots) != 1:
+        raise PickleError("it is a zip archive, but not a torch file: unpack it first")
+    (root,) = roots
+    if root + "constants.pkl" in entries:
+        raise PickleError(
+            "it is a TorchScript archive, which is a program: export a plain state dict instead"
+        )
+    if any(entry.compress_type != ZIP_STORED for entry in entries.values()):
+        raise PickleError("the torch file was re-compressed: save it again with torch.save")
+    if damaged := archive.testzip():
+        raise PickleError(f"its checksums do not match (at {damaged})")
+    storages: dict[str, Storage] = {}
+    load(io.BytesIO(archive.read(root + "data.pkl")), lambda pid: _declare(pid, storages))
+    for key, storage in storages.items():
+        entry = entries.get(f"{root}data/{key}")
+        held = entry.file_size if entry else 0
+        if entry is None or held < storage.nbytes:
+            raise PickleError(f"it declares {storage.nbytes} bytes for a storage that has {held}")
 
 
 def to_tensor(value: Any) -> Tensor:
-    """A tensor, numpy array or number from :func:`load` -> torch tensor (own memory not guaranteed). Raises PickleError."""
+    """A tensor, array or number from :func:`load` as a torch tensor. Raises PickleError."""
     if isinstance(value, View):
         return value.tensor()
-    if isinstance(value, (bool, int, float)):
+    if isinstance(value, bool | int | float):
         return torch.tensor(value)
     if isinstance(value, Record) and value.name.module.split(".")[0] == "numpy":
         try:
-            if value.name.name == "_reconstruct":
-                _, shape, dtype, fortran, raw = value.state
-                return _array(raw, dtype, shape, "F" if fortran else "C")
-            if value.name.name == "_frombuffer":
-                raw, dtype, shape, order = value.args
-                return _array(raw, dtype, shape, order)
-            if value.name.name == "scalar":
-                dtype, raw = value.args
-                return _array(raw, dtype, (), "C")
+            match value.name.name:
+                case "_reconstruct":
+                    _, shape, dtype, fortran, raw = value.state
+                    return _array(raw, dtype, shape, "F" if fortran else "C")
+                case "_frombuffer":
+                    raw, dtype, shape, order = value.args
+                    return _array(raw, dtype, shape, order)
+                case "scalar":
+                    dtype, raw = value.args
+                    return _array(raw, dtype, (), "C")
         except (TypeError, ValueError, AttributeError) as error:
             raise PickleError(f"a numpy array is damaged ({str(error)[:100]})") from None
-    raise PickleError(
-        f"a {value.name if isinstance(value, Record) else type(value).__name__} stands where a tensor is needed"
-    )
+    kind = value.name if isinstance(value, Record) else type(value).__name__
+    raise PickleError(f"a {kind} is in the place of a tensor")
 
 
 def _array(raw: Any, dtype: Any, shape: Any, order: str) -> Tensor:
     code = str(dtype.args[0])
     if not isinstance(dtype, Record) or not re.fullmatch(r"[fiu][1248]|b1", code):
-        raise PickleError(f"a numpy array of dtype {code[:20]} stands where numbers are needed")
+        raise PickleError(f"a numpy array of dtype {code[:20]} is in the place of numbers")
     byte_order = dtype.state[1] if isinstance(dtype.state, tuple) else "="
     kind = np.dtype((byte_order if byte_order in ("<", ">") else "=") + code)
     raw = raw.encode("latin1") if isinstance(raw, str) else raw  # Python 2 had no bytes

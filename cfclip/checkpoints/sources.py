@@ -1,11 +1,10 @@
-"""Every file that this repository cannot contain: where it comes from, how to get it, whether the one that is there is good.
+"""Files that this repository cannot contain: where they come from, how to get them, whether a copy is good.
 
-Files live in ``data/downloads``. ``fetch`` downloads what has a URL (pooch: checksum, progress; an interrupted download goes
-on), ``check`` says what is there. Most authors publish no checksum: the one of a file that opened is recorded in
-``checksums.json`` beside it the first time, and the file is held to that from then on.
+They are kept in ``data/downloads``. :func:`fetch` downloads those that have a URL, :func:`check` reports
+what is there. Most authors publish no checksum: that of the first copy that opened is recorded in
+``checksums.json`` beside it, and the file must keep it from then on.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -20,132 +19,127 @@ from tqdm.auto import tqdm
 from cfclip.checkpoints.generators import load_generator
 from cfclip.checkpoints.latents import load_latents
 from cfclip.checkpoints.mappers import load_mapper
-from cfclip.checkpoints.networks import OPENAI_SHA256, load_e4e, load_identity, load_openai_clip, load_vgg
-from cfclip.checkpoints.reading import read_torch, sniff
+from cfclip.checkpoints.networks import (
+    ALEXNET,
+    ALEXNET_URL,
+    OPENAI_SHA256,
+    load_e4e,
+    load_identity,
+    load_openai_clip,
+    load_vgg,
+)
+from cfclip.checkpoints.reading import read_torch, sha256, sniff
 from cfclip.checkpoints.weights import WeightsError
-from cfclip.files import DOWNLOADS, write_text
+from cfclip.files import DOWNLOADS, write_json
 
 RECORDED = "checksums.json"
 
 FFHQ, DOG, CAT = "ffhq", "afhq-dog", "afhq-cat"
-
 PAPER = (FFHQ, DOG, CAT)
 
 
 @dataclass(frozen=True)
 class Source:
-    """One external file. Files of one role replace each other: any of them will do, the first is the first choice."""
+    """One external file. One file per role is enough; the first of a role is preferred."""
 
     name: str  # in data/downloads
     role: str  # a key of OPENERS
     what: str
-    domains: tuple[str, ...]
+    domains: tuple[str, ...] = (FFHQ,)
     urls: tuple[str, ...] = ()  # tried in order
     page: str = ""  # where a person gets it in a browser (a drive asks for confirmation)
     sha256: str | None = None  # None: its authors publish none, and no two copies could be compared
-    sha256_from: str = ""  # who says so
-    exact: bool = True  # False: other exports of the same network are in use, and are no damage
+    sha256_from: str = ""  # who gives it
+    exact: bool = True  # False: other exports of the same network are in use and as good
     required: bool = True
 
     def how(self, folder: Path, domain: str = "") -> str:
-        """How to get it, for people (who want it for ``domain``)."""
-        by_hand = (
-            f"open {self.page} in a browser and put the file at {folder / self.name}" if self.page else ""
-        )
+        """Instructions for a person who wants it for ``domain``."""
+        place = folder / self.name
+        by_hand = f"open {self.page} in a browser and put the file at {place}"
         if not self.urls:
             return f"only by hand: {by_hand}"
         command = f"cfclip fetch {domain or self.domains[0]}{'' if self.required else ' --all'}"
-        return f"{command}, or download {self.urls[0]} to {folder / self.name}" + (
-            f", or {by_hand}" if by_hand else ""
-        )
+        return f"{command}, or download {self.urls[0]} to {place}{f', or {by_hand}' if self.page else ''}"
+
+
+OptionalSource = partial(Source, required=False)
+
+HUGGING_FACE = "https://huggingface.co"
+NVIDIA = "https://nvlabs-fi-cdn.nvidia.com"
+DRIVE = "https://drive.google.com"
+YUNET = "face_detection_yunet_2023mar.onnx"
+MAPPERS_PAGE = f"{DRIVE}/drive/folders/1GxwCtTCgVG9nUkkVTOTyES7lWw5zhHQ7"
+TWO_COPIES = "two independent copies agree"
 
 
 def _drive(key: str) -> str:
-    return f"https://drive.google.com/file/d/{key}/view"
-
-
-def _openai(model: str) -> str:
-    return f"https://openaipublic.azureedge.net/clip/models/{OPENAI_SHA256[f'{model}-quickgelu']}/{model}.pt"
+    return f"{DRIVE}/file/d/{key}/view"
 
 
 def _afhq(animal: str) -> Source:
-    return Source(
-        f"afhq{animal}.pkl",
-        "generator",
-        f"StyleGAN2-ADA, AFHQ {animal}s, 512²; after the paper's TensorFlow file NVIDIA's PyTorch ones",
-        (f"afhq-{animal}",),
-        (
-            f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada/pretrained/afhq{animal}.pkl",
-            f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/afhq{animal}.pkl",
-            "https://api.ngc.nvidia.com/v2/models/nvidia/research/stylegan2/versions/1/files/"
-            f"stylegan2-afhq{animal}-512x512.pkl",
-        ),
+    what = f"StyleGAN2-ADA, AFHQ {animal}s, 512²: the paper's TensorFlow file, else NVIDIA's PyTorch ones"
+    urls = (
+        f"{NVIDIA}/stylegan2-ada/pretrained/afhq{animal}.pkl",
+        f"{NVIDIA}/stylegan2-ada-pytorch/pretrained/afhq{animal}.pkl",
+        "https://api.ngc.nvidia.com/v2/models/nvidia/research/stylegan2/versions/1/files/"
+        f"stylegan2-afhq{animal}-512x512.pkl",
     )
+    return Source(f"afhq{animal}.pkl", "generator", what, (f"afhq-{animal}",), urls)
 
 
-IN_ADDRESS = "OpenAI: it is part of the address"
+def _openai(model: str, role: str, what: str, required: bool) -> Source:
+    digest = OPENAI_SHA256[f"{model}-quickgelu"]
+    urls = (f"https://openaipublic.azureedge.net/clip/models/{digest}/{model}.pt",)
+    checksum = {"sha256": digest, "sha256_from": "OpenAI: it is part of the address"}
+    return Source(f"{model}.pt", role, what, PAPER, urls, required=required, **checksum)
+
+
+def _latents(split: str, key: str) -> Source:
+    photos = "training" if split == "train" else split
+    what = f"CelebA-HQ's {photos} photos, inverted by e4e; without it latents are sampled"
+    return OptionalSource(f"{split}_faces.pt", f"{split} latents", what, page=_drive(key))
+
 
 SOURCES = (
     Source(
         "stylegan2-ffhq-config-f.pkl",
         "generator",
         "StyleGAN2 config-f, FFHQ, 1024² (TensorFlow)",
-        (FFHQ,),
-        (
-            "https://nvlabs-fi-cdn.nvidia.com/stylegan2/networks/stylegan2-ffhq-config-f.pkl",
+        urls=(
+            f"{NVIDIA}/stylegan2/networks/stylegan2-ffhq-config-f.pkl",
             "http://d36zk2xti64re0.cloudfront.net/stylegan2/networks/stylegan2-ffhq-config-f.pkl",
         ),
-        page="https://drive.google.com/open?id=1Mgh-jglZjgksupF0XLl0KzuOqd1LXcoE",
+        page=f"{DRIVE}/open?id=1Mgh-jglZjgksupF0XLl0KzuOqd1LXcoE",
     ),
     Source(
         "stylegan2-ffhq-config-f.pt",
         "generator",
-        "the same network as rosinality's code stores it: what CF-CLIP itself loads",
-        (FFHQ,),
-        (
-            "https://huggingface.co/akhaliq/OneshotCLIP-stylegan2-ffhq/resolve/main/stylegan2-ffhq-config-f.pt",
-        ),
+        "the same network as rosinality's code stores it; CF-CLIP's own code loads this one",
+        urls=(f"{HUGGING_FACE}/akhaliq/OneshotCLIP-stylegan2-ffhq/resolve/main/stylegan2-ffhq-config-f.pt",),
         page=_drive("1EM87UquaoQmk17Q8d5kYIAHqu0dkYqdT"),
         sha256="bae494ef77e32a9cd1792a81a3c167692a0e64f6bcd8b06592ff42917e2ed46e",
-        sha256_from="two independent copies agree; smaller exports, without the discriminator, are in use too",
+        sha256_from=f"{TWO_COPIES}; smaller exports without the discriminator are in use too",
         exact=False,
     ),
     _afhq("dog"),
     _afhq("cat"),
-    Source(
-        "ViT-B-32.pt",
-        "clip",
-        "OpenAI's CLIP ViT-B/32 (354 MB)",
-        PAPER,
-        (_openai("ViT-B-32"),),
-        sha256=OPENAI_SHA256["ViT-B-32-quickgelu"],
-        sha256_from=IN_ADDRESS,
-    ),
+    _openai("ViT-B-32", "clip", "OpenAI's CLIP ViT-B/32 (354 MB)", required=True),
     Source(
         "ViT-B-32-openai.safetensors",
         "clip",
         "the same network as open_clip stores it",
         PAPER,
-        (
-            "https://huggingface.co/timm/vit_base_patch32_clip_224.openai/resolve/main/open_clip_model.safetensors",
-        ),
+        (f"{HUGGING_FACE}/timm/vit_base_patch32_clip_224.openai/resolve/main/open_clip_model.safetensors",),
     ),
-    Source(
-        "ViT-B-16.pt",
-        "held-out clip",
-        "OpenAI's CLIP ViT-B/16 (351 MB): a judge that no edit was optimised for",
-        PAPER,
-        (_openai("ViT-B-16"),),
-        sha256=OPENAI_SHA256["ViT-B-16-quickgelu"],
-        sha256_from=IN_ADDRESS,
-        required=False,
+    _openai(
+        "ViT-B-16", "held-out clip", "OpenAI's CLIP ViT-B/16 (351 MB), only to judge edits", required=False
     ),
     Source(
         "model_ir_se50.pth",
         "identity",
         "ArcFace IR-SE50, the identity loss",
-        (FFHQ,),
-        (
+        urls=(
             "https://github.com/xinntao/facexlib/releases/download/v0.1.0/recognition_arcface_ir_se50.pth",
             "https://www.dropbox.com/s/kzo52d9neybjxsb/model_ir_se50.pth?dl=1",
         ),
@@ -160,83 +154,50 @@ SOURCES = (
         (DOG, CAT),
         page=_drive("1fp7DAiXdf0Ay-jANb8f0RHYLTRyjNv4m"),
     ),
-    Source(
-        "train_faces.pt",
-        "train latents",
-        "CelebA-HQ's training photos, inverted by e4e; without it latents are sampled",
-        (FFHQ,),
-        page=_drive("1gof8kYc_gDLUT4wQlmUdAtPnQIlCO26q"),
-        required=False,
-    ),
-    Source(
-        "test_faces.pt",
-        "test latents",
-        "CelebA-HQ's test photos, inverted by e4e; without it latents are sampled",
-        (FFHQ,),
-        page=_drive("1j7RIfmrCoisxx3t-r-KC02Qc8barBecr"),
-        required=False,
-    ),
-    Source(
+    _latents("train", "1gof8kYc_gDLUT4wQlmUdAtPnQIlCO26q"),
+    _latents("test", "1j7RIfmrCoisxx3t-r-KC02Qc8barBecr"),
+    OptionalSource(
         "e4e_ffhq_encode.pt",
         "encoder",
         "e4e: an aligned photo of 256² to W+ (1.2 GB)",
-        (FFHQ,),
-        (
-            "https://huggingface.co/zhengchong/e4e/resolve/main/e4e_ffhq_encode.pt",
-            "https://huggingface.co/wmpscc/StyleGene/resolve/main/e4e_ffhq_encode.pt",
+        urls=(
+            f"{HUGGING_FACE}/zhengchong/e4e/resolve/main/e4e_ffhq_encode.pt",
+            f"{HUGGING_FACE}/wmpscc/StyleGene/resolve/main/e4e_ffhq_encode.pt",
         ),
         page=_drive("1cUv_reLE6k3604or78EranS7XzuVMWeO"),
         sha256="2ace1d9a8c05c10a399bcd500b8dda118f759ff1aac89dbdab7435f2136a0999",
-        sha256_from="two independent copies agree",
+        sha256_from=TWO_COPIES,
         exact=False,
-        required=False,
     ),
-    Source(
-        "face_detection_yunet_2023mar.onnx",
+    OptionalSource(
+        YUNET,
         "detector",
-        "OpenCV's YuNet: finds the five points that a photo is aligned by",
-        (FFHQ,),
-        (
-            "https://github.com/opencv/opencv_zoo/raw/main/models/face_detection_yunet/face_detection_yunet_2023mar.onnx",
-            "https://huggingface.co/opencv/face_detection_yunet/resolve/main/face_detection_yunet_2023mar.onnx",
+        "OpenCV's YuNet: finds the five points by which a photo is aligned",
+        urls=(
+            f"https://github.com/opencv/opencv_zoo/raw/main/models/face_detection_yunet/{YUNET}",
+            f"{HUGGING_FACE}/opencv/face_detection_yunet/resolve/main/{YUNET}",
         ),
         sha256="8f2383e4dd3cfbb4553ea8718107fc0423210dc964f9f4280604804ed2552fa4",
         sha256_from="OpenCV's repository, in the file's Git LFS pointer",
-        required=False,
     ),
-    Source(
-        "green_lipstick.pt",
-        "mapper",
-        "one of the paper's trained mappers; the others are in the same folder",
-        (FFHQ,),
-        page="https://drive.google.com/drive/folders/1GxwCtTCgVG9nUkkVTOTyES7lWw5zhHQ7",
-        required=False,
-    ),
-    Source(
-        "tiger_stripes.pt",
-        "mapper",
-        "one of the paper's trained mappers for dogs",
-        (DOG,),
-        page="https://drive.google.com/drive/folders/1GxwCtTCgVG9nUkkVTOTyES7lWw5zhHQ7",
-        required=False,
-    ),
-    Source(
-        "alexnet-owt-7be5be79.pth",
+    OptionalSource("green_lipstick.pt", "mapper", "one of the paper's mappers", page=MAPPERS_PAGE),
+    OptionalSource("tiger_stripes.pt", "mapper", "one of the paper's mappers", (DOG,), page=MAPPERS_PAGE),
+    OptionalSource(
+        ALEXNET,
         "lpips",
         "torchvision's AlexNet: LPIPS as published; without it another perceptual distance is used",
         ("toonfaces", *PAPER),
-        ("https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",),
-        required=False,
+        (ALEXNET_URL,),
     ),
 )
 
 
 def check_onnx(path: Path) -> None:
-    """WeightsError unless it begins as ONNX does (a protobuf whose first field is the version); nothing is parsed."""
+    """WeightsError unless the file begins as ONNX does: a protobuf whose first field is the version."""
     with path.open("rb") as file:
         head = file.read(1)
     if head != b"\x08":
-        raise WeightsError(f"{path} holds {sniff(path)}, where an ONNX network is needed")
+        raise WeightsError(f"{path} holds {sniff(path)}, but an ONNX network is needed")
 
 
 OPENERS: dict[str, Callable[[Path], object]] = {
@@ -252,15 +213,15 @@ OPENERS: dict[str, Callable[[Path], object]] = {
     "lpips": read_torch,
     "detector": check_onnx,
 }
-"""role -> what opens such a file, safely; raises WeightsError for any other file."""
+"""role -> function that opens such a file safely and raises WeightsError for any other file."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What is known of one file.
+    """The state of one file.
 
-    status: "valid" (opens, and is the documented file), "unverified" (opens, but no documented checksum says that it is the
-    right file), "missing" or "corrupt".
+    status: "valid" (opens, and is the documented file), "unverified" (opens, but no documented checksum
+    confirms it), "missing" or "corrupt".
     """
 
     source: Source
@@ -274,9 +235,9 @@ class Row:
 
 
 def sources_of(domain: str) -> list[Source]:
-    """The rows of the table for ``domain``; ValueError for a domain that has none."""
-    if found := [source for source in SOURCES if domain in source.domains]:
-        return found
+    """The files of ``domain``; ValueError if it has none."""
+    if sources := [source for source in SOURCES if domain in source.domains]:
+        return sources
     known = dict.fromkeys(name for source in SOURCES for name in source.domains)
     raise ValueError(f"no files are known for domain {domain!r}; there are: {', '.join(known)}")
 
@@ -290,133 +251,115 @@ def roles_of(domain: str) -> dict[str, list[Source]]:
 
 
 def elsewhere(source: Source) -> Path | None:
-    """A copy that open_clip or OpenAI's clip package downloaded before."""
+    """A copy that open_clip or OpenAI's clip package has downloaded."""
     if source.role not in ("clip", "held-out clip"):
         return None
-    if source.name in ("ViT-B-32.pt", "ViT-B-16.pt"):
+    if source.name.endswith(".pt"):
         path = Path.home() / ".cache" / "clip" / source.name
         return path if path.is_file() else None
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache  # slow to import, and needed only here
 
-    found = try_to_load_from_cache("timm/vit_base_patch32_clip_224.openai", "open_clip_model.safetensors")
-    return Path(found) if isinstance(found, str) else None
+    path = try_to_load_from_cache("timm/vit_base_patch32_clip_224.openai", "open_clip_model.safetensors")
+    return Path(path) if isinstance(path, str) else None
 
 
 def locate(source: Source, folder: Path = DOWNLOADS) -> Path | None:
-    """Where ``source`` is: in ``folder``, else in another tool's cache; None if it is nowhere."""
+    """The path of ``source`` in ``folder``, else in another tool's cache; None if it is in neither."""
     path = folder / source.name
     return path if path.exists() else elsewhere(source)
 
 
 def require(domain: str, folder: Path = DOWNLOADS) -> dict[str, Path]:
-    """role -> file, of all that is there; one WeightsError that names every required file that is not, and how to get it."""
-    found, missing = {}, []
+    """role -> path of every file that is there.
+
+    If required ones are missing, one WeightsError names them all and says how to get them.
+    """
+    paths, missing = {}, []
     for role, options in roles_of(domain).items():
-        path = next((path for source in options if (path := locate(source, folder))), None)
-        if path:
-            found[role] = path
+        if path := next(filter(None, (locate(source, folder) for source in options)), None):
+            paths[role] = path
         elif any(source.required for source in options):
-            missing.append(
-                f"  {role}: "
-                + ",\n    or ".join(f"{source.name}: {source.how(folder, domain)}" for source in options)
-            )
+            ways = [f"{source.name}: {source.how(folder, domain)}" for source in options]
+            missing.append(f"\n  {role}: " + ",\n    or ".join(ways))
     if missing:
-        raise WeightsError(
-            f"domain {domain} needs files that are not in {folder} (see 'cfclip check {domain}'):\n"
-            + "\n".join(missing)
-        )
-    return found
-
-
-def sha256(path: Path) -> str:
-    """Of the file's content, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        problem = f"domain {domain} needs files that are not in {folder} (see 'cfclip check {domain}'):"
+        raise WeightsError(problem + "".join(missing))
+    return paths
 
 
 def recorded(folder: Path) -> dict[str, str]:
-    """File name -> the checksum it had when it first opened. WeightsError if the record is damaged."""
+    """File name -> its checksum when it first opened. WeightsError if the record is damaged."""
     path = folder / RECORDED
     if not path.exists():
         return {}
     try:
-        return {str(name): str(digest) for name, digest in json.loads(path.read_text()).items()}
+        checksums = json.loads(path.read_text(encoding="utf-8"))
+        return {str(name): str(digest) for name, digest in checksums.items()}
     except (ValueError, AttributeError):
-        raise WeightsError(f"{path} is damaged: delete it, and the files are looked at anew") from None
+        raise WeightsError(f"{path} is damaged: delete it, and every file will be opened again") from None
 
 
-def _record(folder: Path, entries: Mapping[str, str]) -> None:
-    write_text(folder / RECORDED, json.dumps(entries, indent=1, sort_keys=True) + "\n")
+def _record(folder: Path, checksums: Mapping[str, str]) -> None:
+    write_json(folder / RECORDED, dict(sorted(checksums.items())))
 
 
 def inspect(source: Source, folder: Path = DOWNLOADS, domain: str = "") -> Row:
-    """Look at one file: checksum, and (where that does not settle it) whether it opens as what it should be.
+    """Look at one file: its checksum, and if that does not decide, whether it opens as what it should be.
 
-    The checksum of a file that opens is recorded when there is no documented one.
+    The checksum of a file that opens is recorded if there is no documented one.
     """
-    path = locate(source, folder)
+    path, how = locate(source, folder), source.how(folder, domain)
     if path is None:
-        return Row(source, "missing", folder / source.name, source.how(folder, domain))
+        return Row(source, "missing", folder / source.name, how)
     if not path.is_file():
-        return Row(source, "corrupt", path, "is no file")
+        return Row(source, "corrupt", path, "is not a file")
     digest, known = sha256(path), recorded(folder)
     if digest == source.sha256:
         return Row(source, "valid", path, f"sha256 as documented ({source.sha256_from})")
-    before = known.get(source.name) if path.parent == folder else None
-    if source.sha256 is None or not source.exact:
-        if before == digest:
-            return Row(
-                source,
-                "unverified",
-                path,
-                "opened when it was new, unchanged since; no checksum is published for it",
-            )
-        try:
-            OPENERS[source.role](path)
-        except WeightsError as error:
-            return Row(source, "corrupt", path, f"{error}; {source.how(folder, domain)}")
-        if before:
-            return Row(
-                source,
-                "corrupt",
-                path,
-                "changed since its checksum was recorded; if that was you, delete its line in "
-                f"{folder / RECORDED}",
-            )
-        if path.parent == folder:
-            _record(folder, known | {source.name: digest})
-        return Row(
-            source,
-            "unverified",
-            path,
-            "opens, but is not the copy documented here"
-            if source.sha256
-            else "opens; no checksum is published for it, so this one was recorded",
-        )
-    try:  # a page or a pointer is a better reason than a wrong checksum
+    only_documented = source.sha256 is not None and source.exact
+    in_folder = path.parent == folder  # another tool's cache is not recorded
+    before = known.get(source.name) if in_folder and not only_documented else None
+    if before == digest:
+        detail = "opened when it was new, unchanged since; no checksum is published for it"
+        return Row(source, "unverified", path, detail)
+    try:  # also if the checksum is wrong already: "a web page" is the better message
         OPENERS[source.role](path)
-        why = f"{path} is not the documented file: its sha256 is {digest}"
     except WeightsError as error:
-        why = str(error)
-    return Row(source, "corrupt", path, f"{why}; {source.how(folder, domain)}")
+        return Row(source, "corrupt", path, f"{error}; {how}")
+    if only_documented:
+        detail = f"{path} is not the documented file: its sha256 is {digest}; {how}"
+        return Row(source, "corrupt", path, detail)
+    if before:
+        line = f"its line in {folder / RECORDED}"
+        detail = f"changed since its checksum was recorded; if you changed it, delete {line}"
+        return Row(source, "corrupt", path, detail)
+    if in_folder:
+        _record(folder, known | {source.name: digest})
+    detail = "opens; no checksum is published for it, so this one was recorded"
+    if source.sha256:
+        detail = "opens, but is not the copy documented here"
+    return Row(source, "unverified", path, detail)
 
 
 def check(domain: str, folder: Path = DOWNLOADS) -> list[Row]:
-    """A row per file of ``domain``. Downloads nothing."""
+    """One row per file of ``domain``. Downloads nothing."""
     return [inspect(source, folder, domain) for source in sources_of(domain)]
 
 
 def unmet(rows: list[Row]) -> list[str]:
     """The required roles that no good file fills."""
-    needed = dict.fromkeys(row.source.role for row in rows if row.source.required)
-    return [role for role in needed if not any(row.good for row in rows if row.source.role == role)]
+    filled = {row.source.role for row in rows if row.good}
+    return list(
+        dict.fromkeys(r.source.role for r in rows if r.source.required and r.source.role not in filled)
+    )
 
 
 @dataclass(frozen=True)
 class Resume:
-    """A pooch downloader that goes on where an interrupted download of the same content stopped.
+    """A pooch downloader that continues an interrupted download of the same content.
 
-    What has come is kept as ``part``; the server's mark of the content (ETag or date) beside it says whether it still fits.
+    The bytes so far are kept in ``part``. The server's mark of the content (ETag or date), kept beside it,
+    tells whether they still belong to what the server sends.
     """
 
     part: Path
@@ -426,65 +369,56 @@ class Resume:
         mark_file = self.part.with_name(self.part.name + ".etag")
         headers = {"Accept-Encoding": "identity"}  # a compressed answer could not be continued
         if self.part.exists() and mark_file.exists():
-            headers |= {"Range": f"bytes={self.part.stat().st_size}-", "If-Range": mark_file.read_text()}
+            mark = mark_file.read_text(encoding="utf-8")
+            headers |= {"Range": f"bytes={self.part.stat().st_size}-", "If-Range": mark}
         with requests.get(url, headers=headers, stream=True, timeout=30) as answer:
-            if answer.status_code == 416:  # nothing is left to send: what is here cannot be judged
+            if answer.status_code == 416:  # nothing is left to send, so the bytes so far cannot be verified
                 self.part.unlink()
                 return self(url, output_file)
             answer.raise_for_status()
             etag = answer.headers.get("ETag", "")
             mark = etag if etag and not etag.startswith("W/") else answer.headers.get("Last-Modified", "")
             if mark:
-                mark_file.write_text(mark)
+                mark_file.write_text(mark, encoding="utf-8")
             else:
                 mark_file.unlink(missing_ok=True)
             start = self.part.stat().st_size if answer.status_code == 206 else 0
             size = answer.headers.get("Content-Length")
             total = start + int(size) if size else None
+            look = {"unit": "B", "unit_scale": True, "desc": self.part.stem, "disable": not self.progress}
             with (
                 self.part.open("ab" if start else "wb") as file,
-                tqdm(
-                    total=total,
-                    initial=start,
-                    unit="B",
-                    unit_scale=True,
-                    desc=self.part.stem,
-                    disable=not self.progress,
-                ) as bar,
+                tqdm(total=total, initial=start, **look) as bar,
             ):
-                for chunk in answer.iter_content(1 << 16):  # what an interruption may lose
+                for chunk in answer.iter_content(1 << 16):  # an interruption loses at most this
                     file.write(chunk)
                     bar.update(len(chunk))
-        if total is not None and self.part.stat().st_size != total:
-            raise OSError(f"{self.part.stat().st_size} of {total} bytes came")
+        if total is not None and (size := self.part.stat().st_size) != total:
+            raise OSError(f"only {size} of {total} bytes arrived")
         mark_file.unlink(missing_ok=True)
         os.replace(self.part, output_file)
 
 
 def _download(source: Source, url: str, folder: Path, progress: bool) -> Row:
-    """One file from one address; WeightsError if it is not to be had or not what it should be: then the folder is as before."""
-    pooch.get_logger().setLevel("WARNING")  # it would advise on known_hash
+    """One file from one URL. WeightsError if that fails or gives a bad file; the folder is then as before."""
+    pooch.get_logger().setLevel("WARNING")  # its advice on known_hash does not concern the user
     path, known = folder / source.name, recorded(folder)
     aside = path.with_name(path.name + ".bad")
     if path.exists():
-        path.replace(aside)  # may be somebody's own: never deleted
+        path.replace(aside)  # may be the user's own work: never deleted
+    digest = f"sha256:{source.sha256}" if source.sha256 else None
+    resume = Resume(folder / f"{source.name}.part", progress)
     try:
-        pooch.retrieve(
-            url,
-            f"sha256:{source.sha256}" if source.sha256 else None,
-            source.name,
-            folder,
-            downloader=Resume(folder / f"{source.name}.part", progress),
-        )
-        _record(folder, {name: digest for name, digest in known.items() if name != source.name})
+        pooch.retrieve(url, digest, source.name, folder, downloader=resume)
+        _record(folder, {name: checksum for name, checksum in known.items() if name != source.name})
         row = inspect(source, folder)
         if row.good:
             return row
         problem = row.detail
     except (requests.exceptions.RequestException, OSError) as error:
         problem = str(error)[:200]
-    except ValueError:  # pooch's, for a wrong checksum
-        problem = "another file than the documented one (sha256 differs)"
+    except ValueError:  # from pooch, for a wrong checksum
+        problem = "not the documented file (sha256 differs)"
     path.unlink(missing_ok=True)
     _record(folder, known)
     if aside.exists():
@@ -493,40 +427,40 @@ def _download(source: Source, url: str, folder: Path, progress: bool) -> Row:
 
 
 def fetch(domain: str, folder: Path = DOWNLOADS, optional: bool = False, progress: bool = True) -> list[Row]:
-    """Download what ``domain`` needs (``optional``: and what it can use) and has a URL; one file per role, the next if one fails.
+    """Download the files of ``domain`` that are required (``optional``: all) and have a URL, one per role.
 
-    Returns the rows of :func:`check`; for what failed they say why.
+    If one fails, the next URL is tried, then the next file of the role. Returns the rows of :func:`check`;
+    those of failed downloads say why.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = {source.name: inspect(source, folder, domain) for source in sources_of(domain)}
     for options in roles_of(domain).values():
-        if any(rows[source.name].good for source in options):
-            continue
-        for source in (s for s in options if s.urls and (s.required or optional)):
-            failures = []
-            for url in source.urls:
-                try:
-                    rows[source.name] = _download(source, url, folder, progress)
-                    break
-                except WeightsError as error:
-                    failures.append(str(error))
-            if rows[source.name].good:
+        for source in options:
+            if any(rows[one.name].good for one in options):
                 break
-            why = "; ".join(failures)
-            rows[source.name] = replace(
-                inspect(source, folder, domain), detail=f"not downloaded: {why}; {source.how(folder, domain)}"
-            )
+            if source.urls and (source.required or optional):
+                rows[source.name] = _fetch_one(source, folder, domain, progress)
     return list(rows.values())
 
 
+def _fetch_one(source: Source, folder: Path, domain: str, progress: bool) -> Row:
+    failures = []
+    for url in source.urls:
+        try:
+            return _download(source, url, folder, progress)
+        except WeightsError as error:
+            failures.append(str(error))
+    detail = f"not downloaded: {'; '.join(failures)}; {source.how(folder, domain)}"
+    return replace(inspect(source, folder, domain), detail=detail)
+
+
 def table() -> str:
-    """Every source as a Markdown table: the text of data/README.md."""
+    """All sources as a Markdown table, for data/README.md."""
     lines = ["| file | what it is | domains | from | sha256 |", "|---|---|---|---|---|"]
     for s in SOURCES:
         places = [f"<{url}>" for url in s.urls] + ([f"by hand: <{s.page}>"] if s.page else [])
         digest = f"`{s.sha256}` ({s.sha256_from})" if s.sha256 else "none published: recorded on first use"
         role = s.role if s.required else f"{s.role} (optional)"
-        lines.append(
-            f"| `{s.name}` | {role}: {s.what} | {', '.join(s.domains)} | {'<br>'.join(places)} | {digest} |"
-        )
+        cells = f"`{s.name}`", f"{role}: {s.what}", ", ".join(s.domains), "<br>".join(places), digest
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Our own weight files: safetensors with a small JSON header that says what is inside. Opening one runs nothing."""
+"""Our own weight files: safetensors with a JSON header that says what is inside. Opening one runs no code."""
 
 import json
 import os
@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cfclip.files import atomic_write
 
 MAX_SIZE = 16384
-"""The largest number that a header may declare: a network is built before it is compared with the tensors."""
+"""The largest number that a header may declare: the network is built before its tensors are compared."""
 
 
 class WeightsError(ValueError):
@@ -22,11 +22,11 @@ class WeightsError(ValueError):
 
 
 class Header(NamedTuple):
-    """What a file says of itself."""
+    """The description that a file carries beside its tensors."""
 
     kind: str  # of network, e.g. "generator"
     config: dict[str, Any]  # the constructor's arguments
-    card: dict[str, Any]  # anything worth keeping: how it was trained, by which method, for which domain
+    card: dict[str, Any]  # free notes; of a mapper: method, domain, training
 
 
 def save(
@@ -37,7 +37,7 @@ def save(
     store_as: torch.dtype | None = None,
     **card: Any,
 ) -> Path:
-    """Write ``module`` with its header; ``store_as`` is the dtype of floating-point tensors (default: unchanged)."""
+    """Write ``module`` with its header. ``store_as``: dtype of float tensors (default: unchanged)."""
     tensors = {}
     for name, tensor in module.state_dict().items():
         tensor = tensor.to(store_as) if store_as and tensor.is_floating_point() else tensor
@@ -47,7 +47,7 @@ def save(
 
 
 def read_header(path: str | os.PathLike) -> Header:
-    """The header of one of our files; reads no tensor. Raises WeightsError."""
+    """The header of one of our files, without reading any tensor. Raises WeightsError."""
     path = Path(path)
     if not path.exists():
         raise WeightsError(f"{path} does not exist: check the path, or fetch or train the file first")
@@ -56,7 +56,8 @@ def read_header(path: str | os.PathLike) -> Header:
             header = json.loads((file.metadata() or {}).get("cfclip", "null"))
     except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(
-            f"{path} is not a readable safetensors file (truncated, or of another type): {error}; fetch or train it again"
+            f"{path} is not a readable safetensors file (truncated, or of another type): {error}; "
+            "fetch or train it again"
         ) from None
     if not isinstance(header, dict) or "kind" not in header:
         raise WeightsError(f"{path} is a safetensors file without cfclip's header: another program wrote it")
@@ -64,28 +65,27 @@ def read_header(path: str | os.PathLike) -> Header:
 
 
 def read(path: str | os.PathLike, kind: str) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """-> (tensors in float32, config, card) of a file of this ``kind`` that :func:`save` wrote. Raises WeightsError."""
+    """(float32 tensors, config, card) of a file that :func:`save` wrote. Raises WeightsError."""
     header = read_header(path)
     if header.kind != kind:
-        raise WeightsError(f"{path} holds a {header.kind}, where a {kind} is needed")
+        raise WeightsError(f"{path} holds a {header.kind}, but a {kind} is needed")
     _check_sizes(path, header.config)
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    floats = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
-    return floats, header.config, header.card
+    tensors = {name: t.float() if t.is_floating_point() else t for name, t in load_file(path).items()}
+    return tensors, header.config, header.card
 
 
-def _check_sizes(path: str | os.PathLike, config: Any) -> None:
-    for value in config.values() if isinstance(config, dict) else config if isinstance(config, list) else ():
-        if isinstance(value, int | float) and abs(value) > MAX_SIZE:
-            raise WeightsError(
-                f"{path} cannot be used: its header declares a size of {value:.3g}, above {MAX_SIZE}"
-            )
-        _check_sizes(path, value)
+def _check_sizes(path: str | os.PathLike, value: Any) -> None:
+    if isinstance(value, int | float) and abs(value) > MAX_SIZE:
+        raise WeightsError(
+            f"{path} cannot be used: its header declares a size of {value:.3g}, above the limit of {MAX_SIZE}"
+        )
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            _check_sizes(path, part)
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], path: str | os.PathLike) -> nn.Module:
-    """Load ``tensors``, all of them and no others; eval mode, frozen. WeightsError names ``path``."""
+    """Load exactly ``tensors``; eval, frozen. WeightsError names ``path`` if they do not fit."""
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:

@@ -1,9 +1,9 @@
-"""Files that are no weights, that are hostile or damaged: one clear error each, and nothing in a file ever runs."""
+"""Files that are not weights, hostile or damaged: one clear error each, and nothing in a file ever runs."""
 
 import argparse
 import io
+import os
 import pickle
-from pathlib import Path
 from zipfile import ZipFile
 
 import numpy as np
@@ -37,7 +37,7 @@ BAD = {
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
     "gzip": (b"\x1f\x8b\x08\0", "gzip"),
     "json": (b'{"error": "not found"}', "JSON"),
-    "text": (b"hello", "no weight file"),
+    "text": (b"hello", "not a weight file"),
     "magic": (b"\x80\x03", "damaged or truncated|is needed"),
     "zip": (b"PK\x03\x04" + bytes(40), "damaged or truncated|is needed"),
     "call": (b"\x80\x03cposix\nsystem\n(X\x04\0\0\0truetR.", "posix.system|is needed"),
@@ -48,7 +48,7 @@ BAD = {
 
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("bad", BAD)
-def test_bad_files(loader, bad, tmp_path):
+def test_a_bad_file_is_refused_with_its_cause(loader, bad, tmp_path):
     content, message = BAD[bad]
     path = tmp_path / f"{bad}.pt"
     if content is not None:
@@ -75,7 +75,7 @@ def test_a_tensor_cannot_declare_more_than_the_file_holds(zipped, tmp_path):
         load_latents(path)
 
 
-# ---- nothing runs -------------------------------------------------------------------------------------------------------
+# ---- nothing runs ---------------------------------------------------------------------------------
 
 
 class Hostile:
@@ -83,8 +83,6 @@ class Hostile:
         self.marker = marker
 
     def __reduce__(self):
-        import os
-
         return os.system, (f"touch {self.marker}",)
 
 
@@ -93,13 +91,12 @@ class Hostile:
 def test_a_hostile_pickle_does_not_run(loader, protocol, tmp_path):
     marker = tmp_path / "ran"
     tree = {"g_ema": official.rosinality(official.random_generator()), "opts": Hostile(marker)}
+    old = {"_use_new_zipfile_serialization": False}
     for name, write in {
         "plain.pkl": lambda p: p.write_bytes(pickle.dumps(Hostile(marker), protocol)),
         "dict.pkl": lambda p: p.write_bytes(pickle.dumps({"G_ema": Hostile(marker)}, protocol)),
         "zip.pt": lambda p: torch.save(tree, p, pickle_protocol=protocol),
-        "legacy.pt": lambda p: torch.save(
-            tree, p, pickle_protocol=protocol, _use_new_zipfile_serialization=False
-        ),
+        "legacy.pt": lambda p: torch.save(tree, p, pickle_protocol=protocol, **old),
         "object.npy": lambda p: np.save(p, np.array([Hostile(marker)], dtype=object), allow_pickle=True),
     }.items():
         write(tmp_path / name)
@@ -108,7 +105,7 @@ def test_a_hostile_pickle_does_not_run(loader, protocol, tmp_path):
         assert not marker.exists(), f"{name} ran"
     with pytest.raises(WeightsError, match=r"would call posix\.system"):
         load_generator(tmp_path / "dict.pkl")
-    pickle.loads((tmp_path / "plain.pkl").read_bytes())  # the test would see it
+    pickle.loads((tmp_path / "plain.pkl").read_bytes())  # the usual way runs it
     assert marker.exists()
 
 
@@ -117,16 +114,17 @@ def test_the_source_in_a_network_does_not_run(tmp_path):
     loaded = load_generator(official.nvidia(g, tmp_path / "g.pkl", marker=marker))
     assert torch.equal(loaded.convs[2].weight, g.convs[2].weight)
     assert not marker.exists()
-    exec(official.SOURCE.format(marker=str(marker)))  # the test would see it
+    exec(official.SOURCE.format(marker=str(marker)))  # the usual way runs it
     assert marker.exists()
 
 
-# ---- mangled files ------------------------------------------------------------------------------------------------------
+# ---- mangled files --------------------------------------------------------------------------------
 
 
-def _files(folder: Path) -> dict[str, bytes]:
-    g = official.random_generator()
-    m = Mapper(official.SMALL_MAPPER)
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("files")
+    g, m = official.random_generator(), Mapper(official.SMALL_MAPPER)
     tree = {"g_ema": official.rosinality(g), "latent_avg": g.w_avg}
     torch.save(tree, folder / "zip.pt")
     torch.save(tree, folder / "legacy.pt", _use_new_zipfile_serialization=False)
@@ -138,11 +136,6 @@ def _files(folder: Path) -> dict[str, bytes]:
     weights.save(g, folder / "own.safetensors", "generator", g.config)
     np.save(folder / "w.npy", np.zeros((3, 4, 8), np.float32))
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return _files(tmp_path_factory.mktemp("files"))
 
 
 NAMES = [

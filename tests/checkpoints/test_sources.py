@@ -1,4 +1,4 @@
-"""Files from elsewhere: fetched from a server on this machine, checked, reported; never from the network."""
+"""External files: fetched from a server on this machine, checked and reported; never from the network."""
 
 import hashlib
 import random
@@ -15,12 +15,13 @@ from cfclip.checkpoints import sources
 from cfclip.checkpoints.sources import Source
 from cfclip.checkpoints.weights import WeightsError
 from cfclip.cli import app
+from cfclip.files import ROOT
 
 PAGE = b"<!DOCTYPE html><html>Google Drive - Quota exceeded</html>"
 
 
 class Server(ThreadingHTTPServer):
-    """name -> content; ``cut`` names break off half way when asked from the start."""
+    """Serves ``files``; an answer for a name in ``cut`` breaks off half way, unless it is resumed."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -47,9 +48,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("ETag", etag)
         self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
-        self.wfile.write(
-            content[start : len(content) // 2] if name in self.server.cut and not start else content[start:]
-        )
+        end = len(content) // 2 if name in self.server.cut and not start else None
+        self.wfile.write(content[start:end])
 
     def log_message(self, *args):
         pass
@@ -59,7 +59,7 @@ class Handler(BaseHTTPRequestHandler):
 def server(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with Server() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
         server.shutdown()
 
@@ -76,7 +76,7 @@ def folder(tmp_path) -> Path:
 
 @pytest.fixture
 def table(monkeypatch):
-    """Replaces the table: table(Source, …)."""
+    """Replaces the sources: ``table(Source, …)``."""
     monkeypatch.setattr(sources, "elsewhere", lambda source: None)
     return lambda *rows: monkeypatch.setattr(sources, "SOURCES", rows)
 
@@ -85,58 +85,62 @@ def source(*urls, name="g.pkl", **kwargs) -> Source:
     return Source(name, "generator", "a test", ("test",), urls, **kwargs)
 
 
+def fetch(folder: Path, **kwargs) -> list[sources.Row]:
+    return sources.fetch("test", folder, progress=False, **kwargs)
+
+
 def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def test_fetch_with_a_documented_checksum(server, content, folder, table):
+def test_a_file_with_a_documented_checksum_is_fetched_once(server, content, folder, table):
     server.files["g.pkl"] = content
     table(source(server.url("g.pkl"), sha256=digest(content), sha256_from="the test"))
-    (row,) = sources.fetch("test", folder, progress=False)
+    (row,) = fetch(folder)
     assert row.status == "valid" and row.path.read_bytes() == content
     assert sources.unmet([row]) == []
     assert sources.recorded(folder) == {} and not list(folder.glob("g.pkl?*"))
-    sources.fetch("test", folder, progress=False)
-    assert len(server.asked) == 1  # what is there is not fetched again
+    fetch(folder)
+    assert len(server.asked) == 1  # not fetched again
 
 
-def test_without_one_it_is_recorded_and_held_to(server, content, folder, table):
+def test_a_checksum_that_is_not_documented_is_recorded_and_must_stay(server, content, folder, table):
     server.files["g.pkl"] = content
     table(source(server.url("g.pkl")))
-    (row,) = sources.fetch("test", folder, progress=False)
+    (row,) = fetch(folder)
     assert row.status == "unverified" and sources.recorded(folder) == {"g.pkl": digest(content)}
     assert "unchanged" in sources.check("test", folder)[0].detail
     other = official.tensorflow(official.random_generator(seed=1), folder / "g.pkl").read_bytes()
     (row,) = sources.check("test", folder)
     assert row.status == "corrupt" and "changed since" in row.detail and sources.unmet([row]) == ["generator"]
     server.files["g.pkl"] = PAGE
-    (row,) = sources.fetch("test", folder, progress=False)
+    (row,) = fetch(folder)
     assert row.status == "corrupt" and "web page" in row.detail and (folder / "g.pkl").read_bytes() == other
     server.files["g.pkl"] = content
-    (row,) = sources.fetch("test", folder, progress=False)
+    (row,) = fetch(folder)
     assert row.status == "unverified" and (folder / "g.pkl.bad").read_bytes() == other
-    (folder / "checksums.json").write_text("[")
+    (folder / "checksums.json").write_text("[", encoding="utf-8")
     with pytest.raises(WeightsError, match=r"checksums\.json is damaged"):
         sources.check("test", folder)
 
 
 @pytest.mark.parametrize(("given", "words"), [(b"else", "sha256 differs"), (None, "404")])
-def test_the_next_address_is_tried_and_failures_are_told(given, words, server, content, folder, table):
+def test_the_next_url_is_tried_and_failures_are_reported(given, words, server, content, folder, table):
     server.files |= {"good.pkl": content} | ({"bad.pkl": given} if given else {})
     table(source(server.url("bad.pkl"), server.url("good.pkl"), sha256=digest(content)))
-    assert sources.fetch("test", folder, progress=False)[0].status == "valid"
+    assert fetch(folder)[0].status == "valid"
     (folder / "g.pkl").unlink()
     table(source(server.url("bad.pkl"), sha256=digest(content), page="https://example.org/file"))
-    (row,) = sources.fetch("test", folder, progress=False)
+    (row,) = fetch(folder)
     assert row.status == "missing" and words in row.detail and "https://example.org/file" in row.detail
     assert not (folder / "g.pkl").exists()
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_a_page_instead_of_weights(known, server, content, folder, table):
+def test_a_web_page_instead_of_weights_is_refused(known, server, content, folder, table):
     server.files["g.pkl"] = PAGE
     table(source(server.url("g.pkl"), sha256=digest(content) if known else None))
-    (row,) = sources.fetch("test", folder, progress=False)
+    (row,) = fetch(folder)
     assert row.status == "missing" and ("sha256 differs" if known else "web page") in row.detail
     (folder / "g.pkl").write_bytes(PAGE)
     (row,) = sources.check("test", folder)
@@ -144,34 +148,34 @@ def test_a_page_instead_of_weights(known, server, content, folder, table):
     assert "g.pkl" not in sources.recorded(folder)
 
 
-def test_an_interrupted_download_goes_on(server, folder, table):
+def test_an_interrupted_download_is_resumed(server, folder, table):
     content = random.Random(0).randbytes(1_000_000)
     server.files["g.pkl"] = content
     server.cut.add("g.pkl")
     table(source(server.url("g.pkl"), sha256=digest(content)))
-    (row,) = sources.fetch("test", folder, progress=False)
+    (row,) = fetch(folder)
     got = (folder / "g.pkl.part").stat().st_size
     assert row.status == "missing" and 400_000 < got <= 500_000
-    (row,) = sources.fetch("test", folder, progress=False)
+    (row,) = fetch(folder)
     assert row.status == "valid" and row.path.read_bytes() == content
     assert server.asked[-1] == ("g.pkl", f"bytes={got}-")
     assert not list(folder.glob("*.part*"))
 
 
-def test_a_changed_file_is_not_continued(server, content, folder, table):
+def test_the_download_of_a_changed_file_starts_again(server, content, folder, table):
     server.files["g.pkl"] = bytes(300_000)
     server.cut.add("g.pkl")
     table(source(server.url("g.pkl")))
-    sources.fetch("test", folder, progress=False)
+    fetch(folder)
     assert (folder / "g.pkl.part").stat().st_size > 100_000
     server.files["g.pkl"], server.cut = content, set()
-    assert sources.fetch("test", folder, progress=False)[0].path.read_bytes() == content
+    assert fetch(folder)[0].path.read_bytes() == content
 
 
 def test_files_of_one_role_replace_each_other(server, content, folder, table):
     server.files["b.pkl"] = content
     table(source(server.url("a.pkl"), name="a.pkl"), source(server.url("b.pkl"), name="b.pkl"))
-    rows = sources.fetch("test", folder, progress=False)
+    rows = fetch(folder)
     assert [row.status for row in rows] == ["missing", "unverified"] and sources.unmet(rows) == []
     assert sources.require("test", folder) == {"generator": folder / "b.pkl"}
 
@@ -179,11 +183,11 @@ def test_files_of_one_role_replace_each_other(server, content, folder, table):
 def test_optional_files_are_fetched_when_asked_for(server, content, folder, table):
     server.files["g.pkl"] = content
     table(source(server.url("g.pkl"), required=False))
-    assert sources.fetch("test", folder, progress=False)[0].status == "missing" and not server.asked
-    assert sources.fetch("test", folder, optional=True, progress=False)[0].good
+    assert fetch(folder)[0].status == "missing" and not server.asked
+    assert fetch(folder, optional=True)[0].good
 
 
-def test_check_rows(content, folder, table):
+def test_check_reports_the_state_of_every_file(content, folder, table):
     folder.mkdir()
     for name in ("valid.pkl", "unverified.pkl", "another.pkl", "corrupt.pkl"):
         (folder / name).write_bytes(content)
@@ -199,29 +203,21 @@ def test_check_rows(content, folder, table):
         source(name="missing.pkl", page=page),
     )
     rows = sources.check("test", folder)
-    assert [row.status for row in rows] == [
-        "valid",
-        "unverified",
-        "unverified",
-        "corrupt",
-        "corrupt",
-        "missing",
-    ]
+    assert [row.status for row in rows[:3]] == ["valid", "unverified", "unverified"]
+    assert [row.status for row in rows[3:]] == ["corrupt", "corrupt", "missing"]
     assert all(page in row.detail and str(row.path) in row.detail for row in (rows[3], rows[5]))
     with pytest.raises(ValueError, match="'atlantis'; there are: test"):
         sources.check("atlantis", folder)
 
 
-def test_missing_files_are_all_named_with_their_addresses(tmp_path, monkeypatch):
+def test_all_missing_files_are_named_with_their_urls(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "elsewhere", lambda source: None)
     for domain in sources.PAPER:
         with pytest.raises(WeightsError) as caught:
             sources.require(domain, tmp_path)
         for s in sources.sources_of(domain):
-            assert (
-                all(text in str(caught.value) for text in (s.name, str(tmp_path / s.name), *s.urls[:1]))
-                or not s.required
-            )
+            words = (s.name, str(tmp_path / s.name), *s.urls[:1])
+            assert not s.required or all(text in str(caught.value) for text in words)
         assert set(re.findall(r"cfclip fetch (\S+?),", str(caught.value))) == {domain}
 
 
@@ -235,13 +231,13 @@ def test_another_tools_copy_of_clip_is_found(tmp_path, monkeypatch):
     cached.parent.mkdir(parents=True)
     cached.write_bytes(PAGE)
     assert sources.locate(openai, tmp_path) == cached
-    assert sources.locate(heldout, tmp_path) is None  # another model is no copy of it
+    assert sources.locate(heldout, tmp_path) is None  # another model is not a copy of it
     row = sources.inspect(openai, tmp_path)
     assert row.status == "corrupt" and "web page" in row.detail
 
 
-def test_the_table_is_whole_and_in_the_readme():
-    readme = (Path(sources.__file__).parents[1] / "data" / "README.md").read_text()
+def test_the_table_is_complete_and_in_the_readme():
+    readme = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
     assert sources.table() in readme, "write sources.table() into data/README.md"
     for s in sources.SOURCES:
         assert f"`{s.name}`" in readme and s.role in sources.OPENERS and (s.urls or s.page)
@@ -249,13 +245,14 @@ def test_the_table_is_whole_and_in_the_readme():
     assert len({s.name for s in sources.SOURCES}) == len(sources.SOURCES)
 
 
-def test_command_line(server, content, folder, table):
+def test_fetch_and_check_work_from_the_command_line(server, content, folder, table):
     server.files["g.pkl"] = content
-    table(
-        source(server.url("g.pkl"), sha256=digest(content)),
-        source(name="photo.pt", required=False, page="https://example.org/drive"),
-    )
-    run = lambda *words: CliRunner().invoke(app, [*words, "test", "--folder", str(folder)])  # noqa: E731
+    photo = source(name="photo.pt", required=False, page="https://example.org/drive")
+    table(source(server.url("g.pkl"), sha256=digest(content)), photo)
+
+    def run(command):
+        return CliRunner().invoke(app, [command, "test", "--folder", str(folder)])
+
     result = run("check")
     assert result.exit_code == 1 and "missing" in result.output
     result = run("fetch")

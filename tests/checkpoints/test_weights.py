@@ -1,3 +1,5 @@
+"""Our own files: what is saved comes back, and what cannot be used says why."""
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -7,12 +9,21 @@ from cfclip.domains import load_domain
 from cfclip.toonfaces.domain import load_toonfaces
 
 
-def test_round_trip(tmp_path):
+def test_tensors_sizes_and_card_come_back(tmp_path):
     layer = torch.nn.Linear(3, 2)
     path = weights.save(layer, tmp_path / "x.safetensors", "layer", {"in": 3}, store_as=torch.float16, seed=7)
     tensors, config, card = weights.read(path, "layer")
     assert config == {"in": 3} and card == {"seed": 7} and tensors["weight"].dtype == torch.float32
     torch.testing.assert_close(tensors["weight"], layer.weight.detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_the_header_is_read_without_the_tensors(tmp_path):
+    path = weights.save(torch.nn.Linear(3, 2), tmp_path / "x.safetensors", "layer", {"in": 3}, seed=7)
+    size = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    with path.open("r+b") as file:  # overwrite every tensor
+        file.seek(size)
+        file.write(b"\xff" * (path.stat().st_size - size))
+    assert weights.read_header(path) == ("layer", {"in": 3}, {"seed": 7})
 
 
 def test_every_bad_file_says_what_it_is(tmp_path):
@@ -30,10 +41,10 @@ def test_every_bad_file_says_what_it_is(tmp_path):
         assert str(path) in str(error.value)
     with pytest.raises(weights.WeightsError, match="does not exist"):
         weights.read(tmp_path / "missing", "layer")
-    with pytest.raises(weights.WeightsError, match="holds a layer, where a mapper"):
+    with pytest.raises(weights.WeightsError, match="holds a layer, but a mapper"):
         weights.read(good, "mapper")
     save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
-    with pytest.raises(weights.WeightsError, match="not one of cfclip's"):
+    with pytest.raises(weights.WeightsError, match="without cfclip's header"):
         weights.read(tmp_path / "foreign.safetensors", "layer")
     tensors, _, _ = weights.read(good, "layer")
     with pytest.raises(weights.WeightsError, match=r"good\.safetensors does not fit"):
@@ -46,5 +57,5 @@ def test_a_missing_domain_file_is_named(tmp_path):
 
 
 def test_an_unknown_domain_is_named():
-    with pytest.raises(ValueError, match="'tonfaces'; there are: toonfaces"):
+    with pytest.raises(ValueError, match="'tonfaces'; choose one of toonfaces"):
         load_domain("tonfaces")
