@@ -117,8 +117,7 @@ class Domain:
 
         None if there is neither.
         """
-        if (network := find_lpips()) is not None:
-            network = network.to(self.device)
+        if (network := find_lpips(self.device)) is not None:
             return PerceptualDistance("lpips_alex", lambda a, b: network(a, b).flatten())
         if self.truth is None:
             return None

@@ -1,4 +1,4 @@
-"""The goldens: the committed ones in ``tests/golden``, all of them in ``shared/golden`` beside the repository.
+"""The goldens: the committed ones in ``tests/golden``, all of them in ``shared/golden`` beside the clone.
 
 ``tests/golden/README.md`` says what they are and what was cut from the committed ones.
 """

@@ -139,7 +139,9 @@ def load_lpips(path: str | os.PathLike) -> lpips.LPIPS:
         return network.eval().requires_grad_(False)
 
 
-_open_lpips = lru_cache(maxsize=1)(load_lpips)
+@lru_cache(maxsize=2)
+def _open_lpips(path: Path, device: str) -> lpips.LPIPS:
+    return load_lpips(path).to(device)
 
 
 def lpips_file() -> Path | None:
@@ -150,10 +152,10 @@ def lpips_file() -> Path | None:
     return None
 
 
-def find_lpips() -> lpips.LPIPS | None:
-    """LPIPS if its weights are on this machine, loaded once; never downloads. Raises WeightsError."""
+def find_lpips(device: str | torch.device = "cpu") -> lpips.LPIPS | None:
+    """LPIPS if its weights are on this machine, loaded once per device; never downloads. Raises WeightsError."""
     path = lpips_file()
-    return None if path is None else _open_lpips(path)
+    return None if path is None else _open_lpips(path, str(device))
 
 
 def lpips_note() -> str:

@@ -158,7 +158,7 @@ def test_wrong_photos_and_starts_are_named(still, sample):
 
 
 def test_without_a_perceptual_distance_its_weight_must_be_zero(still, sample, monkeypatch):
-    monkeypatch.setattr("cfclip.domain.find_lpips", lambda: None)
+    monkeypatch.setattr("cfclip.domain.find_lpips", lambda device: None)
     _, photos = sample()
     bare = dataclasses.replace(still, truth=None)
     with pytest.raises(ValueError, match=r"domain tiny has no ground truth.*perceptual=0"):
