@@ -17,8 +17,8 @@ SUPERSAMPLE = 4
 LABELS: dict[str, str] = {
     "background": "background", "shirt": "shirt", "shirt_shade": "shirt", "skin": "skin",
     "skin_shade": "skin", "blush": "skin", "hair": "hair", "hair_shade": "hair", "eyebrows": "eyebrows",
-    "eye_white": "eye_white", "eyes": "eyes", "pupil": "pupil", "lipstick": "lipstick", "mouth_line": "mouth", "teeth": "mouth",
-    "beard": "beard", "glasses": "glasses",
+    "eye_white": "eye_white", "eyes": "eyes", "pupil": "pupil", "lipstick": "lipstick", "mouth_line": "mouth",
+    "teeth": "mouth", "beard": "beard", "glasses": "glasses",
 }  # fmt: skip
 """Label -> the part it belongs to; a label's position is its index."""
 
