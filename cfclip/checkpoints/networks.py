@@ -153,7 +153,7 @@ def lpips_file() -> Path | None:
 
 
 def find_lpips(device: str | torch.device = "cpu") -> lpips.LPIPS | None:
-    """LPIPS if its weights are on this machine, loaded once per device; never downloads. Raises WeightsError."""
+    """LPIPS if its weights are on this machine, loaded once per device; never downloads. WeightsError."""
     path = lpips_file()
     return None if path is None else _open_lpips(path, str(device))
 

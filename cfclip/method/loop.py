@@ -50,7 +50,7 @@ def with_global_seed(step: Callable[[int], Mapping[str, float]]) -> Step:
 
     def seeded(i: int, generator: torch.Generator) -> Mapping[str, float]:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(generator.initial_seed())
+            torch.default_generator.manual_seed(generator.initial_seed())
             return step(i)
 
     return seeded
