@@ -302,10 +302,10 @@ def test_names_in_the_papers_sweep_tell_its_runs_apart():
 
 
 SWEEP = """
-parameters: {steps: 1, n: 2, batch: 1, train_latents: 1, preview: 1, faces: 1, strengths: [1.0]}
+parameters: {settings: {steps: 1, batch: 1, train_latents: 1}, n: 2, preview: 1, faces: 1, strengths: [1.0]}
 grid:
   - notebook: 02_training
-    method: {cfclip: {num_views: 1}, styleclip-optimization: }
+    method: {cfclip: , styleclip-optimization: {settings: {steps: 1, batch: 1}}}
     prompt: green lipstick
   - {notebook: 03_ablation_directions, rows: [[CF-CLIP], ["views: 1"]], seeds: [[0]]}
 then:
