@@ -80,7 +80,7 @@ def there(domain, monkeypatch) -> Domain:
     domain.clip.encode_text("green lipstick")  # what was kept from before it moved is not of that device
     monkeypatch.setattr(nn.Module, "_apply", _apply)  # torch's swaps tensors, and these cannot be
     monkeypatch.setattr(Tensor, "backward", lambda self: None)
-    monkeypatch.setattr("cfclip.ops.dispatch._compiles", lambda device: False)
+    monkeypatch.setattr("cfclip.models.ops.dispatch.triton_works", lambda device: False)
     with Pretended():
         yield domain.to("cuda")
 
