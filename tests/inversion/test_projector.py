@@ -14,7 +14,7 @@ from cfclip.inversion import projector
 from cfclip.inversion.projector import InversionConfig
 from cfclip.models.mapper import Mapper, MapperConfig
 
-QUICK = InversionConfig(steps=150, noise_maps=False, w_noise=0.0)
+QUICK = InversionConfig(steps=80, noise_maps=False, w_noise=0.0)
 
 
 def invert(domain, photos, config, start=None, **changes):
