@@ -6,7 +6,7 @@ from typing import Any
 
 from cfclip.checkpoints import weights
 from cfclip.checkpoints.generators import load_generator
-from cfclip.checkpoints.mappers import load_mapper
+from cfclip.checkpoints.mappers import load_mapper, save_mapper
 from cfclip.checkpoints.reading import option, read_torch, sniff, state_dict
 
 
@@ -36,8 +36,7 @@ def convert(path: str | os.PathLike, out: str | os.PathLike, kind: str = "auto")
                 card["training"] = {"prompt": prompt}
         del tree  # it is read again below, and may be large
     if (contents if kind == "auto" else kind) == "mapper":
-        mapper = load_mapper(path)
-        weights.save(mapper, out, "mapper", mapper.metadata, **card)
+        save_mapper(load_mapper(path), out, store_as=None, **card)
         return "mapper"
     generator = load_generator(path)
     weights.save(generator, out, "generator", generator.config, **card)

@@ -30,12 +30,14 @@ def load_mapper(path: str | os.PathLike) -> Mapper:
         return build(lambda: Mapper(config), tensors, "mapper")
 
 
-def save_mapper(mapper: Mapper, path: str | os.PathLike, **card: Any) -> Path:
-    """Write a mapper in half precision.
+def save_mapper(
+    mapper: Mapper, path: str | os.PathLike, store_as: torch.dtype | None = torch.float16, **card: Any
+) -> Path:
+    """Write a mapper, by default in half precision.
 
     ``card``: method, domain, and training (the flat settings, with ``prompt`` or ``prompts`` among them).
     """
-    return weights.save(mapper, path, "mapper", mapper.metadata, torch.float16, **card)
+    return weights.save(mapper, path, "mapper", mapper.metadata, store_as, **card)
 
 
 def _official_mapper(tree: Any, state: Mapping[str, Tensor]) -> tuple[MapperConfig, dict[str, Tensor]]:
