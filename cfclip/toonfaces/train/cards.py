@@ -185,7 +185,7 @@ def train(name: str, out: Path, folder: Path = DATA / "toonfaces", **overrides: 
     config = begin_run(network.config(**overrides), "cpu", out, **network.run or {"network": name})
     model = network.train(config, out)
     path, kind, sizes = folder / f"{name}.safetensors", network.kind or name, network.sizes(config, model)
-    card = {**network.run or {}, "training": flat(config)}
+    card = {**(network.run or {}), "training": flat(config)}
     return weights.save(model, path, kind, sizes, store_as=network.dtype, **card)
 
 
