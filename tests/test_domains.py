@@ -176,7 +176,7 @@ def test_the_readmes_lines_work_when_pasted(folder, monkeypatch):
     g = official.random_generator(16, (6, 5, 4), z_dim=512, w_dim=512)
     monkeypatch.chdir(folder)
     monkeypatch.setitem(domains.DOMAINS, "ffhq", lambda: domains.load_ffhq(folder))
-    monkeypatch.setattr("cfclip.domain.find_lpips", MeanSquare)
+    monkeypatch.setattr("cfclip.domain.find_lpips", lambda device: MeanSquare())
     official.nvidia(g, "my.pkl")
     official.tensorflow(g, "stylegan2-ffhq-config-f.pkl")
     clip = domains.load_ffhq(folder).clip
