@@ -57,7 +57,7 @@ def test_mappers_are_converted_with_their_prompt(tmp_path):
         ("g.pkl o.pt", "must end in .safetensors"),
         ("g.safetensors g.safetensors", "is the input itself"),
         ("g.safetensors link.safetensors", "is the input itself"),
-        ("g.pkl o.safetensors --kind mapper", "a pickle file, but"),
+        ("g.pkl o.safetensors --kind mapper", "g.pkl is a pickle file"),
         ("g.pkl o.safetensors --kind x", "kind must be"),
         ("g.pkl g.pkl/o.safetensors", "g.pkl"),
     ],

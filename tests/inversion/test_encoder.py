@@ -11,7 +11,7 @@ from cfclip.files import DATA, read_rows
 from cfclip.inversion.projector import encode, held_out, w_spread
 from cfclip.toonfaces.domain import load_toonfaces
 from cfclip.toonfaces.encoder import ToonEncoder
-from cfclip.toonfaces.train import cards, encoder
+from cfclip.toonfaces.train import cards, encoder, run
 from cfclip.toonfaces.train.encoder import EncoderConfig
 
 SMALL = EncoderConfig(stages=((16, 16, 1), (16, 16, 1)), width=16, batch=4, steps=30)
@@ -35,7 +35,6 @@ class Breaking:
 
 
 def test_a_training_that_was_stopped_is_resumed(still, tmp_path, monkeypatch):
-    run = pytest.importorskip("cfclip.toonfaces.train.run")
     monkeypatch.setattr(run, "CHECKPOINT_EVERY", 5)
     config = dataclasses.replace(SMALL, steps=9)
     whole = encoder.train(config, tmp_path / "whole", still)
