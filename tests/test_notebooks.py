@@ -54,7 +54,7 @@ def test_every_key_of_a_preset_is_a_parameter_of_its_type(path):
 def test_the_smoke_preset_is_the_notebooks_defaults():
     smoke = load_preset(NOTEBOOKS / "presets" / "smoke.yaml")
     # 04_evaluation measures all prompts; the explorer's settings are one dict per method
-    exceptions = {("04_evaluation", "prompts"), ("05_explorer", "settings")}
+    exceptions = {("04_evaluation", "prompts")}
     for book in BOOKS:
         for key, value in parameters(book).items():
             if key in smoke and (book.stem, key) not in exceptions:
