@@ -10,6 +10,8 @@ PINS := $(if $(LOCKED),--constraint requirements.lock)
 export MALLOC_MMAP_THRESHOLD_ := 4000000000
 export MALLOC_TRIM_THRESHOLD_ := 8000000000
 export MALLOC_TOP_PAD_ := 500000000
+# a thread that waits for the others sleeps: one that spins on a busy machine takes the core that they need
+export OMP_WAIT_POLICY := PASSIVE
 
 help:           ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/ -/'

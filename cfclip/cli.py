@@ -161,10 +161,15 @@ DomainName = Annotated[str, typer.Argument(help="ffhq, afhq-dog, afhq-cat or too
 Folder = Annotated[Path, typer.Option(help="where the files are")]
 
 
-def _print_files(rows: list) -> None:
-    """Print the rows of sources.check; exit with 1 if something required is missing or corrupt."""
-    from cfclip.checkpoints.sources import unmet
+def _print_files(domain: str, rows: list) -> None:
+    """Print the rows of sources.check and the embedded files of ``domain``.
 
+    Exits with 1 if something required is missing or corrupt.
+    """
+    from cfclip.checkpoints.sources import unmet
+    from cfclip.toonfaces.domain import check
+
+    rows = [*(check() if domain == "toonfaces" else []), *rows]
     for row in rows:
         role = row.source.role + ("" if row.source.required else " (optional)")
         typer.echo(f"{row.status:<11}{role:<27}{row.path}")
@@ -184,7 +189,7 @@ def fetch(
     from cfclip.checkpoints import sources
 
     with _plain_errors():
-        _print_files(sources.fetch(domain, folder, optional=everything))
+        _print_files(domain, sources.fetch(domain, folder, optional=everything))
 
 
 @app.command()
@@ -193,7 +198,7 @@ def check(domain: DomainName, folder: Folder = DOWNLOADS) -> None:
     from cfclip.checkpoints import sources
 
     with _plain_errors():
-        _print_files(sources.check(domain, folder))
+        _print_files(domain, sources.check(domain, folder))
 
 
 @app.command()

@@ -11,12 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from platformdirs import user_data_path
 
 PACKAGE = Path(__file__).resolve().parent
-ROOT = PACKAGE.parent
-DATA = Path(os.environ.get("CFCLIP_DATA", ROOT / "data"))
+INSTALLED = (PACKAGE / "data").is_dir()
+"""True in a wheel, which has the embedded domain inside the package; a source tree has it beside it."""
+ROOT = Path.cwd() if INSTALLED else PACKAGE.parent
+"""Where notebooks and reports are: the source tree; of an installed package the folder it is used from."""
+DATA = Path(os.environ.get("CFCLIP_DATA") or (PACKAGE if INSTALLED else ROOT) / "data")
 """Where weights are; the environment variable CFCLIP_DATA moves it."""
-DOWNLOADS = DATA / "downloads"
+# not into an installed package: it may be read-only, and an update deletes what is in it
+DOWNLOADS = (user_data_path("cfclip") if DATA == PACKAGE / "data" else DATA) / "downloads"
 NOTEBOOKS = ROOT / "notebooks"
 
 

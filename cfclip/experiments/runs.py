@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 KERNEL_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # one run per core; and numbers do not depend on the number of cores
+    "OMP_WAIT_POLICY": "PASSIVE",  # a thread that waits leaves its core to the other runs
     # else glibc returns every large tensor to the system, and pages of the next one are faulted in again
     "MALLOC_MMAP_THRESHOLD_": "4000000000",
     "MALLOC_TRIM_THRESHOLD_": "8000000000",
@@ -69,16 +70,19 @@ def code_hash() -> str:
 def weights_hash(domain: str, known: dict[str, list]) -> str:
     """Of all files that ``domain`` loads. ``known``: path -> [size, mtime, sha256], read and updated."""
     folder = DATA / domain
-    files = [p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".md", ".png", ".part")]
-    files += [DOWNLOADS / source.name for source in SOURCES if domain in source.domains]
+    found = [p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".md", ".png", ".part")]
+    files = {path.relative_to(DATA): path for path in found}
+    files |= {Path("downloads", one.name): DOWNLOADS / one.name for one in SOURCES if domain in one.domains}
     hashes = []
-    for path in sorted(p for p in files if p.exists()):
+    for name, path in sorted(files.items()):
+        if not path.exists():
+            continue
         stat = path.stat()
         size_and_time = [stat.st_size, stat.st_mtime_ns]
         if known.get(str(path), [])[:2] != size_and_time:
             with path.open("rb") as file:
                 known[str(path)] = [*size_and_time, hashlib.file_digest(file, "sha256").hexdigest()]
-        hashes.append((path.relative_to(DATA).as_posix(), known[str(path)][2]))
+        hashes.append((name.as_posix(), known[str(path)][2]))
     return digest(hashes)
 
 

@@ -46,10 +46,17 @@ def _scalars(node: yaml.Node) -> list[yaml.ScalarNode]:
     return [one for one in nodes if isinstance(one, yaml.ScalarNode)]
 
 
+def _there_are(folder: Path, pattern: str) -> str:
+    """What an error says of the files that could have been meant."""
+    names = ", ".join(sorted(path.name.removesuffix(".ipynb") for path in folder.glob(pattern)))
+    if names:
+        return f"there are: {names}"
+    return f"there are none in {folder}: they are in cfclip's repository, so start in its folder"
+
+
 def _read_yaml(path: Path, what: str) -> dict[str, Any]:
     if not path.exists():
-        known = ", ".join(sorted(p.name for p in (NOTEBOOKS / "presets").glob("*.yaml")))
-        raise ValueError(f"{what} {path} does not exist; there are: {known}")
+        raise ValueError(f"{what} {path} does not exist; {_there_are(NOTEBOOKS / 'presets', '*.yaml')}")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except yaml.YAMLError as error:
@@ -147,8 +154,7 @@ def find_notebook(name: str | os.PathLike, folder: Path = Path()) -> Path:
     """The notebook ``name`` of ``notebooks/``; a name that ends in .ipynb is a path from ``folder``."""
     path = folder / name if str(name).endswith(".ipynb") else NOTEBOOKS / f"{name}.ipynb"
     if not path.exists():
-        known = ", ".join(sorted(p.stem for p in NOTEBOOKS.glob("*.ipynb")))
-        raise ValueError(f"notebook {name} does not exist; there are: {known}")
+        raise ValueError(f"notebook {name} does not exist; {_there_are(NOTEBOOKS, '*.ipynb')}")
     return path.resolve()
 
 

@@ -1,4 +1,4 @@
-"""The embedded domain, from the weights committed in ``data/toonfaces``."""
+"""The embedded domain, from the weights committed in ``data/toonfaces``; a wheel takes them along."""
 
 import warnings
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from torch import nn
 
 from cfclip.checkpoints import weights
 from cfclip.checkpoints.mappers import load_mapper
+from cfclip.checkpoints.sources import Row, Source
 from cfclip.domain import Domain
 from cfclip.files import DATA
 from cfclip.models.arcface import IRSE, FaceIdentity
@@ -21,6 +22,42 @@ from cfclip.toonfaces.truth import ToonTruth
 
 PROMPTS = ("green lipstick", "purple eyebrows", "blue hair", "blue skin", "red lipstick", "blonde hair")
 
+NETWORKS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
+    "generator": lambda config: Generator(**config),
+    "clip": lambda config: build(config["model"]),
+    "identity": lambda config: IRSE(**config),
+    "readout": lambda config: Readout(**config),
+    "encoder": lambda config: ToonEncoder(**config),
+    "heldout_clip": lambda config: build(config["model"]),
+}
+"""File name without its ending -> the network of a header's configuration. All other files hold mappers."""
+REQUIRED = ("generator", "clip", "identity", "readout")
+HOW = "install cfclip again, or let CFCLIP_DATA name a folder with toonfaces/, as the repository's data/ is"
+
+
+def _load(path: Path) -> nn.Module:
+    if path.stem not in NETWORKS:
+        return load_mapper(path)
+    tensors, config, _ = weights.read(path, path.stem)
+    return weights.load_into(NETWORKS[path.stem](config), tensors, path)
+
+
+def check(folder: Path = DATA / "toonfaces") -> list[Row]:
+    """One row per file of ``folder``, which is opened, and one per file that is missing."""
+    paths = {path.stem: path for path in sorted(folder.rglob("*.safetensors"))}
+    rows = []
+    for name in {**NETWORKS, "multi": None, **paths}:
+        path = paths.get(name, folder / f"{name}.safetensors")
+        what = Source(path.name, name, "embedded", ("toonfaces",), required=name in REQUIRED)
+        status, detail = "unverified", "opens; no checksum is kept of it"
+        try:
+            _load(path)
+        except weights.WeightsError as error:
+            status = "corrupt" if path.exists() else "missing"
+            detail = HOW if status == "missing" else f"{error}; {HOW}"
+        rows.append(Row(what, status, path, detail))
+    return rows
+
 
 def load_toonfaces(folder: Path = DATA / "toonfaces") -> Domain:
     """All networks of ``folder``, on the CPU. Raises WeightsError.
@@ -31,12 +68,8 @@ def load_toonfaces(folder: Path = DATA / "toonfaces") -> Domain:
     def path_of(name: str) -> Path:
         return folder / f"{name}.safetensors"
 
-    def load(name: str, make: Callable[[dict[str, Any]], nn.Module]) -> nn.Module:
-        tensors, config, _ = weights.read(path_of(name), name)
-        return weights.load_into(make(config), tensors, path_of(name))
-
-    def load_clip(name: str) -> ClipGuide:
-        return ClipGuide(load(name, lambda c: build(c["model"])))
+    def load(name: str) -> nn.Module:
+        return _load(path_of(name))
 
     def checked(name: str, network: nn.Module, fits: bool) -> nn.Module | None:
         if fits:
@@ -48,23 +81,25 @@ def load_toonfaces(folder: Path = DATA / "toonfaces") -> Domain:
         )
         return None
 
-    generator, clip = load("generator", lambda c: Generator(**c)), load_clip("clip")
+    if missing := [name for name in REQUIRED if not path_of(name).exists()]:
+        raise weights.WeightsError(f"{folder} does not have the embedded {', '.join(missing)}: {HOW}")
+    generator, clip = load("generator"), ClipGuide(load("clip"))
     encoder = mapper = None
     if path_of("encoder").exists():
-        encoder = load("encoder", lambda c: ToonEncoder(**c))
+        encoder = load("encoder")
         encoder = checked("encoder", encoder, encoder.fits(generator))
     if path_of("multi").exists():
-        mapper = load_mapper(path_of("multi"))
+        mapper = load("multi")
         mapper = checked("multi", mapper, mapper.config.fits(generator, clip))
     return Domain(
         name="toonfaces",
         generator=generator,
         clip=clip,
-        identity=FaceIdentity(load("identity", lambda c: IRSE(**c)), crop=False),
-        truth=ToonTruth(load("readout", lambda c: Readout(**c)), generator.resolution),
+        identity=FaceIdentity(load("identity"), crop=False),
+        truth=ToonTruth(load("readout"), generator.resolution),
         source_text="face",
         prompts=PROMPTS,
         encoder=encoder,
-        heldout_clip=load_clip("heldout_clip") if path_of("heldout_clip").exists() else None,
+        heldout_clip=ClipGuide(load("heldout_clip")) if path_of("heldout_clip").exists() else None,
         mapper=mapper,
     )
