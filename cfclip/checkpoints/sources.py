@@ -6,13 +6,11 @@ what is there. Most authors publish no checksum: that of the first copy that ope
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import pooch
 import requests
 from tqdm.auto import tqdm
 
@@ -30,7 +28,7 @@ from cfclip.checkpoints.networks import (
 )
 from cfclip.checkpoints.reading import read_torch, sha256, sniff
 from cfclip.checkpoints.weights import WeightsError
-from cfclip.files import DOWNLOADS, write_json
+from cfclip.files import DOWNLOADS, locked, write_json
 
 RECORDED = "checksums.json"
 
@@ -52,6 +50,7 @@ class Source:
     sha256_from: str = ""  # who gives it
     exact: bool = True  # False: other exports of the same network are in use and as good
     required: bool = True
+    limit: int = 2 << 30  # bytes; a download that is larger is none of these files
 
     def how(self, folder: Path, domain: str = "") -> str:
         """Instructions for a person who wants it for ``domain``."""
@@ -354,92 +353,97 @@ def unmet(rows: list[Row]) -> list[str]:
     )
 
 
-@dataclass(frozen=True)
-class Resume:
-    """A pooch downloader that continues an interrupted download of the same content.
+def _resume(url: str, part: Path, limit: int, progress: bool) -> None:
+    """Download ``url`` to ``part``; what an interrupted download of the same content left there is kept.
 
-    The bytes so far are kept in ``part``. The server's mark of the content (ETag or date), kept beside it,
-    tells whether they still belong to what the server sends.
+    The server's mark of the content (ETag or date), kept beside ``part``, tells whether the bytes so far
+    belong to what the server sends. Without one they cannot be continued, and are deleted.
+    Raises OSError, of which the errors of requests are a kind.
     """
-
-    part: Path
-    progress: bool = True
-
-    def __call__(self, url: str, output_file: str, pooch: object = None) -> None:
-        mark_file = self.part.with_name(self.part.name + ".etag")
-        headers = {"Accept-Encoding": "identity"}  # a compressed answer could not be continued
-        if self.part.exists() and mark_file.exists():
-            mark = mark_file.read_text(encoding="utf-8")
-            headers |= {"Range": f"bytes={self.part.stat().st_size}-", "If-Range": mark}
-        with requests.get(url, headers=headers, stream=True, timeout=30) as answer:
-            if answer.status_code == 416:  # nothing is left to send, so the bytes so far cannot be verified
-                self.part.unlink()
-                return self(url, output_file)
-            answer.raise_for_status()
-            etag = answer.headers.get("ETag", "")
-            mark = etag if etag and not etag.startswith("W/") else answer.headers.get("Last-Modified", "")
+    mark_file = part.with_name(part.name + ".etag")
+    headers = {"Accept-Encoding": "identity"}  # a compressed answer could not be continued
+    before = mark_file.read_bytes() if part.exists() and mark_file.exists() else b""
+    if before and before.isascii() and before.decode().isprintable():
+        headers |= {"Range": f"bytes={part.stat().st_size}-", "If-Range": before.decode()}
+    else:
+        _forget(part)
+    with requests.get(url, headers=headers, stream=True, timeout=30) as answer:
+        so_far = part.stat().st_size if part.exists() else 0
+        continues = answer.headers.get("Content-Range", f"bytes {so_far}-").startswith(f"bytes {so_far}-")
+        if so_far and (answer.status_code == 416 or (answer.status_code == 206 and not continues)):
+            _forget(part)  # nothing is left to send, or something else is sent: the bytes cannot be verified
+            return _resume(url, part, limit, progress)
+        answer.raise_for_status()
+        start = so_far if answer.status_code == 206 else 0
+        size = answer.headers.get("Content-Length", "")
+        total = start + int(size) if size.isdecimal() else None
+        if total is not None and total > limit:
+            _forget(part)
+            raise OSError(f"it has {total:,} bytes, more than the {limit:,} that such a file may have")
+        etag = answer.headers.get("ETag", "")
+        mark = etag if etag and not etag.startswith("W/") else answer.headers.get("Last-Modified", "")
+        try:
             if mark:
                 mark_file.write_text(mark, encoding="utf-8")
-            else:
-                mark_file.unlink(missing_ok=True)
-            start = self.part.stat().st_size if answer.status_code == 206 else 0
-            size = answer.headers.get("Content-Length")
-            total = start + int(size) if size else None
-            look = {"unit": "B", "unit_scale": True, "desc": self.part.stem, "disable": not self.progress}
-            with (
-                self.part.open("ab" if start else "wb") as file,
-                tqdm(total=total, initial=start, **look) as bar,
-            ):
+            look = {"unit": "B", "unit_scale": True, "desc": part.stem, "disable": not progress}
+            with part.open("ab" if start else "wb") as file, tqdm(total=total, initial=start, **look) as bar:
                 for chunk in answer.iter_content(1 << 16):  # an interruption loses at most this
+                    if file.tell() + len(chunk) > limit:
+                        mark = ""
+                        raise OSError(f"it has more than the {limit:,} bytes that such a file may have")
                     file.write(chunk)
                     bar.update(len(chunk))
-        if total is not None and (size := self.part.stat().st_size) != total:
-            raise OSError(f"only {size} of {total} bytes arrived")
-        mark_file.unlink(missing_ok=True)
-        os.replace(self.part, output_file)
+            if total is not None and (size := part.stat().st_size) != total:
+                raise OSError(f"only {size} of {total} bytes arrived")
+        except BaseException:  # also Ctrl-C
+            if not mark:
+                _forget(part)
+            raise
+    mark_file.unlink(missing_ok=True)
+
+
+def _forget(part: Path) -> None:
+    part.unlink(missing_ok=True)
+    part.with_name(part.name + ".etag").unlink(missing_ok=True)
 
 
 def _download(source: Source, url: str, folder: Path, progress: bool) -> Row:
     """One file from one URL. WeightsError if that fails or gives a bad file; the folder is then as before."""
-    pooch.get_logger().setLevel("WARNING")  # its advice on known_hash does not concern the user
-    path, known = folder / source.name, recorded(folder)
-    aside = path.with_name(path.name + ".bad")
+    path = folder / source.name
+    aside, part = path.with_name(path.name + ".bad"), path.with_name(path.name + ".part")
+    try:
+        _resume(url, part, source.limit, progress)
+    except OSError as error:
+        raise WeightsError(f"{url}: {str(error)[:200]}") from None
+    if source.sha256 and sha256(part) != source.sha256:
+        _forget(part)
+        raise WeightsError(f"{url}: not the documented file (sha256 differs)")
     if path.exists():
         path.replace(aside)  # may be the user's own work: never deleted
-    digest = f"sha256:{source.sha256}" if source.sha256 else None
-    resume = Resume(folder / f"{source.name}.part", progress)
-    try:
-        pooch.retrieve(url, digest, source.name, folder, downloader=resume)
-        _record(folder, {name: checksum for name, checksum in known.items() if name != source.name})
-        row = inspect(source, folder)
-        if row.good:
-            return row
-        problem = row.detail
-    except (requests.exceptions.RequestException, OSError) as error:
-        problem = str(error)[:200]
-    except ValueError:  # from pooch, for a wrong checksum
-        problem = "not the documented file (sha256 differs)"
-    path.unlink(missing_ok=True)
-    _record(folder, known)
+    part.replace(path)
+    row = inspect(source, folder)
+    if row.good:
+        return row
+    path.unlink()
     if aside.exists():
         aside.replace(path)
-    raise WeightsError(f"{url}: {problem}")
+    raise WeightsError(f"{url}: {row.detail}")
 
 
 def fetch(domain: str, folder: Path = DOWNLOADS, optional: bool = False, progress: bool = True) -> list[Row]:
     """Download the files of ``domain`` that are required (``optional``: all) and have a URL, one per role.
 
     If one fails, the next URL is tried, then the next file of the role. Returns the rows of :func:`check`;
-    those of failed downloads say why.
+    those of failed downloads say why. Raises FolderInUse if another process fetches into ``folder``.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = {source.name: inspect(source, folder, domain) for source in sources_of(domain)}
-    for options in roles_of(domain).values():
-        for source in options:
-            if any(rows[one.name].good for one in options):
-                break
-            if source.urls and (source.required or optional):
-                rows[source.name] = _fetch_one(source, folder, domain, progress)
+    with locked(folder, "fetch"):  # two downloads into one file would mix
+        rows = {source.name: inspect(source, folder, domain) for source in sources_of(domain)}
+        for options in roles_of(domain).values():
+            for source in options:
+                if any(rows[one.name].good for one in options):
+                    break
+                if source.urls and (source.required or optional):
+                    rows[source.name] = _fetch_one(source, folder, domain, progress)
     return list(rows.values())
 
 

@@ -15,7 +15,7 @@ from cfclip.checkpoints import sources
 from cfclip.checkpoints.sources import Source
 from cfclip.checkpoints.weights import WeightsError
 from cfclip.cli import app
-from cfclip.files import ROOT
+from cfclip.files import ROOT, FolderInUse, locked
 
 PAGE = b"<!DOCTYPE html><html>Google Drive - Quota exceeded</html>"
 
@@ -27,6 +27,8 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files: dict[str, bytes] = {}
         self.cut: set[str] = set()
+        self.hidden: set[str] = set()  # headers that are not sent
+        self.other_range = False  # continue from another byte than the one asked for
         self.asked: list[tuple[str, str | None]] = []
 
     def url(self, name: str) -> str:
@@ -45,8 +47,12 @@ class Handler(BaseHTTPRequestHandler):
         etag = f'"{hashlib.sha256(content).hexdigest()}"'
         start = int(wanted[6:-1]) if wanted and self.headers["If-Range"] == etag else 0
         self.send_response(206 if start else 200)
-        self.send_header("ETag", etag)
-        self.send_header("Content-Length", str(len(content) - start))
+        if start and self.server.other_range:
+            start -= 1000
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        for header, value in {"ETag": etag, "Content-Length": str(len(content) - start)}.items():
+            if header not in self.server.hidden:
+                self.send_header(header, value)
         self.end_headers()
         end = len(content) // 2 if name in self.server.cut and not start else None
         self.wfile.write(content[start:end])
@@ -170,6 +176,71 @@ def test_the_download_of_a_changed_file_starts_again(server, content, folder, ta
     assert (folder / "g.pkl.part").stat().st_size > 100_000
     server.files["g.pkl"], server.cut = content, set()
     assert fetch(folder)[0].path.read_bytes() == content
+
+
+@pytest.mark.parametrize("before", [None, PAGE, b"", b"cut"])
+def test_a_file_that_is_fetched_again_must_keep_its_recorded_checksum(
+    before, server, content, folder, table, tmp_path
+):
+    other = official.tensorflow(official.random_generator(seed=1), tmp_path / "other.pkl").read_bytes()
+    server.files["g.pkl"] = content
+    table(source(server.url("g.pkl")))
+    fetch(folder)
+    path, known = folder / "g.pkl", sources.recorded(folder)
+    path.unlink() if before is None else path.write_bytes(before)
+    server.files["g.pkl"] = other
+    (row,) = fetch(folder)
+    assert not row.good and "checksums.json" in row.detail and sources.recorded(folder) == known
+    assert not path.exists() if before is None else path.read_bytes() == before
+    server.files["g.pkl"] = content
+    (row,) = fetch(folder)
+    assert row.good and path.read_bytes() == content and sources.recorded(folder) == known
+
+
+@pytest.mark.parametrize("hidden", [set(), {"Content-Length"}])
+def test_a_download_that_is_too_large_is_refused_and_leaves_nothing(hidden, server, folder, table):
+    server.files["g.pkl"], server.hidden = bytes(200_001), hidden
+    table(source(server.url("g.pkl"), limit=200_000))
+    (row,) = fetch(folder)
+    assert row.status == "missing" and "more than the 200,000" in row.detail
+    assert not list(folder.glob("[!.]*"))
+
+
+def test_bytes_that_cannot_be_continued_are_not_kept(server, folder, table):
+    server.files["g.pkl"], server.hidden = bytes(500_000), {"ETag"}
+    server.cut.add("g.pkl")
+    table(source(server.url("g.pkl")))
+    (row,) = fetch(folder)
+    assert row.status == "missing" and not list(folder.glob("[!.]*"))
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff\xfe", b"a\r\nb", b'"another"', "other range", "no mark"])
+def test_a_download_with_damaged_marks_starts_again(damage, server, folder, table):
+    content = random.Random(0).randbytes(300_000)
+    server.files["g.pkl"] = content
+    server.cut.add("g.pkl")
+    table(source(server.url("g.pkl"), sha256=digest(content)))
+    fetch(folder)
+    mark = folder / "g.pkl.part.etag"
+    assert mark.exists()
+    if damage == "no mark":
+        mark.unlink()
+    elif damage == "other range":
+        server.other_range = True
+    else:
+        mark.write_bytes(damage)
+    server.cut.clear()
+    (row,) = fetch(folder)
+    assert row.status == "valid" and row.path.read_bytes() == content
+    assert [path.name for path in folder.glob("[!.]*")] == ["g.pkl"]
+
+
+def test_two_processes_do_not_fetch_into_one_folder(server, content, folder, table):
+    server.files["g.pkl"] = content
+    table(source(server.url("g.pkl")))
+    with locked(folder, "fetch"), pytest.raises(FolderInUse, match="another process"):
+        fetch(folder)
+    assert fetch(folder)[0].good
 
 
 def test_files_of_one_role_replace_each_other(server, content, folder, table):
