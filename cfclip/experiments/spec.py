@@ -3,6 +3,7 @@
 import ast
 import itertools
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,10 @@ from cfclip.files import NOTEBOOKS, first_bytes, slug
 from cfclip.settings import check_known
 
 TEXT_KEYS = ("prompt", "prompts")  # keys whose values stay text, also YAML's `no` and `1e3`
+NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 SECTIONS = ("preset", "parameters", "grid", "then")
+MAX_BYTES, MAX_VALUES, MAX_DIGITS = 1 << 18, 100_000, 40
+"""Of a YAML file: its size, its values with every alias written out, and the length of a number."""
 
 
 # ---- YAML ----
@@ -24,9 +28,17 @@ SECTIONS = ("preset", "parameters", "grid", "then")
 class _Loader(yaml.SafeLoader):
     """YAML in which prompts stay text and a key cannot silently replace an earlier one."""
 
+    def get_single_node(self):
+        node = super().get_single_node()
+        _count(node, {})
+        return node
+
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                problem = "a key must be a word or a number, not a list or a mapping"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             if key.value in seen:
                 problem = f"{key.value!r} is there twice"
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
@@ -35,6 +47,29 @@ class _Loader(yaml.SafeLoader):
                 for scalar in _scalars(value):
                     scalar.tag = "tag:yaml.org,2002:str"
         return super().construct_mapping(node, deep)
+
+
+def _count(node: yaml.Node | None, known: dict[int, int]) -> int:
+    """How many values ``node`` stands for with every alias written out. ``known``: 0 while it is counted."""
+    if node is None:
+        return 0
+    problem = ""
+    if known.get(id(node)) == 0:
+        problem = "a value contains itself"
+    elif id(node) not in known:
+        known[id(node)], parts = 0, []
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            parts = node.value
+        elif node.tag in NUMBERS and len(node.value) > MAX_DIGITS:
+            problem = f"a number has more than {MAX_DIGITS} digits"
+        known[id(node)] = 1 + sum(_count(part, known) for part in parts)
+    if known[id(node)] > MAX_VALUES:
+        problem = f"with its aliases written out it has more than {MAX_VALUES:,} values"
+    if problem:
+        raise yaml.composer.ComposerError(None, None, problem, node.start_mark)
+    return known[id(node)]
 
 
 def _scalars(node: yaml.Node) -> list[yaml.ScalarNode]:
@@ -57,12 +92,27 @@ def _there_are(folder: Path, pattern: str) -> str:
 def _read_yaml(path: Path, what: str) -> dict[str, Any]:
     if not path.exists():
         raise ValueError(f"{what} {path} does not exist; {_there_are(NOTEBOOKS / 'presets', '*.yaml')}")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(
+            f"{what} {path} is larger than {MAX_BYTES:,} bytes: it is something else, or too much"
+        )
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except yaml.YAMLError as error:
+    except OSError:
+        raise
+    except RecursionError:
+        raise ValueError(f"{what} {path} is nested too deeply") from None
+    except Exception as error:  # for a value like `!!bool x` the parser has no error class
         raise ValueError(f"{what} {path} is not YAML: {error}") from None
+    return named(values, f"{what} {path}")
+
+
+def named(values: Any, what: str) -> dict[str, Any]:
+    """``values``; ValueError unless it is a mapping whose keys are texts."""
     if not isinstance(values, dict):
-        raise ValueError(f"{what} {path} must be a mapping of names to values")
+        raise ValueError(f"{what} must be a mapping of names to values")
+    if odd := [name for name in values if not isinstance(name, str)]:
+        raise ValueError(f"{what} must have names as its keys, not {odd[0]!r}")
     return values
 
 
@@ -98,14 +148,15 @@ def load_spec(path: str | os.PathLike, quick: bool = False) -> Spec:
         if not isinstance(values.get("quick"), dict):
             fix = f"run it without --quick, or write one with any of {', '.join(SECTIONS)}"
             raise ValueError(f"{path.name} has no section quick: {fix}")
-        check_known(values["quick"], SECTIONS, f"quick of {path.name}")
-        values |= values["quick"]
+        quick_values = named(values["quick"], f"quick of {path.name}")
+        check_known(quick_values, SECTIONS, f"quick of {path.name}")
+        values |= quick_values
     grid, then = (_blocks(values, name, path) for name in ("grid", "then"))
-    parameters = values.get("parameters") or {}
+    parameters = named(values.get("parameters") or {}, f"parameters of {path.name}")
     if not grid:
         raise ValueError(f"{path.name} has no grid: nothing to run")
-    if not isinstance(parameters, dict):
-        raise ValueError(f"parameters of {path.name} must be a mapping of names to values")
+    if not isinstance(values.get("preset") or "", str):
+        raise ValueError(f"preset of {path.name} must be the name of a file, not {values['preset']!r}")
     preset = load_preset(path.parent / values["preset"]) if values.get("preset") else {}
     name = path.stem + ("-quick" if quick else "")
     return Spec(name, path.parent.resolve(), grid, then, preset, parameters)
@@ -115,7 +166,17 @@ def _blocks(values: Mapping[str, Any], name: str, path: Path) -> tuple[Mapping[s
     blocks = values.get(name) or []
     if not isinstance(blocks, list) or not all(isinstance(b, dict) and b.get("notebook") for b in blocks):
         raise ValueError(f"{name} of {path.name} must be a list of blocks like `- notebook: 02_training`")
+    for block in blocks:
+        book = named(block, f"a block of {name} of {path.name}")["notebook"]
+        books = book if name == "grid" and isinstance(book, list | dict) else [book]
+        if odd := [one for one in books if not isinstance(one, str)]:
+            raise ValueError(f"notebook in {name} of {path.name} must be a name, not {odd[0]!r}")
     return tuple(blocks)
+
+
+def points(block: Mapping[str, Any]) -> int:
+    """The number of combinations of a block's axes."""
+    return math.prod(len(values) if isinstance(values, list | dict) else 1 for values in block.values())
 
 
 def cells(block: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
@@ -139,11 +200,13 @@ def _axis(name: str, values: Any, block: Mapping[str, Any]) -> list[tuple[Any, d
     if not axis:
         raise ValueError(f"grid: {name} lists nothing")
     for value, overrides in axis:
-        if name in TEXT_KEYS and value == "":
+        if name in TEXT_KEYS and isinstance(value, str) and not value.strip():
             raise ValueError(f"grid: {name} has an empty value")
         if not isinstance(overrides, dict) or overrides.keys() & block.keys():
             form = f"parameters that are not axes, as in `{value}: {{steps: 9}}`"
-            raise ValueError(f"grid: {name} {value!r} may change {form}; not {overrides!r}")
+            hint = f"a mapping as one value is written in a list: `{name}: [{{…}}]`"
+            raise ValueError(f"grid: {name} {value!r} may change {form}; not {overrides!r} ({hint})")
+        named(overrides, f"grid: what {name} {value!r} changes")
     return axis
 
 
@@ -160,13 +223,19 @@ def find_notebook(name: str | os.PathLike, folder: Path = Path()) -> Path:
 
 def code_of(notebook: Path) -> list[tuple[str, list[str]]]:
     """(source, tags) of each code cell."""
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    code = [cell for cell in cells if cell["cell_type"] == "code"]
-    return [("".join(cell["source"]), cell.get("metadata", {}).get("tags", [])) for cell in code]
+    try:
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        code = [cell for cell in cells if cell["cell_type"] == "code"]
+        return [("".join(cell["source"]), cell.get("metadata", {}).get("tags", [])) for cell in code]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{notebook} is not a notebook that Jupyter could open") from None
 
 
 def parameters_of(notebook: str | os.PathLike) -> dict[str, Any]:
     """name -> default of each parameter in the cell that is tagged ``parameters``."""
     code = "\n".join(source for source, tags in code_of(find_notebook(notebook)) if "parameters" in tags)
-    assigned = [node for node in ast.parse(code).body if isinstance(node, ast.Assign)]
-    return {node.targets[0].id: ast.literal_eval(node.value) for node in assigned}
+    try:
+        assigned = [node for node in ast.parse(code).body if isinstance(node, ast.Assign)]
+        return {node.targets[0].id: ast.literal_eval(node.value) for node in assigned}
+    except (SyntaxError, ValueError, AttributeError) as error:
+        raise ValueError(f"the parameters of {notebook} must be literals, `name = value`: {error}") from None

@@ -7,6 +7,7 @@ So a sweep that is started again, after a crash or an edit, does only what is mi
 import itertools
 import json
 import logging
+import math
 import os
 import sys
 from collections import Counter
@@ -20,6 +21,8 @@ from typing import Any
 from tabulate import tabulate
 from tqdm.auto import tqdm
 
+from cfclip import baselines
+from cfclip.evaluation import ablation
 from cfclip.experiments.executors import LocalExecutor
 from cfclip.experiments.runs import (
     OUTPUT_PARAMS,
@@ -33,17 +36,60 @@ from cfclip.experiments.runs import (
     weights_hash,
     write_record,
 )
-from cfclip.experiments.spec import Spec, cells, find_notebook, parameters_of
-from cfclip.files import writable, write_json
-from cfclip.settings import check_known
+from cfclip.experiments.spec import Spec, cells, find_notebook, named, parameters_of, points
+from cfclip.files import NOTEBOOKS, writable, write_json
+from cfclip.settings import Check, check_known, int_at_least, number, text
 
 logger = logging.getLogger(__name__)
 
+MAX_RUNS = 10_000
+"""A larger grid is a mistake, and planning it alone would take hours."""
 MAX_ATTEMPTS = 3
 """A run whose worker or kernel dies this often has failed."""
 
 
 # ---- planning ----
+
+
+def _finite(value: Any) -> str | None:
+    return None if number(-math.inf)(value) is None else "a finite number"
+
+
+def _list_of(check: Check, what: str, minimum: int = 0) -> Check:
+    """A list of at least ``minimum`` values that pass ``check``."""
+
+    def checked(values: Any) -> str | None:
+        fine = isinstance(values, list) and len(values) >= minimum
+        return None if fine and not any(map(check, values)) else f"a list of {what}"
+
+    return checked
+
+
+CHECKS: dict[str, Check] = {
+    "prompt": text,
+    "prompts": _list_of(text, "texts"),
+    "seed": int_at_least(0),
+    "seeds": _list_of(int_at_least(0), "whole numbers from 0, at least one", 1),
+    "n": int_at_least(1),
+    "inversion_steps": int_at_least(1),
+    "strengths": _list_of(_finite, "finite numbers, at least one", 1),
+}
+"""What these parameters must be in every notebook that has them."""
+
+
+def _check_settings(values: Mapping[str, Any], notebook: str) -> None:
+    """ValueError unless a training in ``notebook`` can have these settings; its run would say so later."""
+    if not {"prompt", "settings"} <= values.keys() or not {"method", "rows"} & values.keys():
+        return
+    given = {"seed": values.get("seed", 0)} | values["settings"]
+    try:
+        if twice := {"method", "prompt"} & given.keys():
+            raise ValueError(f"{', '.join(sorted(twice))} is a parameter, not one of the settings")
+        for row in ablation.choose(values["rows"]) if "rows" in values else [""]:
+            changes = ablation.ROWS.get(row, {})
+            baselines.configure(values.get("method", "cfclip"), values["prompt"], **(given | changes))
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"settings of {notebook}: {error}") from None
 
 
 def _parameters(notebook: Path, spec: Spec, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,8 +108,17 @@ def _parameters(notebook: Path, spec: Spec, given: Mapping[str, Any]) -> dict[st
             value = float(value)  # 40 and 40.0 are one run
         if default is not None and type(value) is not type(default):
             hint = " (YAML reads 1e3 as text: write 1.0e+3)" if isinstance(default, float) else ""
+            hint = f" (write it as `{name}: [{value}]`)" if isinstance(default, list) else hint
             raise ValueError(f"{what} must be of type {type(default).__name__}, not {value!r}{hint}")
+        if isinstance(value, dict):
+            named(value, what)
+        check = CHECKS.get(name, _finite if isinstance(value, float) else None)
+        if (
+            check and value != default and (wanted := check(value))
+        ):  # a notebook may have "" for "none" itself
+            raise ValueError(f"{what} must be {wanted}, not {value!r}")
         values[name] = value
+    _check_settings(values, notebook.stem)
     return values
 
 
@@ -91,11 +146,19 @@ def plan(spec: Spec, out: str | os.PathLike = "reports/runs") -> tuple[list[Run]
             name = f"{name}-{digest([parameters, content])[:12]}"
         return Run(name, notebook, parameters, content, gathers)
 
+    if sum(map(points, spec.grid)) > MAX_RUNS:
+        raise ValueError(f"the grid of {spec.name} has more than {MAX_RUNS:,} runs")
     each = (one for block in spec.grid for one in itertools.starmap(run, cells(block)))
     grid = {one.id: one for one in each}  # the same content is the same run
     then = [run(block, f"{spec.name}-{Path(block['notebook']).stem}", tuple(grid)) for block in spec.then]
     if unused := [name for name in spec.parameters if name not in used]:
         raise ValueError(f"no notebook of {spec.name} has a parameter {', '.join(map(repr, unused))}")
+    # a preset serves many notebooks, and each takes what it has
+    taken = used.union(OUTPUT_PARAMS, *map(parameters_of, NOTEBOOKS.glob("*.ipynb")))
+    if unused := [name for name in spec.preset if name not in taken]:
+        raise ValueError(
+            f"no notebook has a parameter {', '.join(map(repr, unused))} of {spec.name}'s preset"
+        )
     if known != before and hashes.parent.is_dir():
         write_json(hashes, known)
     return list(grid.values()), then

@@ -219,6 +219,90 @@ def test_the_error_says_what_is_wrong_with_a_spec(folder, text, message):
         plan(load_spec(folder / "s.yaml"), folder / "runs")
 
 
+LAUGHS = "a: &a [x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n"
+    for before, name in zip("abcdefghij", "bcdefghijk", strict=True)
+)
+TRAINING = "grid: [{notebook: 02_training, %s}]"
+ROWS = "grid: [{notebook: 03_ablation_directions, %s}]"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (LAUGHS, "with its aliases written out it has more than 100,000 values"),
+        (LAUGHS.replace("[", "{<<: [").replace("]", "]}"), "not YAML"),
+        ("grid: &a [{notebook: echo.ipynb, prompt: *a}]", "contains itself"),
+        ("grid: " + "[" * 5000, "nested too deeply"),
+        ("# " + "x" * 300_000, "larger than 262,144 bytes"),
+        (ECHO % f"seed: {'9' * 5000}", "more than 40 digits"),
+        (ECHO % "seed: !!bool x", "not YAML"),
+        ("[1]: 2", "a key must be a word or a number, not a list"),
+        (ECHO % "{a: b}: 1", "a key must be a word or a number, not a list"),
+        ("1: 2\ngrid: []", "must have names as its keys, not 1"),
+        (ECHO % "no: 2", "must have names as its keys, not False"),
+        (ECHO % "seed: 1" + "\nparameters: {3: 4}", "must have names as its keys, not 3"),
+        (ECHO % "seed: 1" + "\nquick: {1: 2}", "has no section|names as its keys, not 1"),
+        (ECHO % "seed: 1" + "\npreset: [a]", "preset of s.yaml must be the name of a file"),
+        ("grid: [{notebook: 3}]", "notebook in grid of s.yaml must be a name, not 3"),
+        ("grid: [{notebook: [[echo]]}]", "notebook in grid of s.yaml must be a name"),
+        (ECHO % "seed: 1" + "\nthen: [{notebook: [a]}]", "notebook in then of s.yaml must be a name"),
+        (
+            ECHO % ", ".join(f"{k}: &{k}0 [1, 2, 3, 4, 5, 6, 7, 8, 9]" for k in "abcdefgh"),
+            "more than 10,000 runs",
+        ),
+        (ECHO % "scale: .nan", "scale of echo must be a finite number, not nan"),
+        (ECHO % "scale: -.inf", "scale of echo must be a finite number"),
+        (ECHO % "seed: -1", "seed of echo must be a whole number from 0, not -1"),
+        (ECHO % "prompt: '  '", "prompt has an empty value"),
+        (TRAINING % "method: nope", "unknown method 'nope'; choose one of cfclip"),
+        (TRAINING % "settings: [{steps: 0}]", "steps must be a whole number from 1, not 0"),
+        (TRAINING % "settings: [{steps: yes}]", "steps must be a whole number from 1, not True"),
+        (TRAINING % "settings: [{lr: .nan}]", "lr must be a finite number"),
+        (TRAINING % "settings: [{lr: 1e3}]", "lr must be a finite number"),
+        (TRAINING % "settings: [{stepz: 3}]", "no setting 'stepz'"),
+        (TRAINING % "settings: [{levels: fine}]", "levels must be"),
+        (TRAINING % "settings: [{text_mapper: 'false'}]", "text_mapper must be True or False, not 'false'"),
+        (TRAINING % "settings: [{prompt: a}]", "prompt is a parameter, not one of the settings"),
+        (TRAINING % "settings: [{1: 2}]", "must have names as its keys, not 1"),
+        (TRAINING % "settings: [{objective: [a]}]", "settings of 02_training"),
+        (TRAINING % "strengths: 1.0", r"must be of type list, not 1.0 \(write it as `strengths: \[1.0\]`\)"),
+        (TRAINING % "strengths: [[]]", "must be a list of finite numbers, at least one"),
+        (TRAINING % "strengths: [[1.0, .inf]]", "must be a list of finite numbers"),
+        (TRAINING % "strengths: [[fine]]", "must be a list of finite numbers"),
+        (TRAINING % "settings: {steps: 3}", r"as one value .* in a list: `settings: \[{…}\]`"),
+        (TRAINING % "n: 0", "n of 02_training must be a whole number from 1, not 0"),
+        (ROWS % "rows: [[nope]]", r"unknown rows \['nope'\]"),
+        (ROWS % "seeds: [[]]", "must be a list of whole numbers from 0, at least one"),
+        (ROWS % "settings: [{steps: -3}]", "steps must be a whole number from 1"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_runs(folder, text, message):
+    (folder / "s.yaml").write_text(text, encoding="utf-8")
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match=message):
+        plan(load_spec(folder / "s.yaml", quick="quick" in text), folder / "runs")
+    assert time.monotonic() - begin < 20
+
+
+def test_an_unknown_key_of_a_preset_is_named_and_a_known_one_may_be_unused(folder):
+    (folder / "p.yaml").write_text("scale: 3.0\ninversion_steps: 9", encoding="utf-8")
+    spec = write_spec(folder, preset="p.yaml")
+    (run,), _ = plan(load_spec(spec), folder / "runs")
+    assert run.parameters["scale"] == 3.0
+    for key in ("stepz: 3", "Scale: 1.0", "settings.steps: 3"):
+        (folder / "p.yaml").write_text(key, encoding="utf-8")
+        with pytest.raises(ValueError, match=f"no notebook has a parameter '{key.split(':')[0]}'"):
+            plan(load_spec(spec), folder / "runs")
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"cells": 3}', '{"cells": [{}]}', "[" * 100_000])
+def test_a_file_that_is_no_notebook_is_named(content, folder):
+    (folder / "echo.ipynb").write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"echo\.ipynb is not a notebook"):
+        plan(load_spec(write_spec(folder)), folder / "runs")
+
+
 def test_quick_replaces_the_grid_and_axes_multiply(folder):
     block = {"notebook": "echo.ipynb", "prompt": "b", "seed": [0, 1, 1]}
     spec = write_spec(folder, "{a: {scale: 2}, no: }", quick={"grid": [block]})
