@@ -65,6 +65,13 @@ def test_papermill_sees_the_parameters():
     assert {"prompt", "settings", "out"} <= parameters_of("02_training").keys()
 
 
+@pytest.mark.parametrize("name", ["encoder", "detect"])
+def test_the_word_false_of_a_command_line_is_not_true(name, tmp_path):
+    """``papermill -p encoder false`` gives the text "false"; only ``False`` is read as a flag."""
+    with pytest.raises(Exception, match="encoder and detect are True or False, not 'false'"):
+        run_notebook("01_inversion", tmp_path, {name: "false"})
+
+
 def test_a_failed_notebook_keeps_the_output_of_its_cells(tmp_path):
     cells = [
         new_code_cell("word = 'default'", metadata={"tags": ["parameters"]}),

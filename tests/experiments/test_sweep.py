@@ -144,7 +144,7 @@ def test_a_run_is_identified_by_its_content(folder, monkeypatch):
     first = ids(spec)
     (folder / "data" / "tiny" / "generator.md").write_text("a card")
     os.utime(weights, (1, 1))
-    (folder / "preset.yaml").write_text("not_here: 1\nseed: 0\nprompts: [b]")
+    (folder / "preset.yaml").write_text("inversion_steps: 1\nseed: 0\nprompts: [b]")
     book = nbformat.read(folder / "echo.ipynb", 4)
     book.cells.insert(0, new_markdown_cell("text"))
     book.cells[-1].execution_count = 3
