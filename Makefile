@@ -23,8 +23,8 @@ help:           ## list the targets
 reproduce: .venv/installed$(LOCKED)  ## train the prompts, evaluate, rewrite reports/ (4 to 15 minutes on two cores, after the install)
 	$(BIN)/cfclip sweep notebooks/presets/paper-toonfaces.yaml --quick
 
-test: .venv/installed       ## unit tests, and the notebooks at their smoke defaults; one thread a process, a process a core
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
+test: .venv/installed       ## unit tests, and the notebooks at their smoke defaults; one thread per process; a notebook stays in one process
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lab: .venv/installed        ## JupyterLab on the notebooks, with the explorer open
 	$(BIN)/jupyter lab notebooks/05_explorer.ipynb
