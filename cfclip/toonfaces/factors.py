@@ -5,9 +5,11 @@ CLIP, the identity network and the readout ever see). Background and shirt range
 """
 
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 
 import numpy as np
 from scipy.special import ndtr
+from skimage.color import rgb2lab
 
 RGB = tuple[float, float, float]  # 0 … 255
 
@@ -162,6 +164,45 @@ def _any_hue(rng: np.random.Generator, saturation: tuple[float, float] = (0.15, 
     h, s, v = rng.uniform(0, 6), rng.uniform(*saturation), rng.uniform(0.45, 0.98)
     r, g, b = (255 * v * (1 - s * np.clip(1 - np.abs((h - k) % 6 - 3) + 1, 0, 1)) for k in (3, 5, 1))
     return (float(r), float(g), float(b))
+
+
+def repainted(face: Face, like: Face) -> Face:
+    """``face`` in every colour of ``like``."""
+    return replace(face, **{name: getattr(like, name) for name in (*PARTS, "background", "shirt", "frame")})
+
+
+def _lab(rgb: np.ndarray) -> np.ndarray:
+    return rgb2lab(np.asarray(rgb) / 255)
+
+
+@lru_cache
+def _palette(part: str) -> tuple[tuple[str, ...], np.ndarray]:
+    """Names of all colours of ``part`` and their CIELAB."""
+    return tuple(colours(part)), _lab(np.array(list(colours(part).values())))
+
+
+def nearest_colour(part: str, rgb: RGB) -> str:
+    """The named colour of ``part`` that is nearest to ``rgb`` in CIELAB."""
+    names, palette = _palette(part)
+    return names[np.linalg.norm(palette - _lab(np.array(rgb)), axis=1).argmin()]
+
+
+def independent_colours(face: Face, rng: np.random.Generator, tint: float = 12.0) -> Face:
+    """``face`` with a colour of its own for every part: still one that has a natural name there, but anywhere between two of them.
+
+    Natural faces have few colours, and brows and beard follow the hair: whoever learns from them alone learns one colour for three parts,
+    and no third dimension of any.
+    """
+    def draw(part: str) -> Colour:
+        table = list(NATURAL[part].values())
+        for _ in range(100):
+            a, b = (np.asarray(table[rng.integers(len(table))]) for _ in range(2))
+            mixed = a + rng.uniform() * (b - a)
+            rgb = tuple(float(c) for c in np.clip(mixed * rng.uniform(0.85, 1.15) + rng.uniform(-tint, tint, 3), 0, 255))
+            if (name := nearest_colour(part, rgb)) in NATURAL[part]:
+                return Colour(name, rgb)
+        raise RuntimeError(f"no natural colour of {part} in 100 draws: its palette leaves them no room")
+    return replace(face, **{part: draw(part) for part in PARTS})
 
 
 class LatentDraws:

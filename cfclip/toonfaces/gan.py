@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ..ops import bias_act, setup_filter
 from ..stylegan2 import EqualLinear, Generator, pixel_norm
 from ..training import Callback, atomic_save, fit, settled
-from .factors import FACTORS, LATENT_DRAWS, Face, LatentDraws, factor_vector, sample_face
+from .factors import LATENT_DRAWS, LatentDraws, factor_vector, independent_colours, repainted, sample_face
 from .render import MASKS, render, render_image
 
 
@@ -26,22 +26,25 @@ class GANConfig:
     """How the generator was trained (StyleGAN2-ADA's defaults where not said otherwise)."""
 
     resolution: int = 64
-    channels: tuple[int, ...] = (128, 128, 128, 96, 64)  # generator, 4 … 64
+    channels: tuple[int, ...] = (128, 128, 128, 128, 96)  # generator, 4 … 64
     d_channels: tuple[int, ...] = (128, 128, 128, 64, 32)
     w_dim: int = 128            # = z_dim
-    mapping_layers: int = 4
-    batch: int = 16
-    warm_steps: int = 6000      # of regression before the adversarial training, see GANTraining.warm_step
-    map_steps: int = 6000       # of adversarial training of the mapping network in W, see GANTraining.map_step
-    warm_pool: int = 30_000
+    mapping_layers: int = 8
+    colouring: int = 4          # the first layer that colours: those before it draw, see GANTraining.warm_step
+    map_steps: int = 12_000     # of training of the mapping network in W, see GANTraining.map_step
+    map_pool: int = 30_000
+    map_lr: float = 0.3         # the mapping network's own lr_mul is 0.01
+    warm_steps: int = 8000      # of regression before the adversarial training
+    warm_batch: int = 8
+    warm_lr: float = 0.01
     small_parts: float = 6.0    # weight of a pixel of SMALL_PARTS in the regression error, 1 for the others
-    warm_lr: float = 0.01       # fifty times that for the mapping network, whose own lr_mul is 0.01
-    steps: int = 1000
+    steps: int = 2000
+    batch: int = 16             # of the adversarial training
     lr: float = 0.001
     anchor: float = 10.0        # weight of the regression error beside the adversarial loss
     r1_gamma: float = 1.0       # on every r1_every-th step, weighted accordingly
     r1_every: int = 16
-    mixing: float = 0.0         # probability of style mixing; 0.5 took KID from 0.2 to 1.5: regression never saw two faces in one
+    mixing: float = 0.5         # share of adversarial samples with the shapes of one face and the colours of another
     ema_images: int = 5_000    # half-life of the averaged generator
     seed: int = 0
     dtype: str = "auto"         # of the convolutions; R1 and the RGB sums stay float32
@@ -106,72 +109,58 @@ def to_tensor(images: Sequence[np.ndarray] | np.ndarray) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+class FactorsToW(nn.Module):
+    """The w that stands for a factor vector: every factor at mean 0 and variance 1 over ``faces`` [N, F], turned by a random isometry.
+
+    So no factor is small in W, and the mapping network can be taught what W holds before any picture is drawn.
+    """
+
+    def __init__(self, faces: Tensor, w_dim: int, seed: int):
+        super().__init__()
+        turn = torch.linalg.qr(torch.randn(w_dim, faces.shape[1], generator=torch.Generator().manual_seed(seed)))[0]
+        self.register_buffer("mean", faces.mean(0))
+        self.register_buffer("turn", turn.T * math.sqrt(w_dim / faces.shape[1]) / faces.std(0)[:, None])     # [F, D]
+
+    def forward(self, factors: Tensor) -> Tensor:
+        return (factors - self.mean) @ self.turn
+
+    def factors(self, w: Tensor) -> Tensor:
+        """The factors that ``w`` [N, D] stands for."""
+        return w @ torch.linalg.pinv(self.turn) + self.mean
+
+
 class GANTraining:
-    """Generator, discriminator, EMA and one training step."""
+    """Generator, discriminator, EMA and the three kinds of training steps."""
 
     def __init__(self, config: GANConfig):
         torch.manual_seed(config.seed)
         self.config, self.dtype = config, getattr(torch, config.dtype)
         self.g = Generator(config.resolution, config.channels, config.w_dim, config.w_dim, config.mapping_layers)
         self.d = Discriminator(config.resolution, config.d_channels)
+        self.z = torch.randn(config.map_pool, config.w_dim, generator=torch.Generator().manual_seed(config.seed))
+        people = (sample_face(LatentDraws(code)) for code in tqdm(pixel_norm(self.z).double().numpy(), "faces", leave=False))
+        factors = torch.from_numpy(np.stack([factor_vector(face) for face in people]))
+        self.factors_to_w = FactorsToW(factors, config.w_dim, config.seed)
+        self.w = self.factors_to_w(factors)                        # what z stands for
         self.ema = copy.deepcopy(self.g).eval().requires_grad_(False)
-        self.factors_to_w, self._drawn = nn.Linear(FACTORS, config.w_dim), None
         synthesis = [p for name, p in self.g.named_parameters() if not name.startswith("style.")]
-        self.opt_warm = torch.optim.Adam([{"params": synthesis, "boost": 1}, {"params": self.factors_to_w.parameters(), "boost": 0.5},
-                                          {"params": self.g.style.parameters(), "boost": 50}], betas=(0.9, 0.99))
+        self.opt_warm = torch.optim.Adam(synthesis, betas=(0.9, 0.99))
         self.d_w = nn.Sequential(nn.Linear(config.w_dim, 256), nn.LeakyReLU(0.2), nn.Linear(256, 256), nn.LeakyReLU(0.2), nn.Linear(256, 1))
-        self.opt_map = torch.optim.Adam([{"params": self.g.style.parameters(), "boost": 0.2}], betas=(0.5, 0.99))
-        self.opt_dw = torch.optim.Adam([{"params": self.d_w.parameters(), "boost": 1e-3}], betas=(0.5, 0.99))
-        self.opt_g = torch.optim.Adam(self.g.parameters(), config.lr, betas=(0.0, 0.99), eps=1e-8)
+        self.opt_map = torch.optim.Adam(self.g.style.parameters(), betas=(0.5, 0.99))
+        self.opt_dw = torch.optim.Adam(self.d_w.parameters(), betas=(0.5, 0.99))
+        self.opt_g = torch.optim.Adam(synthesis, config.lr, betas=(0.0, 0.99), eps=1e-8)
         lazy = config.r1_every / (config.r1_every + 1)
         self.opt_d = torch.optim.Adam(self.d.parameters(), config.lr * lazy, betas=(0.0, 0.99 ** lazy), eps=1e-8)
 
-    def _pool(self, pictures: bool = True) -> tuple[Tensor, Tensor, np.ndarray | None]:
-        """Codes z, what they stand for (factor vectors) and, if asked for, the pictures with :data:`SMALL_PARTS` as a fourth channel."""
-        if self._drawn is None or (pictures and self._drawn[2] is None):
-            c = self.config
-            z = torch.randn(c.warm_pool, c.w_dim, generator=torch.Generator().manual_seed(c.seed))
-            people = [sample_face(LatentDraws(code)) for code in tqdm(pixel_norm(z).double().numpy(), "faces", leave=False)]
-            drawn = np.stack([self._picture(face) for face in tqdm(people, "pictures", leave=False)]) if pictures else None
-            self._drawn = z, torch.from_numpy(np.stack([factor_vector(face) for face in people])), drawn
-        return self._drawn
+    @property
+    def state(self) -> dict:
+        return {"g": self.g, "d": self.d, "ema": self.ema, "opt_g": self.opt_g, "opt_d": self.opt_d, "opt_warm": self.opt_warm,
+                "d_w": self.d_w, "opt_map": self.opt_map, "opt_dw": self.opt_dw}
 
-    def _picture(self, face: Face) -> np.ndarray:
-        drawn = render(face, self.config.resolution)
-        small = drawn.masks[[MASKS.index(part) for part in SMALL_PARTS]].sum(0)
-        return np.concatenate([drawn.image, np.rint(255 * small).astype(np.uint8)[..., None]], 2)
-
-    def _error(self, images: Tensor, index: Tensor) -> Tensor:
-        """Mean error of ``images`` against pictures ``index`` of the pool, and of their gradients; small parts weigh more."""
-        *rgb, small = to_tensor(self._pool()[2][index]).unbind(1)
-        error = images - torch.stack(rgb, 1)
-        weight = 1 + (self.config.small_parts - 1) * (small[:, None] + 1) / 2
-        return (sum((e.abs() * weight[..., :e.shape[2], :e.shape[3]]).mean() * k
-                    for e, k in ((error, 1), (error.diff(dim=2), 0.5), (error.diff(dim=3), 0.5))) / weight.mean())
-
-    def warm_step(self, i: int) -> dict[str, float]:
-        """One step of regression, on natural faces like all that the generator sees.
-
-        The synthesis network learns to draw a face from its factors (:meth:`_error`), through a linear layer ``factors -> w``
-        that is thrown away; the mapping network learns to give that w for the z that stands for the face. A purely
-        adversarial start took many times as long on a CPU.
-        """
-        c = self.config
-        for group in self.opt_warm.param_groups:
-            group["lr"] = group["boost"] * c.warm_lr * min(1.0, (i + 1) / 50, 1.1 - i / c.warm_steps)
-        z, factors, _ = self._pool()
-        batch, many = torch.randint(len(z), (c.batch,)), torch.randint(len(z), (512,))
-        w = self.factors_to_w(factors[batch])
-        loss = self._error(self.g.synthesis(w[:, None].expand(-1, self.g.num_ws, -1), "none", self.dtype), batch)
-        with torch.no_grad():
-            w_true = self.factors_to_w(factors[many])
-            self.g.w_avg.lerp_(w_true.mean(0), 0.005)
-        loss_w = (self.g.map_one(z[many]) - w_true).square().mean() / w_true.var(0).mean()
-        self.opt_warm.zero_grad()
-        (loss + loss_w).backward()
-        self.opt_warm.step()
-        self._average(c.batch * (i + 1))
-        return {"error": loss.item(), "unexplained_w": loss_w.item()}
+    def load(self, state: dict) -> None:
+        """Take up ``state``, as a checkpoint holds it."""
+        for name, thing in self.state.items():
+            thing.load_state_dict(state[name])
 
     def map_step(self, i: int) -> dict[str, float]:
         """One adversarial step in W: the mapping network learns the *distribution* of the factors' w.
@@ -179,22 +168,16 @@ class GANTraining:
         Regression alone draws it towards the mean, as z's corners (one hair colour beside another) are hard to hit;
         its error stays as an anchor, so that no kind of face is lost.
         """
-        z, factors, _ = self._pool(pictures=False)
-        for group in (*self.opt_map.param_groups, *self.opt_dw.param_groups):
-            group["lr"] = group["boost"] * min(1.0, 1.1 - i / self.config.map_steps)
-        with torch.no_grad():
-            everyone = self.factors_to_w(factors[:4096])
-            mean, std = everyone.mean(0), everyone.std(0) + 1e-3
-            self.g.w_avg.copy_(mean)
-            paired = torch.randint(len(z), (512,))
-            real, target = ((self.factors_to_w(factors[index]) - mean) / std for index in (torch.randint(len(z), (512,)), paired))
-        fake = (self.g.map_one(z[paired]) - mean) / std
-        anchor = (fake - target).square().mean()
+        c = self.config
+        for optimizer, lr in ((self.opt_map, c.map_lr), (self.opt_dw, 1e-3)):
+            optimizer.param_groups[0]["lr"] = lr * min(1.0, (i + 1) / 100, 1.1 - i / c.map_steps)
+        paired, others = (torch.randint(len(self.z), (512,)) for _ in range(2))
+        fake, real = self.g.map_one(self.z[paired]), self.w[others].requires_grad_()
+        anchor = (fake - self.w[paired]).square().mean()
         loss_g = F.softplus(-self.d_w(fake)).mean() + anchor
         self.opt_map.zero_grad()
         loss_g.backward()
         self.opt_map.step()
-        real.requires_grad_(True)
         logits = self.d_w(real)
         grad, = torch.autograd.grad(logits.sum(), real, create_graph=True)
         loss_d = F.softplus(-logits).mean() + F.softplus(self.d_w(fake.detach())).mean() + 0.5 * grad.square().sum(1).mean()
@@ -204,7 +187,50 @@ class GANTraining:
         self._average(math.inf)
         return {"anchor": anchor.item(), "spread": fake.detach().std(0).mean().item(), "loss_d": loss_d.item()}
 
-    def _average(self, images: int) -> None:
+    def _mixed(self, shapes: Tensor, colours: Tensor) -> Tensor:
+        """W+ with the shapes of one w [N, D] and the colours of another."""
+        layers = torch.arange(self.g.num_ws)[None, :, None]
+        return torch.where(layers < self.config.colouring, shapes[:, None], colours[:, None])
+
+    def _regression(self, n: int, seed: tuple[int, ...]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """W+ [n, L, D] with the shapes of one natural face and the colours of another, and the error of pictures made from them.
+
+        The error is the mean one of pictures and of their gradients; small parts weigh more.
+        """
+        rng = np.random.default_rng(seed)
+        shapes, others = ([sample_face((*seed, role, k)) for k in range(n)] for role in (0, 1))
+        colours = [independent_colours(face, rng) for face in others]
+        drawn = [render(repainted(*pair), self.config.resolution) for pair in zip(shapes, colours, strict=True)]
+        target = to_tensor([one.image for one in drawn])
+        small = torch.from_numpy(np.stack([one.masks[[MASKS.index(part) for part in SMALL_PARTS]].sum(0) for one in drawn]))[:, None]
+        weight = 1 + (self.config.small_parts - 1) * small
+
+        def error(images: Tensor) -> Tensor:
+            wrong = images - target
+            return sum((e.abs() * weight[..., :e.shape[2], :e.shape[3]]).mean() * k
+                       for e, k in ((wrong, 1), (wrong.diff(dim=2), 0.5), (wrong.diff(dim=3), 0.5))) / weight.mean()
+
+        w = (self.factors_to_w(torch.from_numpy(np.stack([factor_vector(face) for face in faces]))) for faces in (shapes, colours))
+        return self._mixed(*w), error
+
+    def warm_step(self, i: int) -> dict[str, float]:
+        """One step of regression: the synthesis network learns to draw a face from the w that stands for it (:class:`FactorsToW`).
+
+        The layers before ``colouring`` are given one face and the others another, and the picture to draw has the shapes of the first and the
+        colours of the second: so what colours is what those layers say, by construction. Without noise: toon faces have no stochastic detail,
+        and a young generator hides behind it. A purely adversarial start took many times as long on a CPU.
+        """
+        c = self.config
+        self.opt_warm.param_groups[0]["lr"] = c.warm_lr * min(1.0, (i + 1) / 50, 1.1 - i / c.warm_steps)
+        w, error = self._regression(c.warm_batch, (c.seed, 1, i))
+        loss = error(self.g.synthesis(w, "none", self.dtype))
+        self.opt_warm.zero_grad()
+        loss.backward()
+        self.opt_warm.step()
+        self._average(c.warm_batch * (i + 1))
+        return {"error": loss.item()}
+
+    def _average(self, images: float) -> None:
         """The averaged generator after ``images`` pictures."""
         decay = 0.5 ** (self.config.batch / min(self.config.ema_images, 0.05 * images + 1e-8))
         with torch.no_grad():
@@ -213,49 +239,22 @@ class GANTraining:
             for averaged, live in zip(self.ema.buffers(), self.g.buffers(), strict=True):
                 averaged.copy_(live)
 
-    @property
-    def state(self) -> dict:
-        return {"g": self.g, "d": self.d, "ema": self.ema, "opt_g": self.opt_g, "opt_d": self.opt_d, "opt_warm": self.opt_warm,
-                "factors_to_w": self.factors_to_w, "d_w": self.d_w, "opt_map": self.opt_map, "opt_dw": self.opt_dw}
-
-    def _reals(self, step: int) -> Tensor:
-        c = self.config
-        return to_tensor([render_image(sample_face((c.seed, step, k)), c.resolution) for k in range(c.batch)])
-
-    def _fakes(self) -> tuple[Tensor, Tensor]:
-        """Half a batch drawn from known factors, half from z with style mixing: (pictures, where in the pool the first half is from).
-
-        Without noise: toon faces have no stochastic detail, and a young generator hides behind it.
-        """
-        c, g, half = self.config, self.g, self.config.batch // 2
-        _, factors, _ = self._pool()
-        index = torch.randint(len(factors), (half,))
-        with torch.no_grad():
-            known = self.factors_to_w(factors[index])[:, None].expand(-1, g.num_ws, -1)
-        w, other = g.map_one(torch.randn(2 * half, c.w_dim)).chunk(2)
-        layer = torch.arange(g.num_ws)[None, :, None]
-        cut = torch.randint(1, g.num_ws, (half, 1, 1)).where(torch.rand(half, 1, 1) < c.mixing, torch.tensor(g.num_ws))
-        mixed = torch.where(layer < cut, w[:, None], other[:, None])
-        return g.synthesis(torch.cat([known, mixed]), "none", self.dtype), index
-
-    def load(self, state: dict) -> None:
-        """Take up ``state``, as a checkpoint holds it."""
-        for name, thing in self.state.items():
-            thing.load_state_dict(state[name])
-
     def step(self, i: int) -> dict[str, float]:
-        """One step of StyleGAN2's adversarial training: logistic loss, lazy R1; regression stays as an anchor."""
-        c = self.config
+        """One step of StyleGAN2's adversarial training of the synthesis network: logistic loss, lazy R1; regression stays as an anchor."""
+        c, half = self.config, self.config.batch // 2
+        w, error = self._regression(half, (c.seed, 2, i))
+        with torch.no_grad():
+            one, other = self.g.map_one(torch.randn(2 * half, c.w_dim)).chunk(2)
+            sampled = self._mixed(one, other.where(torch.rand(half, 1) < c.mixing, one))
         self.d.requires_grad_(False)
-        fakes, known = self._fakes()
-        loss_g = F.softplus(-self.d(fakes, self.dtype)).mean()
-        error = self._error(fakes[:len(known)], known)
+        drawn, fakes = self.g.synthesis(torch.cat([w, sampled]), "none", self.dtype).split(half)
+        loss_g, wrong = F.softplus(-self.d(fakes, self.dtype)).mean(), error(drawn)
         self.opt_g.zero_grad()
-        (loss_g + c.anchor * error).backward()
+        (loss_g + c.anchor * wrong).backward()
         self.opt_g.step()
 
         self.d.requires_grad_(True)
-        reals = self._reals(i)
+        reals = to_tensor([render_image(sample_face((c.seed, 3, i, k)), c.resolution) for k in range(half)])
         logits_real, logits_fake = self.d(reals, self.dtype), self.d(fakes.detach(), self.dtype)  # one forward of G serves both
         loss_d = F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean()
         if i % c.r1_every == 0:
@@ -266,8 +265,8 @@ class GANTraining:
         loss_d.backward()
         self.opt_d.step()
 
-        self._average(c.batch * (c.warm_steps + i + 1))
-        return {"loss_g": loss_g.item(), "error": error.item(), "loss_d": loss_d.item(), "real": logits_real.detach().sign().mean().item(),
+        self._average(math.inf)
+        return {"loss_g": loss_g.item(), "error": wrong.item(), "loss_d": loss_d.item(), "real": logits_real.detach().sign().mean().item(),
                 "fake": logits_fake.detach().sign().mean().item()}
 
 
