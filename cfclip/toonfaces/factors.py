@@ -90,7 +90,7 @@ class Face:
     hair_style: str       # one of HAIR_STYLES
     has_beard: bool
     has_glasses: bool
-    # geometry: what makes a person, together with skin, eyes and hair style
+    # geometry: what makes a person, together with the hair style
     face_width: float
     face_height: float
     jaw: float            # 0 pointed … 1 square
@@ -142,10 +142,10 @@ def factor_vector(face: Face) -> np.ndarray:
 
 
 IDENTITY_FACTORS: tuple[str, ...] = (
-    "skin", "eyes", "hair_style", "face_width", "face_height", "jaw", "eye_spacing", "eye_size", "eye_height",
+    "hair_style", "face_width", "face_height", "jaw", "eye_spacing", "eye_size", "eye_height",
     "nose_length", "nose_width", "brow_thickness", "brow_tilt", "mouth_width", "lip_fullness", "hairline", "parting",
 )
-"""What makes a person; everything else may differ between two pictures of them."""
+"""What makes a person, and no colour is among it; everything else may differ between two pictures of them."""
 
 
 def _jitter(rng: np.random.Generator, rgb: RGB, amount: float) -> RGB:
