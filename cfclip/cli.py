@@ -47,23 +47,32 @@ def toonfaces_measure(name: Annotated[str | None, typer.Argument(help="one netwo
 
 @toonfaces.command("ceiling")
 def toonfaces_ceiling(
-    prompts: Annotated[list[str], typer.Argument(help="prompts that name a part's colour")],
-    n: Annotated[int, typer.Option(help="faces per prompt")] = 16,
+    prompts: Annotated[list[str] | None, typer.Argument(help="prompts that name a part's colour; default: two of every part")] = None,
+    n: Annotated[int, typer.Option(help="faces per prompt")] = 12,
     steps: Annotated[int, typer.Option(help="of Adam on W+, for the source and again for the edit")] = 150,
+    first_layer: Annotated[int, typer.Option(help="the edit changes the layers from this one on; 4: those that colour")] = 4,
+    weights: Annotated[Path, typer.Option(help="where the networks are")] = DATA / "toonfaces",
+    seed: Annotated[int, typer.Option(help="of the faces")] = 60_000,
     out: Annotated[Path, typer.Option(help="where the table goes")] = Path("reports/ceiling.md"),
 ) -> None:
     """What any editor of the generator could reach: W+ optimised straight to the rendered true counterfactual."""
     import pandas as pd
 
-    from . import load_domain
+    from .domains import load_toonfaces
     from .reporting import markdown
-    from .toonfaces.ceiling import ceiling
+    from .toonfaces.ceiling import PROMPTS, ceiling
     from .training import atomic_save
-    domain = load_domain("toonfaces")
-    rows = [ceiling(domain, prompt, n, steps) for prompt in prompts]
-    note = (f"W+ optimised to held-out renders ({steps} steps of Adam), then to the same renders with the part recoloured; n = {n} faces "
-            "per prompt, seed 60000, device cpu. No CLIP and no mapper: what is low here is the generator's limit.")
-    text = f"# Ceiling\n\nRewritten by `cfclip toonfaces ceiling`.\n\n{markdown(pd.DataFrame(rows), note)}"
+    domain = load_toonfaces(weights)
+    table = pd.DataFrame(ceiling(domain, prompts or PROMPTS, n, steps, seed=seed, first_layer=first_layer))
+    columns = ["prompt", "n", *(c for c in ("success_before", "success_after", "true_success_after", "progress", "leakage", "true_leakage",
+                                            "identity", "true_identity") if c in table)]
+    table = table[columns]
+    table.insert(len(columns) - 2, "leakage_beyond", table.leakage - table.true_leakage)
+    table.loc[len(table)] = {"prompt": "mean", "n": table.n.sum()} | table.drop(columns=["prompt", "n"]).mean().to_dict()
+    note = (f"W+ optimised to held-out renders ({steps} steps of Adam, all layers), then, in the layers from {first_layer} on, to the same "
+            f"renders with the part recoloured; n = {n} faces per prompt, seed {seed}, device cpu. true: the renders themselves; leakage beyond: "
+            "what the generator adds to theirs. No CLIP and no mapper: what is low here is the generator's limit.")
+    text = f"# Ceiling\n\nRewritten by `cfclip toonfaces ceiling`.\n\n{markdown(table, note)}"
     typer.echo(atomic_save(text, out, lambda text, part: part.write_text(text)))
 
 

@@ -158,6 +158,8 @@ def ground_truth(edit: Edit) -> dict[str, np.ndarray]:
     """Success, leakage and target colour against the readout, which knows no CLIP. Only where the prompt names a part's colour, or nothing at all.
 
     success: the target part is visible and its measured colour is nearest, in CIELAB, to the one asked for.
+    progress: how far that colour has come from its own to the one asked for, by CIELAB distance: 1 = there, 0 = no nearer, at least -1.
+    A face without the part neither succeeds nor fails: NaN. One that loses it by the edit fails.
     leakage: how far every *other* part moved, mean over parts of colour (CIELAB distance) and shape (1 - soft Dice),
     each divided by its median between two random natural faces: 0 = untouched, 1 = another person's.
     A null edit (the prompt is the domain's source text) cannot succeed, and leaks wherever it moves: mean over all parts.
@@ -166,10 +168,16 @@ def ground_truth(edit: Edit) -> dict[str, np.ndarray]:
     if edit.domain.readout is None or (claim is None and edit.prompt != edit.domain.source_text):
         return {}
     part, colour = claim or (None, None)
-    success = {f"success_{when}": np.array([c == colour for c in pictures.seen.colour(part)], dtype=float)
-               for when, pictures in (("before", edit.before), ("after", edit.after))} if claim else {}
     others = np.array([m != part for m in MASKS] * 2)
-    return success | {"leakage": np.nanmean(edit.moved[:, others], 1)}
+    leakage = {"leakage": np.nanmean(edit.moved[:, others], 1)}
+    if not claim:
+        return leakage
+    has = edit.before.seen.has(part)
+    success = {f"success_{when}": np.where(has, [c == colour for c in pictures.seen.colour(part)], np.nan)
+               for when, pictures in (("before", edit.before), ("after", edit.after))}
+    before, after = (pictures.seen.distance(part, colour) for pictures in (edit.before, edit.after))
+    progress = np.where(has & ~np.isnan(before), np.nan_to_num((1 - after / before).clip(-1, 1)), np.nan)
+    return success | {"progress": progress} | leakage
 
 
 def leakage_by_part(edit: Edit) -> dict[str, np.ndarray]:

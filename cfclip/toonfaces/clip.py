@@ -107,10 +107,15 @@ def degrade(images: Tensor) -> Tensor:
     some, or it would take a green glow about the mouth for green lips, and edits would make one."""
     n, r = len(images), images.shape[-1]
     soft = F.interpolate(F.interpolate(images, scale_factor=0.6, mode="bilinear", antialias=True), (r, r), mode="bilinear")
-    images = torch.lerp(images, soft, torch.rand(n, 1, 1, 1) * (torch.rand(n, 1, 1, 1) < 0.5))
+    return tint(torch.lerp(images, soft, torch.rand(n, 1, 1, 1) * (torch.rand(n, 1, 1, 1) < 0.5)))
+
+
+def tint(images: Tensor) -> Tensor:
+    """Soft patches of colour on some images, and noise."""
+    n, r = len(images), images.shape[-1]
     for cells in (4, 8):
-        tint = F.interpolate(torch.randn(n, 3, cells, cells), (r, r), mode="bicubic")
-        images = images + 0.2 * torch.rand(n, 1, 1, 1) * (torch.rand(n, 1, 1, 1) < 0.5) * tint
+        patches = F.interpolate(torch.randn(n, 3, cells, cells), (r, r), mode="bicubic")
+        images = images + 0.2 * torch.rand(n, 1, 1, 1) * (torch.rand(n, 1, 1, 1) < 0.5) * patches
     return images + 0.06 * torch.rand(n, 1, 1, 1) * torch.randn_like(images)
 
 

@@ -5,6 +5,7 @@ one-hot lookups of the same map, both averaged down. So the picture is antialias
 that sum to one, and a face with one colour changed shares every edge with the original.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -214,9 +215,17 @@ def render_image(face: Face, resolution: int = 64) -> np.ndarray:
     return _colour(face, _label_map(face, resolution))
 
 
-def render(face: Face, resolution: int = 64) -> Rendering:
-    """The picture and its part masks, at any ``resolution``."""
+ERASABLE: dict[str, tuple[str, ...]] = {"eyebrows": ("eyebrows",), "eyes": ("eye_white", "eyes", "pupil"),
+                                        "lipstick": ("lipstick", "mouth_line", "teeth")}
+"""Parts that every face has -> the labels that go with them; edits may lose them, so somebody must have seen faces without."""
+
+
+def render(face: Face, resolution: int = 64, without: Sequence[str] = ()) -> Rendering:
+    """The picture and its part masks, at any ``resolution``; skin in place of the :data:`ERASABLE` parts ``without``."""
     labels = _label_map(face, resolution)
+    if without:
+        gone = [_INDEX[label] for part in without for label in ERASABLE[part]]
+        labels = np.where(np.isin(labels, gone), np.uint8(_INDEX["skin"]), labels)
     row = np.arange(resolution * SUPERSAMPLE) // SUPERSAMPLE
     cell = row[:, None] * resolution + row
     counts = np.bincount((_PART_OF_LABEL[labels] * resolution ** 2 + cell).ravel(), minlength=len(MASKS) * resolution ** 2)
