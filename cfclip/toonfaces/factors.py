@@ -33,11 +33,14 @@ NATURAL: dict[str, dict[str, RGB]] = {
              "dark": (104, 68, 46)},
     "hair": _HAIR,
     "eyebrows": _HAIR,
-    "eyes": {"brown": (108, 66, 34), "blue": (66, 128, 208), "green": (84, 150, 84)},
+    "eyes": {"blue": (66, 128, 208), "brown": (108, 66, 34), "green": (84, 150, 84)},
     "lipstick": {"pink": (226, 128, 142), "red": (196, 44, 54), "rose": (176, 88, 100)},
     "beard": _HAIR,
 }
-"""part -> colour name -> RGB seen by the generator. Eyebrows and beard follow the hair in natural faces."""
+"""part -> colour name -> RGB seen by the generator. Eyebrows and beard follow the hair in natural faces.
+
+In an order in which what lies between two neighbours has a natural name too: a mapping network goes through it, as it is smooth.
+"""
 
 COUNTERFACTUAL: dict[str, dict[str, RGB]] = {
     "skin": _vivid("green", "blue", "purple", "yellow", "cyan", "red"),

@@ -30,15 +30,16 @@ class GANConfig:
     d_channels: tuple[int, ...] = (128, 128, 128, 64, 32)
     w_dim: int = 128            # = z_dim
     mapping_layers: int = 8
+    w_std: float = 0.25         # of the codes: at 1 the styles are all noise to a young generator, and 400 steps got a third less far
     colouring: int = 4          # the first layer that colours: those before it draw, see GANTraining.warm_step
-    map_steps: int = 12_000     # of training of the mapping network in W, see GANTraining.map_step
+    map_steps: int = 6000       # of training of the mapping network in W, see GANTraining.map_step
     map_pool: int = 30_000
     map_lr: float = 0.3         # the mapping network's own lr_mul is 0.01
-    warm_steps: int = 8000      # of regression before the adversarial training
+    warm_steps: int = 5000      # of regression before the adversarial training
     warm_batch: int = 8
-    warm_lr: float = 0.01
+    warm_lr: float = 0.05       # at 0.01 it took thrice as long, at 0.16 it diverged
     small_parts: float = 6.0    # weight of a pixel of SMALL_PARTS in the regression error, 1 for the others
-    steps: int = 2000
+    steps: int = 1200
     batch: int = 16             # of the adversarial training
     lr: float = 0.001
     anchor: float = 10.0        # weight of the regression error beside the adversarial loss
@@ -110,16 +111,16 @@ def to_tensor(images: Sequence[np.ndarray] | np.ndarray) -> Tensor:
 
 
 class FactorsToW(nn.Module):
-    """The w that stands for a factor vector: every factor at mean 0 and variance 1 over ``faces`` [N, F], turned by a random isometry.
+    """The w that stands for a factor vector: every factor at mean 0 and variance 1 over ``faces`` [N, F], turned at random; ``std`` wide.
 
     So no factor is small in W, and the mapping network can be taught what W holds before any picture is drawn.
     """
 
-    def __init__(self, faces: Tensor, w_dim: int, seed: int):
+    def __init__(self, faces: Tensor, w_dim: int, std: float, seed: int):
         super().__init__()
         turn = torch.linalg.qr(torch.randn(w_dim, faces.shape[1], generator=torch.Generator().manual_seed(seed)))[0]
         self.register_buffer("mean", faces.mean(0))
-        self.register_buffer("turn", turn.T * math.sqrt(w_dim / faces.shape[1]) / faces.std(0)[:, None])     # [F, D]
+        self.register_buffer("turn", turn.T * std * math.sqrt(w_dim / faces.shape[1]) / faces.std(0)[:, None])     # [F, D]
 
     def forward(self, factors: Tensor) -> Tensor:
         return (factors - self.mean) @ self.turn
@@ -140,7 +141,7 @@ class GANTraining:
         self.z = torch.randn(config.map_pool, config.w_dim, generator=torch.Generator().manual_seed(config.seed))
         people = (sample_face(LatentDraws(code)) for code in tqdm(pixel_norm(self.z).double().numpy(), "faces", leave=False))
         factors = torch.from_numpy(np.stack([factor_vector(face) for face in people]))
-        self.factors_to_w = FactorsToW(factors, config.w_dim, config.seed)
+        self.factors_to_w = FactorsToW(factors, config.w_dim, config.w_std, config.seed)
         self.w = self.factors_to_w(factors)                        # what z stands for
         self.ema = copy.deepcopy(self.g).eval().requires_grad_(False)
         synthesis = [p for name, p in self.g.named_parameters() if not name.startswith("style.")]
@@ -172,8 +173,9 @@ class GANTraining:
         for optimizer, lr in ((self.opt_map, c.map_lr), (self.opt_dw, 1e-3)):
             optimizer.param_groups[0]["lr"] = lr * min(1.0, (i + 1) / 100, 1.1 - i / c.map_steps)
         paired, others = (torch.randint(len(self.z), (512,)) for _ in range(2))
-        fake, real = self.g.map_one(self.z[paired]), self.w[others].requires_grad_()
-        anchor = (fake - self.w[paired]).square().mean()
+        fake, target, real = (w / c.w_std for w in (self.g.map_one(self.z[paired]), self.w[paired], self.w[others]))
+        real.requires_grad_()
+        anchor = (fake - target).square().mean()
         loss_g = F.softplus(-self.d_w(fake)).mean() + anchor
         self.opt_map.zero_grad()
         loss_g.backward()
@@ -221,7 +223,7 @@ class GANTraining:
         and a young generator hides behind it. A purely adversarial start took many times as long on a CPU.
         """
         c = self.config
-        self.opt_warm.param_groups[0]["lr"] = c.warm_lr * min(1.0, (i + 1) / 50, 1.1 - i / c.warm_steps)
+        self.opt_warm.param_groups[0]["lr"] = c.warm_lr * min(1.0, (i + 1) / 200, 1.1 - i / c.warm_steps)
         w, error = self._regression(c.warm_batch, (c.seed, 1, i))
         loss = error(self.g.synthesis(w, "none", self.dtype))
         self.opt_warm.zero_grad()
