@@ -1,6 +1,7 @@
 """The ceiling of any editor of this generator: W+ optimised straight to the rendered true counterfactual."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -45,17 +46,26 @@ def _fit(domain: Domain, target: Tensor, weight: Tensor, start: Tensor, layers: 
     return w.detach()
 
 
-def ceiling(domain: Domain, prompts: Sequence[str] = PROMPTS, n: int = 12, steps: int = 150, lr: float = 0.05, seed: int = 60_000,
-            first_layer: int = 0) -> list[dict[str, float]]:
-    """Metrics of ``G(w_plus*)``, the closest (L1) the generator comes to ``n`` natural renders with the part recoloured; a row per prompt.
+@dataclass(frozen=True)
+class Start:
+    """Where an edit by ``prompt`` begins and where it should end: renders [N, 3, R, R], and the W+ that draw the closest to them."""
 
-    The source is the same optimisation of all layers towards the render itself, so what is scored is the edit and not the inversion;
-    the edit may change the layers from ``first_layer`` on. ``true_*``: what the same metrics say of the renders themselves. No editor
-    can be asked for less leakage than that, or for more identity.
+    prompt: str
+    natural: Tensor
+    wanted: Tensor
+    w: Tensor
+    w_edited: Tensor
+
+
+def starts(domain: Domain, prompts: Sequence[str], n: int, steps: int, lr: float = 0.05, seed: int = 60_000,
+           first_layer: int = 0) -> Iterator[Start]:
+    """One :class:`Start` a prompt, of ``n`` natural faces that have the part.
+
+    ``w`` is all layers fitted (L1) to the render; ``w_edited`` is ``w`` with the layers from ``first_layer`` on fitted to the recoloured one.
     """
     if unclear := [prompt for prompt in prompts if claim_of(prompt) is None]:
         raise ValueError(f"{unclear[0]!r} names no colour of a part: there is no true counterfactual to aim at")
-    g, rows, sources = domain.generator, [], {}
+    g, sources = domain.generator, {}
     for prompt in prompts:
         part, colour = claim_of(prompt)
         faces = tuple([face for face in (sample_face((seed, k)) for k in range(6 * n)) if face.has(part)][:n])
@@ -65,10 +75,22 @@ def ceiling(domain: Domain, prompts: Sequence[str] = PROMPTS, n: int = 12, steps
             start = g.w_avg.expand(n, g.num_ws, -1)
             sources[faces] = _fit(domain, natural, _weights(faces, g.resolution, None), start, slice(None), steps, lr)
         w = sources[faces]
-        w_edited = _fit(domain, wanted, _weights(faces, g.resolution, part), w, slice(first_layer, None), steps, lr)
+        yield Start(prompt, natural, wanted, w, _fit(domain, wanted, _weights(faces, g.resolution, part), w, slice(first_layer, None), steps, lr))
+
+
+def ceiling(domain: Domain, prompts: Sequence[str] = PROMPTS, n: int = 12, steps: int = 150, lr: float = 0.05, seed: int = 60_000,
+            first_layer: int = 0) -> list[dict[str, float]]:
+    """Metrics of ``G(w_plus*)``, the closest the generator comes to ``n`` natural renders with the part recoloured; a row per prompt.
+
+    See :func:`starts`; the source is what the generator makes of the render itself, so what is scored is the edit and not the inversion.
+    ``true_*``: what the same metrics say of the renders themselves. No editor can be asked for less leakage than that, or more identity.
+    """
+    rows = []
+    for start in starts(domain, prompts, n, steps, lr, seed, first_layer):
         with torch.no_grad():
-            source, edited = g.synthesis(w), g.synthesis(w_edited)
-        scores, truth = (metrics.evaluate(metrics.Edit(domain, prompt, *pair)) for pair in ((source, edited), (natural, wanted)))
+            source, edited = (domain.generator.synthesis(w) for w in (start.w, start.w_edited))
+        scores, truth = (metrics.evaluate(metrics.Edit(domain, start.prompt, *pair))
+                         for pair in ((source, edited), (start.natural, start.wanted)))
         truth = {f"true_{name}": truth[name] for name in ("success_after", "leakage", "identity")}
-        rows.append({"prompt": prompt, "n": n} | {name: float(np.nanmean(values)) for name, values in (scores | truth).items()})
+        rows.append({"prompt": start.prompt, "n": n} | {name: float(np.nanmean(values)) for name, values in (scores | truth).items()})
     return rows
