@@ -196,8 +196,12 @@ def movement(before: Measurement, after: Measurement) -> tuple[np.ndarray, np.nd
     return colour, np.where(seen, 1 - overlap, np.nan)
 
 
+LEAST_SPREAD = 10.0
+"""CIELAB distance that counts as another person's where nature has only one colour, as for the white of an eye."""
+
+
 def natural_spread(domain: Domain, n: int = 256, seed: int = 40_000) -> tuple[np.ndarray, np.ndarray]:
-    """Median :func:`movement` between two random natural renders, per part: ([P], [P])."""
+    """Median :func:`movement` between two random natural renders, per part: ([P], at least :data:`LEAST_SPREAD`, and [P])."""
     return _natural_spread(domain.readout, domain.generator.resolution, domain.device, n, seed)
 
 
@@ -205,7 +209,7 @@ def natural_spread(domain: Domain, n: int = 256, seed: int = 40_000) -> tuple[np
 def _natural_spread(readout: Readout, resolution: int, device: torch.device, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     images = natural_renders(resolution, 2 * n, seed).to(device)
     colour, shape = movement(readout.measure(images[:n]), readout.measure(images[n:]))
-    return np.nanmedian(colour, 0), np.nanmedian(shape, 0)
+    return np.fmax(np.nanmedian(colour, 0), LEAST_SPREAD), np.nanmedian(shape, 0)
 
 
 @lru_cache(maxsize=4)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import metrics
 from ..domains import Domain
+from ..ops import fast_dtype
 from .captions import claim_of
 from .factors import Face, sample_face
 from .gan import to_tensor
@@ -34,12 +35,12 @@ def _weights(faces: Sequence[Face], resolution: int, part: str | None) -> Tensor
 def _fit(domain: Domain, target: Tensor, weight: Tensor, start: Tensor, layers: slice, steps: int, lr: float) -> Tensor:
     """W+ that draws ``target``, changed from ``start`` in ``layers`` only."""
     free = start[:, layers].clone().requires_grad_()
-    optimizer = torch.optim.Adam([free], lr)
+    optimizer, dtype = torch.optim.Adam([free], lr), fast_dtype(domain.device)
     for i in range(steps):
         optimizer.param_groups[0]["lr"] = lr * min(1.0, 2 * (1 - i / steps))
         w = start.clone()
         w[:, layers] = free
-        loss = (weight * (domain.generator.synthesis(w) - target).abs()).mean()
+        loss = (weight * (domain.generator.synthesis(w, dtype=dtype) - target).abs()).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
