@@ -114,7 +114,7 @@ NETWORKS: dict[str, Network] = {
     "readout": Network(readout.ReadoutConfig, readout.train, lambda c, m: m.metadata, measure_readout,
                        "Readout: part segmenter and presence factors, the judge that uses no CLIP"),
     "identity": Network(identity.IdentityConfig, identity.train, lambda c, m: m.metadata, measure_identity,
-                        "Identity: a small ArcFace IR-SE"),
+                        "Identity: a small IR-SE that knows people by their shapes"),
     "clip": Network(clip.CLIPConfig, clip.train, lambda c, m: {"model": c.model}, measure_clip,
                     "CLIP: open_clip model, convolutional image tower, open_clip's tokenizer"),
     "heldout_clip": Network(clip.HeldOutConfig, clip.train, lambda c, m: {"model": c.model}, partial(measure_clip, which="heldout_clip"),

@@ -128,7 +128,7 @@ class Face:
         return replace(self, **{part: Colour(name, colours(part)[name])})
 
 
-_UNIT = {"face_width": (0.47, 0.57), "face_height": (0.58, 0.68), "jaw": (0, 1), "eye_spacing": (0.205, 0.265), "eye_size": (0.85, 1.15),
+UNIT = {"face_width": (0.47, 0.57), "face_height": (0.58, 0.68), "jaw": (0, 1), "eye_spacing": (0.205, 0.265), "eye_size": (0.85, 1.15),
          "eye_height": (-0.10, -0.02), "nose_length": (0.13, 0.22), "nose_width": (0.05, 0.10), "brow_thickness": (0.058, 0.092),
          "brow_tilt": (-0.035, 0.045), "mouth_width": (0.155, 0.235), "lip_fullness": (0.125, 0.185), "hairline": (-0.52, -0.40),
          "parting": (-0.3, 0.3), "smile": (-0.3, 1), "roll": (-0.12, 0.12), "yaw": (-1, 1), "zoom": (0.92, 1.06)}
@@ -139,7 +139,7 @@ def factor_vector(face: Face) -> np.ndarray:
     """All factors as numbers in about [-1, 1]: nine colours, styles and presence, geometry, pose. [54]."""
     colour = [c for part in PARTS for c in getattr(face, part).rgb] + [*face.background, *face.shirt, *face.frame]
     flags = [face.hair_style == style for style in HAIR_STYLES] + [face.has_beard, face.has_glasses]
-    lengths = [(getattr(face, name) - low) / (high - low) for name, (low, high) in _UNIT.items()]
+    lengths = [(getattr(face, name) - low) / (high - low) for name, (low, high) in UNIT.items()]
     place = [face.shift[0] / 0.12 + 0.5, face.shift[1] / 0.1 + 0.5]
     return 2 * np.array([*np.asarray(colour) / 255, *flags, *lengths, *place], dtype=np.float32) - 1
 
@@ -257,7 +257,7 @@ def sample_face(seed: int | tuple[int, ...] | LatentDraws, support: str = "natur
         **colour, background=_any_hue(rng, saturation), shirt=_any_hue(rng, saturation), frame=_jitter(rng, (40, 34, 36), 0.15),
         hair_style=style, has_beard=bool(u() < (0.12 if style in ("long", "bob") else 0.4)),
         has_glasses=bool(u() < 0.25),
-        shift=(u(-0.06, 0.06), u(-0.05, 0.05)), **{name: u(low, high) for name, (low, high) in _UNIT.items()},
+        shift=(u(-0.06, 0.06), u(-0.05, 0.05)), **{name: u(low, high) for name, (low, high) in UNIT.items()},
     )
 
 

@@ -1,4 +1,4 @@
-"""Trains the embedded identity network: a small ArcFace IR-SE that tells toon people apart."""
+"""Trains the embedded identity network: a small IR-SE that tells toon people apart by their shapes, whatever colours they wear."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..identity import IRSE, FaceIdentity
 from ..training import fit
 from .clip import degrade
-from .factors import PARTS, Face, colours, new_photo, repainted, sample_face
+from .factors import HAIR_STYLES, IDENTITY_FACTORS, PARTS, UNIT, Face, colours, new_photo, repainted, sample_face
 from .gan import to_tensor
 from .render import render_image
 
@@ -24,22 +24,27 @@ class IdentityConfig:
     input_size: int = 64
     stages: tuple[tuple[int, int, int], ...] = ((16, 16, 1), (16, 32, 2), (32, 64, 2), (64, 128, 2))
     embed_dim: int = 128
-    people: int = 3000
-    batch: int = 32
-    steps: int = 2500
+    batch: int = 32               # people, two pictures of each
+    steps: int = 3000
     lr: float = 3e-3
-    scale: float = 24.0           # ArcFace's s
-    margin: float = 0.3           # ArcFace's m, radians
-    repaint: float = 4.0          # weight of 1 - cosine between a photo and itself with one part repainted
+    temperature: float = 0.1
+    same_photo: float = 0.25      # share of pairs that are one photo, a part of it repainted; the others are two photos
+    factors: float = 1.0          # weight of the error of what makes the person, read off the features; in training only
     seed: int = 0
 
 
-def arcface_loss(features: Tensor, centres: Tensor, labels: Tensor, scale: float, margin: float) -> Tensor:
-    """ArcFace (Deng et al. 2019, eq. 3): cross entropy of ``s cos(theta + m [own class])``. features: unit [N, D]."""
-    cosine = features @ F.normalize(centres, dim=1).t()
-    theta = cosine.gather(1, labels[:, None]).clamp(-1 + 1e-6, 1 - 1e-6).acos()
-    logits = scale * cosine.scatter(1, labels[:, None], (theta + margin).cos())
-    return F.cross_entropy(logits, labels)
+GEOMETRY: tuple[str, ...] = tuple(name for name in IDENTITY_FACTORS if name != "hair_style")
+
+
+def geometry(face: Face) -> list[float]:
+    """The lengths that make the person, each in [-1, 1]."""
+    return [2 * (getattr(face, name) - low) / (high - low) - 1 for name, (low, high) in ((name, UNIT[name]) for name in GEOMETRY)]
+
+
+def same_or_not(a: Tensor, b: Tensor, temperature: float) -> Tensor:
+    """Symmetric InfoNCE: row i of unit features a [N, D] and of b are one person, all other pairs are two."""
+    logits, same = a @ b.t() / temperature, torch.arange(len(a))
+    return (F.cross_entropy(logits, same) + F.cross_entropy(logits.t(), same)) / 2
 
 
 def repainted_part(face: Face, rng: np.random.Generator) -> Face:
@@ -48,31 +53,37 @@ def repainted_part(face: Face, rng: np.random.Generator) -> Face:
     return face.with_colour(part, list(colours(part))[rng.integers(len(colours(part)))])
 
 
+def _pairs(config: IdentityConfig, i: int) -> tuple[list[Face], list[Face]]:
+    """Two pictures each of people that no other step has seen. Two photos have nothing in common but the person, and the second is in the
+    very colours of the *next* person's first: who goes by colours is wrong every time."""
+    rng = np.random.default_rng((config.seed, 4, i))
+    ones = [sample_face((config.seed, 5, i, k), "both") for k in range(config.batch)]
+    others = [repainted(new_photo(face, (config.seed, 6, i, k)), like) for k, (face, like) in enumerate(zip(ones, ones[1:] + ones[:1], strict=True))]
+    return ones, [repainted_part(one, rng) if rng.random() < config.same_photo else other for one, other in zip(ones, others, strict=True)]
+
+
 def train(config: IdentityConfig, out: Path) -> IRSE:
     """Train (or go on training) in ``out``; returns the backbone in eval mode."""
     torch.manual_seed(config.seed)
     model = IRSE(config.input_size, config.stages, config.embed_dim).train().to(memory_format=torch.channels_last)
-    model.output_layer[1].p = 0.1                                  # 2000 people, not millions: less dropout
-    head = nn.Linear(config.embed_dim, config.people, bias=False)
+    model.output_layer[1].p = 0.1                                  # every step shows people anew: less dropout
+    head = nn.Linear(config.embed_dim, len(GEOMETRY) + len(HAIR_STYLES))
     optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], config.lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, config.steps)
 
     def step(i: int) -> dict[str, float]:
-        rng = np.random.default_rng((config.seed, 4, i))
-        who = rng.integers(config.people, size=config.batch)
-        photos = [new_photo(sample_face((config.seed, 5, int(p))), (config.seed, 6, i, k)) for k, p in enumerate(who)]
-        photos += [repainted_part(face, rng) for face in photos]
-        images = degrade(to_tensor([render_image(face, config.input_size) for face in photos]))
+        ones, others = _pairs(config, i)
+        images = degrade(to_tensor([render_image(face, config.input_size) for face in ones + others]))
         features = model(images.contiguous(memory_format=torch.channels_last))
-        margin = config.margin * min(1.0, i / (0.3 * config.steps))
-        loss = arcface_loss(features, head.weight, torch.from_numpy(who).repeat(2), config.scale, margin)
-        one, other = features.chunk(2)
-        apart = 1 - (one * other).sum(1).mean()
+        loss = same_or_not(*features.chunk(2), config.temperature)
+        lengths, styles = head(10 * features).split([len(GEOMETRY), len(HAIR_STYLES)], 1)
+        wrong = F.mse_loss(lengths, torch.tensor([geometry(face) for face in ones]).repeat(2, 1))
+        style = F.cross_entropy(styles, torch.tensor([HAIR_STYLES.index(face.hair_style) for face in ones]).repeat(2))
         optimizer.zero_grad()
-        (loss + config.repaint * apart).backward()
+        (loss + config.factors * (wrong + 0.2 * style)).backward()
         optimizer.step()
         schedule.step()
-        return {"loss": loss.item(), "repainted": apart.item()}
+        return {"loss": loss.item(), "geometry": wrong.item(), "style": style.item()}
 
     fit(step, config.steps, state={"model": model, "head": head, "optimizer": optimizer, "schedule": schedule}, out=out,
         seed=config.seed, checkpoint_every=250, desc="identity")
