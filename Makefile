@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test lab lint format bench
+.PHONY: help reproduce test long lab lint format bench
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -25,8 +25,11 @@ help:           ## list the targets
 reproduce: .venv/installed$(LOCKED)  ## train the prompts, evaluate, rewrite reports/ (4 to 15 minutes on two cores, after the install)
 	$(BIN)/cfclip sweep notebooks/presets/paper-toonfaces.yaml --quick
 
-test: .venv/installed       ## unit tests, and the notebooks at their smoke defaults; one thread a process, a process a core
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
+test: .venv/installed       ## unit tests, and the notebooks at their smoke defaults; one thread per process; a notebook stays in one process
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+long: .venv/installed       ## the tests that take half a minute each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m long -n auto --dist loadfile
 
 lab: .venv/installed        ## JupyterLab on the notebooks, with the explorer open
 	$(BIN)/jupyter lab notebooks/05_explorer.ipynb

@@ -10,14 +10,6 @@ from cfclip.toonfaces.readout import Readout
 from cfclip.toonfaces.truth import ToonTruth
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The cells of a notebook share a kernel, so pytest-xdist gives them to one worker."""
-    for item in items:
-        if item.path.suffix == ".ipynb":
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 @pytest.fixture
 def generator() -> Generator:
     torch.manual_seed(0)

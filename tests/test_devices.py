@@ -121,8 +121,9 @@ def test_a_training_step_runs_on_the_device(config, there):
 
 @pytest.mark.parametrize("method", sorted(set(baselines.METHODS) - {"styleclip-global"}))
 def test_a_method_fits_and_edits_on_the_device(method, there):
+    few = {"steps": 1} | ({"train_latents": 2} if "train_latents" in baselines.settings(method) else {})
     with using("reference" if method.startswith("nada") else "frozen"):  # NADA trains the generator
-        editor = baselines.fit(method, there, "green lipstick", progress=False, steps=1)
+        editor = baselines.fit(method, there, "green lipstick", progress=False, **few)
     assert editor.edit(there.latents(2, "test"), 1.0).device.type == "cuda"
 
 

@@ -148,6 +148,7 @@ def measured(rows: list[dict]) -> list[dict]:
     return [row for row in rows if "median" in row]
 
 
+@pytest.mark.long
 def test_quick_measures_every_part(quick):
     out, rows = quick
     text = page(out)
@@ -164,6 +165,7 @@ def test_quick_measures_every_part(quick):
         assert row["low"] <= row["median"] <= row["high"] and len(row["seconds"]) == row["n"]
 
 
+@pytest.mark.long
 def test_tables_are_quotients_of_what_was_measured(quick):
     out, rows = quick
     steps = [row for row in tables.select(rows, "step", device="cpu") if "peak_gb" in row]
@@ -201,6 +203,7 @@ def test_the_fast_ways_are_compared_seed_by_seed():
     assert stopped.loc["ours", "difference"] == "-25" and stopped.loc["ours", "seeds"] == 1
 
 
+@pytest.mark.long
 def test_the_fast_ways_draw_almost_the_same_pictures(quick):
     table = tables.pictures_table(quick[1]).set_index(["dtype", "filters"])
     assert len(table) == 6
@@ -213,6 +216,7 @@ def test_each_machine_has_a_folder():
     assert machine.name({"cpu": "Apple M4, 8 cores", "flags": [], "gpu": None}) == "apple-m4-8-cores"
 
 
+@pytest.mark.long
 def test_what_is_measured_is_kept(quick, monkeypatch):
     out, rows = quick
     monkeypatch.setattr(run, "run_jobs", lambda *_: pytest.fail("measured again"))
@@ -220,6 +224,7 @@ def test_what_is_measured_is_kept(quick, monkeypatch):
     assert measured(read_rows(out / "bench.jsonl")) == measured(rows)
 
 
+@pytest.mark.long
 def test_other_code_is_measured_again_with_the_floors(quick, tmp_path, monkeypatch):
     (tmp_path / "bench.jsonl").write_bytes((quick[0] / "bench.jsonl").read_bytes())
     started = []
@@ -269,6 +274,7 @@ def test_each_training_of_the_success_part_is_a_job():
     assert len({job.id for job in trainings}) == len(trainings) >= 2 * 3 * 2
 
 
+@pytest.mark.long
 def test_another_loss_is_an_error(quick):
     rows = quick[1]
     assert tables.unequal(rows) == ""

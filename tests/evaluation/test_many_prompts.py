@@ -121,7 +121,7 @@ def test_the_learning_rate_falls_at_the_end(domain):
         ({"prompts": "blue hair"}, "prompts .*'blue hair'"),
         ({"prompts": ("x", "x")}, "different"),
         ({"prompts_at_once": 0}, "prompts_at_once"),
-        ({"prompts_at_once": 4, "batch": 4}, "prompts_at_once.* prompts, 3, not 4"),
+        ({"prompts_at_once": 4, "batch": 4}, "prompts_at_once.*the 3 prompts, not 4"),
         ({"prompts_at_once": 2, "batch": 3}, "prompts_at_once.*batch of 3"),
         ({"ramp_down": 2.0}, "ramp_down"),
         ({"text_mapper": False}, "text_mapper"),

@@ -401,6 +401,7 @@ def test_two_sweeps_share_a_folder_and_do_each_run_once(folder):
     assert counts(folder) == {"a": 1, "b": 1, "c": 1}
 
 
+@pytest.mark.long
 def test_a_cluster_gives_the_same_table_although_a_worker_dies(folder):
     distributed = pytest.importorskip("distributed", reason="needs dask: pip install 'cfclip[cluster]'")
     spec = load_spec(write_spec(folder, "[kill worker once, b, c]"))

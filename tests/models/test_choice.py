@@ -153,6 +153,7 @@ for kernel, constants in kernels:
 """
 
 
+@pytest.mark.long
 def test_kernels_compile_for_a_gpu_that_is_not_there(tmp_path):
     """The interpreter accepts more than the compiler. And importing the operators does not import Triton."""
     pytest.importorskip("triton", minversion="3.3")  # the compiler's interface was different before

@@ -22,6 +22,7 @@ def green_lips(seed, n):
     return tuple(to_tensor([render_image(face) for face in group]) for group in (faces, edited))
 
 
+@pytest.mark.long
 def test_clip_names_counterfactual_colours(toonfaces):
     rows = {row["part"]: row for row in clip.colour_accuracy(toonfaces.clip, faces=200)}
     assert min(rows[p]["accuracy"] for p in ("lipstick", "hair", "skin")) > 0.85
