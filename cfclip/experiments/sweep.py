@@ -5,7 +5,6 @@ So a sweep that is started again, after a crash or an edit, does only what is mi
 """
 
 import itertools
-import json
 import logging
 import os
 import sys
@@ -28,13 +27,13 @@ from cfclip.experiments.runs import (
     code_hash,
     digest,
     execute,
+    is_finished,
     notebook_hash,
-    status,
     weights_hash,
     write_record,
 )
 from cfclip.experiments.spec import Spec, cells, find_notebook, parameters_of
-from cfclip.files import writable, write_json
+from cfclip.files import read_object, writable, write_json
 from cfclip.settings import check_known
 
 logger = logging.getLogger(__name__)
@@ -73,7 +72,7 @@ def plan(spec: Spec, out: str | os.PathLike = "reports/runs") -> tuple[list[Run]
     ValueError names what in the spec does not fit a notebook.
     """
     hashes = Path(out) / ".hashes.json"  # of weights: gigabytes are not read twice
-    known = json.loads(hashes.read_text(encoding="utf-8")) if hashes.exists() else {}
+    known = read_object(hashes)
     before, code, used = dict(known), code_hash(), set()
     weights = cache(lambda domain: weights_hash(domain, known))
 
@@ -121,7 +120,7 @@ def sweep(
         with LocalExecutor() as executor:
             return sweep(spec, out, reports, executor)
     runs, then = plan(spec, out)
-    missing = [run for run in runs if status(out / run.id) != "finished"]
+    missing = [run for run in runs if not is_finished(run, out / run.id)]
     with tqdm(total=len(runs), initial=len(runs) - len(missing), desc="runs", smoothing=0) as bar:
         failed = _drive(missing, out, reports, executor, bar)
     waiting = ", and the notebooks of `then` wait for them" if then and failed else ""

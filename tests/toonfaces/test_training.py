@@ -128,8 +128,10 @@ def test_a_network_is_stored_with_its_settings_and_its_training_can_be_repeated(
     assert sizes["stages"] == [list(one) for one in STAGES] and card["training"]["people"] == 4
     again, _, _ = weights.read(cards.train("identity", tmp_path / "run", tmp_path, **settings), "identity")
     assert all(torch.equal(first[name], again[name]) for name in first)
-    with pytest.raises(ValueError, match="another lr"):
-        cards.train("identity", tmp_path / "run", tmp_path, **settings | {"lr": 0.1})
+    for name, value in {"lr": 0.1, "seed": 1, "steps": 1, "people": 5}.items():
+        (tmp_path / "run" / "settings.json").unlink(missing_ok=True)  # the checkpoint knows as well
+        with pytest.raises(ValueError, match=f"another {name};"):
+            cards.train("identity", tmp_path / "run", tmp_path, **settings | {name: value})
 
 
 def test_a_halo_leaves_its_part_unchanged():
