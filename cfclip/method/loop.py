@@ -27,6 +27,7 @@ Step = Callable[[int, torch.Generator], Mapping[str, float]]
 CHECKPOINT = "checkpoint.pt"
 CHECKPOINT_BEFORE = "checkpoint-before.pt"
 """The checkpoint before the last one, in case that the last one gets damaged."""
+LOG = "log.jsonl"
 SETTINGS = "settings.json"
 
 
@@ -149,7 +150,7 @@ def _run(step, steps, state, out, run, seed, callbacks, log_every, checkpoint_ev
     saved = {"run": run, "step": 0, "rows": [], "sums": {}, "count": 0}
     if out is not None:
         saved = _restore(state, out, run, steps) or saved
-        write_rows(out / "log.jsonl", saved["rows"])
+        write_rows(out / LOG, saved["rows"])
     first, rows, sums, count = (saved[name] for name in ("step", "rows", "sums", "count"))
     start, before = time.perf_counter(), rows[-1]["seconds"] if rows else 0.0
     bar = tqdm(
@@ -168,7 +169,7 @@ def _run(step, steps, state, out, run, seed, callbacks, log_every, checkpoint_ev
             rows.append({"step": done, "seconds": round(before + time.perf_counter() - start, 2)} | means)
             bar.set_postfix({name: f"{value:.3g}" for name, value in means.items()}, refresh=False)
             if out is not None:
-                with (out / "log.jsonl").open("a", encoding="utf-8") as file:
+                with (out / LOG).open("a", encoding="utf-8") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
             sums, count = {}, 0
         due = out is not None and done % checkpoint_every == 0
@@ -194,7 +195,7 @@ def _not_finite(state: Mapping[str, Any]) -> str | None:
 
 
 def _stopped(why: str, step: int, steps: int, desc: str, out: Path | None) -> str:
-    kept = "" if out is None else f", and {out} keeps its last good checkpoint"
+    kept = f", and {out} keeps the checkpoint before it" if out and (out / CHECKPOINT).exists() else ""
     return (
         f"{desc}: {why} after step {step} of {steps}; the training stopped there{kept}: try a smaller lr or "
         f"smaller weights of the losses{'' if out is None else ', in another folder'}"
@@ -246,8 +247,9 @@ def _is_good(checkpoint: Path) -> bool:
 
 def _restore(state: Mapping[str, Any], out: Path, run: Mapping[str, Any], steps: int) -> dict | None:
     """Load the last checkpoint in ``out`` into ``state`` and return it; None without one."""
-    for part in out.glob(f"{CHECKPOINT}.*.part"):  # of processes that were killed
-        part.unlink()
+    for name in (CHECKPOINT, LOG, SETTINGS):  # of processes that were killed
+        for part in out.glob(f"{name}.*.part"):
+            part.unlink()
     if (saved := load_checkpoint(out)) is None:
         return None
     _refuse_another(run, saved["run"], out / CHECKPOINT)

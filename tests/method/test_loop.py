@@ -270,6 +270,15 @@ def test_no_checkpoint_has_a_weight_that_is_not_finite(bad, found, tmp_path):
     assert saved is None or saved["state"]["layer"]["bias"].isfinite().all()
 
 
+@pytest.mark.parametrize("lr", [1e10, 1e15, 1e20])
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_no_mapper_is_written_that_is_not_finite(lr, steps, domain, tmp_path):
+    """Nor one that would be infinite in the half floats of its file."""
+    with pytest.raises(ValueError, match=r"(is|are) (not finite|inf|nan).* smaller lr"):
+        train(domain, tmp_path, lr=lr, steps=steps)
+    assert not (tmp_path / "mapper.safetensors").exists()
+
+
 # ---- a run's folder is that of one run ----
 
 
