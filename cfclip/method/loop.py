@@ -68,9 +68,8 @@ def resolve_dtype(name: str, device: str | torch.device) -> str:
 
 def described(config: Settings, **what: Any) -> dict[str, Any]:
     """What a run is, as its settings.json and its checkpoints say it; ``what`` else tells runs apart."""
-    return json.loads(
-        json.dumps(what | flat(config))
-    )  # as it is read back: a tuple in a tuple becomes a list
+    # as it is read back from JSON, where a tuple in a tuple becomes a list
+    return json.loads(json.dumps(what | flat(config)))
 
 
 def begin_run(
