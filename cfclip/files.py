@@ -5,8 +5,9 @@ import os
 import re
 import tempfile
 import uuid
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +31,40 @@ class FolderInUse(ValueError):
 
 
 def atomic_write(path: str | os.PathLike, write: Callable[[Path], Any]) -> Path:
-    """``write(part)``, then ``part`` becomes ``path``: neither a reader nor a crash leaves half a file."""
+    """``write(part)``, then ``part`` becomes ``path``: no reader, crash or power cut finds half a file.
+
+    Its permissions are those of any new file. An OSError, e.g. of a full disk, names ``path``.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # a random name, because threads share a process id and machines may share a folder
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.part")
     try:
+        part.touch()
+        mode = part.stat().st_mode
         write(part)
+        if part.stat().st_mode != mode:  # safetensors lets nobody else read its files
+            part.chmod(mode)
+        _sync(part, os.O_RDWR)
         os.replace(part, path)
+        with suppress(OSError):  # not every system can do this to a folder
+            _sync(path.parent, os.O_RDONLY)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         part.unlink(missing_ok=True)
     return path
+
+
+def _sync(path: Path, flags: int) -> None:
+    """Return once ``path`` is on the disk."""
+    file = os.open(path, flags)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def write_text(path: str | os.PathLike, text: str) -> Path:
@@ -59,8 +83,38 @@ def write_rows(path: str | os.PathLike, rows: Iterable[Mapping]) -> Path:
 
 
 def read_rows(path: str | os.PathLike) -> list[dict]:
-    """The rows that :func:`write_rows` wrote."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    """The rows of JSON lines. A last line that is cut off, as by a crash, is left out with a warning.
+
+    Raises ValueError that names another line that is damaged.
+    """
+    rows = []
+    lines = Path(path).read_bytes().removesuffix(b"\n").split(b"\n")  # str.splitlines knows more line ends
+    for number, line in enumerate(lines, 1):
+        if not line.strip() and number == len(lines):
+            continue
+        if (row := _object(line)) is not None:
+            rows.append(row)
+        elif number == len(lines):
+            warnings.warn(f"the last line of {path} is cut off, and is left out", stacklevel=2)
+        else:
+            raise ValueError(f"line {number} of {path} is damaged: delete this line, or make the file again")
+    return rows
+
+
+def read_object(path: str | os.PathLike) -> dict[str, Any]:
+    """The JSON object in ``path``; an empty one if the file is missing or damaged, as after a crash."""
+    try:
+        return _object(Path(path).read_bytes()) or {}
+    except FileNotFoundError:
+        return {}
+
+
+def _object(text: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def write_csv(path: str | os.PathLike, table: Any) -> Path:

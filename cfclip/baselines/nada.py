@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cfclip.baselines.editor import Editor
 from cfclip.checkpoints.generators import load_generator
 from cfclip.domain import Domain
-from cfclip.method.loop import begin_run, run_loop
+from cfclip.method.loop import begin_run, described, run_loop
 from cfclip.method.losses import directional
 from cfclip.models.stylegan2 import Generator
 from cfclip.settings import Settings, int_at_least, number, optional_text, setting, text
@@ -77,7 +77,8 @@ class GeneratorEditor(Editor):
 
         state = {"generator": tuned, "optimizer": optimizer}
         loop = {"checkpoint_every": 100, "desc": c.prompt} | loop
-        rows = run_loop(step, c.steps, state=state, out=out, seed=c.seed, **loop)
+        loop |= {"out": out, "run": described(c, method=method, domain=domain.name)}
+        rows = run_loop(step, c.steps, state=state, seed=c.seed, **loop)
         return cls(method, domain, c, tuned.requires_grad_(False), rows)
 
     @classmethod

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -18,10 +19,12 @@ from torch import Tensor, nn
 
 from cfclip.baselines.editor import Editor
 from cfclip.checkpoints import weights
+from cfclip.checkpoints.weights import WeightsError
 from cfclip.domain import Domain
+from cfclip.files import locked
 from cfclip.method.loop import begin_run, run_loop
 from cfclip.method.losses import direction
-from cfclip.models.stylegan2 import max_batch
+from cfclip.models.stylegan2 import Generator, max_batch
 from cfclip.settings import Settings, int_at_least, number, optional_text, setting, text
 
 
@@ -69,6 +72,12 @@ def convolutions(styles: Sequence[Tensor]) -> list[int]:
     return [i for i in range(len(styles)) if i % 3 != 1]
 
 
+def _places(g: Generator) -> list[tuple[int, int]]:
+    """(index in ``style_space``, channel) of each of the C channels."""
+    styles = g.style_space(g.w_avg.expand(1, g.num_ws, -1))
+    return [(layer, c) for layer in convolutions(styles) for c in range(styles[layer].shape[1])]
+
+
 @torch.no_grad()
 def channel_statistics(
     domain: Domain, config: GlobalConfig, folder: str | os.PathLike | None = None, **loop: Any
@@ -77,19 +86,35 @@ def channel_statistics(
 
     ``effect_c`` is the mean over pictures of ``direction(E_I(above) - E_I(below))``, made unit again. With
     ``folder`` the result and its checkpoints are kept in ``folder/channels-<key>``; the key depends on the
-    networks and the settings, so that all prompts share the result. ``loop``: see
-    :func:`cfclip.method.run_loop`.
+    networks and the settings, so that all prompts share the result: one run makes it, and others wait for it.
+    ``loop``: see :func:`cfclip.method.run_loop`.
     """
-    g, file = domain.generator, None
+    if folder is None:
+        return _measure_channels(domain, config, **loop)
+    key = _key(domain, config)
+    folder = Path(folder) / f"channels-{key}"
+    file = folder / "channels.safetensors"
+    card = {name: getattr(config, name) for name in ("samples", "sigmas", "style_samples", "seed")}
+    card = {"domain": domain.name, **card}
+    with locked(folder, "channels", wait=True):
+        if file.exists():
+            try:
+                channels = Channels(len(_places(domain.generator)), domain.clip.embed_dim).to(domain.device)
+                return weights.load_into(channels, weights.read(file, "channels")[0], file), []
+            except WeightsError as error:
+                warnings.warn(f"the channel statistics are measured again: {error}", stacklevel=2)
+        channels, rows = _measure_channels(domain, config, out=folder, run={"key": key, **card}, **loop)
+        weights.save(channels, file, "channels", {}, **card)
+    return channels, rows
+
+
+def _measure_channels(
+    domain: Domain, config: GlobalConfig, **loop: Any
+) -> tuple[Channels, list[dict[str, float]]]:
+    g, where = domain.generator, _places(domain.generator)
     w = domain.latents(config.samples, "train", config.seed)
     styles = g.style_space(w)
-    where = [(layer, c) for layer in convolutions(styles) for c in range(styles[layer].shape[1])]
     channels = Channels(len(where), domain.clip.embed_dim).to(domain.device)
-    if folder is not None:
-        folder = Path(folder) / f"channels-{_key(domain, config)}"
-        file = folder / "channels.safetensors"
-        if file.exists():
-            return weights.load_into(channels, weights.read(file, "channels")[0], file), []
     moments = torch.zeros(2, len(where), dtype=torch.float64)
     draw = torch.Generator().manual_seed(config.seed)
     for size in [1000] * (config.style_samples // 1000) + [config.style_samples % 1000]:
@@ -116,19 +141,7 @@ def channel_statistics(
         return {"agreement": mean.norm().item()}  # 1: the channel does the same to every picture
 
     loop = {"checkpoint_every": 50, "desc": "channels"} | loop
-    rows = run_loop(step, len(where), state={"channels": channels}, out=folder, seed=config.seed, **loop)
-    if file is not None:
-        weights.save(
-            channels,
-            file,
-            "channels",
-            {},
-            domain=domain.name,
-            samples=config.samples,
-            sigmas=config.sigmas,
-            style_samples=config.style_samples,
-            seed=config.seed,
-        )
+    rows = run_loop(step, len(where), state={"channels": channels}, seed=config.seed, **loop)
     return channels, rows
 
 
@@ -198,6 +211,5 @@ class GlobalEditor(Editor):
     @classmethod
     def open(cls, path: Path, domain: Domain) -> nn.Module:
         tensors = weights.read(path, cls.KIND)[0]
-        styles = domain.generator.style_space(domain.generator.w_avg.expand(1, domain.generator.num_ws, -1))
-        blank = torch.zeros(sum(styles[i].shape[1] for i in convolutions(styles)))
+        blank = torch.zeros(len(_places(domain.generator)))
         return weights.load_into(Direction(blank, blank.clone()), tensors, path).to(domain.device)

@@ -37,10 +37,19 @@ def save(
     store_as: torch.dtype | None = None,
     **card: Any,
 ) -> Path:
-    """Write ``module`` with its header. ``store_as``: dtype of float tensors (default: unchanged)."""
+    """Write ``module`` with its header. ``store_as``: dtype of float tensors (default: unchanged).
+
+    Raises ValueError for a tensor that is not finite, or would not be as ``store_as``.
+    """
     tensors = {}
     for name, tensor in module.state_dict().items():
         tensor = tensor.to(store_as) if store_as and tensor.is_floating_point() else tensor
+        if not tensor.isfinite().all():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{name} of the {kind} is not finite in {dtype}, so {path} is not written: the training went "
+                "too far, try a smaller lr"
+            )
         tensors[name] = tensor.detach().cpu().contiguous().clone()
     header = json.dumps({"kind": kind, "config": dict(config), "card": card}, ensure_ascii=False)
     return atomic_write(path, lambda part: save_file(tensors, part, metadata={"cfclip": header}))

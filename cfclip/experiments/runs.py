@@ -17,7 +17,7 @@ import papermill
 from cfclip.checkpoints.sources import SOURCES
 from cfclip.evaluation.report import versions
 from cfclip.experiments.spec import code_of, find_notebook, parameters_of
-from cfclip.files import DATA, DOWNLOADS, PACKAGE, FolderInUse, locked, read_rows, write_json
+from cfclip.files import DATA, DOWNLOADS, PACKAGE, FolderInUse, locked, read_object, read_rows, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +79,12 @@ def weights_hash(domain: str, known: dict[str, list]) -> str:
             continue
         stat = path.stat()
         size_and_time = [stat.st_size, stat.st_mtime_ns]
-        if known.get(str(path), [])[:2] != size_and_time:
-            with path.open("rb") as file:
-                known[str(path)] = [*size_and_time, hashlib.file_digest(file, "sha256").hexdigest()]
+        match known.get(str(path)):
+            case [*before, str()] if before == size_and_time:
+                pass
+            case _:  # new, changed, or not what this function wrote
+                with path.open("rb") as file:
+                    known[str(path)] = [*size_and_time, hashlib.file_digest(file, "sha256").hexdigest()]
         hashes.append((name.as_posix(), known[str(path)][2]))
     return digest(hashes)
 
@@ -120,9 +123,22 @@ def run_notebook(
 
 
 def status(folder: Path) -> str:
-    """What run.json in ``folder`` says: finished or failed; "" without one."""
-    path = folder / "run.json"
-    return json.loads(path.read_text(encoding="utf-8"))["status"] if path.exists() else ""
+    """What run.json in ``folder`` says: finished or failed; "" without one, or if it is damaged."""
+    return _record(folder).get("status", "")
+
+
+def is_finished(run: Run, folder: Path) -> bool:
+    """Whether ``folder`` says that this run, and no other one, is finished."""
+    record = _record(folder)
+    return record.get("status") == "finished" and record["run"] == run.id
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    """run.json in ``folder``; empty without one, or if it is not what :func:`write_record` wrote."""
+    record = read_object(folder / "run.json")
+    kinds = {"run": str, "notebook": str, "status": str, "parameters": dict, "gathers": list | None}
+    kinds |= {"seconds": int | float, "versions": dict}
+    return record if all(isinstance(record.get(name, ...), kind) for name, kind in kinds.items()) else {}
 
 
 def write_record(run: Run, folder: Path, status: str, error: str = "", seconds: float = 0.0) -> Outcome:
@@ -153,7 +169,7 @@ def execute(run: Run, out: str, reports: str, patient: bool = False) -> Outcome:
 
 
 def _execute(run: Run, folder: Path, reports: str) -> Outcome:
-    if run.gathers is None and status(folder) == "finished":
+    if run.gathers is None and is_finished(run, folder):
         return Outcome("finished")
     start = time.perf_counter()
     try:
@@ -189,9 +205,20 @@ def _link(folder: Path, ids: Sequence[str]) -> None:
 
 
 def records(out: str | os.PathLike) -> list[dict[str, Any]]:
-    """run.json (parameters, seconds, versions, …) of each finished run of a grid in ``out``, in order."""
-    written = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(out).glob("*/run.json"))]
-    return [record for record in written if record["status"] == "finished" and record["gathers"] is None]
+    """run.json (parameters, seconds, versions, …) of each finished run of a grid in ``out``, in order.
+
+    A run is in the folder of its name: a folder that was copied is left out, with a warning.
+    """
+    found = []
+    for path in sorted(Path(out).glob("*/run.json")):
+        record = _record(path.parent)
+        if record.get("status") != "finished" or record["gathers"] is not None:
+            continue
+        if record["run"] == path.parent.name:
+            found.append(record)
+        else:
+            logger.warning("%s is a record of run %s, and is left out", path, record["run"])
+    return found
 
 
 def gather(out: str | os.PathLike) -> pd.DataFrame:

@@ -5,7 +5,6 @@ So a sweep that is started again, after a crash or an edit, does only what is mi
 """
 
 import itertools
-import json
 import logging
 import math
 import os
@@ -31,13 +30,13 @@ from cfclip.experiments.runs import (
     code_hash,
     digest,
     execute,
+    is_finished,
     notebook_hash,
-    status,
     weights_hash,
     write_record,
 )
 from cfclip.experiments.spec import Spec, cells, find_notebook, named, parameters_of, points
-from cfclip.files import NOTEBOOKS, writable, write_json
+from cfclip.files import NOTEBOOKS, read_object, writable, write_json
 from cfclip.settings import Check, check_known, int_at_least, number, text
 
 logger = logging.getLogger(__name__)
@@ -128,7 +127,7 @@ def plan(spec: Spec, out: str | os.PathLike = "reports/runs") -> tuple[list[Run]
     ValueError names what in the spec does not fit a notebook.
     """
     hashes = Path(out) / ".hashes.json"  # of weights: gigabytes are not read twice
-    known = json.loads(hashes.read_text(encoding="utf-8")) if hashes.exists() else {}
+    known = read_object(hashes)
     before, code, used = dict(known), code_hash(), set()
     weights = cache(lambda domain: weights_hash(domain, known))
 
@@ -184,7 +183,7 @@ def sweep(
         with LocalExecutor() as executor:
             return sweep(spec, out, reports, executor)
     runs, then = plan(spec, out)
-    missing = [run for run in runs if status(out / run.id) != "finished"]
+    missing = [run for run in runs if not is_finished(run, out / run.id)]
     with tqdm(total=len(runs), initial=len(runs) - len(missing), desc="runs", smoothing=0) as bar:
         failed = _drive(missing, out, reports, executor, bar)
     waiting = ", and the notebooks of `then` wait for them" if then and failed else ""

@@ -144,7 +144,9 @@ class Training:
     def _train(self) -> None:
         c, run = self.config, MapperTrainer(self.domain, self.config)
         callbacks = [Callback(PREVIEW_STEPS, lambda step: self._draw(run)), Callback(1, self._after_step)]
-        run_loop(run.step, c.steps, state={}, seed=c.seed, progress=False, callbacks=callbacks)
+        run_loop(
+            run.step, c.steps, state={"mapper": run.mapper}, seed=c.seed, progress=False, callbacks=callbacks
+        )
         mapper = run.mapper.eval().requires_grad_(False)
         self.path = MapperEditor(self.method, self.domain, c, mapper).save(self.folder)
 

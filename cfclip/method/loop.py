@@ -4,10 +4,12 @@ Each step has random numbers of its own, made from (seed, step): a resumed run t
 that was never stopped, and nothing outside of the loop is re-seeded.
 """
 
+import hashlib
 import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,13 +18,16 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from cfclip.files import atomic_write, locked, read_rows, write_json, write_rows
-from cfclip.method.config import flat
+from cfclip.files import atomic_write, locked, read_object, write_json, write_rows
+from cfclip.method.config import DTYPES, flat
 from cfclip.models.ops import fast_dtype, name_of
 from cfclip.settings import Settings
 
 Step = Callable[[int, torch.Generator], Mapping[str, float]]
 CHECKPOINT = "checkpoint.pt"
+CHECKPOINT_BEFORE = "checkpoint-before.pt"
+"""The checkpoint before the last one, in case that the last one gets damaged."""
+LOG = "log.jsonl"
 SETTINGS = "settings.json"
 
 
@@ -61,29 +66,48 @@ def resolve_dtype(name: str, device: str | torch.device) -> str:
     return name_of(fast_dtype(torch.device(device))) if name == "auto" else name
 
 
+def described(config: Settings, **what: Any) -> dict[str, Any]:
+    """What a run is, as its settings.json and its checkpoints say it; ``what`` else tells runs apart."""
+    # as it is read back from JSON, where a tuple in a tuple becomes a list
+    return json.loads(json.dumps(what | flat(config)))
+
+
 def begin_run(
     config: Settings, device: str | torch.device, out: str | os.PathLike | None = None, **what: str
 ) -> Any:
     """``config`` with its dtype resolved. With ``out`` the folder is marked as that of this run.
 
     A run that is resumed keeps the dtype it began with. ``what`` else tells runs apart, e.g. the method.
-    Raises ValueError if ``out`` holds another run.
+    Raises ValueError if ``out`` holds another run, FolderInUse if another process is running in it.
     """
-    path = None if out is None else Path(out) / SETTINGS
-    before = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else {}
-    if hasattr(config, "dtype"):
-        begun = before.get("dtype", "auto") if config.dtype == "auto" else config.dtype
-        config = replace(config, dtype=resolve_dtype(begun, device))
-    if path is None:
-        return config
-    run = json.loads(json.dumps(what | flat(config)))  # as it is read back: a tuple in a tuple becomes a list
-    if before and (differ := [name for name in {**before, **run} if before.get(name) != run.get(name)]):
-        raise ValueError(
-            f"{out} holds a run with another {', '.join(differ)}; refusing to resume it with these settings: "
-            "choose another folder, or delete this one"
-        )
-    write_json(path, run)
+    if out is None:
+        return _with_dtype(config, device, "auto")
+    with locked(out, "training"):
+        path = Path(out) / SETTINGS
+        before = read_object(path)
+        if not before and (saved := load_checkpoint(out)):
+            before = saved["run"]
+        config = _with_dtype(config, device, before.get("dtype", "auto"))
+        run = described(config, **what)
+        if before:
+            _refuse_another(run, before, path.parent)
+        write_json(path, run)
     return config
+
+
+def _with_dtype(config: Settings, device: str | torch.device, begun: Any) -> Settings:
+    if not hasattr(config, "dtype"):
+        return config
+    name = begun if config.dtype == "auto" and begun in DTYPES else config.dtype
+    return replace(config, dtype=resolve_dtype(name, device))
+
+
+def _refuse_another(run: Mapping[str, Any], before: Mapping[str, Any], place: Path) -> None:
+    if differ := [name for name in {**before, **run} if before.get(name) != run.get(name)]:
+        raise ValueError(
+            f"{place} holds a run with another {', '.join(differ)}; refusing to resume it with these "
+            "settings: choose another folder, or delete this one"
+        )
 
 
 def run_loop(
@@ -92,6 +116,7 @@ def run_loop(
     *,
     state: Mapping[str, Any],
     out: str | os.PathLike | None = None,
+    run: Mapping[str, Any] | None = None,
     seed: int = 0,
     callbacks: Iterable[Callback] = (),
     log_every: int = 20,
@@ -105,59 +130,138 @@ def run_loop(
         step: one optimisation step; takes its random numbers from ``generator`` and returns the numbers to
             log.
         state: name -> object with ``state_dict`` and ``load_state_dict``: the content of a checkpoint.
-        out: folder for ``log.jsonl`` and the checkpoint; a run that was stopped is resumed. None writes
-            nothing.
+        out: folder for ``log.jsonl`` and the last two checkpoints; a run that was stopped is resumed. None
+            writes nothing.
+        run: all that tells this run apart, see :func:`described`; its checkpoints carry it.
 
     Returns the logged rows: means over ``log_every`` steps, with ``step`` and ``seconds``.
-    Raises FolderInUse if another process is running in ``out``.
+    Raises FolderInUse if another process is running in ``out``, and ValueError if ``out`` holds another run
+    or no checkpoint that can be used, or at the first number or weight that is not finite.
     """
-    options = (seed, tuple(callbacks), log_every, checkpoint_every, desc, progress)
+    options = (dict(run or {}), seed, tuple(callbacks), log_every, checkpoint_every, desc, progress)
     if out is None:
         return _run(step, steps, state, None, *options)
     with locked(out, "training"):
         return _run(step, steps, state, Path(out), *options)
 
 
-def _run(step, steps, state, out, seed, callbacks, log_every, checkpoint_every, desc, progress):
-    first, rows = 0, []
+def _run(step, steps, state, out, run, seed, callbacks, log_every, checkpoint_every, desc, progress):
+    saved = {"run": run, "step": 0, "rows": [], "sums": {}, "count": 0}
     if out is not None:
-        first, rows = _restore(state, out)
-        write_rows(out / "log.jsonl", rows)
-    sums: dict[str, float] = {}
-    count, start, before = 0, time.perf_counter(), rows[-1]["seconds"] if rows else 0.0
+        saved = _restore(state, out, run, steps) or saved
+        write_rows(out / LOG, saved["rows"])
+    first, rows, sums, count = (saved[name] for name in ("step", "rows", "sums", "count"))
+    start, before = time.perf_counter(), rows[-1]["seconds"] if rows else 0.0
     bar = tqdm(
         range(first, steps), initial=first, total=steps, desc=desc, disable=not progress, mininterval=1.0
     )
     for i in bar:
-        for name, value in step(i, generator_for(seed, i)).items():
-            sums[name] = sums.get(name, 0.0) + float(value)
-        count += 1
         done, last = i + 1, i + 1 == steps
+        numbers = {name: float(value) for name, value in step(i, generator_for(seed, i)).items()}
+        if wrong := [f"{name} is {value}" for name, value in numbers.items() if not math.isfinite(value)]:
+            raise ValueError(_stopped(", ".join(wrong), done, steps, desc, out))
+        for name, value in numbers.items():
+            sums[name] = sums.get(name, 0.0) + value
+        count += 1
         if done % log_every == 0 or last:
             means = {name: value / count for name, value in sums.items()}
             rows.append({"step": done, "seconds": round(before + time.perf_counter() - start, 2)} | means)
             bar.set_postfix({name: f"{value:.3g}" for name, value in means.items()}, refresh=False)
             if out is not None:
-                with (out / "log.jsonl").open("a", encoding="utf-8") as file:
+                with (out / LOG).open("a", encoding="utf-8") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
             sums, count = {}, 0
-        if out is not None and (done % checkpoint_every == 0 or last):
-            saved = {"step": done, "state": {name: thing.state_dict() for name, thing in state.items()}}
-            atomic_write(out / CHECKPOINT, lambda part, saved=saved: torch.save(saved, part))
+        due = out is not None and done % checkpoint_every == 0
+        if (due or last) and (wrong := _not_finite(state)):
+            raise ValueError(_stopped(f"{wrong} is not finite", done, steps, desc, out))
+        if out is not None and (due or last):
+            progressed = {"step": done, "rows": rows, "sums": sums, "count": count}
+            states = {name: thing.state_dict() for name, thing in state.items()}
+            _save({"run": run, **progressed, "state": states}, out)
         for callback in callbacks:
             if done % callback.every == 0 or last:
                 callback.call(done)
     return rows
 
 
-def _restore(state: Mapping[str, Any], out: Path) -> tuple[int, list[dict[str, float]]]:
-    """Load the checkpoint in ``out`` into ``state``: (steps taken, their rows), or (0, []) without one."""
-    if not (out / CHECKPOINT).exists():
-        return 0, []
-    saved = torch.load(out / CHECKPOINT, weights_only=True, map_location="cpu")
+def _not_finite(state: Mapping[str, Any]) -> str | None:
+    """The name of a weight that is not finite."""
     for name, thing in state.items():
-        thing.load_state_dict(saved["state"][name])
-    log = out / "log.jsonl"
-    return saved["step"], [
-        row for row in read_rows(log) if row["step"] <= saved["step"]
-    ] if log.exists() else []
+        for key, value in thing.state_dict().items():
+            if isinstance(value, torch.Tensor) and not value.isfinite().all():
+                return f"{key} of {name}"
+    return None
+
+
+def _stopped(why: str, step: int, steps: int, desc: str, out: Path | None) -> str:
+    kept = f", and {out} keeps the checkpoint before it" if out and (out / CHECKPOINT).exists() else ""
+    return (
+        f"{desc}: {why} after step {step} of {steps}; the training stopped there{kept}: try a smaller lr or "
+        f"smaller weights of the losses{'' if out is None else ', in another folder'}"
+    )
+
+
+# ---- checkpoints: a file of torch.save, then the sha256 of all before it ----
+
+
+def _save(saved: Mapping[str, Any], out: Path) -> None:
+    def write(part: Path) -> None:
+        with part.open("w+b") as file:
+            torch.save(saved, file)
+            file.seek(0)
+            file.write(hashlib.file_digest(file, "sha256").digest())
+        if (out / CHECKPOINT).exists():
+            os.replace(out / CHECKPOINT, out / CHECKPOINT_BEFORE)
+
+    atomic_write(out / CHECKPOINT, write)
+
+
+def load_checkpoint(folder: str | os.PathLike) -> dict[str, Any] | None:
+    """The last checkpoint in ``folder``: ``run``, ``step``, ``state``, …; None without one.
+
+    A damaged one is replaced by the one before it, with a warning. Raises ValueError if that is not good.
+    """
+    last, before = Path(folder) / CHECKPOINT, Path(folder) / CHECKPOINT_BEFORE
+    found = [path for path in (last, before) if path.exists()]
+    if not found:
+        return None
+    if (good := next(filter(_is_good, found), None)) is None:
+        raise ValueError(
+            f"{' and '.join(map(str, found))}: damaged, or of an earlier version, with no good checkpoint "
+            f"beside it: delete {folder} to train anew, or choose another folder"
+        )
+    saved = torch.load(good, weights_only=True, map_location="cpu")
+    if good == before:
+        if last.exists():
+            step = saved["step"]
+            warnings.warn(f"{last} is damaged; the one before it is used, of step {step}", stacklevel=2)
+        os.replace(before, last)
+    return saved
+
+
+def _is_good(checkpoint: Path) -> bool:
+    content, size = memoryview(checkpoint.read_bytes()), hashlib.sha256().digest_size
+    return hashlib.sha256(content[:-size]).digest() == content[-size:]
+
+
+def _restore(state: Mapping[str, Any], out: Path, run: Mapping[str, Any], steps: int) -> dict | None:
+    """Load the last checkpoint in ``out`` into ``state`` and return it; None without one."""
+    for name in (CHECKPOINT, LOG, SETTINGS):  # of processes that were killed
+        for part in out.glob(f"{name}.*.part"):
+            part.unlink()
+    if (saved := load_checkpoint(out)) is None:
+        return None
+    _refuse_another(run, saved["run"], out / CHECKPOINT)
+    if saved["step"] > steps:
+        raise ValueError(
+            f"{out} holds a run of {saved['step']} steps, more than {steps}: choose another folder, or "
+            "delete this one"
+        )
+    try:
+        for name, thing in state.items():
+            thing.load_state_dict(saved["state"][name])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{out / CHECKPOINT} is of other networks ({error}): choose another folder, or delete this one"
+        ) from None
+    return saved

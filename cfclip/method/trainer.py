@@ -17,7 +17,7 @@ from torch import Tensor
 from cfclip.checkpoints.mappers import save_mapper
 from cfclip.domain import Domain
 from cfclip.method.config import TrainingConfig, flat
-from cfclip.method.loop import begin_run, learning_rate, resolve_dtype, run_loop
+from cfclip.method.loop import begin_run, described, learning_rate, resolve_dtype, run_loop
 from cfclip.method.losses import identity_loss_from_features, latent_l2, perceptual_loss
 from cfclip.method.objectives import Features
 from cfclip.method.views import perspective_views
@@ -192,8 +192,9 @@ def train_mapper(
     run = MapperTrainer(domain, config)
     what = config.prompts[0] if len(config.prompts) == 1 else f"{len(config.prompts)} prompts"
     loop = {"checkpoint_every": 500, "desc": what} | loop
+    loop |= {"out": out, "run": described(config, method=method, domain=domain.name)}
     state = {"mapper": run.mapper, "optimizer": run.optimizer}
-    rows = run_loop(run.step, config.steps, state=state, out=out, seed=config.seed, **loop)
+    rows = run_loop(run.step, config.steps, state=state, seed=config.seed, **loop)
     mapper = run.mapper.eval().requires_grad_(False)
     if out is not None:
         card = {"method": method, "domain": domain.name, "training": flat(config)}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -359,6 +360,25 @@ def test_channel_statistics_are_shared_by_prompts_and_by_nothing_else(domain, tm
     tried.clear()
     blue_hair("d")
     assert tried
+
+
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-9], lambda data: b"\xff" * 99])
+def test_damaged_channel_statistics_are_measured_again(damage, domain, tmp_path):
+    first = quick("styleclip-global", domain, tmp_path / "a")
+    (file,) = tmp_path.glob("channels-*/channels.safetensors")
+    good = file.read_bytes()
+    file.write_bytes(damage(good))
+    with pytest.warns(UserWarning, match=r"measured again: .*channels\.safetensors"):
+        again = quick("styleclip-global", domain, tmp_path / "b")
+    assert torch.equal(first.module.step, again.module.step) and file.read_bytes() == good
+
+
+def test_a_run_waits_for_the_channel_statistics_of_another(domain, tmp_path):
+    with ThreadPoolExecutor(2) as both:
+        fits = [both.submit(quick, "styleclip-global", domain, tmp_path / name) for name in "ab"]
+        steps = [one.result().module.step for one in fits]
+    assert torch.equal(*steps) and len(list(tmp_path.glob("channels-*"))) == 1
+    assert sorted(len(one.result().rows) > 0 for one in fits) == [False, True], "they are measured once"
 
 
 def test_a_threshold_that_nothing_reaches(domain):

@@ -180,6 +180,75 @@ def test_a_hash_of_weights_is_remembered(folder):
     assert weights_hash("tiny", known) != first
 
 
+DAMAGED = [
+    "",
+    "{",
+    "[]",
+    "null",
+    "\0\0",
+    '{"status": "finished"}',
+    '{"status": ["finished"], "run": 1}',
+    "[" * 9999,
+]
+
+
+def test_a_run_whose_record_is_damaged_is_done_again(folder):
+    spec = load_spec(write_spec(folder, "[a, b]"))
+    with ThreadPoolExecutor(2) as executor:
+        _, broken = sweep(spec, folder / "runs", folder / "reports", executor)
+        whole = gather(folder / "runs")
+        assert status(folder / "runs" / broken.id) == "finished"
+        for text in DAMAGED:
+            (folder / "runs" / broken.id / "run.json").write_text(text, encoding="utf-8")
+            assert status(folder / "runs" / broken.id) == ""
+            assert list(gather(folder / "runs").prompt) == ["a"], "not finished, as far as anyone can tell"
+        sweep(spec, folder / "runs", folder / "reports", executor)
+    assert counts(folder) == {"a": 1, "b": 2}
+    pd.testing.assert_frame_equal(gather(folder / "runs"), whole)
+
+
+def test_a_folder_that_was_copied_lends_nothing_to_another_run(folder, caplog):
+    spec = load_spec(write_spec(folder, "[a]"))
+    with ThreadPoolExecutor(1) as executor:
+        (done,) = sweep(spec, folder / "runs", folder / "reports", executor)
+        spec = load_spec(write_spec(folder, "[a, b]"))
+        _, other = plan(spec, folder / "runs")[0]
+        for copy in (other.id, "my copy"):
+            shutil.copytree(folder / "runs" / done.id, folder / "runs" / copy)
+        assert list(gather(folder / "runs").run) == [done.id]
+        assert "my copy" in caplog.text and "is left out" in caplog.text
+        sweep(spec, folder / "runs", folder / "reports", executor)
+    assert counts(folder) == {"a": 1, "b": 1}
+    assert list(gather(folder / "runs").prompt) == ["a", "b"]
+
+
+def test_a_damaged_row_of_a_run_is_named(folder):
+    spec = load_spec(write_spec(folder, "[a]"))
+    with ThreadPoolExecutor(1) as executor:
+        (done,) = sweep(spec, folder / "runs", folder / "reports", executor)
+    rows = folder / "runs" / done.id / "metrics.jsonl"
+    whole = rows.read_text(encoding="utf-8")
+    rows.write_text(whole + '{"prompt": "a", "sc', encoding="utf-8")
+    with pytest.warns(UserWarning, match=r"last line of .*metrics\.jsonl is cut off"):
+        assert len(gather(folder / "runs")) == 1
+    rows.write_text('{"prompt": "a", "sc\n' + whole, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"line 1 of .*metrics\.jsonl is damaged"):
+        gather(folder / "runs")
+
+
+def test_a_damaged_cache_of_hashes_is_ignored_and_written_again(folder):
+    spec, hashes = write_spec(folder), folder / "runs" / ".hashes.json"
+    hashes.parent.mkdir()
+    first = ids(spec)
+    good = hashes.read_text(encoding="utf-8")
+    (path,) = json.loads(good)
+    wrong = [None, 1, "x", [], [7], [7, 7], {"a": 1}, [7, 7, 7], [None, None, "x"]]
+    for text in [*DAMAGED, *(json.dumps({path: one}) for one in wrong)]:
+        hashes.write_text(text, encoding="utf-8")
+        assert ids(spec) == first
+        assert json.loads(hashes.read_text(encoding="utf-8")).get(path) == json.loads(good)[path]
+
+
 def test_a_run_in_a_folder_that_is_in_use_is_busy(folder):
     (run,), _ = plan(load_spec(write_spec(folder)), folder / "runs")
     with locked(folder / "runs" / run.id, "run"):

@@ -36,6 +36,12 @@ TINY = {
 }
 
 
+def stop_at(name, generator, path):
+    """In the place of ``save_grid``."""
+    if path.stem == name:
+        raise InterruptedError
+
+
 def same(a, b):
     return all(
         torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
@@ -100,10 +106,16 @@ def test_a_setting_that_cannot_work_is_named(config, wrong):
         config(**wrong)
 
 
-def test_generator_training_passes_its_phases_and_resumes(tmp_path):
+def test_generator_training_passes_its_phases_and_resumes(tmp_path, monkeypatch):
     whole = gan.train(GAN, tmp_path / "whole")
-    gan.train(replace(GAN, steps=2), tmp_path / "cut")
+    monkeypatch.setattr("cfclip.toonfaces.train.run.CHECKPOINT_EVERY", 2)
+    for stop in ("1-regression-000004", "2-mapping-000003", "3-adversarial-000002"):
+        with monkeypatch.context() as stopping, pytest.raises(InterruptedError):
+            stopping.setattr(gan, "save_grid", partial(stop_at, stop))
+            gan.train(GAN, tmp_path / "cut", preview_every=1)
     assert same(whole, gan.train(GAN, tmp_path / "cut"))
+    with pytest.raises(ValueError, match="another steps, seed"):
+        gan.train(replace(GAN, steps=2, seed=1), tmp_path / "cut")
     errors = [row["error"] for row in read_rows(tmp_path / "whole" / "1-regression" / "log.jsonl")]
     assert np.isfinite(errors).all()
     assert (tmp_path / "whole" / "samples" / "3-adversarial-000004.png").exists()
@@ -116,8 +128,10 @@ def test_a_network_is_stored_with_its_settings_and_its_training_can_be_repeated(
     assert sizes["stages"] == [list(one) for one in STAGES] and card["training"]["people"] == 4
     again, _, _ = weights.read(cards.train("identity", tmp_path / "run", tmp_path, **settings), "identity")
     assert all(torch.equal(first[name], again[name]) for name in first)
-    with pytest.raises(ValueError, match="another lr"):
-        cards.train("identity", tmp_path / "run", tmp_path, **settings | {"lr": 0.1})
+    for name, value in {"lr": 0.1, "seed": 1, "steps": 1, "people": 5}.items():
+        (tmp_path / "run" / "settings.json").unlink(missing_ok=True)  # the checkpoint knows as well
+        with pytest.raises(ValueError, match=f"another {name};"):
+            cards.train("identity", tmp_path / "run", tmp_path, **settings | {name: value})
 
 
 def test_a_halo_leaves_its_part_unchanged():

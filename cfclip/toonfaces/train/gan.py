@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from cfclip.files import atomic_write
 from cfclip.images import to_tensor, to_uint8
 from cfclip.method.config import DTYPES
-from cfclip.method.loop import CHECKPOINT, Callback, resolve_dtype
+from cfclip.method.loop import CHECKPOINT, Callback, load_checkpoint, resolve_dtype
 from cfclip.models.ops import bias_act, setup_filter
 from cfclip.models.stylegan2 import EqualLinear, Generator, pixel_norm
 from cfclip.settings import Settings, int_at_least, number, one_of, setting
@@ -336,7 +336,7 @@ def train(config: GANConfig, out: Path, preview_every: int = 250) -> Generator:
     ):
         folder = out / phase
         if before and not (folder / CHECKPOINT).exists():
-            training.load(torch.load(before / CHECKPOINT, weights_only=True)["state"])
+            training.load(load_checkpoint(before)["state"])
 
         def preview(done: int, phase: str = phase) -> None:
             save_grid(training.ema, out / "samples" / f"{phase}-{done:06d}.png")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from cfclip.method.loop import Callback, run_loop, with_global_seed
+from cfclip.method.loop import Callback, described, run_loop, with_global_seed
 from cfclip.settings import Settings
 
 CHECKPOINT_EVERY = 250
@@ -36,6 +36,7 @@ def run_training(
     steps: default ``config.steps``.
     """
     options = {"state": state, "out": out, "seed": config.seed, "callbacks": callbacks, "desc": name}
+    options["run"] = described(config, network=name)
     steps = config.steps if steps is None else steps
     run_loop(with_global_seed(step), steps, checkpoint_every=CHECKPOINT_EVERY, **options)
 
