@@ -386,6 +386,8 @@ def _check_archive(archive: ZipFile) -> None:
 
 def to_tensor(value: Any) -> Tensor:
     """A tensor, array or number from :func:`load` as a torch tensor. Raises PickleError."""
+    if isinstance(value, Tensor):
+        return value
     if isinstance(value, View):
         return value.tensor()
     if isinstance(value, bool | int | float):

@@ -312,7 +312,7 @@ def test_generators_that_cannot_be_used_say_why(tmp_path):
         ("declares a size", {"mapping_layers": 10**9}),
         ("declares a size", {"resolution": 2**40}),
         ("declares a size", {"channels": [10**9, 4]}),
-        ("channel counts", {"channels": [4]}),
+        ("needs 2 numbers of channels", {"channels": [4]}),
     ):
         refused(message, weights.save(g, ours, "generator", g.config | change))
     save_file({"a": torch.zeros(1)}, ours)
