@@ -166,7 +166,7 @@ def test_latents_that_do_not_fit_say_why(tmp_path):
         (torch.randn(5, 4, 12), "12 wide, but this generator's are 8"),
         (torch.zeros(3, 8, dtype=torch.int64), "latents are needed"),
         (torch.zeros(8), "latents are needed"),
-        ({"a": w, "b": w}, "latents are needed"),
+        ({"a": w, "b": w}, "5 layers, but this 8 px generator takes 4"),
         (torch.zeros(0, 8), "latents are needed"),
         ([1, 2], "latents are needed"),
         (w * np.nan, "not all finite"),
