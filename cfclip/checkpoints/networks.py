@@ -95,7 +95,7 @@ def load_openai_clip(path: str | os.PathLike, model: str = "ViT-B-32-quickgelu")
         for name, tensor in network.state_dict().items():
             if name not in tensors or tensors[name].shape != tensor.shape:
                 raise ValueError(f"it has no {name} of shape {list(tensor.shape)}: it is not a {model}")
-            check_numbers(name, tensors[name])
+            check_numbers(name, tensors[name], tensor)
         network.load_state_dict({name: tensors[name].float() for name in network.state_dict()})
     return ClipGuide(network)
 

@@ -257,8 +257,7 @@ def build(make: Callable[[], nn.Module], tensors: Mapping[str, Tensor], what: st
             raise ValueError(f"its {what} has no {name}: the file is incomplete, or of another kind")
         if (shape := tensors[name].shape) != empty.shape:
             raise ValueError(f"its {what} has {name} of shape {list(shape)}, but needs {list(empty.shape)}")
-        if empty.is_floating_point() or tensors[name].is_meta or tensors[name].dtype != empty.dtype:
-            check_numbers(name, tensors[name])  # a counter may be a whole number
+        check_numbers(name, tensors[name], empty)
         filled[name] = tensors[name].detach().to(empty.dtype).clone(memory_format=torch.contiguous_format)
     module.load_state_dict(filled, assign=True)
     return module.eval().requires_grad_(False)

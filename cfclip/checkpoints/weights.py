@@ -84,8 +84,13 @@ def _check_sizes(path: str | os.PathLike, value: Any) -> None:
             _check_sizes(path, part)
 
 
-def check_numbers(name: str, tensor: Tensor) -> None:
-    """ValueError that names the tensor unless it holds finite floats, all of them stored."""
+def check_numbers(name: str, tensor: Tensor, place: Tensor | None = None) -> None:
+    """ValueError that names the tensor unless it holds finite floats.
+
+    ``place``: the network's tensor that it is for, which may be a counter; then it may be one too.
+    """
+    if place is not None and place.dtype == tensor.dtype == torch.int64 and not tensor.is_meta:
+        return
     if tensor.is_meta:
         problem = "holds no numbers (it was saved from torch's meta device)"
     elif tensor.layout is not torch.strided or tensor.is_quantized:
@@ -106,8 +111,8 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], path: str | os.P
     """Load exactly ``tensors``; eval, frozen. WeightsError names ``path`` if they do not fit."""
     try:
         for name, empty in module.state_dict().items():
-            if name in tensors and empty.is_floating_point():
-                check_numbers(name, tensors[name])
+            if name in tensors:
+                check_numbers(name, tensors[name], empty)
         module.load_state_dict(tensors)
     except RuntimeError as error:
         why = str(error).splitlines()[-1].strip()
