@@ -123,12 +123,16 @@ def _codes(tree: Any, limit: int) -> list[Tensor]:
     parts: list[Tensor] = []
     for name, value in pictures:
         code = _one_code(name, value)
+        if code.ndim not in (1, 2, 3):
+            raise ValueError(
+                f"it holds {describe(tree)} with a {name} of shape {list(code.shape)}, but {WANTED}"
+            )
         if code.ndim == 1 and isinstance(held, Mapping):
             code = code[None]  # a picture's W: not one layer of a W+ code
         code = code if code.ndim == 3 else code[None]
         if parts and code.shape[1:] != parts[0].shape[1:]:
             shapes = f"{pictures[0][0]} {list(parts[0].shape[1:])}, {name} {list(code.shape[1:])}"
-            raise ValueError(f"its codes differ in shape: {shapes}")
+            raise ValueError(f"it holds {describe(tree)} that differ in shape ({shapes}), but {WANTED}")
         limit -= 4 * code.numel()
         if limit < 0:  # a few bytes may refer to one tensor many times
             raise ValueError(f"its codes are more than {MAX_EXPANSION} times larger than the file")
@@ -158,7 +162,7 @@ def _tensor(name: str, value: Any) -> Tensor:
 
 
 def _one_code(name: str, value: Any) -> Tensor:
-    """The code of one picture, [L, D] or [D], or [N, L, D]."""
+    """The code of one picture: [L, D], [1, L, D] or [D] in a proper file."""
     value = _named(value)
     if isinstance(value, list | tuple) and len(value) == 1:
         (value,) = value
@@ -166,10 +170,7 @@ def _one_code(name: str, value: Any) -> Tensor:
         raise ValueError(f"its {name} has {len(value)} codes, but one a picture is needed: keep the best one")
     if not _is_array(value):
         raise ValueError(f"its {name} is {describe(value)}, but {WANTED}")
-    code = _tensor(name, value)
-    if code.ndim not in (1, 2, 3):
-        raise ValueError(f"its {name} is {describe(code)}, but a code is [L, D], [1, L, D] or [D]")
-    return code
+    return _tensor(name, value)
 
 
 def fit_latents(w: Tensor, generator: Generator, what: str = "the latents") -> Tensor:

@@ -106,7 +106,7 @@ def sniff(path: str | os.PathLike) -> str:
         if head.startswith(start):
             if name == "torch-zip" and head[30:][: int.from_bytes(head[26:28], "little")].endswith(b".npy"):
                 return "npz"  # the first name in the archive
-            legacy = name == "pickle" and safe_pickle.LEGACY_MAGIC.to_bytes(10, "little") in head
+            legacy = name == "pickle" and safe_pickle.LEGACY_MAGIC.to_bytes(10, "little") in head[:32]
             return "torch-legacy" if legacy else name
     raise WeightsError(
         f"{path} is not a weight file of torch, NVIDIA (pickle), safetensors or numpy: "

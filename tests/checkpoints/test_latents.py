@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from cfclip.checkpoints.latents import MADE_FOR, fit_latents, load_latents
 from cfclip.checkpoints.weights import WeightsError
+from cfclip.models.mapper import Mapper
 
 L, D = 4, 8  # of the generator below
 
@@ -98,6 +99,8 @@ def test_a_code_a_picture_is_read_in_the_files_order(shape, g, tmp_path):
         assert torch.equal(load_latents(write_torch(tmp_path, tree), g), right)
     if len(shape) > 1:  # a list of [D] is the tensor [N, D]
         assert torch.equal(load_latents(write_torch(tmp_path, list(codes.values())), g), right)
+    (tmp_path / "tensors.pkl").write_bytes(pickle.dumps(codes))
+    assert torch.equal(load_latents(tmp_path / "tensors.pkl", g), right)
     for tree in ({"b.jpg": codes["b.jpg"]}, {"b.jpg": projector["b.jpg"]}):
         assert torch.equal(load_latents(write_torch(tmp_path, tree), g), right[:1])
 
@@ -111,7 +114,7 @@ def test_what_is_not_one_code_a_picture_is_named(g, tmp_path):
     code = torch.randn(L, D)
     for message, tree in (
         (r"a has 2 codes, but one a picture", {"a": [code, code]}),
-        (r"differ in shape: a \[4, 8\], b \[5, 8\]", {"a": code, "b": torch.randn(5, D)}),
+        (r"differ in shape .a \[4, 8\], b \[5, 8\].*latents are needed", {"a": code, "b": torch.randn(5, D)}),
         (r"b is a dict of path.*latents are needed", {"a": code, "b": {"path": "x"}}),
         (r"b holds numbers of type torch.int64", {"a": code, "b": code.long()}),
         (r"b is not all finite", {"a": code, "b": code * float("nan")}),
@@ -135,6 +138,16 @@ def test_arrays_of_other_things_are_refused(dtype, tmp_path):
             (np.save if name == "a.npy" else np.savez)(file, np.zeros((3, 8), dtype))
         with pytest.raises(WeightsError, match=r"numbers of type .*, but latents are needed"):
             load_latents(tmp_path / name)
+
+
+def test_a_network_is_no_code(g, tmp_path):
+    for state, words in (
+        (official.rosinality(g), "a StyleGAN2 generator"),
+        (official.mapper_state(Mapper(official.SMALL_MAPPER)), "a CF-CLIP mapper"),
+    ):
+        for tree in (state, {"g_ema": state}):
+            with pytest.raises(WeightsError, match=rf"(holds|is) {words}.*latents are needed"):
+                load_latents(write_torch(tmp_path, tree))
 
 
 def test_an_object_array_is_refused_in_words_that_help(tmp_path):
