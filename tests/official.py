@@ -108,7 +108,15 @@ class Persistent:
 
 
 def nvidia(
-    g: Generator, path, protocol=3, marker="module_ran", lr_mul=0.01, filter_1d=None, top=None, **attributes
+    g: Generator,
+    path,
+    protocol=3,
+    marker="module_ran",
+    lr_mul=0.01,
+    filter_1d=None,
+    top=None,
+    key="G_ema",
+    **attributes,
 ):
     """An NVIDIA PyTorch pickle; ``attributes`` change those of the generator, ``top`` the dict around it."""
     source = SOURCE.format(marker=str(marker))
@@ -160,7 +168,7 @@ def nvidia(
         "img_channels": 3,
     }
     network = make("Generator", {}, {}, modules, **known | attributes)
-    tree = {"G": None, "D": None, "G_ema": network, "training_set_kwargs": EasyDict(path="x.zip")}
+    tree = {"G": None, "D": None, key: network, "training_set_kwargs": EasyDict(path="x.zip")}
     return _dump(top or tree, path, protocol)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from cfclip.checkpoints import weights
 from cfclip.checkpoints.generators import load_generator
 from cfclip.checkpoints.mappers import load_mapper, save_mapper
-from cfclip.checkpoints.reading import option, read_torch, sniff, state_dict
+from cfclip.checkpoints.reading import has_part, option, read_torch, sniff
 
 
 def convert(path: str | os.PathLike, out: str | os.PathLike, kind: str = "auto") -> str:
@@ -30,7 +30,7 @@ def convert(path: str | os.PathLike, out: str | os.PathLike, kind: str = "auto")
         contents, _, card = weights.read_header(path)
     elif form.startswith("torch"):
         tree = read_torch(path)
-        if any(key.startswith("mapper.") for key in state_dict(tree, "state_dict")):
+        if has_part(tree, "mapper."):
             contents = "mapper"
             if isinstance(prompt := option(tree, "description"), str) and kind != "generator":
                 card["training"] = {"prompt": prompt}

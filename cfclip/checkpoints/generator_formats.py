@@ -5,13 +5,14 @@ generator; KeyError names a tensor that it lacks.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cfclip.checkpoints.safe_pickle import PickleError, Record, to_tensor
+from cfclip.checkpoints.weights import check_numbers
 
 Parts = tuple[dict[str, Any], dict[str, Tensor | None]]
 """(constructor arguments, state dict); ``w_avg`` is None if the file has none."""
@@ -32,29 +33,40 @@ LR_MUL = 0.01
 
 def from_rosinality(state: Mapping[str, Tensor], latent_avg: Tensor | None = None) -> Parts:
     """A state dict of rosinality's ``Generator`` (keys without a prefix) and the mean latent beside it."""
+    flat: dict[str, Any] = dict(state)
     names = {"weight": "conv.weight", "noise_strength": "noise.weight"}
     names |= {"affine.weight": "conv.modulation.weight", "affine.bias": "conv.modulation.bias"}
 
     def take(level: int, layer: str, part: str) -> Tensor:
         index = 2 * level - (layer == "conv0")  # of the convolution
         if part == "noise_const":
-            noise = state.get(f"noises.noise_{index}")
-            return _seeded_noise(index) if noise is None else noise[0, 0]
+            key = f"noises.noise_{index}"
+            return _take(flat, key)[0, 0] if key in flat else _seeded_noise(index)
         if layer == "torgb":
             name, bias = f"to_rgbs.{level - 1}" if level else "to_rgb1", "bias"
         else:
             name, bias = f"convs.{index - 1}" if index else "conv1", "activate.bias"
-        value = state[f"{name}.{names.get(part, bias)}"]
+        value = _take(flat, f"{name}.{names.get(part, bias)}")
         return value[0] if part == "weight" else value.reshape(-1) if part == "bias" else value
 
-    depth = len(_indices(r"style\.(\d+)\.weight", state))
-    style = [(state[f"style.{i + 1}.weight"], state[f"style.{i + 1}.bias"], LR_MUL) for i in range(depth)]
+    depth = len(_indices(r"style\.(\d+)\.weight", flat))
+    style = [
+        (_take(flat, f"style.{i + 1}.weight"), _take(flat, f"style.{i + 1}.bias"), LR_MUL)
+        for i in range(depth)
+    ]
     if latent_avg is not None:  # [D], or e4e's [L, D] of one repeated row
-        latent_avg = latent_avg.reshape(-1, latent_avg.shape[-1])[0]
-    levels = [0, *(min(k + 1, 20) for k in _indices(r"to_rgbs\.(\d+)\..+", state))]  # no giant number below
-    fir = state.get("convs.0.conv.blur.kernel")
-    const, resolutions = state["input.input"][0], [4 << level for level in levels]
-    return _assemble(take, resolutions, const, style, latent_avg, fir, conv_clamp=None)
+        check_numbers("mean latent", latent_avg)
+        latent_avg = latent_avg.reshape(-1, latent_avg.shape[-1])
+        if not (latent_avg == latent_avg[0]).all():
+            raise ValueError("its mean latent differs between layers, but one for all of them is needed")
+        latent_avg = latent_avg[0]
+    levels = [0, *(min(k + 1, 20) for k in _indices(r"to_rgbs\.(\d+)\..+", flat))]  # no giant number below
+    used = r"convs\.\d+\.conv\.blur\.kernel|to_rgbs\.\d+\.upsample\.kernel"
+    fir = _one_filter(flat, used, gain=4)
+    const, resolutions = _take(flat, "input.input")[0], [4 << level for level in levels]
+    parts = _assemble(take, resolutions, const, style, latent_avg, fir, conv_clamp=None)
+    _check_rest(flat, ("latent_avg", "mean_latent", "n_averaged"))
+    return parts
 
 
 def _seeded_noise(index: int) -> Tensor:
@@ -75,9 +87,8 @@ def from_nvidia(network: Any) -> Parts:
             "its generator is not a StyleGAN2: it lacks a mapping network or the synthesis block b4"
         )
     architectures = {module.get("architecture", "skip") for module in modules.values()}
-    _check_architecture(architectures, any(key.endswith("skip.weight") for key in flat))
-    classes = network.get("c_dim", modules["mapping"].get("c_dim"))
-    _check_unconditional(classes, "mapping.embed.weight" in flat)
+    _check_architecture(architectures, skips=False)
+    _check_unconditional(network.get("c_dim", modules["mapping"].get("c_dim")), embedded=False)
 
     def values(name: str, layers: str, default: Any = None) -> set:
         return {m.get(name, default) for key, m in modules.items() if re.fullmatch(layers, key)}
@@ -87,21 +98,39 @@ def from_nvidia(network: Any) -> Parts:
     if len(clamps) > 1 or activations != {"lrelu"}:
         given = f"activations {sorted(map(str, activations))}, clamps {sorted(map(str, clamps))}"
         raise ValueError(f"it is a modified StyleGAN2: {given}")
+    lr_muls = {key: _number(module.get("bias_gain", LR_MUL)) for key, module in modules.items()}
+    return from_nvidia_state(flat, next(iter(clamps), None), lr_muls)
+
+
+def from_nvidia_state(
+    state: Mapping[str, Any], conv_clamp: float | None = 256.0, lr_muls: Mapping[str, float] | None = None
+) -> Parts:
+    """``G_ema.state_dict()`` of an NVIDIA PyTorch network.
+
+    A state dict says neither its clamp nor its mapping's multipliers: the defaults are those of NVIDIA's
+    training.
+    """
+    flat: dict[str, Any] = dict(state)
+    _check_architecture({"skip"}, any(key.endswith("skip.weight") for key in flat))
+    _check_unconditional(None, "mapping.embed.weight" in flat)
     style = []
     for i in range(len(_indices(r"mapping\.fc(\d+)\.weight", flat))):
         name = f"mapping.fc{i}"
-        lr_mul = _number(modules[name].get("bias_gain", LR_MUL))
-        style.append((_tensor(flat, f"{name}.weight"), _tensor(flat, f"{name}.bias"), lr_mul))
+        lr_mul = (lr_muls or {}).get(name, LR_MUL)
+        style.append((_take(flat, f"{name}.weight"), _take(flat, f"{name}.bias"), lr_mul))
 
     def take(level: int, layer: str, part: str) -> Tensor:
-        return _tensor(flat, f"synthesis.b{4 << level}.{layer}.{part}")
+        return _take(flat, f"synthesis.b{4 << level}.{layer}.{part}")
 
-    w_avg = to_tensor(flat["mapping.w_avg"]) if "mapping.w_avg" in flat else None
-    fir = next((to_tensor(flat[key]) for key in flat if key.endswith("resample_filter")), None)
+    w_avg = _take(flat, "mapping.w_avg") if "mapping.w_avg" in flat else None
+    fir = _one_filter(flat, r"synthesis\.b(?!4\.)\d+\.(conv0\.)?resample_filter", gain=1)
     resolutions = _indices(r"synthesis\.b(\d+)\.conv1\.weight", flat)
-    const = _tensor(flat, "synthesis.b4.const")
+    const = _take(flat, "synthesis.b4.const")
     use_noise = any(key.endswith("noise_strength") for key in flat)
-    return _assemble(take, resolutions, const, style, w_avg, fir, next(iter(clamps), None), use_noise)
+    parts = _assemble(take, resolutions, const, style, w_avg, fir, conv_clamp, use_noise)
+    unused = [key for key in flat if key.endswith(".resample_filter")]  # of layers that do not resample
+    _check_rest(flat, unused)
+    return parts
 
 
 def _flatten(
@@ -141,9 +170,9 @@ def from_tensorflow(network: Record) -> Parts:
     def take(level: int, layer: str, part: str) -> Tensor:
         res = 4 << level
         if part == "noise_const":
-            return _tensor(flat, f"synthesis/noise{2 * level - (layer == 'conv0')}")[0, 0]
+            return _take(flat, f"synthesis/noise{2 * level - (layer == 'conv0')}")[0, 0]
         name = {"conv0": "Conv0_up", "conv1": "Conv1" if level else "Conv", "torgb": "ToRGB"}[layer]
-        value = _tensor(flat, f"synthesis/{res}x{res}/{name}/{part.replace('affine.', 'mod_')}")
+        value = _take(flat, f"synthesis/{res}x{res}/{name}/{part.replace('affine.', 'mod_')}")
         if part == "weight":  # [k, k, in, out]; TensorFlow's up-sampling convolution is a correlation
             value = value.permute(3, 2, 0, 1)
             return value.flip(2, 3) if layer == "conv0" else value
@@ -152,15 +181,17 @@ def from_tensorflow(network: Record) -> Parts:
     lr_mul = _number(kwargs.get("mapping_lrmul", LR_MUL))
     style = []
     for i in range(len(_indices(r"mapping/Dense(\d+)/weight", flat))):
-        weight, bias = (_tensor(flat, f"mapping/Dense{i}/{part}") for part in ("weight", "bias"))
+        weight, bias = (_take(flat, f"mapping/Dense{i}/{part}") for part in ("weight", "bias"))
         style.append((weight.t(), bias, lr_mul))
-    w_avg = to_tensor(flat["dlatent_avg"]) if "dlatent_avg" in flat else None
+    w_avg = _take(flat, "dlatent_avg") if "dlatent_avg" in flat else None
     taps = kwargs.get("resample_kernel", [1, 3, 3, 1])
     fir = torch.tensor([1.0] if taps is None else [float(_number(tap)) for tap in taps])
     resolutions = _indices(r"synthesis/(\d+)x\d+/Conv1?/weight", flat)
-    const, clamp = _tensor(flat, "synthesis/4x4/Const/const")[0], _number(kwargs.get("conv_clamp"))
+    const, clamp = _take(flat, "synthesis/4x4/Const/const")[0], _number(kwargs.get("conv_clamp"))
     use_noise = any(key.endswith("noise_strength") for key in flat)
-    return _assemble(take, resolutions, const, style, w_avg, fir, clamp, use_noise)
+    parts = _assemble(take, resolutions, const, style, w_avg, fir, clamp, use_noise)
+    _check_rest(flat, [key for key in flat if not re.match(r"synthesis/\d|mapping/Dense", key)])
+    return parts
 
 
 def _flatten_tensorflow(network: Any, prefix: str, flat: dict[str, Any], depth: int = 0) -> None:
@@ -191,6 +222,10 @@ def _assemble(
         )
     if not style:
         raise ValueError("it has no mapping network")
+    if const.ndim != 3 or const.shape[1:] != (4, 4):
+        raise ValueError(
+            f"its constant has shape {list(const.shape)}, but [C, 4, 4] is needed: only square pictures work"
+        )
     levels = range(len(resolutions))
     layers: dict[str, dict[str, Tensor]] = {}
     for level in levels:
@@ -249,8 +284,41 @@ def _indices(pattern: str, keys: Iterable[str]) -> list[int]:
     return sorted({int(match[1]) for key in keys if (match := re.fullmatch(pattern, key))})
 
 
-def _tensor(flat: Mapping[str, Any], key: str) -> Tensor:
+def _take(flat: dict[str, Any], key: str) -> Tensor:
+    """The tensor ``key``, removed from ``flat``: what stays was not used. Errors name it."""
     try:
-        return to_tensor(flat[key])
+        tensor = to_tensor(flat.pop(key)).detach()
     except PickleError as error:
         raise PickleError(f"{key}: {error}") from None
+    check_numbers(key, tensor)
+    return tensor
+
+
+def _one_filter(flat: dict[str, Any], names: str, gain: float) -> Tensor | None:
+    """The resampling filter in all tensors whose names match ``names``; they are removed. None without any.
+
+    Our generator has one filter, of sum 1; ``gain`` is the sum of the file's. ValueError names the first
+    tensor that differs.
+    """
+    filters = {key: _take(flat, key) for key in list(flat) if re.fullmatch(names, key)}
+    if not filters:
+        return None
+    first, fir = next(iter(filters.items()))
+    for key, other in filters.items():
+        if other.shape != fir.shape or not torch.equal(other, fir):
+            raise ValueError(f"its resampling filters {first} and {key} differ, but one for all is needed")
+    if abs(float(fir.double().sum()) - gain) > 0.005 * gain:  # half precision may round it
+        raise ValueError(
+            f"its resampling filter {first} has the sum {float(fir.sum()):g}, but needs {gain:g}"
+        )
+    return fir
+
+
+def _check_rest(flat: Mapping[str, Any], unused: Collection[str]) -> None:
+    """ValueError if a tensor was not used, which is then part of another architecture."""
+    if rest := [key for key in flat if key not in unused]:
+        names = ", ".join(key[:80] for key in rest[:4]) + (", …" if len(rest) > 4 else "")
+        raise ValueError(
+            f"it has tensors that its StyleGAN2 does not use ({names}): "
+            "others are missing, or it is a modified StyleGAN2"
+        )

@@ -8,16 +8,37 @@ import torch
 from torch import Tensor
 
 from cfclip.checkpoints import safe_pickle, weights
-from cfclip.checkpoints.generator_formats import Parts, from_nvidia, from_rosinality, from_tensorflow
-from cfclip.checkpoints.reading import about, build, describe, mapped, part_of, read_torch, sniff, state_dict
+from cfclip.checkpoints.generator_formats import (
+    Parts,
+    from_nvidia,
+    from_nvidia_state,
+    from_rosinality,
+    from_tensorflow,
+)
+from cfclip.checkpoints.reading import (
+    about,
+    build,
+    describe,
+    find_networks,
+    mapped,
+    mean_latent,
+    read_torch,
+    sniff,
+    the_network,
+)
 from cfclip.checkpoints.safe_pickle import Record
 from cfclip.models.stylegan2 import Generator
+
+ROSINALITY, NVIDIA = "input.input", "synthesis.b4.const"
+"""A tensor by which a generator's state dict is found."""
 
 
 def load_generator(path: str | os.PathLike, device: str | torch.device = "cpu") -> Generator:
     """A StyleGAN2 generator: rosinality's ``.pt``, NVIDIA's ``.pkl`` (PyTorch or TensorFlow), or ours.
 
-    Also the generator inside a mapper's or e4e's checkpoint. Frozen, float32. Raises WeightsError.
+    Also a state dict of either PyTorch network under any key and prefix, e.g. the generator in a mapper's
+    or e4e's checkpoint; of several, the moving average ("ema"). NVIDIA's state dicts lack their clamp and
+    the mapping's multiplier: 256 and 0.01 are taken. Frozen, float32. Raises WeightsError.
     """
     path, kind = Path(path), sniff(path)
     with about(path):
@@ -41,25 +62,30 @@ def load_generator(path: str | os.PathLike, device: str | torch.device = "cpu") 
 
 
 def _from_torch(tree: Any) -> Parts:
-    state = state_dict(tree, "g_ema", "g", "state_dict")
-    prefixes = [key.removesuffix("input.input") for key in state if key.endswith("input.input")]
-    if not prefixes:
-        raise ValueError(f"it holds {describe(tree)}, but a StyleGAN2 generator is needed")
-    averages = [tree[name] for name in ("latent_avg", "mean_latent") if isinstance(tree.get(name), Tensor)]
-    return from_rosinality(part_of(state, prefixes[0]), averages[0] if averages else None)
+    found = find_networks(tree, ROSINALITY) | find_networks(tree, NVIDIA)
+    place, state = the_network(found, tree, "a StyleGAN2 generator", ROSINALITY, NVIDIA)
+    return (
+        from_rosinality(state, mean_latent(tree, place)) if ROSINALITY in state else from_nvidia_state(state)
+    )
 
 
 def _from_pickle(tree: Any) -> Parts:
-    if isinstance(tree, tuple | list) and len(tree) == 3:
-        if all(isinstance(network, Record) and network.name.name == "Network" for network in tree):
-            return from_tensorflow(tree[2])  # (G, D, Gs); Gs is the moving average
-    elif isinstance(tree, dict) and isinstance(tree.get("G_ema"), Record):
-        return from_nvidia(tree["G_ema"])
-    elif isinstance(tree, Record) and isinstance(tree.get("_modules"), dict):
-        return from_nvidia(tree)
-    raise ValueError(
-        f"it is a pickle that holds {describe(tree)}, but NVIDIA's 'G_ema' or (G, D, Gs) is needed"
-    )
+    networks = tree if isinstance(tree, tuple | list) else ()
+    if len(networks) == 3 and all(isinstance(n, Record) and n.name.name == "Network" for n in networks):
+        return from_tensorflow(networks[2])  # (G, D, Gs); Gs is the moving average
+    wanted = "NVIDIA's 'G_ema' or (G, D, Gs)"
+    if isinstance(tree, dict) and not isinstance(tree.get("G_ema"), Record):
+        networks = {key: value for key, value in tree.items() if isinstance(key, str) and _synthesises(value)}
+        return from_nvidia(the_network(networks, tree, wanted)[1])
+    network = tree.get("G_ema") if isinstance(tree, dict) else tree
+    if isinstance(network, Record) and (network is not tree or isinstance(tree.get("_modules"), dict)):
+        return from_nvidia(network)
+    raise ValueError(f"it is a pickle that holds {describe(tree)}, but {wanted} is needed")
+
+
+def _synthesises(network: Any) -> bool:
+    parts = network.get("_modules") if isinstance(network, Record) else None
+    return isinstance(parts, dict) and "synthesis" in parts
 
 
 @torch.no_grad()

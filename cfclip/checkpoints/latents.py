@@ -1,60 +1,207 @@
 """Latent codes from files."""
 
+import math
 import os
+import warnings
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cfclip.checkpoints.reading import about, describe, read_torch, sniff
-from cfclip.checkpoints.weights import WeightsError
+from cfclip.checkpoints import safe_pickle
+from cfclip.checkpoints.reading import about, describe, mapped, read_torch, sniff
+from cfclip.checkpoints.safe_pickle import Record, View, to_tensor
+from cfclip.checkpoints.weights import WeightsError, check_numbers
 from cfclip.models.stylegan2 import Generator
+
+NAMES = ("w", "w_plus", "wplus", "ws", "latent", "latents", "codes", "dlatents", "projected_w", "arr_0")
+"""Keys under which tools keep codes, beside other things that are not needed."""
+
+MAX_EXPANSION = 64
+"""How many times larger than their file codes may become; W that is repeated over 18 layers shrinks well."""
+
+MADE_FOR = {2 * level - 2: 2**level for level in range(3, 13)}
+"""Layers L of a W+ code -> size of the generator in pixels."""
+
+WANTED = (
+    "latents are needed: a float tensor [N, L, D] (W+) or [N, D] (W), or a list or dict of one code a picture"
+)
 
 
 def load_latents(path: str | os.PathLike, generator: Generator | None = None) -> Tensor:
-    """Latent codes from ``.pt``, ``.npy`` or ``.safetensors``, float32: W+ [N, L, D], or W [N, D].
+    """Latent codes, float32: W+ [N, L, D], or W [N, D] or [N, 1, D].
 
-    With ``generator`` they are checked to fit, and W is repeated over its layers: always [N, L, D].
-    Raises WeightsError.
+    Read are ``.pt``, ``.npy``, ``.npz`` (also NVIDIA's ``projected_w.npz``), ``.safetensors``, and pickles of
+    plain arrays. They hold one of:
+
+    - a float tensor [N, L, D] or [N, D];
+    - a list, or a dict by picture, of one code each, in the file's order: [L, D], [1, L, D] or [D];
+    - a dict with either of these under one of ``NAMES``; a picture's code may be in such a dict too, as
+      rosinality's projector writes it.
+
+    With ``generator`` they are checked to fit, and W is repeated over its layers: always [N, L, D]. A tensor
+    [L, D] with just the generator's L is one picture's W+ code, and a warning says so: L codes of W have the
+    same shape, and are saved as [L, 1, D] instead. Raises WeightsError.
     """
     path, kind = Path(path), sniff(path)
     with about(path):
-        if kind == "npy":
-            codes: Any = torch.from_numpy(np.load(path, allow_pickle=False, mmap_mode="r").astype(np.float32))
-        else:
-            codes = load_file(path) if kind == "safetensors" else read_torch(path)
-        if isinstance(codes, Mapping) and len(codes) == 1:
-            (codes,) = codes.values()
-        usable = isinstance(codes, Tensor) and codes.is_floating_point() and codes.ndim in (2, 3)
-        if not usable or not codes.numel():
-            raise ValueError(
-                f"it holds {describe(codes)}, but latents are needed: "
-                "one float tensor [N, L, D] (W+) or [N, D] (W)"
-            )
-        w = codes.detach().float().clone(memory_format=torch.contiguous_format)
-        if not w.isfinite().all():
-            raise ValueError("its latents are not all finite: the file is damaged, or the inversion failed")
+        parts = _codes(_open(path, kind), MAX_EXPANSION * path.stat().st_size)
+        w = torch.cat([part.detach().float() for part in parts])
+        if not w.numel():
+            raise ValueError(f"it holds {describe(w)}, but {WANTED}")
     return w if generator is None else fit_latents(w, generator, str(path))
 
 
+def _open(path: Path, kind: str) -> Any:
+    """What the file holds: tensors in lists and dicts, or a pickle's records of them."""
+    if kind == "safetensors":
+        return load_file(path)
+    if kind == "npz":
+        return _open_npz(path)
+    if kind.startswith("torch"):
+        return read_torch(path)
+    with mapped(path) as file:
+        return _array(file) if kind == "npy" else safe_pickle.load(file)
+
+
+def _open_npz(path: Path) -> dict[str, Tensor]:
+    """The arrays under NAMES, or else all; arrays of other things beside codes are not read."""
+    with ZipFile(path) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type not in (ZIP_STORED, ZIP_DEFLATED) for entry in entries):
+            raise ValueError("it is compressed in an unusual way: save it again with numpy.savez")
+        if sum(entry.file_size for entry in entries) > MAX_EXPANSION * path.stat().st_size:
+            raise ValueError(f"it unpacks to more than {MAX_EXPANSION} times its size: use numpy.savez")
+        arrays = {entry.filename.removesuffix(".npy"): entry for entry in entries}
+        wanted = [name for name in NAMES if name in arrays] or list(arrays)
+        return {name: _array(BytesIO(archive.read(arrays[name]))) for name in wanted}
+
+
+def _array(file: BinaryIO) -> Tensor:
+    """The array of an ``.npy`` file; it is no larger than the file."""
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError("it is a .npy of named fields, but plain numbers are needed")
+    one = version == (1, 0)
+    read = np.lib.format.read_array_header_1_0 if one else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(file)
+    if dtype.hasobject:
+        raise ValueError(
+            "it is a .npy of Python objects (a pickle, which may run code); for safety it is not opened. "
+            "Where you made it, save its codes as plain numbers: numpy.savez(path, **{picture: code, …}), "
+            "each a float array [L, D]"
+        )
+    if dtype.kind != "f":
+        raise ValueError(f"it holds numbers of type {dtype.name}, but {WANTED}")
+    data = file.read()
+    if min(shape, default=0) < 0 or (size := math.prod(shape)) * dtype.itemsize > len(data):
+        raise ValueError(f"it is truncated: its header says {list(shape)[:8]}, which is more than it holds")
+    array = np.frombuffer(data, dtype, size).reshape(shape, order="F" if fortran else "C")
+    return torch.from_numpy(array.astype(np.float32, order="C"))
+
+
+def _codes(tree: Any, limit: int) -> list[Tensor]:
+    """All codes of an opened file, [N, L, D] or [N, D], to be concatenated: ``limit`` bytes at most."""
+    held = _named(tree)
+    if _is_array(held):
+        codes = _tensor("tensor", held)
+        if codes.ndim not in (2, 3):
+            raise ValueError(f"it holds {describe(codes)}, but {WANTED}")
+        return [codes]
+    if not isinstance(held, Mapping | list | tuple) or not held:
+        raise ValueError(f"it holds {describe(tree)}, but {WANTED}")
+    pairs = held.items() if isinstance(held, Mapping) else enumerate(held)
+    pictures = [
+        (key[:80] if isinstance(key, str) else f"entry {i}", one) for i, (key, one) in enumerate(pairs)
+    ]
+    parts: list[Tensor] = []
+    for name, value in pictures:
+        code = _one_code(name, value)
+        if code.ndim not in (1, 2, 3):
+            raise ValueError(
+                f"it holds {describe(tree)} with a {name} of shape {list(code.shape)}, but {WANTED}"
+            )
+        if code.ndim == 1 and isinstance(held, Mapping):
+            code = code[None]  # a picture's W: not one layer of a W+ code
+        code = code if code.ndim == 3 else code[None]
+        if parts and code.shape[1:] != parts[0].shape[1:]:
+            shapes = f"{pictures[0][0]} {list(parts[0].shape[1:])}, {name} {list(code.shape[1:])}"
+            raise ValueError(f"it holds {describe(tree)} that differ in shape ({shapes}), but {WANTED}")
+        limit -= 4 * code.numel()
+        if limit < 0:  # a few bytes may refer to one tensor many times
+            raise ValueError(f"its codes are more than {MAX_EXPANSION} times larger than the file")
+        parts.append(code)
+    return parts
+
+
+def _named(tree: Any) -> Any:
+    """What ``tree`` keeps under one of NAMES, else ``tree``. ValueError if there are several."""
+    keys = [key for key in NAMES if key in tree] if isinstance(tree, Mapping) else []
+    if len(keys) > 1:
+        raise ValueError(f"it holds codes under {' and '.join(keys)}: save those to use alone")
+    return tree[keys[0]] if keys else tree
+
+
+def _is_array(value: Any) -> bool:
+    numpy = isinstance(value, Record) and value.name.module.split(".")[0] == "numpy"
+    return numpy or isinstance(value, Tensor | View)
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    tensor = to_tensor(value)
+    if not tensor.is_floating_point():
+        raise ValueError(f"its {name} holds numbers of type {tensor.dtype}, but {WANTED}")
+    check_numbers(name, tensor)
+    return tensor
+
+
+def _one_code(name: str, value: Any) -> Tensor:
+    """The code of one picture: [L, D], [1, L, D] or [D] in a proper file."""
+    value = _named(value)
+    if isinstance(value, list | tuple) and len(value) == 1:
+        (value,) = value
+    if isinstance(value, list | tuple) and value and _is_array(value[0]):
+        raise ValueError(f"its {name} has {len(value)} codes, but one a picture is needed: keep the best one")
+    if not _is_array(value):
+        raise ValueError(f"its {name} is {describe(value)}, but {WANTED}")
+    return _tensor(name, value)
+
+
 def fit_latents(w: Tensor, generator: Generator, what: str = "the latents") -> Tensor:
-    """W [N, D] (or [N, 1, D]) or W+ [N, L, D] -> [N, L, D]; WeightsError if they do not fit ``generator``."""
+    """W [N, D] (or [N, 1, D]) or W+ [N, L, D] or [L, D] -> [N, L, D] for ``generator``.
+
+    [L, D] with the generator's L is one W+ code. A warning says how a 2-D tensor was read if it could have
+    been meant otherwise. WeightsError if codes do not fit.
+    """
     layers, width, res = generator.num_ws, generator.w_dim, generator.resolution
     if w.shape[-1] != width:
         raise WeightsError(
             f"{what}: codes are {w.shape[-1]} wide, but this generator's are {width}: "
             "they belong to another generator"
         )
+    if w.ndim == 2 and len(w) == layers:
+        warnings.warn(
+            f"{what}: {list(w.shape)} is read as one W+ code, because this generator takes {layers} layers; "
+            f"save {layers} codes of W as [{layers}, 1, {width}]",
+            stacklevel=3,
+        )
+        return w[None]
+    if w.ndim == 2 and (size := MADE_FOR.get(len(w), 0)) >= 64:
+        warnings.warn(
+            f"{what}: {list(w.shape)} is read as {len(w)} codes of W, because this generator takes {layers} "
+            f"layers; if it is one W+ code of a {size} px generator, load that one",
+            stacklevel=3,
+        )
     if w.ndim == 2 or w.shape[1] == 1:
         return w.reshape(-1, 1, width).repeat(1, layers, 1)
     if (given := w.shape[1]) != layers:
-        origin = (
-            f" (those of a {2 ** (given // 2 + 1)} px generator)" if given >= 4 and given % 2 == 0 else ""
-        )
+        origin = f" (those of a {MADE_FOR[given]} px generator)" if given in MADE_FOR else ""
         raise WeightsError(
             f"{what}: codes have {given} layers{origin}, but this {res} px generator takes {layers}: "
             "load the generator they were made with, or invert the photos again; "

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 from cfclip.checkpoints import weights
-from cfclip.checkpoints.reading import about, build, describe, option, read_torch, sniff, state_dict
+from cfclip.checkpoints.reading import (
+    about,
+    build,
+    find_networks,
+    has_part,
+    option,
+    read_torch,
+    sniff,
+    the_network,
+)
+from cfclip.checkpoints.weights import check_numbers
 from cfclip.models.mapper import LEVELS, Mapper, MapperConfig
 
 OFFICIAL_LEVELS = {"coarse": "course", "medium": "medium", "fine": "fine"}
@@ -18,7 +28,10 @@ OFFICIAL_LEVELS = {"coarse": "course", "medium": "medium", "fine": "fine"}
 
 
 def load_mapper(path: str | os.PathLike) -> Mapper:
-    """A latent mapper: CF-CLIP's or StyleCLIP's ``.pt``, or ours. Frozen, float32. Raises WeightsError."""
+    """A latent mapper: CF-CLIP's or StyleCLIP's ``.pt``, under any key and prefix, or ours.
+
+    Frozen, float32. Raises WeightsError.
+    """
     path, kind = Path(path), sniff(path)
     with about(path):
         if kind == "safetensors":
@@ -26,7 +39,7 @@ def load_mapper(path: str | os.PathLike) -> Mapper:
             config = MapperConfig(**config | {"levels": tuple(config.get("levels", LEVELS))})
         else:
             tree = read_torch(path)
-            config, tensors = _official_mapper(tree, state_dict(tree, "state_dict"))
+            config, tensors = _official_mapper(tree)
         return build(lambda: Mapper(config), tensors, "mapper")
 
 
@@ -40,15 +53,20 @@ def save_mapper(
     return weights.save(mapper, path, "mapper", mapper.metadata, store_as, **card)
 
 
-def _official_mapper(tree: Any, state: Mapping[str, Tensor]) -> tuple[MapperConfig, dict[str, Tensor]]:
+def _official_mapper(tree: Any) -> tuple[MapperConfig, dict[str, Tensor]]:
     stacks = {name: f"mapper.{theirs}_mapping" for name, theirs in OFFICIAL_LEVELS.items()}
-    levels = tuple(name for name in LEVELS if f"{stacks[name]}.mapping.1.weight" in state)
-    if not levels:
-        if any(key.startswith("mapper.") for key in state):
-            raise ValueError(
-                "it is a mapper of another type (SingleMapper or StyleSpace), but a LevelsMapper is needed"
-            )
-        raise ValueError(f"it holds {describe(tree)}, but a mapper is needed")
+    found = {}
+    for stack in stacks.values():
+        found |= find_networks(tree, f"{stack}.")
+    if not found and has_part(tree, "mapper."):
+        raise ValueError(
+            "it is a mapper of another type (SingleMapper or StyleSpace), but a LevelsMapper is needed"
+        )
+    _, state = the_network(found, tree, "a mapper")
+    levels = tuple(name for name in LEVELS if any(key.startswith(f"{stacks[name]}.") for key in state))
+    for key, tensor in state.items():
+        if key.startswith(("mapper.", "text_mapper.")):
+            check_numbers(key, tensor)
     texts = len({key.split(".")[1] for key in state if key.startswith("text_mapper.")})
     if ("mapper.fc.weight" in state) != bool(texts):
         raise ValueError("it has only one of text_mapper.* and mapper.fc.*: the file is incomplete")

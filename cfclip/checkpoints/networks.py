@@ -10,19 +10,23 @@ import lpips
 import open_clip
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from cfclip.checkpoints import weights
 from cfclip.checkpoints.reading import (
     about,
     build,
+    find_networks,
+    mean_latent,
     official_state,
     option,
     part_of,
     read_torch,
     sha256,
     sniff,
+    the_network,
 )
+from cfclip.checkpoints.weights import check_numbers
 from cfclip.files import DOWNLOADS
 from cfclip.models.arcface import IRSE, FaceIdentity
 from cfclip.models.clip import ClipGuide
@@ -73,7 +77,7 @@ def load_openai_clip(path: str | os.PathLike, model: str = "ViT-B-32-quickgelu")
     path, kind = Path(path), sniff(path)
     with about(path):
         if kind == "safetensors":
-            tensors = load_file(path)
+            tensors = official_state(load_file(path), "OpenAI's CLIP", "text_projection")
         elif kind == "torch-zip" and _is_torchscript(path):
             digest = sha256(path)  # TorchScript is a program: only OpenAI's own file is opened
             if digest != OPENAI_SHA256.get(model):
@@ -91,6 +95,7 @@ def load_openai_clip(path: str | os.PathLike, model: str = "ViT-B-32-quickgelu")
         for name, tensor in network.state_dict().items():
             if name not in tensors or tensors[name].shape != tensor.shape:
                 raise ValueError(f"it has no {name} of shape {list(tensor.shape)}: it is not a {model}")
+            check_numbers(name, tensors[name], tensor)
         network.load_state_dict({name: tensors[name].float() for name in network.state_dict()})
     return ClipGuide(network)
 
@@ -111,14 +116,18 @@ def load_e4e(path: str | os.PathLike) -> Encoder4Editing:
     path = Path(path)
     with about(path):
         tree = read_torch(path)
-        tensors = part_of(official_state(tree, "an e4e encoder", "encoder.latlayer1.weight"), "encoder.")
+        names = "latlayer1.weight", "input_layer.0.weight"
+        place, tensors = the_network(find_networks(tree, *names), tree, "an e4e encoder", names[0])
         if (kind := option(tree, "encoder_type", "Encoder4Editing")) != "Encoder4Editing":
             raise ValueError(f"its encoder is a {kind}, but an e4e encoder (Encoder4Editing) is needed")
         num_ws = len({key.split(".")[1] for key in tensors if key.startswith("styles.")})
         dim = tensors["latlayer1.weight"].shape[0]
-        average = tree.get("latent_avg")
-        if not isinstance(average, Tensor) or not option(tree, "start_from_latent_avg", True):
+        average = mean_latent(tree, place)
+        if not option(tree, "start_from_latent_avg", average is not None):
             average = torch.zeros(dim)
+        if average is None:
+            raise ValueError("it has no latent_avg, from which its codes start: the file is incomplete")
+        check_numbers("latent_avg", average)
         if average.shape not in ((dim,), (1, dim), (num_ws, dim)):
             raise ValueError(f"its latent_avg has shape {list(average.shape)}, but needs [{num_ws}, {dim}]")
         tensors["latent_avg"] = average.expand(num_ws, dim)
@@ -133,6 +142,8 @@ def load_lpips(path: str | os.PathLike) -> lpips.LPIPS:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # lpips calls torchvision with deprecated arguments
             network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+        for name, tensor in part_of(tensors, "features.").items():
+            check_numbers(f"features.{name}", tensor)
         for name, module in network.net.named_modules():  # "slice2.3" is torchvision's "features.3"
             if isinstance(module, nn.Conv2d):
                 module.load_state_dict(part_of(tensors, f"features.{name.split('.')[-1]}."))

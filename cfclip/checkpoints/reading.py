@@ -6,19 +6,21 @@ import logging
 import mmap
 import os
 import pickle
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from cfclip.checkpoints import safe_pickle
 from cfclip.checkpoints.safe_pickle import Record
-from cfclip.checkpoints.weights import WeightsError
+from cfclip.checkpoints.weights import WeightsError, check_numbers
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 FORMATS = {b"PK\x03\x04": "torch-zip", b"\x93NUMPY": "npy", b"\x80": "pickle"}
 """How a file begins -> its format."""
@@ -36,14 +38,27 @@ CONTENTS = {
     "mapper.fc.": "a CF-CLIP mapper",
     "mapper.": "a StyleCLIP mapper",
     "encoder.": "an image encoder (e4e or pSp)",
+    "synthesis.input.": "a StyleGAN3 (alias-free) generator",
+    "synthesis.b4.const": "a StyleGAN2 generator",
     "input.input": "a StyleGAN2 generator",
-    "conv1_1.": "VGG19",
+    "conv1_1.weight": "VGG19",
     "input_layer.": "an ArcFace IR-SE network",
     "visual.": "a CLIP",
     "final_linear.": "a discriminator",
-    "decoder.": "a generator inside a larger network",
 }
-"""How keys of a state dict begin -> what it holds, for messages. The first match counts."""
+"""How names of tensors begin -> what they belong to, for messages. The first match counts."""
+
+WRAPPERS = ("module", "_orig_mod")
+"""Parts of names that DataParallel and torch.compile add."""
+
+AVERAGED = re.compile(r"(?<![a-z0-9])ema(?![a-z0-9])", re.IGNORECASE)
+"""In the place of a network: its weights are the moving average, which is the one to use."""
+
+MEAN_LATENTS = ("latent_avg", "mean_latent")
+"""Names of the mean latent in rosinality's files, the first one preferred."""
+
+MAX_PLACE = 4
+"""How deep in dicts of dicts a network is looked for."""
 
 
 @contextmanager
@@ -69,7 +84,10 @@ def about(path: Path) -> Iterator[None]:
 
 
 def sniff(path: str | os.PathLike) -> str:
-    """Format by content: "torch-zip", "torch-legacy", "pickle", "npy", "safetensors". Raises WeightsError."""
+    """Format by content; WeightsError if it is none of them.
+
+    Formats: "torch-zip", "torch-legacy", "pickle", "npy", "npz", "safetensors".
+    """
     path = Path(path)
     if not path.exists():
         raise WeightsError(f"{path} does not exist: check the path, or fetch the file first")
@@ -86,7 +104,9 @@ def sniff(path: str | os.PathLike) -> str:
         return "safetensors"
     for start, name in FORMATS.items():
         if head.startswith(start):
-            legacy = name == "pickle" and safe_pickle.LEGACY_MAGIC.to_bytes(10, "little") in head
+            if name == "torch-zip" and head[30:][: int.from_bytes(head[26:28], "little")].endswith(b".npy"):
+                return "npz"  # the first name in the archive
+            legacy = name == "pickle" and safe_pickle.LEGACY_MAGIC.to_bytes(10, "little") in head[:32]
             return "torch-legacy" if legacy else name
     raise WeightsError(
         f"{path} is not a weight file of torch, NVIDIA (pickle), safetensors or numpy: "
@@ -125,24 +145,81 @@ def read_torch(path: str | os.PathLike) -> Any:
                 why = str(error).rpartition("WeightsUnpickler error:")[2].split("\n")[0].strip()[:120]
                 raise ValueError(
                     "it holds more than tensors and options, or was saved in an unusual way; for safety it "
-                    f"is not opened ({why}): export it again with torch.save(model.state_dict(), …)"
+                    f"is not opened ({why}): export plain tensors, e.g. by torch.save(model.state_dict(), …)"
                 ) from None
 
 
-def state_dict(tree: Any, *names: str) -> dict[str, Tensor]:
-    """The tensors in the first of the dicts ``tree[name]`` that is there, else in ``tree``; may be empty."""
-    if not isinstance(tree, Mapping):
-        return {}
-    state = next((tree[name] for name in names if isinstance(tree.get(name), Mapping)), tree)
-    return {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, Tensor)}
+def tensor_dicts(tree: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """(place, its tensors) of each dict in ``tree``, outer ones first; names without ``WRAPPERS``.
+
+    The place is "" or like "state_dict: ". Each dict is seen once, however often the file refers to it.
+    """
+    queue, seen = [("", 0, tree)], set()
+    for place, depth, node in queue:
+        if not isinstance(node, Mapping) or id(node) in seen:
+            continue
+        seen.add(id(node))
+        tensors: dict[str, Tensor] = {}
+        for key, value in node.items():
+            if isinstance(key, str) and isinstance(value, Tensor):
+                name = ".".join(part for part in key.split(".") if part not in WRAPPERS)
+                if name in tensors:
+                    raise ValueError(f"it has {name[:120]} twice, with and without 'module.'")
+                tensors[name] = value
+            elif isinstance(key, str) and depth < MAX_PLACE:
+                queue.append((f"{place}{key[:60]}: ", depth + 1, value))
+        yield place, tensors
+
+
+def find_networks(tree: Any, *names: str) -> dict[str, dict[str, Tensor]]:
+    """Place -> tensors of each network in ``tree`` that has all of ``names``, under any key and prefix.
+
+    A name that ends with "." stands for all that begin with it. The prefix ends the place and is removed
+    from the tensors' names.
+    """
+    found = {}
+    for place, tensors in tensor_dicts(tree):
+        starts = [(key, f".{key}".find(f".{names[0]}")) for key in tensors]
+        for prefix in dict.fromkeys(key[:start] for key, start in starts if start >= 0):
+            part = part_of(tensors, prefix)
+            if all(name.endswith(".") or name in part for name in names):
+                found[place + prefix] = part
+    return found
+
+
+def the_network(found: Mapping[str, T], tree: Any, wanted: str, *names: str) -> tuple[str, T]:
+    """(place, network): the only one of ``found``, or the only moving average among them; else ValueError."""
+    options = {place: one for place, one in found.items() if AVERAGED.search(place)} or found
+    if len(options) == 1:
+        return next(iter(options.items()))
+    if not options:
+        lacks = f" (no tensor is named {' or '.join(names)})" if names else ""
+        raise ValueError(f"it holds {describe(tree)}, but {wanted} is needed{lacks}")
+    places = ", ".join(repr(place.rstrip(": .") or "the file itself") for place in list(options)[:6])
+    raise ValueError(
+        f"it holds {len(options)} networks where one is needed, at {places}: save the one to use"
+    )
 
 
 def official_state(tree: Any, wanted: str, *names: str) -> dict[str, Tensor]:
-    """The state dict of a file that should be ``wanted``; ValueError if it lacks one of ``names``."""
-    tensors = state_dict(tree, "state_dict")
-    if not tensors.keys() >= set(names):
-        raise ValueError(f"it holds {describe(tree)}, but {wanted} is needed")
-    return tensors
+    """The tensors of the network ``wanted``, which has those called ``names``; ValueError without it."""
+    return the_network(find_networks(tree, *names), tree, wanted, *names)[1]
+
+
+def mean_latent(tree: Any, place: str) -> Tensor | None:
+    """The mean latent that lies in the network at ``place``, or else nearest around it."""
+    near: dict[tuple[int, bool], Tensor] = {}
+    for outer, tensors in tensor_dicts(tree):
+        for key, tensor in tensors.items():
+            prefix, dot, name = key.rpartition(".")
+            if name in MEAN_LATENTS and place.startswith(around := f"{outer}{prefix}{dot}"):
+                near[len(around), name == MEAN_LATENTS[0]] = tensor
+    return near[max(near)] if near else None
+
+
+def has_part(tree: Any, start: str) -> bool:
+    """Whether a tensor's name begins with ``start`` after some prefix."""
+    return any(f".{start}" in f".{name}" for _, tensors in tensor_dicts(tree) for name in tensors)
 
 
 def part_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -163,11 +240,11 @@ def describe(tree: Any) -> str:
         return f"a tensor of shape {list(tree.shape)}"
     if not isinstance(tree, Mapping):
         return f"a {tree.name if isinstance(tree, Record) else type(tree).__name__}"
-    keys = [str(key) for part in (tree, *tree.values()) if isinstance(part, Mapping) for key in part]
     for start, what in CONTENTS.items():
-        if any(key.startswith(start) for key in keys):
+        if has_part(tree, start):
             return what
-    return f"a dict of {', '.join(list(map(str, tree))[:6]) or 'nothing'}"
+    keys = [key[:60] if isinstance(key, str) else f"a {type(key).__name__}" for key in tree]
+    return f"a dict of {', '.join(keys[:6]) or 'nothing'}"
 
 
 def build(make: Callable[[], nn.Module], tensors: Mapping[str, Tensor], what: str) -> Any:
@@ -180,6 +257,7 @@ def build(make: Callable[[], nn.Module], tensors: Mapping[str, Tensor], what: st
             raise ValueError(f"its {what} has no {name}: the file is incomplete, or of another kind")
         if (shape := tensors[name].shape) != empty.shape:
             raise ValueError(f"its {what} has {name} of shape {list(shape)}, but needs {list(empty.shape)}")
+        check_numbers(name, tensors[name], empty)
         filled[name] = tensors[name].detach().to(empty.dtype).clone(memory_format=torch.contiguous_format)
     module.load_state_dict(filled, assign=True)
     return module.eval().requires_grad_(False)

@@ -31,6 +31,7 @@ LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 STORAGES = {"Float": torch.float32, "Double": torch.float64, "Half": torch.float16}
 STORAGES |= {"BFloat16": torch.bfloat16, "Long": torch.int64, "Int": torch.int32, "Short": torch.int16}
 STORAGES |= {"Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool, "Untyped": torch.uint8}
+STORAGES |= {"ComplexFloat": torch.complex64, "ComplexDouble": torch.complex128}
 """dtype of ``torch.FloatStorage`` and its siblings."""
 
 PLAIN_TYPES = (bool, bytearray, bytes, complex, dict, float, frozenset, int)
@@ -386,6 +387,8 @@ def _check_archive(archive: ZipFile) -> None:
 
 def to_tensor(value: Any) -> Tensor:
     """A tensor, array or number from :func:`load` as a torch tensor. Raises PickleError."""
+    if isinstance(value, Tensor):
+        return value
     if isinstance(value, View):
         return value.tensor()
     if isinstance(value, bool | int | float):

@@ -93,11 +93,39 @@ def _check_sizes(path: str | os.PathLike, value: Any) -> None:
             _check_sizes(path, part)
 
 
+def check_numbers(name: str, tensor: Tensor, place: Tensor | None = None) -> None:
+    """ValueError that names the tensor unless it holds finite floats.
+
+    ``place``: the network's tensor that it is for, which may be a counter; then it may be one too.
+    """
+    if place is not None and place.dtype == tensor.dtype == torch.int64 and not tensor.is_meta:
+        return
+    if tensor.is_meta:
+        problem = "holds no numbers (it was saved from torch's meta device)"
+    elif tensor.layout is not torch.strided or tensor.is_quantized:
+        problem = f"is stored in an unusual way ({tensor.dtype}, {tensor.layout})"
+    elif not tensor.is_floating_point():
+        problem = f"holds numbers of type {tensor.dtype}"
+    elif not tensor.float().isfinite().all():
+        problem = "is not all finite (NaN or infinity)"
+    else:
+        return
+    raise ValueError(
+        f"its {name[:120]} {problem}, but finite floats are needed: "
+        "the file is damaged, or what made it failed"
+    )
+
+
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], path: str | os.PathLike) -> nn.Module:
     """Load exactly ``tensors``; eval, frozen. WeightsError names ``path`` if they do not fit."""
     try:
+        for name, empty in module.state_dict().items():
+            if name in tensors:
+                check_numbers(name, tensors[name], empty)
         module.load_state_dict(tensors)
     except RuntimeError as error:
         why = str(error).splitlines()[-1].strip()
         raise WeightsError(f"{path} does not fit its own header: {why}") from None
+    except ValueError as error:
+        raise WeightsError(f"{path} cannot be used: {error}") from None
     return module.eval().requires_grad_(False)

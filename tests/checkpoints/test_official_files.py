@@ -166,7 +166,7 @@ def test_latents_that_do_not_fit_say_why(tmp_path):
         (torch.randn(5, 4, 12), "12 wide, but this generator's are 8"),
         (torch.zeros(3, 8, dtype=torch.int64), "latents are needed"),
         (torch.zeros(8), "latents are needed"),
-        ({"a": w, "b": w}, "latents are needed"),
+        ({"a": w, "b": w}, "5 layers, but this 8 px generator takes 4"),
         (torch.zeros(0, 8), "latents are needed"),
         ([1, 2], "latents are needed"),
         (w * np.nan, "not all finite"),
@@ -312,7 +312,7 @@ def test_generators_that_cannot_be_used_say_why(tmp_path):
         ("declares a size", {"mapping_layers": 10**9}),
         ("declares a size", {"resolution": 2**40}),
         ("declares a size", {"channels": [10**9, 4]}),
-        ("numbers of channels", {"channels": [4]}),
+        ("needs 2 numbers of channels", {"channels": [4]}),
     ):
         refused(message, weights.save(g, ours, "generator", g.config | change))
     save_file({"a": torch.zeros(1)}, ours)
