@@ -139,7 +139,7 @@ class Explorer(HasTraits):
     def _mappers_of(self, domain: str) -> dict[str, tuple[str, str]]:
         mappers = {}
         for one in scan(*self.runs, skip_damaged=True):
-            if one.domain == domain and isinstance(one.prompt, str) and any_text(one.prompt) is None:
+            if one.domain == domain and any_text(one.prompt) is None:
                 place = one.path if one.kind == "mapper" else one.path.parent
                 mappers[str(place)] = f"{one.prompt} ({one.method})", one.prompt
         return mappers
@@ -368,12 +368,11 @@ class Explorer(HasTraits):
         def job() -> str:
             recipe = Recipe.from_json(text)
             domain = self._load(recipe.domain)
-            w = codes(domain, recipe.faces)[
-                :1
-            ]  # all files are read; to see whether it works, one face is enough
+            w = codes(domain, recipe.faces)[:1]  # reads all files; one face shows whether the edit works
             with torch.no_grad():
                 render(domain, recipe, Faces(w, domain.generator.synthesis(w)))
             self.change(**vars(recipe))
+            self.find_mappers()  # there may be new ones
             return "recipe opened"
 
         self._task("opening the recipe …", job)

@@ -375,7 +375,7 @@ SMALL = turned(FACE, 0, scale=0.1)
     ("photo", "points", "size", "side"),
     [
         (Image.new("RGB", (20, 20)), (), 1024, 20),
-        (Image.new("RGB", (300, 31)), (), 64, 31),
+        (Image.new("RGB", (31, 31)), (), 64, 31),
         (discs(SMALL), SMALL, 161, 80),  # the side of the square, as in aligned()
     ],
 )
