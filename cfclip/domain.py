@@ -73,6 +73,13 @@ class GroundTruth(Protocol):
         """The same on ``device``; the original stays where it is."""
 
 
+def null_edit(prompt: str, source_text: str) -> str:
+    """A sentence that says so if ``prompt`` asks for what the pictures show already, else ""."""
+    if prompt.lower().split() != source_text.lower().split():
+        return ""
+    return f"nothing can move: the prompt {prompt!r} is the source text; ask for something else"
+
+
 @dataclass(frozen=True)
 class Domain:
     """Frozen networks and the words that go with them."""

@@ -6,6 +6,7 @@ class Config(Settings):
 """
 
 import math
+import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
@@ -33,7 +34,9 @@ def number(minimum: float = 0.0, maximum: float = math.inf, above: bool = False)
     """A finite number from ``minimum`` to ``maximum``; with ``above`` larger than ``minimum``."""
 
     def check(value: Any) -> str | None:
-        fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        fine = isinstance(value, int | float) and not isinstance(value, bool)
+        # math.isfinite raises OverflowError for a whole number that no float can hold
+        fine = fine and abs(value) <= sys.float_info.max
         if fine and minimum <= value <= maximum and not (above and value == minimum):
             return None
         upper = "" if maximum == math.inf else f" to {maximum:g}"

@@ -65,10 +65,16 @@ _OPEN: dict[tuple, Editor] = {}
 def read_trained(path: str | os.PathLike) -> Trained | None:
     """What the header of ``path`` says; None if it is not an editor. WeightsError if it is not our file."""
     kind, _, card = weights.read_header(path)
-    training = card.get("training", {})
+    training = card.get("training", {}) if isinstance(card, dict) else None
+    if not isinstance(kind, str) or not isinstance(training, dict):
+        raise WeightsError(f"{path} has a header that cfclip did not write: fit or fetch it again")
     if kind != "mapper" and not (kind in KINDS and "prompt" in training):
         return None
-    return Trained(Path(path), kind, card.get("method", "cfclip"), card.get("domain", ""), training)
+    method, domain = card.get("method", "cfclip"), card.get("domain", "")
+    for name, value in {"method": method, "domain": domain, "prompt": training.get("prompt", "")}.items():
+        if not isinstance(value, str):
+            raise WeightsError(f"{path} has a {name} in its header that is no text: fit or fetch it again")
+    return Trained(Path(path), kind, method, domain, training)
 
 
 def scan(*places: str | os.PathLike, skip_damaged: bool = False) -> list[Trained]:

@@ -63,7 +63,7 @@ def read_header(path: str | os.PathLike) -> Header:
     try:
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {}).get("cfclip", "null"))
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise WeightsError(
             f"{path} is not a readable safetensors file (truncated, or of another type): {error}; "
             "fetch or train it again"

@@ -18,7 +18,7 @@ from torch import Tensor
 from cfclip.domain import Domain
 from cfclip.evaluation import metrics
 from cfclip.explorer.recipe import Faces, Recipe, draw_faces, render
-from cfclip.files import atomic_write, slug, writable, write_text
+from cfclip.files import atomic_write, first_bytes, slug, writable, write_text
 from cfclip.images import to_uint8
 
 SHOWS = ("edit", "difference", "strengths", "prompts × strengths", "methods")
@@ -138,7 +138,7 @@ def export(folder: Path, domain: Domain, frame: Frame) -> list[Path]:
     """Write the picture (.png), an animation of the strength (.gif), the recipe (.json), its cell (.py)."""
     recipe, text = frame.recipe, frame.recipe.to_json()
     key = hashlib.sha256((text + frame.show).encode()).hexdigest()[:6]
-    stem = writable(folder) / f"{slug(recipe.prompt)}-{key}"
+    stem = writable(folder) / f"{first_bytes(slug(recipe.prompt), 100)}-{key}"
     faces = draw_faces(domain, recipe.faces)
 
     def at_share(share: float) -> Image.Image:

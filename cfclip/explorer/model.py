@@ -8,7 +8,7 @@ import io
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import replace
@@ -23,7 +23,18 @@ from cfclip.baselines.library import committed, scan
 from cfclip.domain import Domain
 from cfclip.domains import DOMAINS, load_domain
 from cfclip.explorer.frames import SHOWS, Frame, draw, export, score
-from cfclip.explorer.recipe import Faces, Recipe, codes, draw_faces, level_layers, levels_on
+from cfclip.explorer.recipe import (
+    MAX_SEED,
+    Faces,
+    Recipe,
+    advice,
+    any_text,
+    codes,
+    draw_faces,
+    level_layers,
+    levels_on,
+    render,
+)
 from cfclip.explorer.workers import LatestJobThread, Training, one_line
 from cfclip.files import ROOT, atomic_write
 from cfclip.inversion import projector
@@ -43,7 +54,7 @@ class Explorer(HasTraits):
     Args:
         n: faces to begin with.
         out: folder for exports, codes of photos and trained mappers; "": :data:`OUT` of the repository.
-        runs: more folders whose editors can be chosen.
+        runs: more folders (or one) whose editors can be chosen.
         settings: method -> settings of the trainings that :meth:`refine` starts.
         photo_steps: optimisation steps when a photo is inverted.
     """
@@ -68,7 +79,7 @@ class Explorer(HasTraits):
         prompt: str = "",
         n: int = 8,
         out: str | Path = "",
-        runs: Sequence[str | Path] = (),
+        runs: str | Path | Sequence[str | Path] = (),
         settings: Mapping[str, Mapping[str, Any]] | None = None,
         photo_steps: int = 100,
     ):
@@ -76,6 +87,7 @@ class Explorer(HasTraits):
         domain = load_domain(domain) if isinstance(domain, str) else domain
         self.out, self.n, self.photo_steps = Path(out or ROOT / OUT).resolve(), n, photo_steps
         self.settings = dict(settings or {})
+        runs = [runs] if isinstance(runs, str | Path) else runs
         self.runs = [self.out, *(Path(folder).resolve() for folder in runs)]
         self._domains, self._lock = {domain.name: domain}, threading.RLock()
         self._faces: tuple[tuple, Faces] | None = None  # of the last picture, with their key
@@ -122,12 +134,15 @@ class Explorer(HasTraits):
 
     def find_mappers(self) -> None:
         """Look again which editors the folders hold."""
+        self.mappers = self._mappers_of(self.recipe.domain)
+
+    def _mappers_of(self, domain: str) -> dict[str, tuple[str, str]]:
         mappers = {}
         for one in scan(*self.runs, skip_damaged=True):
-            if one.domain == self.recipe.domain and one.prompt is not None:
+            if one.domain == domain and any_text(one.prompt) is None:
                 place = one.path if one.kind == "mapper" else one.path.parent
                 mappers[str(place)] = f"{one.prompt} ({one.method})", one.prompt
-        self.mappers = mappers
+        return mappers
 
     # ---- changing the recipe ----
 
@@ -141,24 +156,32 @@ class Explorer(HasTraits):
                 return
             if recipe == self.recipe:
                 return
+            if recipe.domain not in self._domains:
+                self.message = f"domain {recipe.domain!r} is not loaded: use choose_domain"
+                return
             (names, when), now = self._last_change, time.monotonic()
             merge = names == frozenset(fields) and now - when < MERGE_SECONDS and self.at > 0
             self._last_change = frozenset(fields), now
-            self.history = (*self.history[: self.at + (not merge)], recipe)[-HISTORY_LENGTH:]
-            self.at = len(self.history) - 1
-            self.recipe = recipe
+            history = (*self.history[: self.at + (not merge)], recipe)[-HISTORY_LENGTH:]
+            self._show(recipe, history, len(history) - 1)
+
+    def _show(self, recipe: Recipe, history: tuple[Recipe, ...], at: int) -> None:
+        """Make ``recipe`` the present one. Nobody is told before all of the state belongs together."""
+        mappers = self.mappers if recipe.domain == self.recipe.domain else self._mappers_of(recipe.domain)
+        with self.hold_trait_notifications():
+            self.mappers, self.history, self.at, self.recipe = mappers, history, at, recipe
         self.refresh()
 
     def set_prompt(self, prompt: str) -> None:
         """Set the prompt; a mapper that was trained for another prompt is replaced."""
-        plain, mapper = prompt.strip(), self.recipe.mapper
+        plain, mapper = str(prompt).strip(), self.recipe.mapper
         _, trained_for = self.mappers.get(mapper, ("", plain))
         keep = trained_for == plain and (mapper or self.mapper_for(plain) is None)
         self.change(prompt=prompt, mapper=mapper if keep else self.mapper_for(plain) or "")
 
     def set_mapper(self, path: str) -> None:
         """One of :attr:`mappers`, with its prompt; or another mapper's file; or "", the domain's own."""
-        if path in self.mappers:
+        if isinstance(path, str) and path in self.mappers:
             layers = () if Path(path).is_dir() else self.recipe.layers  # other editors edit all layers
             self.change(mapper=path, prompt=self.mappers[path][1], layers=layers)
         else:
@@ -166,11 +189,17 @@ class Explorer(HasTraits):
 
     def set_levels(self, **on: bool) -> None:
         """``coarse=False``, …: switch levels of W+ off or on."""
+        if unknown := set(on) - set(LEVELS):
+            self.message = f"the levels are {', '.join(LEVELS)}, not {', '.join(sorted(unknown))}"
+            return
         num_ws = self.domain.generator.num_ws
         now = levels_on(self.recipe.layers, num_ws) | on
         self.change(layers=level_layers(num_ws, [name for name in LEVELS if now[name]]))
 
     def set_show(self, show: str) -> None:
+        if show not in SHOWS:
+            self.message = f"what can be shown is {', '.join(SHOWS)}, not {show!r}"
+            return
         self.show = show
         self.refresh()
 
@@ -182,9 +211,9 @@ class Explorer(HasTraits):
 
     def set_seeds(self, text: str) -> None:
         """Choose the faces by their seeds, "3, 14, 15"; own photos stay."""
-        words = text.replace(",", " ").split()
-        if not all(word.isdecimal() for word in words):
-            self.message = f"seeds are whole numbers from 0, as in 3, 14, 15, not {text!r}"
+        words = str(text).replace(",", " ").split()
+        if not all(word.isdecimal() and len(word) <= len(str(MAX_SEED)) for word in words):
+            self.message = f"seeds are whole numbers from 0 to {MAX_SEED}, as in 3, 14, 15, not {text!r}"
             return
         self.change(faces=(*(face for face in self.recipe.faces if isinstance(face, str)), *map(int, words)))
 
@@ -194,14 +223,10 @@ class Explorer(HasTraits):
     def go(self, to: int) -> None:
         """Go to an entry of the history."""
         with self._lock:
-            if not 0 <= to < len(self.history) or to == self.at:
+            if not isinstance(to, int) or not 0 <= to < len(self.history) or to == self.at:
                 return
-            moved = self.history[to].domain != self.recipe.domain
             self._last_change = frozenset(), 0.0
-            self.at, self.recipe = to, self.history[to]
-        if moved:
-            self.find_mappers()
-        self.refresh()
+            self._show(self.history[to], self.history, to)
 
     def undo(self) -> None:
         self.go(self.at - 1)
@@ -225,6 +250,7 @@ class Explorer(HasTraits):
             if self._faces is None or self._faces[0] != key:
                 self._faces = key, draw_faces(domain, recipe.faces)
             frame = draw(domain, recipe, show, self._faces[1], self._others(recipe, show), stale)
+            message = advice(domain, recipe, self.suggestions)
         except Exception as error:  # whatever it is: the panel shows it, and the thread lives on
             message = one_line(error)
         with self._lock:
@@ -291,7 +317,6 @@ class Explorer(HasTraits):
             reset = {"source_text": "", "layers": (), "mapper": "", "region": ""}
             faces = self._first_faces(domain)
             self.change(domain=name, prompt=domain.prompts[0], faces=faces, **reset)
-            self.find_mappers()
             return f"domain {name}"
 
         if name != self.recipe.domain:
@@ -306,7 +331,7 @@ class Explorer(HasTraits):
 
     def _invert(self, content: bytes, points: Sequence[Sequence[float]]) -> str:
         domain, size = self.domain, self.domain.generator.resolution
-        detect = not len(points) and size >= 256 and detector_file() is not None
+        detect = isinstance(points, Sized) and not len(points) and size >= 256 and detector_file() is not None
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             photo = load_photo(io.BytesIO(content), size, points, detect=detect)
@@ -338,13 +363,16 @@ class Explorer(HasTraits):
         self._task("exporting …", job)
 
     def open(self, text: str | bytes) -> None:
-        """Open an exported recipe (.json)."""
+        """Open an exported recipe (.json). One that cannot be drawn is refused before anything changes."""
 
         def job() -> str:
-            recipe = Recipe.from_json(text if isinstance(text, str) else text.decode())
-            self._load(recipe.domain)
+            recipe = Recipe.from_json(text)
+            domain = self._load(recipe.domain)
+            w = codes(domain, recipe.faces)[:1]  # reads all files; one face shows whether the edit works
+            with torch.no_grad():
+                render(domain, recipe, Faces(w, domain.generator.synthesis(w)))
             self.change(**vars(recipe))
-            self.find_mappers()
+            self.find_mappers()  # there may be new ones
             return "recipe opened"
 
         self._task("opening the recipe …", job)
@@ -356,8 +384,9 @@ class Explorer(HasTraits):
         if self.training is not None:
             self.message = "a training is running: cancel it, or wait for it"
             return
-        domain, recipe, settings = self.domain, self.recipe, self.settings.get(method, {})
+        domain, recipe = self.domain, self.recipe
         try:
+            settings = self.settings.get(str(method), {})
             w = codes(domain, recipe.faces[:4])
             training = Training(domain, recipe, method, settings, self.out, w, self._on_training)
         except Exception as error:  # as in _draw

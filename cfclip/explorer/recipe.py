@@ -6,9 +6,12 @@ Shapes: N faces, L layers of W+, D = w_dim, R = resolution.
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,42 +19,70 @@ from torch import Tensor
 
 from cfclip.baselines.library import load_editor, mapper_for, open_mapper
 from cfclip.checkpoints.latents import load_latents
-from cfclip.domain import Domain
+from cfclip.domain import Domain, null_edit
 from cfclip.models.mapper import LEVELS
+from cfclip.settings import Settings, check_known, int_at_least, number, setting, text
 
 MIN_STRENGTH, MAX_STRENGTH = -1.5, 2.0
 MAX_FACES = 16
+MAX_SEED = 2**31 - 1
+MAX_LAYERS = 100
+MAX_TEXT = 1000
 Region = str | tuple[float, float, float, float]
 
 
+def any_text(value: Any) -> str | None:
+    """A text, perhaps an empty one, that can be written to a file and can name one."""
+    fine = isinstance(value, str) and len(value) <= MAX_TEXT and not re.search("[\\0\ud800-\udfff]", value)
+    return None if fine else f"a text of at most {MAX_TEXT} characters, none of them null or half of a pair"
+
+
+def some_factors(value: Any) -> str | None:
+    """A tuple of finite numbers."""
+    fine = isinstance(value, tuple) and len(value) <= MAX_LAYERS and not any(map(number(-math.inf), value))
+    return None if fine else f"finite numbers, one per layer (at most {MAX_LAYERS})"
+
+
+def some_faces(value: Any) -> str | None:
+    """A tuple of seeds and files."""
+    fine = isinstance(value, tuple) and 1 <= len(value) <= MAX_FACES and all(map(_is_face, value))
+    return None if fine else f"one to {MAX_FACES} seeds (whole numbers from 0 to {MAX_SEED}) or files"
+
+
+def _is_face(value: Any) -> bool:
+    if isinstance(value, str):
+        return bool(value) and any_text(value) is None
+    return int_at_least(0)(value) is None and value <= MAX_SEED
+
+
+def a_region(value: Any) -> str | None:
+    """The name of a part, or a box."""
+    if isinstance(value, tuple) and len(value) == 4 and not any(map(number(0, 1), value)):
+        left, top, right, bottom = value
+        fine = left < right and top < bottom
+    else:
+        fine = any_text(value) is None
+    box = "a box is left, top, right, bottom in shares of the side, with left < right and top < bottom"
+    return None if fine else f"the name of a part, or a box ({box})"
+
+
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Settings):
     """Everything that defines an edit. ValueError says which value cannot work."""
 
-    domain: str = "toonfaces"
-    prompt: str = "green lipstick"  # several are applied one after the other: "green lipstick + blue hair"
-    source_text: str = ""  # what the faces show before, for scores and trainings; "": the domain's
-    strength: float = 1.0
-    layers: tuple[float, ...] = ()  # factors of the strength, one per layer of W+; (): 1 everywhere
-    faces: tuple[int | str, ...] = tuple(range(8))  # seeds of faces; files of codes (own photos)
-    mapper: str = ""  # a mapper's file, or the folder of an editor; "": the domain's own mapper
+    domain: str = setting("toonfaces", text)
+    # several are applied one after the other: "green lipstick + blue hair"
+    prompt: str = setting("green lipstick", any_text)
+    # what the faces show before, for scores and trainings; "": the domain's
+    source_text: str = setting("", any_text)
+    strength: float = setting(1.0, number(MIN_STRENGTH, MAX_STRENGTH))
+    # factors of the strength, one per layer of W+; (): 1 everywhere
+    layers: tuple[float, ...] = setting((), some_factors)
+    faces: tuple[int | str, ...] = setting(tuple(range(8)), some_faces)  # seeds; files of codes (own photos)
+    # a mapper's file, or the folder of an editor; "": the domain's own mapper
+    mapper: str = setting("", any_text)
     # a part of the face, or a box (left, top, right, bottom in shares of the side); "": everywhere
-    region: Region = ""
-
-    def __post_init__(self):
-        if not (math.isfinite(self.strength) and MIN_STRENGTH <= self.strength <= MAX_STRENGTH):
-            limits = f"from {MIN_STRENGTH:g} to {MAX_STRENGTH:g}"
-            raise ValueError(f"strength must be {limits}, not {self.strength!r}")
-        if not all(math.isfinite(factor) for factor in self.layers):
-            raise ValueError(f"layers must be finite numbers, one per layer, not {self.layers!r}")
-        good = [isinstance(face, str) or (isinstance(face, int) and face >= 0) for face in self.faces]
-        if not 1 <= len(good) <= MAX_FACES or not all(good):
-            raise ValueError(f"faces must be one to {MAX_FACES} seeds or files, not {self.faces!r}")
-        if isinstance(self.region, tuple):
-            left, top, right, bottom = self.region
-            if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
-                order = "left < right and top < bottom, each from 0 to 1"
-                raise ValueError(f"a box is left, top, right, bottom with {order}, not {self.region!r}")
+    region: Region = setting("", a_region)
 
     @property
     def prompts(self) -> list[str]:
@@ -67,12 +98,15 @@ class Recipe:
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
 
     @classmethod
-    def from_json(cls, text: str) -> "Recipe":
+    def from_json(cls, text: str | bytes) -> "Recipe":
         """Read what :meth:`to_json` wrote. ValueError for anything else."""
         try:
-            given = json.loads(text).items()
-            return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in given})
-        except (TypeError, AttributeError, json.JSONDecodeError) as error:
+            given = json.loads(text)
+            if not isinstance(given, dict):
+                raise TypeError(f"it is no table of names and values, but {type(given).__name__}")
+            check_known(given, [one.name for one in dataclasses.fields(cls)], "a recipe")
+            return cls(**given)
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"this is not a recipe of the explorer: {error}") from None
 
     def code(self) -> str:
@@ -204,6 +238,19 @@ def blend(domain: Domain, source: Tensor, edited: Tensor, region: Region) -> Ten
     """``edited`` inside the region, ``source`` elsewhere. Pictures [N, 3, R, R]."""
     mask = region_mask(domain, source, edited, region)
     return mask * edited + (1 - mask) * source
+
+
+def advice(domain: Domain, recipe: Recipe, suggestions: Sequence[str]) -> str:
+    """What the prompt cannot do, although it can be drawn; "" if nothing. Names ``suggestions`` near it."""
+    source = recipe.source_text.strip() or domain.source_text
+    clip = domain.clip
+    found = [words for one in [*recipe.prompts, source] if (words := clip.describe_unknown(one))]
+    if found:
+        known = [prompt for prompt in suggestions if not clip.unknown_words(prompt)]
+        if near := get_close_matches(recipe.prompt, known) or known[:3]:
+            found.append(f"prompts that it knows: {', '.join(near)}")
+    found += [words for one in recipe.prompts if (words := null_edit(one, source))]
+    return "; ".join(found)
 
 
 def level_layers(num_ws: int, on: Sequence[str]) -> tuple[float, ...]:

@@ -1,5 +1,6 @@
 """The explorer's threads: one that does the latest of its jobs, and one that trains a mapper."""
 
+import hashlib
 import logging
 import threading
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from cfclip.baselines.mappers import MapperEditor
 from cfclip.baselines.methods import METHODS, configure
 from cfclip.domain import Domain
 from cfclip.explorer.recipe import Recipe
-from cfclip.files import slug, writable
+from cfclip.files import first_bytes, slug, writable
 from cfclip.images import to_uint8
 from cfclip.method.loop import Callback, begin_run, run_loop
 from cfclip.method.trainer import MapperTrainer
@@ -24,12 +25,16 @@ REFINING = tuple(name for name, method in METHODS.items() if method.editor is Ma
 """The methods that :class:`Training` can train."""
 PREVIEW_STEPS = 25
 """Steps between two previews."""
+LONGEST_LINE = 1000
+"""Characters of a message."""
 
 
 def one_line(error: BaseException) -> str:
     """``error`` in one line, for the panel. The traceback goes to the log, at level DEBUG."""
     logger.debug("shown in the panel as one line:", exc_info=error)
     text = str(error).strip() or type(error).__name__
+    if len(text) > LONGEST_LINE:  # it quotes what is wrong, which may be a whole file
+        text = text[:LONGEST_LINE] + " …"
     if isinstance(error, ValueError | OSError):  # ours, and written to be read
         return text
     return f"this did not work ({type(error).__name__}): {text.splitlines()[0]}"
@@ -113,7 +118,9 @@ class Training:
             given["source_text"] = source_text
         self.config = begin_run(configure(method, prompt, **given), domain.device)
         self.domain, self.recipe, self.method, self.w = domain, recipe, method, w
-        self.folder = writable(out) / f"{slug(prompt)}-{method}"
+        # the hash tells apart what has the same slug, such as "green hat" and "Green hat!"
+        key = hashlib.sha256("\n".join((domain.name, prompt, source_text)).encode()).hexdigest()[:8]
+        self.folder = writable(out) / f"{first_bytes(slug(prompt), 100)}-{key}-{method}"
         self.step, self.done, self.error = 0, False, ""
         self.path, self.preview = None, None
         self._on_change, self._stop = on_change, threading.Event()

@@ -7,8 +7,10 @@ and blurred borders where it leaves the photo. It needs five points [x, y] in pi
     0 left eye, 1 right eye, 2 nose, 3 left and 4 right mouth corner; *left as seen in the picture*.
 """
 
+import io
 import logging
 import os
+import reprlib
 import warnings
 import zlib
 from collections.abc import Sequence
@@ -18,6 +20,7 @@ from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
@@ -28,8 +31,8 @@ from cfclip.images import to_tensor
 logger = logging.getLogger(__name__)
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-MAX_PIXELS = 150_000_000
-"""A larger photo is refused, because it may be a decompression bomb."""
+MAX_PIXELS = 40_000_000
+"""The most pixels that are decoded: a few bytes can claim any number of them."""
 POINTS = "left eye, right eye, nose, left mouth corner, right mouth corner"
 SUPERSAMPLE = 4
 """The square is cut out at this many times the output's size, then reduced; FFHQ: 4096 for 1024."""
@@ -40,24 +43,37 @@ Points = Sequence[Sequence[float]] | np.ndarray
 def read_photo(file: str | os.PathLike | BinaryIO) -> Image.Image:
     """A PNG, JPEG or WebP as 8-bit RGB, rotated upright as its EXIF data say; transparency becomes white.
 
-    Uses the first frame of an animation and ignores colour profiles. Raises ValueError, with the fix, for any
-    other file, a damaged one, or one of more than ``MAX_PIXELS``.
+    Uses the first frame of an animation and ignores colour profiles. A JPEG of up to 4 ``MAX_PIXELS`` is
+    halved in width and height while it is decoded, if it has more than ``MAX_PIXELS``. Raises ValueError,
+    with the fix, for a larger photo, any other file, and a damaged one.
     """
-    name = getattr(file, "name", "the photo") if hasattr(file, "read") else os.fspath(file)
-    problem = ""
+    return _read(file)[0]
+
+
+def _read(file: str | os.PathLike | BinaryIO) -> tuple[Image.Image, int]:
+    """:func:`read_photo`, and by how much the photo was reduced: 1 or 2."""
+    shrink, problem = 1, ""
+    name = _name_of(file)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS decides
             image = Image.open(file, formats=FORMATS)
-            if image.width * image.height > MAX_PIXELS:
+            pixels = image.width * image.height
+            # all coefficients of a progressive JPEG are in memory, however small its picture becomes
+            if pixels > MAX_PIXELS and isinstance(image, JpegImageFile) and "progressive" not in image.info:
+                shrink = 2
+                image.draft(None, (image.width // shrink, image.height // shrink))
+            if pixels > MAX_PIXELS * shrink**2:
                 raise Image.DecompressionBombError
             image.load()
-    except FileNotFoundError:
-        problem = "does not exist: check the path"
     except UnidentifiedImageError:
         problem = "is not a PNG, JPEG or WebP (or its beginning is damaged): convert it to one of them"
+        if _is_empty(file):
+            problem = "is empty (0 bytes): copy or download it again"
     except Image.DecompressionBombError:
         problem = f"claims to have more than {MAX_PIXELS / 1e6:g} million pixels: shrink it first"
+    except PermissionError:
+        problem = "may not be read: change its permissions"
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, zlib.error) as error:
         problem = f"cannot be read ({error}): it is damaged or incomplete, get it again"
     if problem:
@@ -66,14 +82,34 @@ def read_photo(file: str | os.PathLike | BinaryIO) -> Image.Image:
         image = ImageOps.exif_transpose(image)
     except Exception as error:  # a damaged EXIF block makes Pillow raise almost anything
         logger.debug("EXIF data of %s", name, exc_info=True)
-        warnings.warn(f"{name}: its EXIF data are damaged ({error}); it is not rotated", stacklevel=2)
-    return _to_rgb(image)
+        warnings.warn(f"{name}: its EXIF data are damaged ({error}); it is not rotated", stacklevel=3)
+    return _to_rgb(image), shrink
+
+
+def _name_of(file: str | os.PathLike | BinaryIO) -> str:
+    """What to call ``file`` in errors. ValueError if it is neither a file nor one that is open for bytes."""
+    if isinstance(file, str | os.PathLike):
+        name = os.fspath(file) or "the empty path"
+        if os.path.isfile(file):
+            return name
+        if os.path.isdir(file):
+            raise ValueError(f"{name} is a folder: give the path of a photo in it")
+        raise ValueError(
+            f"{name} {'is not a file' if os.path.exists(file) else 'does not exist'}: check the path"
+        )
+    if not hasattr(file, "read") or isinstance(file, io.TextIOBase):
+        raise ValueError(f"a photo must be a path, or a file opened with mode 'rb', not {reprlib.repr(file)}")
+    return getattr(file, "name", "the photo")
+
+
+def _is_empty(file: str | os.PathLike | BinaryIO) -> bool:
+    return (file.seek(0, os.SEEK_END) if hasattr(file, "read") else os.path.getsize(file)) == 0
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit greyscale: Pillow's own conversion would clip at 255
-        grey = np.rint(np.asarray(image, dtype=np.float64) / 257).clip(0, 255)
-        image = Image.fromarray(grey.astype(np.uint8))
+        grey = np.asarray(image, dtype=np.float32) / 257  # float32 is exact enough, and half the memory
+        image = Image.fromarray(np.rint(grey, out=grey).clip(0, 255, out=grey).astype(np.uint8))
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -88,11 +124,16 @@ def check_points(points: Points, size: tuple[int, int] | None = None) -> np.ndar
     """
     try:
         array = np.asarray(points, dtype=np.float64)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         array = np.empty(0)
     if array.shape != (5, 2):
-        given = array.shape if array.size else points
-        raise ValueError(f"points must be five [x, y] pairs ({POINTS}), not {given!r}")
+        given = reprlib.repr(array.shape if array.size else points)
+        raise ValueError(f"points must be five [x, y] pairs ({POINTS}), not {given}")
+    if np.abs(array).max() < 2 and (array % 1).any():
+        raise ValueError(
+            "the points look like fractions of the picture, but must be pixels: multiply each x by the "
+            "photo's width and each y by its height"
+        )
     for name, (x, y) in zip(POINTS.split(", "), array, strict=True):
         if not np.isfinite([x, y]).all():
             raise ValueError(f"the {name} is at [{x:g}, {y:g}]: coordinates must be finite")
@@ -171,6 +212,17 @@ def _extend(photo: Image.Image, before: np.ndarray, after: np.ndarray, blur: flo
     return Image.fromarray(np.rint(pixels).clip(0, 255).astype(np.uint8))
 
 
+def _warn_if_small(side: float, size: int, shrink: int = 1) -> None:
+    """Warn if a face of ``side`` pixels has to be enlarged more than twice. ``shrink``: see :func:`_read`."""
+    if 2 * side < size:
+        larger = "crop the photo to the face first" if shrink > 1 else "use a larger photo"
+        warnings.warn(
+            f"the face is only {side:.0f} pixels wide, but the generator draws {size}: it is enlarged, and "
+            f"its inversion will be blurred; {larger}",
+            stacklevel=3,
+        )
+
+
 def detector_file(folder: Path = files.DOWNLOADS) -> Path | None:
     """The file of YuNet, a face detector, if it is in ``folder`` and OpenCV is installed; else None.
 
@@ -219,20 +271,34 @@ def load_photo(
     """A photo file for a generator of resolution ``size``: [1, 3, size, size] in [-1, 1].
 
     It is aligned by ``points``, or with ``detect`` by those of :func:`detect_points`. With neither it should
-    be aligned already; of one that is not square the middle is used, with a warning. Raises ValueError as
-    :func:`read_photo`, :func:`check_points` and :func:`detect_points` do.
+    be aligned already; of one that is not square the middle is used, with a warning. A face of less than
+    half of ``size`` is a warning too. Raises ValueError as :func:`read_photo`, :func:`check_points` and
+    :func:`detect_points` do.
     """
-    photo = read_photo(file)
-    if len(points):
-        photo = align(photo, points, size)
+    try:
+        given = len(points) > 0
+    except TypeError:
+        raise ValueError(
+            f"points must be five [x, y] pairs ({POINTS}), or [] for a photo that is aligned already, not "
+            f"{points!r}"
+        ) from None
+    photo, shrink = _read(file)
+    if given:
+        points = check_points(points, (photo.width * shrink, photo.height * shrink)) / shrink
     elif detect:
-        photo = align(photo, detect_points(photo), size)
-    elif abs(photo.width - photo.height) > 0.01 * max(photo.size):
-        warnings.warn(
-            f"the photo is not square ({photo.width} x {photo.height}), so it does not look aligned; its "
-            "inversion will be poor: align it by its points first",
-            stacklevel=2,
-        )
-        side = min(photo.size)
-        photo = ImageOps.fit(photo, (side, side))
+        points = detect_points(photo)
+    if given or detect:
+        quad = face_quad(points)
+        _warn_if_small(np.hypot(*(quad[3] - quad[0])), size, shrink)
+        photo = align(photo, points, size)
+    else:
+        _warn_if_small(min(photo.size), size, shrink)
+        if abs(photo.width - photo.height) > 0.01 * max(photo.size):
+            warnings.warn(
+                f"the photo is not square ({photo.width} x {photo.height}), so it does not look aligned; its "
+                "inversion will be poor: align it by its points first",
+                stacklevel=2,
+            )
+            side = min(photo.size)
+            photo = ImageOps.fit(photo, (side, side))
     return to_tensor([np.asarray(photo.resize((size, size), Image.Resampling.LANCZOS))])

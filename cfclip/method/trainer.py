@@ -5,6 +5,7 @@ templates, P prompts.
 """
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +16,7 @@ from pytorch_optimizer import Ranger
 from torch import Tensor
 
 from cfclip.checkpoints.mappers import save_mapper
-from cfclip.domain import Domain
+from cfclip.domain import Domain, null_edit
 from cfclip.method.config import TrainingConfig, flat
 from cfclip.method.loop import begin_run, described, learning_rate, resolve_dtype, run_loop
 from cfclip.method.losses import identity_loss_from_features, latent_l2, perceptual_loss
@@ -74,7 +75,10 @@ class MapperTrainer:
         clip, g = domain.clip, domain.generator
         self.text_feature = clip.encode_text(c.prompts)  # [P, E], raw
         self.target_text = torch.stack([clip.template_features(prompt) for prompt in c.prompts])  # [P, T, E]
-        self.source_text = clip.template_features(c.source_text or domain.source_text)  # [T, E]
+        source_text = c.source_text or domain.source_text
+        if all(words := [null_edit(prompt, source_text) for prompt in c.prompts]):
+            warnings.warn(words[0], stacklevel=2)
+        self.source_text = clip.template_features(source_text)  # [T, E]
         text_dim = clip.embed_dim if c.text_mapper else None
         sizes = MapperConfig(g.num_ws, g.w_dim, text_dim, c.levels, c.norm_axis)
         self.mapper = Mapper.initialised(sizes, torch.Generator().manual_seed(c.seed)).to(domain.device)

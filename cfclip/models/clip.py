@@ -5,7 +5,10 @@
 """
 
 import copy
+import reprlib
+import warnings
 from collections.abc import Sequence
+from difflib import get_close_matches
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +24,8 @@ TEMPLATES = tuple(t for t in OPENAI_IMAGENET_TEMPLATES if t("X") != "a photo of 
 
 MAX_TEXTS = 16_384
 """The cache of text features is emptied when it holds more than this."""
+MAX_CHARACTERS = 64
+"""A text of more characters per token that CLIP reads is refused unread: the longest token has 32."""
 
 
 class ClipGuide(nn.Module):
@@ -45,6 +50,7 @@ class ClipGuide(nn.Module):
         for name, values in (("mean", OPENAI_DATASET_MEAN), ("std", OPENAI_DATASET_STD)):
             self.register_buffer(name, torch.tensor(values).reshape(1, 3, 1, 1), persistent=False)
         self._clear_cache()
+        self._warned: set[str] = set()  # texts
 
     @property
     def embed_dim(self) -> int:
@@ -84,8 +90,15 @@ class ClipGuide(nn.Module):
 
     def tokenize(self, text: str) -> Tensor:
         """One text -> tokens [1, context]. ValueError for an empty text or one longer than the context."""
+        if not isinstance(text, str):
+            raise ValueError(f"a prompt must be a text, e.g. 'green lipstick', not {reprlib.repr(text)}")
         if not text.strip():
             raise ValueError("the prompt is empty: say what you want to see, e.g. 'green lipstick'")
+        if len(text) > (most := MAX_CHARACTERS * self.context_length):
+            raise ValueError(
+                f"the prompt {reprlib.repr(text)} has {len(text)} characters, but this CLIP reads at most "
+                f"{most}: shorten it"
+            )
         count = len(self.tokenizer.encode(text)) + 2
         if count > self.context_length:
             raise ValueError(
@@ -95,8 +108,17 @@ class ClipGuide(nn.Module):
         return self.tokenizer([text])
 
     def encode_text(self, texts: str | Sequence[str]) -> Tensor:
-        """Text(s) -> raw features [N, D], without gradient. Cached until the text tower changes or moves."""
-        texts, known = [texts] if isinstance(texts, str) else texts, self._known_texts()
+        """Text(s) -> raw features [N, D], without gradient. Cached until the text tower changes or moves.
+
+        Warns once of each text with :meth:`unknown_words`.
+        """
+        texts = [texts] if isinstance(texts, str) else texts
+        features = self._encode(texts)
+        self._warn_of_unknown(texts)
+        return features
+
+    def _encode(self, texts: Sequence[str]) -> Tensor:
+        known = self._known_texts()
         with torch.no_grad():
             for text in texts:
                 if text not in known:  # one at a time: rounding in a batch would depend on the other texts
@@ -104,9 +126,39 @@ class ClipGuide(nn.Module):
         return torch.cat([known[text] for text in texts])
 
     def template_features(self, prompt: str) -> Tensor:
-        """Unit text features of ``prompt`` under the T templates, [T, D]."""
+        """Unit text features of ``prompt`` under the T templates, [T, D]. Warns as :meth:`encode_text`."""
         self.tokenize(prompt)  # the error should quote the prompt, not a template
-        return F.normalize(self.encode_text([template(prompt) for template in TEMPLATES]), dim=-1)
+        self._warn_of_unknown([prompt])  # and so should the warning
+        return F.normalize(self._encode([template(prompt) for template in TEMPLATES]), dim=-1)
+
+    def unknown_words(self, text: str) -> list[str]:
+        """The words of ``text``, in lower case, that this CLIP cannot tell from other words it never saw.
+
+        [] if there are none, and always where the vocabulary is open, as OpenAI's is.
+        """
+        knows = getattr(self.model.token_embedding, "knows", None)
+        if knows is None:
+            return []
+        words = self.tokenizer.pat.findall(self.tokenizer.clean_fn(text))
+        return [word for word in dict.fromkeys(words) if not knows(self.tokenizer.encode(word))]
+
+    def describe_unknown(self, text: str) -> str:
+        """A sentence that names the :meth:`unknown_words` of ``text``, and known words near them; or ""."""
+        if not (unknown := self.unknown_words(text)):
+            return ""
+        known = self.model.token_embedding.words
+        near = dict.fromkeys(word for one in unknown for word in get_close_matches(one, known, n=2))
+        instead = f" (near words that it knows: {', '.join(near)})" if near else ""
+        return (
+            f"this CLIP does not know {', '.join(map(repr, unknown))}{instead}: it reads every word that it "
+            f"does not know as the same one, so {text!r} will not mean what it says"
+        )
+
+    def _warn_of_unknown(self, texts: Sequence[str]) -> None:
+        for text in texts:
+            if text not in self._warned and (words := self.describe_unknown(text)):
+                self._warned.add(text)
+                warnings.warn(words, stacklevel=3)
 
     def _known_texts(self) -> dict[str, Tensor]:
         """text -> feature; emptied if a weight of the text tower was replaced, moved, or changed in place.

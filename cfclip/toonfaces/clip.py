@@ -1,5 +1,7 @@
 """The embedded CLIP: an ``open_clip`` model of our own configuration that knows the words of our captions."""
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import open_clip
@@ -17,10 +19,12 @@ class KnownWords(nn.Module):
     """Token embedding with one row per token of our captions, and one row for all other tokens.
 
     open_clip's table has 49 408 rows; it would be most of the file, and untrained except for these few rows.
+    ``words``: the words of our captions, to suggest one for an unknown word.
     """
 
-    def __init__(self, tokens: Tensor, width: int):
+    def __init__(self, tokens: Tensor, width: int, words: Sequence[str] = ()):
         super().__init__()
+        self.words = tuple(words)
         self.register_buffer("tokens", tokens)  # [V], sorted
         self.weight = nn.Parameter(0.02 * torch.randn(len(tokens) + 1, width))
 
@@ -28,6 +32,10 @@ class KnownWords(nn.Module):
         """Token ids [...] -> rows of ``weight`` [...]; V for a token that is not in our captions."""
         row = torch.searchsorted(self.tokens, tokens).clamp(max=len(self.tokens) - 1)
         return torch.where(self.tokens[row] == tokens, row, len(self.tokens))
+
+    def knows(self, tokens: Sequence[int]) -> bool:
+        """Whether each of ``tokens`` is one of our captions'."""
+        return set(tokens) <= set(self.tokens.tolist())
 
     def forward(self, tokens: Tensor) -> Tensor:
         row = self.rows(tokens)
@@ -45,8 +53,10 @@ def build(name: str = "toonfaces-rn") -> nn.Module:
     # not create_model, which warns that there are no weights yet
     model = open_clip.CLIP(**open_clip.get_model_config(name))
     tokenizer = open_clip.tokenizer.SimpleTokenizer()
+    words = sorted({word for text in vocabulary() for word in re.findall(r"[a-z]+", text.lower())})
     known = {token for text in vocabulary() for token in tokenizer.encode(text)}
     # padding, start and end; start and end are the two largest ids, so they are the last two known tokens
     known |= {0, tokenizer.sot_token_id, tokenizer.eot_token_id}
-    model.token_embedding = KnownWords(torch.tensor(sorted(known)), model.token_embedding.embedding_dim)
+    width = model.token_embedding.embedding_dim
+    model.token_embedding = KnownWords(torch.tensor(sorted(known)), width, words)
     return model

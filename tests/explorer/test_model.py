@@ -4,6 +4,7 @@ import gc
 import io
 import json
 import logging
+import re
 import resource
 import threading
 import time
@@ -16,11 +17,13 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
-from panels import PROMPTS, TRAINING, domain_folder, started
+from panels import PROMPTS, TRAINING, domain_folder, started, write_mapper
 from PIL import Image
+from safetensors.torch import save_file
 
 from cfclip.baselines.library import scan
 from cfclip.checkpoints.mappers import load_mapper
+from cfclip.domains import DOMAINS
 from cfclip.explorer.frames import SHOWS
 from cfclip.explorer.model import HISTORY_LENGTH, MERGE_SECONDS, Explorer
 from cfclip.explorer.recipe import Recipe, draw_faces, render
@@ -176,6 +179,48 @@ def test_a_damaged_file_among_the_runs_is_skipped(explorer, folder):
     assert [prompt for _, prompt in explorer.mappers.values()] == list(PROMPTS)
 
 
+def header(**changed):
+    """The header of a mapper's file; a key of the card, of the training, or of the file is changed."""
+    training = {"prompt": "green lipstick", "seed": 0} | changed.pop("training", {})
+    card = {"method": "cfclip", "domain": "tiny", "training": training} | changed.pop("card", {})
+    return json.dumps({"kind": "mapper", "config": {}, "card": card} | changed)
+
+
+HOSTILE = {
+    "deep": "[" * 100_000,
+    "deep inside": header()[:-1] + ', "x": ' + "[" * 100_000,
+    "huge number": '{"kind": "mapper", "card": ' + "9" * 5000 + "}",
+    "no table": "[1]",
+    "not json": "{",
+    **{f"kind {value}": header(kind=value) for value in ([], {}, None, 5)},
+    **{f"card {value}": f'{{"kind": "mapper", "card": {value}}}' for value in ("[]", "null", "5", '"x"')},
+    **{f"training {value}": header(card={"training": value}) for value in ([1], None, "prompt", 5)},
+    **{
+        f"prompt {value}": header(training={"prompt": value})
+        for value in (5, ["a"], {}, None, True, "x" * 9999)
+    },
+    "half a character": header(training={"prompt": "\ud800"}),
+    **{f"domain {value}": header(card={"domain": value}) for value in ([], {}, None, 5)},
+    **{f"method {value}": header(card={"method": value}) for value in ([], {}, None, 5)},
+}
+
+
+def test_a_hostile_file_in_the_folder_is_skipped(domain, folder):
+    out = folder / "out"
+    for i, content in enumerate(HOSTILE.values()):
+        (out / str(i)).mkdir(parents=True)
+        file = out / str(i) / "mapper.safetensors"
+        save_file({"a": torch.zeros(1)}, file, metadata={"cfclip": content})
+    write_mapper(domain, out / "good" / "mapper.safetensors", "red lipstick")
+    (out / "folder.safetensors").mkdir()
+    (out / "empty.safetensors").touch()
+    explorer = started(domain, folder)
+    check(explorer)
+    assert explorer.message == ""
+    assert [prompt for _, prompt in explorer.mappers.values()] == ["red lipstick", *PROMPTS]
+    explorer.close()
+
+
 def test_a_domain_without_its_files_is_not_chosen(explorer):
     explorer.choose_domain("ffhq")
     explorer.wait()
@@ -211,10 +256,124 @@ def test_an_exported_recipe_opens_again(explorer, tmp_path):
     explorer.open(recipe.read_bytes())
     check(explorer)
     assert explorer.recipe == before
-    for wrong in ("{}x", b"\xff\xfe", json.dumps({"domain": "atlantis"})):
+    seen = []
+    explorer.observe(lambda change: seen.append(change.name), ["recipe", "history", "at", "mappers", "frame"])
+    history, good = explorer.history, json.loads(recipe.read_text(encoding="utf-8"))
+    for wrong in (
+        "{}x",
+        b"\xff\xfe",
+        json.dumps({"domain": "atlantis"}),
+        *(json.dumps(good | {name: value}) for name in good for value in (None, 5.5, {}, [[]], [None])),
+        json.dumps(good | {"layers": [1.0]}),  # of another generator
+        json.dumps(good | {"region": "nose"}),
+        json.dumps(good | {"mapper": "/no/where"}),
+        json.dumps(good | {"faces": ["/no/where.pt"]}),
+        json.dumps(good | {"faces": [*good["faces"], str(png)]}),
+        json.dumps(good | {"prompt": "word " * 40}),
+        json.dumps(good | {"prompt": "x" * 100_000}),
+    ):
+        explorer.message = ""
         explorer.open(wrong)
-        explorer.wait()
-        assert explorer.message and explorer.recipe == before
+        assert explorer.wait() and explorer.message and len(explorer.message) < 1200
+        assert explorer.recipe == before and explorer.history is history and not seen
+    explorer.change(strength=0.5)
+    check(explorer)
+    assert explorer.message == ""
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        *((lambda x, bad=bad: x.set_prompt(bad), "prompt must be") for bad in (5, None, ["a"], {})),
+        *((lambda x, bad=bad: x.set_mapper(bad), "mapper must be") for bad in (5, None, ["a"], {})),
+        *(
+            (lambda x, bad=bad: x.set_seeds(bad), "seeds are whole numbers")
+            for bad in (None, "x", "1.5", "9" * 30)
+        ),
+        *((lambda x, bad=bad: x.set_show(bad), "what can be shown is") for bad in (5, None, ["a"], "edits")),
+        (lambda x: x.set_levels(corse=False), "the levels are coarse, medium, fine, not corse"),
+        (lambda x: x.change(domain="ffhq"), "not loaded"),
+        (lambda x: x.change(faces=(10**30,)), "faces must be"),
+        (lambda x: x.change(strength="1"), "strength must be"),
+        (lambda x: x.change(strength=10**400), "strength must be"),
+        (lambda x: x.change(layers=torch.ones(6)), "layers must be"),
+        (lambda x: x.change(region=("a", "b", "c", "d")), "region must be"),
+        (lambda x: x.refine(["cfclip"]), "'refine' trains"),
+        (lambda x: x.add_photo(b""), "the photo is empty"),
+        (lambda x: x.add_photo(b"x", None), "points must be five"),
+    ],
+)
+def test_a_wrong_value_is_refused_before_anything_changes(explorer, call, match):
+    recipe, history, show, frame = explorer.recipe, explorer.history, explorer.show, explorer.frame
+    call(explorer)
+    explorer.wait()
+    assert match in explorer.message
+    assert explorer.recipe == recipe and explorer.history is history
+    assert explorer.show == show and explorer.frame is frame
+    explorer.change(strength=0.5)
+    check(explorer)
+    assert explorer.message == ""
+
+
+def test_whoever_looks_sees_a_complete_state(explorer, domain, folder, monkeypatch):
+    """With another domain its mappers come; an entry of the history comes with its place."""
+    other = replace(domain, name="other")
+    write_mapper(other, folder / "runs" / "9" / "mapper.safetensors", "pink hair")
+    monkeypatch.setitem(DOMAINS, "other", lambda: other)
+    seen = []
+
+    def look(change):
+        prompts = [prompt for _, prompt in explorer.mappers.values()]
+        of = "tiny" if set(prompts) == set(PROMPTS) else "other" if prompts == ["pink hair"] else prompts
+        assert explorer.history[explorer.at] == explorer.recipe and explorer.recipe.domain == of
+        seen.append((change.name, of))
+
+    explorer.observe(look, ["recipe", "history", "at", "mappers"])
+    explorer.choose_domain("other")
+    explorer.wait()
+    explorer.undo()
+    explorer.redo()
+    assert explorer.wait() and explorer.recipe.domain == "other"
+    assert [of for name, of in seen if name == "mappers"] == ["other", "tiny", "other"]
+
+
+@pytest.fixture
+def toons(tmp_path):
+    explorer = Explorer("toonfaces", "green lipstick", 1, tmp_path)
+    yield explorer
+    explorer.close()
+
+
+@pytest.mark.filterwarnings("ignore:this CLIP does not know")
+def test_a_prompt_of_unknown_words_says_so_and_names_prompts_near_it(toons):
+    assert toons.wait() and toons.message == ""
+    for prompt, words, near in (
+        ("zebra lipstick", ("'zebra'",), " lipstick"),
+        ("green lipstik", ("'lipstik'", "lipstick"), "green lipstick"),
+        ("no beard + blue hair", ("'no'",), "hair"),
+        ("plaid hat", ("'plaid', 'hat'",), "green lipstick"),
+    ):
+        toons.set_prompt(prompt)
+        assert toons.wait() and toons.frame.recipe.prompt == prompt, "it is drawn all the same"
+        assert all(word in toons.message for word in ("does not know", *words))
+        assert near in toons.message.split("prompts that it knows")[1]
+    toons.set_prompt("blue hair")
+    assert toons.wait() and toons.message == ""
+    toons.change(source_text="a gentleman")
+    assert toons.wait() and "'gentleman'" in toons.message
+
+
+def test_a_prompt_that_is_the_source_text_says_that_nothing_can_move(toons):
+    for prompt, source in (
+        ("face", ""),
+        (" Face ", ""),
+        ("blue hair", "Blue  hair"),
+        ("green lipstick + face", ""),
+    ):
+        toons.change(prompt=prompt, source_text=source, mapper="")
+        assert toons.wait() and "nothing can move" in toons.message
+    toons.change(prompt="blue hair", source_text="")
+    assert toons.wait() and toons.message == ""
 
 
 def refined(explorer: Explorer, prompt: str = "red lipstick") -> Path:
@@ -233,9 +392,28 @@ def test_refine_trains_a_mapper_and_edits_with_it(explorer):
     explorer.observe(lambda change: looks.append(change.new), "preview")
     explorer.observe(lambda change: steps.append(change.new), "progress")
     file = refined(explorer)
-    assert file == explorer.out / "red-lipstick-cfclip" / "mapper.safetensors"
+    assert file.name == "mapper.safetensors" and file.parent.parent == explorer.out
+    assert re.fullmatch(r"red-lipstick-\w{8}-cfclip", file.parent.name)
     assert any(look is not None and look.shape == (3, 16, 16, 3) for look in looks) and max(steps) == 1.0
     assert "red lipstick (cfclip)" in [label for label, _ in explorer.mappers.values()]
+
+
+def test_prompts_that_differ_little_are_refined_in_folders_of_their_own(explorer):
+    explorer.settings = {"cfclip": TRAINING | {"steps": 1}}
+    prompts = ["green hat", "Green hat!", "green-hat", "grün", "緑", "🙂", "blackandwhitephotography " * 13]
+    files = [refined(explorer, prompt) for prompt in prompts]
+    assert len(set(files)) == len(prompts) and all(file.exists() for file in files)
+    assert [explorer.mappers[str(file)][1] for file in files] == [prompt.strip() for prompt in prompts]
+    assert refined(explorer, "green hat") == files[0], "the same prompt is trained anew in its folder"
+
+
+def test_a_long_prompt_can_be_exported(explorer):
+    explorer.change(prompt=" + ".join(["green lipstick"] * 50))
+    check(explorer)
+    explorer.export()
+    assert explorer.wait()
+    files = [Path(path) for path in explorer.note.removeprefix("written: ").split(", ")]
+    assert len(files) == 4 and all(file.exists() for file in files)
 
 
 def test_refine_trains_what_train_mapper_trains(explorer, folder):

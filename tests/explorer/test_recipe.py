@@ -100,6 +100,21 @@ def test_a_part_is_edited_where_the_readout_sees_it(toonfaces):
         ({"faces": tuple(range(17))}, "16"),
         ({"layers": (float("inf"),)}, "layers"),
         ({"region": (0.5, 0.0, 0.2, 1.0)}, "a box is"),
+        *(
+            ({name: value}, f"{name} must be")
+            for name in ("domain", "prompt", "source_text", "mapper", "region", "layers", "faces", "strength")
+            for value in (None, -5.5, True, {}, {"a": 1}, b"x", [[1]], ["a", None], object(), 10**400)
+        ),
+        *(({name: "\ud800"}, f"{name} must be") for name in ("prompt", "source_text", "mapper", "region")),
+        ({"prompt": "x" * 1001}, "at most 1000 characters"),
+        ({"mapper": "a\0b"}, "mapper must be"),
+        ({"faces": ("",)}, "faces must be"),
+        ({"faces": (2**31,)}, "faces must be"),
+        ({"faces": (True,)}, "faces must be"),
+        ({"layers": (1.0,) * 101}, "layers must be"),
+        ({"layers": (10**400,)}, "layers must be"),
+        ({"region": (0, 0, 1)}, "region must be"),
+        ({"region": (0, 0, 1, float("nan"))}, "region must be"),
     ],
 )
 def test_a_value_that_cannot_work_is_an_error(fields, match):
@@ -120,8 +135,23 @@ def test_a_recipe_survives_json(recipe):
         '{"strength": "much"}',
         '{"faces": 3}',
         '{"region": [1, 2]}',
+        "null",
+        '{"prompt": 5}',
+        '{"prompt": null}',
+        '{"prompt": "\\ud800"}',
+        '{"mapper": {}}',
+        '{"faces": [[0]]}',
+        '{"layers": [NaN]}',
+        '{"strength": 1e999}',
+        '{"strength": true}',
+        '{"strength": ' + "9" * 400 + "}",
+        '{"strength": ' + "9" * 9999 + "}",
+        "[" * 100_000,
+        '{"region":' * 100_000,
+        b"\xff\xfe\xfd",
+        b"\x89PNG\r\n",
     ):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=r"this is not a recipe of the explorer: .+"):
             Recipe.from_json(text)
 
 

@@ -1,7 +1,9 @@
 """Reading and aligning photos: against numbers computed by hand, drawn discs, and files of every kind."""
 
 import io
+import os
 import struct
+import subprocess
 import sys
 import types
 import warnings
@@ -198,7 +200,7 @@ NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), d
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "not a PNG, JPEG or WebP"),
+        (b"", r"is empty \(0 bytes\): copy or download it again"),
         (b"<!DOCTYPE html>", "not a PNG, JPEG or WebP"),
         (stored(COLOUR, "GIF").read(), "not a PNG, JPEG or WebP"),
         (BOMB, "million pixels"),
@@ -215,11 +217,184 @@ def test_a_file_that_is_not_a_photo_is_named(content, words, tmp_path):
         read_photo(io.BytesIO(content))
 
 
-def test_a_missing_file_and_a_folder_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere\.png does not exist"):
-        read_photo(tmp_path / "nowhere.png")
-    with pytest.raises(ValueError, match="cannot be read"):
-        read_photo(tmp_path)
+def test_what_is_no_file_is_named(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "text.png").write_text("words", encoding="utf-8")
+    with (tmp_path / "text.png").open(encoding="utf-8") as as_text:
+        for file, words in (
+            (tmp_path / "nowhere.png", r"nowhere\.png does not exist: check the path"),
+            ("", "the empty path does not exist"),
+            ("a\0b.png", "does not exist"),
+            ("x" * 5000, "does not exist"),
+            (tmp_path, "is a folder: give the path of a photo in it"),
+            (str(tmp_path), "is a folder"),
+            (tmp_path / "pipe", "pipe is not a file"),  # opening it would wait for ever
+            (None, "must be a path, or a file opened with mode 'rb', not None"),
+            (stored(COLOUR).read(), "must be a path"),
+            (COLOUR, "must be a path"),
+            (as_text, "opened with mode 'rb'"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                read_photo(file)
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    stored_file = tmp_path / "photo.png"
+    COLOUR.save(stored_file)
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Image, "open", refuse)  # as root one may read everything
+    with pytest.raises(ValueError, match=r"photo\.png may not be read: change its permissions"):
+        read_photo(stored_file)
+
+
+def png(width, height, depth=8, kind=2, data=b""):
+    """A PNG of any size in a few bytes."""
+    size = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
+    chunks = chunk(b"IHDR", size) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def jpeg(width, height, progressive=False):
+    """A JPEG of 16 x 16 pixels that claims another size."""
+    content = stored(Image.new("RGB", (16, 16), "red"), "JPEG", progressive=progressive).read()
+    marker = b"\xff\xc2" if progressive else b"\xff\xc0"
+    at = content.index(marker) + 5
+    return content[:at] + struct.pack(">HH", height, width) + content[at + 4 :]
+
+
+def webp(width, height):
+    """A WebP that claims a canvas of this size."""
+    canvas = b"\0" * 4 + struct.pack("<I", width - 1)[:3] + struct.pack("<I", height - 1)[:3]
+    inner = stored(COLOUR, "WEBP", lossless=True).read()[12:]
+    body = b"WEBP" + b"VP8X" + struct.pack("<I", len(canvas)) + canvas + inner
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+BOMBS = {
+    "png": png(60000, 60000),
+    "png, just too large": png(8000, 5001),
+    "png, 16 bits grey": png(20000, 20000, 16, 0),
+    "png, palette": png(2**31 - 1, 2**31 - 1, 8, 3),
+    "png, one row": png(2**31 - 1, 1),
+    "png, unpacks": png(30000, 30000, 8, 0, zlib.compress(bytes(30001 * 1000))),
+    "jpeg": jpeg(65000, 65000),
+    "jpeg, one row": jpeg(65000, 2600),
+    "jpeg, progressive": jpeg(8000, 5001, progressive=True),
+    "webp": webp(16383, 16383),
+}
+
+
+def test_a_file_that_claims_a_huge_size_costs_neither_memory_nor_time(tmp_path):
+    for name, content in BOMBS.items():
+        (tmp_path / name).write_bytes(content)
+    code = """
+import resource, sys, time
+from cfclip.inversion.align import read_photo
+for path in sys.argv[1:]:
+    peak, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    try:
+        read_photo(path)
+    except ValueError as error:
+        print(error)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
+    assert grown < 50_000, f"{path}: {grown} kB"
+    assert time.process_time() - begun < 1, path
+"""
+    command = [sys.executable, "-c", code, *(str(tmp_path / name) for name in BOMBS)]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert told.returncode == 0, told.stderr
+    lines = told.stdout.splitlines()
+    for name, line in zip(BOMBS, lines, strict=True):
+        words = "claims to have more than 40 million pixels: shrink it first"
+        assert line == f"{tmp_path / name} {words}"
+
+
+def test_a_large_jpeg_is_halved_while_it_is_decoded(monkeypatch):
+    photo = discs(FACE)
+    monkeypatch.setattr(align, "MAX_PIXELS", 500 * 400)
+    for form in ("JPEG", "MPO"):
+        read = read_photo(stored(photo, form, quality=95, subsampling=0))
+        assert read.size == (500, 400)
+        assert np.abs(centres(read) - (np.array(FACE) - 0.5) / 2).max() < 0.5
+    monkeypatch.setattr(align, "MAX_PIXELS", 500 * 400 - 1)
+    for options in ({}, {"progressive": True}):
+        with pytest.raises(ValueError, match="shrink it first"):
+            read_photo(stored(photo, "JPEG", **options))
+    monkeypatch.setattr(align, "MAX_PIXELS", 1000 * 800 - 1)
+    for form, options in (("PNG", {}), ("WEBP", {"lossless": True}), ("JPEG", {"progressive": True})):
+        with pytest.raises(ValueError, match="shrink it first"):
+            read_photo(stored(photo, form, **options))
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_the_points_of_a_halved_photo_are_those_of_the_photo(monkeypatch, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turn = {1: lambda image: image, 6: lambda image: image.transpose(Image.Transpose.ROTATE_90)}[orientation]
+    content = stored(turn(discs(FACE)), "JPEG", exif=exif, **JPEG).read()
+    whole = align.load_photo(io.BytesIO(content), 64, FACE)
+    monkeypatch.setattr(align, "MAX_PIXELS", 300_000)
+    halved = align.load_photo(io.BytesIO(content), 64, FACE)
+    assert (whole - halved).abs().mean() < 0.02 and not (whole == halved).all()
+    with pytest.raises(ValueError, match="outside the picture of 1000 x 800"):
+        align.load_photo(io.BytesIO(content), 64, [*FACE[:4], [1003, 10]])
+
+
+FRACTIONS = np.array(FACE) / (1000, 800)
+
+
+@pytest.mark.parametrize(
+    "points", [FRACTIONS, FRACTIONS.tolist(), 2 * FRACTIONS - 1, np.clip(1.4 * FRACTIONS, 0, 1)]
+)
+def test_points_as_fractions_are_told_to_be_pixels(points):
+    with pytest.raises(
+        ValueError, match=r"fractions .* must be pixels: multiply each x by the photo's width"
+    ):
+        align.load_photo(stored(discs(FACE)), 64, points)
+
+
+@pytest.mark.parametrize("points", [None, 5, 0.5, True])
+def test_points_that_are_no_list_say_what_to_give(points):
+    with pytest.raises(ValueError, match=r"points must be five .*, or \[\] for a photo that is aligned"):
+        align.load_photo(stored(discs(FACE)), 64, points)
+
+
+@pytest.mark.parametrize("points", ["[[1, 2]]", {"left eye": [1, 2]}, [[10**400, 1]] * 5, [None] * 5, [1, 2]])
+def test_points_of_a_wrong_type_are_named(points):
+    with pytest.raises(ValueError, match=r"points must be five \[x, y\] pairs"):
+        align.load_photo(stored(discs(FACE)), 64, points)
+
+
+SMALL = turned(FACE, 0, scale=0.1)
+
+
+@pytest.mark.parametrize(
+    ("photo", "points", "size", "side"),
+    [
+        (Image.new("RGB", (20, 20)), (), 1024, 20),
+        (Image.new("RGB", (31, 31)), (), 64, 31),
+        (discs(SMALL), SMALL, 161, 80),  # the side of the square, as in aligned()
+    ],
+)
+def test_a_photo_far_smaller_than_the_generator_is_a_warning(photo, points, size, side):
+    words = f"only {side} pixels wide, but the generator draws {size}.*use a larger photo"
+    with pytest.warns(UserWarning, match=words):
+        align.load_photo(stored(photo), size, points)
+
+
+def test_a_photo_that_is_large_enough_is_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        align.load_photo(stored(Image.new("RGB", (32, 32))), 64)
+        align.load_photo(stored(discs(SMALL)), 160, SMALL)
+
+
+def test_every_16_bit_grey_is_rounded_to_the_nearest_of_8_bits():
+    every = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    assert np.array_equal(read_back(Image.fromarray(every))[..., 0], np.rint(every / 257.0))
 
 
 def test_a_photo_becomes_a_tensor(tmp_path):
@@ -228,7 +403,7 @@ def test_a_photo_becomes_a_tensor(tmp_path):
     x = align.load_photo(path, 64, FACE)
     assert x.shape == (1, 3, 64, 64) and x.min() >= -1 and x.max() <= 1
     assert np.array_equal(((x[0].permute(1, 2, 0).numpy() + 1) * 127.5).round(), np.asarray(image))
-    Image.new("RGB", (1, 1), "red").save(path)
+    Image.new("RGB", (8, 8), "red").save(path)
     assert align.load_photo(path, 16)[0, :, 3, 3].tolist() == [1, -1, -1]
 
 

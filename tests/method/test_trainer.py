@@ -1,3 +1,4 @@
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -254,3 +255,14 @@ def test_a_trainer_can_be_driven_by_the_loop_alone(domain):
     run = MapperTrainer(domain, CONFIG)
     rows = run_loop(run.step, 2, state={}, log_every=1, progress=False)
     assert [row["step"] for row in rows] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "fields", [{"prompt": "face"}, {"prompt": " Face"}, {"source_text": "Green lipstick"}], ids=str
+)
+def test_a_prompt_that_is_the_source_text_is_a_warning(fields, domain):
+    with pytest.warns(UserWarning, match="nothing can move: the prompt '.*' is the source text"):
+        MapperTrainer(domain, replace(CONFIG, **fields))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MapperTrainer(domain, CONFIG)

@@ -1,6 +1,8 @@
 """The CLIP guide: its cache of text features, and the guide for half precision."""
 
 import copy
+import time
+import warnings
 
 import pytest
 import torch
@@ -133,3 +135,71 @@ def test_in_dtype_leaves_the_guide_and_its_text_tower_unchanged(guide):
     after = guide.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[k], before[k]) and after[k].dtype == before[k].dtype for k in before)
+
+
+UNKNOWN = {
+    "zebra lipstick": ["zebra"],
+    "no lipstick": ["no"],
+    "Lipstik, GREEN hair": ["lipstik"],
+    "a man with a Plaid hat and a plaid hat": ["plaid", "hat"],
+    "green lipstick!": ["!"],
+    "red-haired woman": ["haired"],
+    "grün 🙂": ["grün", "🙂"],
+    "a photo of a person with green lipstick and blue hair.": [],
+    "corrupted jpeg, pixelated": [],  # words of several tokens
+}
+
+
+@pytest.mark.filterwarnings("ignore:this CLIP does not know")
+@pytest.mark.parametrize("text", UNKNOWN)
+def test_a_guide_with_a_vocabulary_names_the_words_that_it_does_not_know(guide, text):
+    assert guide.unknown_words(text) == UNKNOWN[text]
+    # what it says is so: exchanging an unknown word for another unknown one changes nothing
+    replaced = text.lower().replace("zebra", "tiger").replace("hat", "dog")
+    assert torch.equal(guide.encode_text(text), guide.encode_text(replaced))
+
+
+def test_a_guide_with_an_open_vocabulary_knows_every_word(domain):
+    assert all(domain.clip.unknown_words(text) == [] for text in UNKNOWN)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        domain.clip.encode_text(list(UNKNOWN))
+
+
+def told(call, *args):
+    """The warnings of a call."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call(*args)
+    assert {one.category for one in caught} <= {UserWarning}
+    assert all(one.filename == __file__ for one in caught), "a warning names the line of the caller"
+    return [str(one.message) for one in caught]
+
+
+def test_unknown_words_are_a_warning_once_per_text(guide):
+    (first,) = told(lambda: guide.encode_text(["lipstik", TEXT]))
+    assert "'lipstik'" in first and "lipstick" in first.split("near words that it knows")[1]
+    (second,) = told(lambda: guide.encode_text(["lipstik", "zebra hair"]))
+    assert "'zebra'" in second and "'zebra hair'" in second
+    assert told(lambda: guide.encode_text(["lipstik", "zebra hair", TEXT])) == []
+    guide.model.ln_final.bias.add_(1)  # the text is encoded again, and was told already
+    assert told(lambda: guide.encode_text("lipstik")) == []
+    (of_all_templates,) = told(lambda: guide.template_features("purple zebra"))
+    assert "'purple zebra'" in of_all_templates
+    assert told(lambda: guide.template_features(TEXT)) == []
+
+
+@pytest.mark.parametrize("text", ["x" * 10_000_000, "green " * 1_000_000, "!" * 100_000, "é" * 100_000])
+def test_a_text_that_is_far_too_long_is_refused_at_once(domain, text):
+    begun = time.process_time()
+    with pytest.raises(ValueError, match=r"characters, but this CLIP reads at most .* shorten it") as error:
+        domain.clip.encode_text(text)
+    assert time.process_time() - begun < 1 and len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("text", [None, 42, True, ["green"], b"green"])
+def test_a_prompt_that_is_no_text_is_named(domain, text):
+    with pytest.raises(ValueError, match="must be a text"):
+        domain.clip.tokenize(text)
+    with pytest.raises(ValueError, match="must be a text"):
+        domain.clip.template_features(text)
