@@ -188,7 +188,8 @@ def _not_finite(state: Mapping[str, Any]) -> str | None:
     """The name of a weight that is not finite."""
     for name, thing in state.items():
         for key, value in thing.state_dict().items():
-            if isinstance(value, torch.Tensor) and not value.isfinite().all():
+            numbers = isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel()
+            if numbers and not math.isfinite(value.abs().max()):  # NaN if there is one
                 return f"{key} of {name}"
     return None
 
