@@ -1,5 +1,6 @@
 """Folders of the project, and files that are never seen half written. Imports neither torch nor pandas."""
 
+import hashlib
 import json
 import os
 import re
@@ -115,6 +116,12 @@ def _object(text: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def sha256(path: Path) -> str:
+    """The checksum of the file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_csv(path: str | os.PathLike, table: Any) -> Path:

@@ -23,13 +23,8 @@ class Editor:
     def __init__(
         self, method: str, domain: Domain, config: Settings, module: nn.Module, rows: Rows | None = None
     ):
-        self.method, self.domain, self.config, self.module, self.rows = (
-            method,
-            domain,
-            config,
-            module,
-            rows or [],
-        )
+        self.method, self.domain, self.config = method, domain, config
+        self.module, self.rows = module, rows or []
 
     def edit(self, w: Tensor, strength: float = 1.0) -> Tensor:
         """w [N, L, D] -> edited pictures [N, 3, R, R]; ``strength=0`` gives the source pictures."""

@@ -24,11 +24,6 @@ def name(where: dict[str, Any]) -> str:
     return "-".join(re.findall(r"[a-z0-9]+", words.lower().replace("_", " ")))
 
 
-def cores() -> int:
-    """The number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def environment(threads: int) -> dict[str, str]:
     """The environment of every process that measures: the allocator as ``make`` sets it, and ``threads``."""
     return os.environ | ALLOCATOR | {"OMP_NUM_THREADS": str(threads)}

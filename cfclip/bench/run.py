@@ -20,7 +20,9 @@ from tqdm.auto import tqdm
 
 from cfclip.bench import machine, report, tables
 from cfclip.bench.measure import append_row, dtypes
-from cfclip.files import PACKAGE, read_rows, writable, write_rows
+from cfclip.experiments import runs
+from cfclip.experiments.executors import cores
+from cfclip.files import read_rows, writable, write_rows
 from cfclip.models.ops import name_of
 
 logger = logging.getLogger(__name__)
@@ -134,10 +136,7 @@ def quick(device: str) -> Iterator[Job]:
 
 def code_hash() -> str:
     """Hash of the package without the files that only choose the jobs and write the report."""
-    ignored = {Path(__file__).resolve(), Path(report.__file__).resolve(), Path(tables.__file__).resolve()}
-    files = sorted(p for p in PACKAGE.rglob("*") if p.suffix in (".py", ".json") and p not in ignored)
-    contents = [p.relative_to(PACKAGE).as_posix().encode() + p.read_bytes() for p in files]
-    return hashlib.sha256(b"".join(contents)).hexdigest()[:16]
+    return runs.code_hash(("bench/run.py", "bench/report.py", "bench/tables.py"))[:16]
 
 
 def not_measurable(devices: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -173,7 +172,7 @@ def bench(
     if unknown := set(parts) - set(PARTS):
         names = ", ".join(map(repr, sorted(unknown)))
         raise ValueError(f"unknown part {names}; the parts are: {', '.join(PARTS)}")
-    threads = threads or (1 if small else machine.cores())  # tiny tensors are slower on several threads
+    threads = threads or (1 if small else cores())  # tiny tensors are slower on several threads
     where = machine.describe(threads)
     out = writable(out or Path("reports/bench") / machine.name(where))
     file = out / "bench.jsonl"

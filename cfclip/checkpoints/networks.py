@@ -22,12 +22,11 @@ from cfclip.checkpoints.reading import (
     option,
     part_of,
     read_torch,
-    sha256,
     sniff,
     the_network,
 )
 from cfclip.checkpoints.weights import check_numbers
-from cfclip.files import DOWNLOADS
+from cfclip.files import DOWNLOADS, sha256
 from cfclip.models.arcface import IRSE, FaceIdentity
 from cfclip.models.clip import ClipGuide
 from cfclip.models.e4e import Encoder4Editing

@@ -1,7 +1,6 @@
 """What all readers share: which format a file has, opening it safely, filling a network, clear errors."""
 
 import argparse
-import hashlib
 import logging
 import mmap
 import os
@@ -112,12 +111,6 @@ def sniff(path: str | os.PathLike) -> str:
         f"{path} is not a weight file of torch, NVIDIA (pickle), safetensors or numpy: "
         "check that the download is complete and the right file"
     )
-
-
-def sha256(path: Path) -> str:
-    """The checksum of the file's content, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

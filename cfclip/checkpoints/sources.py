@@ -26,9 +26,9 @@ from cfclip.checkpoints.networks import (
     load_openai_clip,
     load_vgg,
 )
-from cfclip.checkpoints.reading import read_torch, sha256, sniff
+from cfclip.checkpoints.reading import read_torch, sniff
 from cfclip.checkpoints.weights import WeightsError
-from cfclip.files import DOWNLOADS, locked, write_json
+from cfclip.files import DOWNLOADS, locked, sha256, write_json
 
 RECORDED = "checksums.json"
 

@@ -11,6 +11,11 @@ from contextlib import contextmanager
 logger = logging.getLogger(__name__)
 
 
+def cores() -> int:
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _follow_parent() -> None:
     """In a worker: end with the process that started it, else its queue keeps the run alive for ever."""
 
@@ -25,8 +30,7 @@ class LocalExecutor(ThreadPoolExecutor):
     """Spawned processes, each in a pool of its own: one that dies loses only its run, and is replaced."""
 
     def __init__(self, workers: int | None = None):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        super().__init__(workers or cores)
+        super().__init__(workers or cores())
         self._thread, self._pools = threading.local(), []
 
     def submit(self, fn, /, *args, **kwargs) -> Future:

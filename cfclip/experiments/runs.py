@@ -17,7 +17,17 @@ import papermill
 from cfclip.checkpoints.sources import SOURCES
 from cfclip.evaluation.report import versions
 from cfclip.experiments.spec import code_of, find_notebook, parameters_of
-from cfclip.files import DATA, DOWNLOADS, PACKAGE, FolderInUse, locked, read_object, read_rows, write_json
+from cfclip.files import (
+    DATA,
+    DOWNLOADS,
+    PACKAGE,
+    FolderInUse,
+    locked,
+    read_object,
+    read_rows,
+    sha256,
+    write_json,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -60,10 +70,10 @@ def notebook_hash(notebook: Path) -> str:
     return digest(code_of(notebook))
 
 
-def code_hash() -> str:
-    """Of the installed package, without :data:`NOT_HASHED`."""
+def code_hash(ignored: tuple[str, ...] = NOT_HASHED) -> str:
+    """Of the installed package, without the files and folders ``ignored``."""
     files = {p.relative_to(PACKAGE).as_posix(): p for p in PACKAGE.rglob("*") if p.suffix in (".py", ".json")}
-    hashed = sorted((name, path) for name, path in files.items() if not name.startswith(NOT_HASHED))
+    hashed = sorted((name, path) for name, path in files.items() if not name.startswith(ignored))
     return digest([(name, hashlib.sha256(path.read_bytes()).hexdigest()) for name, path in hashed])
 
 
@@ -83,8 +93,7 @@ def weights_hash(domain: str, known: dict[str, list]) -> str:
             case [*before, str()] if before == size_and_time:
                 pass
             case _:  # new, changed, or not what this function wrote
-                with path.open("rb") as file:
-                    known[str(path)] = [*size_and_time, hashlib.file_digest(file, "sha256").hexdigest()]
+                known[str(path)] = [*size_and_time, sha256(path)]
         hashes.append((name.as_posix(), known[str(path)][2]))
     return digest(hashes)
 
