@@ -46,6 +46,7 @@ def toonfaces_train(
     name: Name,
     steps: Annotated[int | None, typer.Option(help="optimisation steps; default: the recipe's")] = None,
     seed: Annotated[int | None, typer.Option(help="default: the recipe's")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, …; the committed networks are of a GPU")] = "cpu",
     out: Annotated[
         Path | None, typer.Option(help="checkpoints and logs; a stopped run is resumed from here")
     ] = None,
@@ -57,7 +58,7 @@ def toonfaces_train(
     _check_name(name)
     given = {key: value for key, value in {"seed": seed, "steps": steps}.items() if value is not None}
     with _plain_errors():
-        cards.train(name, out or Path("reports/runs/toonfaces") / name, weights, **given)
+        cards.train(name, out or Path("reports/runs/toonfaces") / name, weights, device, **given)
     typer.echo(cards.write_card(name, weights))
 
 

@@ -23,7 +23,8 @@ from cfclip.method.config import DTYPES, flat
 from cfclip.models.ops import fast_dtype, name_of
 from cfclip.settings import Settings
 
-Step = Callable[[int, torch.Generator], Mapping[str, float]]
+Step = Callable[[int, torch.Generator], Mapping[str, float | torch.Tensor]]
+"""Returns the numbers to log; those that are on a GPU are looked at when they are logged."""
 CHECKPOINT = "checkpoint.pt"
 CHECKPOINT_BEFORE = "checkpoint-before.pt"
 """The checkpoint before the last one, in case that the last one gets damaged."""
@@ -157,13 +158,16 @@ def _run(step, steps, state, out, run, seed, callbacks, log_every, checkpoint_ev
     )
     for i in bar:
         done, last = i + 1, i + 1 == steps
-        numbers = {name: float(value) for name, value in step(i, generator_for(seed, i)).items()}
-        if wrong := [f"{name} is {value}" for name, value in numbers.items() if not math.isfinite(value)]:
-            raise ValueError(_stopped(", ".join(wrong), done, steps, desc, out))
+        numbers = step(i, generator_for(seed, i))
         for name, value in numbers.items():
             sums[name] = sums.get(name, 0.0) + value
         count += 1
-        if done % log_every == 0 or last:
+        logs, due = done % log_every == 0 or last, out is not None and done % checkpoint_every == 0
+        if logs or due or not any(_on_gpu(value) for value in numbers.values()):  # a GPU is not waited for
+            sums = {name: float(value) for name, value in sums.items()}
+            if wrong := [f"{name} is {value}" for name, value in sums.items() if not math.isfinite(value)]:
+                raise ValueError(_stopped(", ".join(wrong), done, steps, desc, out))
+        if logs:
             means = {name: value / count for name, value in sums.items()}
             rows.append({"step": done, "seconds": round(before + time.perf_counter() - start, 2)} | means)
             bar.set_postfix({name: f"{value:.3g}" for name, value in means.items()}, refresh=False)
@@ -171,7 +175,6 @@ def _run(step, steps, state, out, run, seed, callbacks, log_every, checkpoint_ev
                 with (out / LOG).open("a", encoding="utf-8") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
             sums, count = {}, 0
-        due = out is not None and done % checkpoint_every == 0
         if (due or last) and (wrong := _not_finite(state)):
             raise ValueError(_stopped(f"{wrong} is not finite", done, steps, desc, out))
         if out is not None and (due or last):
@@ -182,6 +185,10 @@ def _run(step, steps, state, out, run, seed, callbacks, log_every, checkpoint_ev
             if done % callback.every == 0 or last:
                 callback.call(done)
     return rows
+
+
+def _on_gpu(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.device.type != "cpu"
 
 
 def _not_finite(state: Mapping[str, Any]) -> str | None:

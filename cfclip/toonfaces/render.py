@@ -234,6 +234,14 @@ def render_image(face: Face, resolution: int = 64) -> np.ndarray:
     return _colour(face, _label_map(face, resolution))
 
 
+ERASABLE: dict[str, tuple[str, ...]] = {
+    "eyebrows": ("eyebrows",),
+    "eyes": ("eye_white", "eyes", "pupil"),
+    "lipstick": ("lipstick", "mouth_line", "teeth"),
+}
+"""Parts that every face has -> the labels that go with them. Edits may lose them; the judge must see that."""
+
+
 def render(face: Face, resolution: int = 64) -> Rendering:
     """The picture and its part masks, at any ``resolution``."""
     labels = _label_map(face, resolution)
@@ -249,5 +257,7 @@ def coverage(face: Face, resolution: int = 64) -> np.ndarray:
 def _covered(labels: np.ndarray, n: int, resolution: int) -> np.ndarray:
     row = np.arange(resolution * SUPERSAMPLE) // SUPERSAMPLE
     cell = row[:, None] * resolution + row
-    counts = np.bincount((labels.astype(np.int64) * resolution**2 + cell).ravel(), minlength=n * resolution**2)
+    counts = np.bincount(
+        (labels.astype(np.int64) * resolution**2 + cell).ravel(), minlength=n * resolution**2
+    )
     return counts.reshape(n, resolution, resolution)

@@ -30,20 +30,28 @@ def random_warp(images: Tensor, share: float, strength: float = 0.5) -> Tensor:
     return torch.where(torch.rand(n, 1, 1, 1) < share, warped, images)
 
 
-def degrade(images: Tensor) -> Tensor:
-    """Blur and tint some of the images, and add noise to all.
+def degrade(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Blur and tint some of the images, and add noise to all. ``generator``: on the device of the images.
 
     Blur and noise: so that the network does not depend on the renderer's exact edges. Soft patches of colour:
     otherwise it takes a green glow around the mouth for green lips, and edits learn to add that glow.
     """
     n, r = len(images), images.shape[-1]
+
+    def some(share: float) -> Tensor:
+        """A random amount from 0 to 1 for a ``share`` of the images, 0 for the others [N, 1, 1, 1]."""
+        amount, chosen = torch.rand(2, n, 1, 1, 1, generator=generator, device=images.device)
+        return amount * (chosen < share)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(n, 3, *shape, generator=generator, device=images.device)
+
     small = F.interpolate(images, scale_factor=0.6, mode="bilinear", antialias=True)
-    soft = F.interpolate(small, (r, r), mode="bilinear")
-    images = torch.lerp(images, soft, torch.rand(n, 1, 1, 1) * (torch.rand(n, 1, 1, 1) < 0.5))
+    images = torch.lerp(images, F.interpolate(small, (r, r), mode="bilinear"), some(0.5))
     for cells in (4, 8):
-        tint = F.interpolate(torch.randn(n, 3, cells, cells), (r, r), mode="bicubic")
-        images = images + 0.2 * torch.rand(n, 1, 1, 1) * (torch.rand(n, 1, 1, 1) < 0.5) * tint
-    return images + 0.06 * torch.rand(n, 1, 1, 1) * torch.randn_like(images)
+        tint = F.interpolate(noise(cells, cells), (r, r), mode="bicubic")
+        images = images + 0.2 * some(0.5) * tint
+    return images + 0.06 * some(1) * noise(r, r)
 
 
 HALOED = {"skin": 0.05, "hair": 0.1, "eyebrows": 0.35, "eyes": 0.2, "lipstick": 0.25, "beard": 0.05}

@@ -1,12 +1,14 @@
 """Trains the embedded generator: StyleGAN2's discriminator and losses, on natural toon faces only.
 
-Three phases: regression of pictures from their factors, adversarial training of the mapping network in W, and
-StyleGAN2's adversarial training of both networks.
+Three phases: regression of pictures from the factors that W holds, regression of the mapping network, and
+StyleGAN2's adversarial training of the synthesis network.
 """
 
 import copy
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,17 +17,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from cfclip.files import atomic_write
-from cfclip.images import to_tensor, to_uint8
+from cfclip.images import to_uint8
 from cfclip.method.config import DTYPES
 from cfclip.method.loop import CHECKPOINT, Callback, load_checkpoint, resolve_dtype
 from cfclip.models.ops import bias_act, setup_filter
 from cfclip.models.stylegan2 import EqualLinear, Generator, pixel_norm
 from cfclip.settings import Settings, int_at_least, number, one_of, setting
-from cfclip.toonfaces.factors import FACTORS, LATENT_DRAWS, Face, LatentDraws, factor_vector, sample_face
-from cfclip.toonfaces.render import MASKS, render, render_image
+from cfclip.toonfaces.factors import LATENT_DRAWS, LatentDraws, colour_array, sample_face, shape_vector
+from cfclip.toonfaces.render import MASKS
+from cfclip.toonfaces.train.pool import Pool, on_all_cores, part_masks, picture
 from cfclip.toonfaces.train.run import run_training, seeded, sizes
 
 
@@ -34,24 +36,29 @@ class GANConfig(Settings):
     """How the generator is trained; unless said otherwise the defaults are StyleGAN2-ADA's."""
 
     resolution: int = setting(64, int_at_least(8))
-    channels: tuple[int, ...] = setting((128, 128, 128, 96, 64), sizes)  # of the generator at 4, 8, … R
+    channels: tuple[int, ...] = setting((128, 128, 128, 128, 96), sizes)  # of the generator at 4, 8, … R
     d_channels: tuple[int, ...] = setting((128, 128, 128, 64, 32), sizes)
     w_dim: int = setting(128, int_at_least(LATENT_DRAWS))  # = z_dim; one number of z per factor of a face
-    mapping_layers: int = setting(4, int_at_least(1))
-    batch: int = setting(16, int_at_least(2))
-    warm_steps: int = setting(6000, int_at_least(1))  # of GANTraining.warm_step
-    map_steps: int = setting(6000, int_at_least(1))  # of GANTraining.map_step
-    warm_pool: int = setting(30_000, int_at_least(1))
+    mapping_layers: int = setting(8, int_at_least(1))
+    w_std: float = setting(0.25, number(above=True))  # of W; at 1 a young generator sees only noise in it
+    colouring: int = setting(4, int_at_least(1))  # the first layer that colours; those before it draw
+    pool: int = setting(20_000, int_at_least(1))  # shapes, of natural and of independent colours
+    warm_steps: int = setting(12_000, int_at_least(1))  # of GANTraining.warm_step
+    warm_batch: int = setting(64, int_at_least(1))
+    warm_lr: float = setting(0.05, number(above=True))  # at 0.01 it took three times as long
     small_parts: float = setting(6.0, number())  # weight of a pixel of SMALL_PARTS in the error; others: 1
-    warm_lr: float = setting(0.01, number(above=True))  # of the mapping network: 50 times that
-    steps: int = setting(1000, int_at_least(1))  # of GANTraining.step
+    map_steps: int = setting(16_000, int_at_least(1))  # of GANTraining.map_step
+    map_pool: int = setting(60_000, int_at_least(1))
+    map_batch: int = setting(512, int_at_least(1))
+    map_lr: float = setting(10.0, number(above=True))  # high, because the mapping network's lr_mul is 0.01
+    steps: int = setting(8000, int_at_least(1))  # of GANTraining.step
+    batch: int = setting(64, int_at_least(2))  # of the adversarial training
     lr: float = setting(0.001, number(above=True))
     anchor: float = setting(10.0, number())  # weight of the regression error beside the adversarial loss
     r1_gamma: float = setting(1.0, number())
     r1_every: int = setting(16, int_at_least(1))  # steps from one R1 to the next; it weighs that much more
-    # probability of style mixing; 0.5 raised KID from 0.2 to 1.5, as regression never mixes two faces
-    mixing: float = setting(0.0, number(0, 1))
-    ema_images: int = setting(5_000, int_at_least(1))  # half-life of the averaged generator
+    mixing: float = setting(0.5, number(0, 1))  # share of samples with the colours of another
+    ema_images: int = setting(20_000, int_at_least(1))  # half-life of the averaged generator
     seed: int = setting(0, int_at_least(0))
     dtype: str = setting("auto", one_of(DTYPES))  # of the convolutions; R1 and the RGB sums stay float32
 
@@ -112,183 +119,164 @@ class Discriminator(nn.Module):
         return self.fc(self.final(x).flatten(1)).squeeze(1)
 
 
+class FactorsToW(nn.Module):
+    """The w that stands for the factors of a face, F numbers: :meth:`forward` [N, F] -> [N, D].
+
+    Over ``faces`` [M, F] each factor has mean 0 and the same variance; all are turned at random, and the
+    deviation of w is ``std``. So no factor is small in W, and the mapping network can be taught W before a
+    picture is drawn.
+    """
+
+    def __init__(self, faces: Tensor, w_dim: int, std: float, generator: torch.Generator):
+        super().__init__()
+        turn = torch.linalg.qr(torch.randn(w_dim, faces.shape[1], generator=generator))[0].T
+        spread = faces.std(0).clamp_min(1e-3)[:, None]
+        self.register_buffer("mean", faces.mean(0))
+        self.register_buffer("turn", turn * std * math.sqrt(w_dim / faces.shape[1]) / spread)  # [F, D]
+
+    def forward(self, factors: Tensor) -> Tensor:
+        return (factors - self.mean) @ self.turn
+
+
+def factors_of(colours: Tensor, shapes: Tensor) -> Tensor:
+    """All factors, in about [-1, 1]: colours [N, 9, 3] in 0 … 255 and shapes [N, 27] -> [N, 54]."""
+    return torch.cat([colours.flatten(1) / 127.5 - 1, shapes], 1)
+
+
+def _people(codes: np.ndarray, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    faces = [sample_face(LatentDraws(codes[k])) for k in numbers]
+    return np.stack([colour_array(face) for face in faces]), np.stack([shape_vector(face) for face in faces])
+
+
 class GANTraining:
     """The networks in training, their optimizers, and one step of each phase."""
 
-    def __init__(self, config: GANConfig):
-        self.config, self.dtype = config, getattr(torch, resolve_dtype(config.dtype, "cpu"))
-        w_dim = config.w_dim
+    def __init__(self, config: GANConfig, device: torch.device):
+        self.config, self.device = config, device
+        self.dtype = getattr(torch, resolve_dtype(config.dtype, device))
+        w_dim, fused = config.w_dim, device.type == "cuda"
         with seeded(config.seed):
             self.g = Generator(config.resolution, config.channels, w_dim, w_dim, config.mapping_layers)
             self.d = Discriminator(config.resolution, config.d_channels)
-            self.factors_to_w = nn.Linear(FACTORS, w_dim)
-            layers = [nn.Linear(w_dim, 256), nn.LeakyReLU(0.2), nn.Linear(256, 256), nn.LeakyReLU(0.2)]
-            self.d_w = nn.Sequential(*layers, nn.Linear(256, 1))
+        random = torch.Generator().manual_seed(config.seed)
+        self.z = torch.randn(config.map_pool, w_dim, generator=random)
+        make = partial(_people, pixel_norm(self.z).double().numpy())
+        made = on_all_cores(make, config.map_pool, "codes", 1000)
+        arrays = (np.concatenate(one) for one in zip(*made, strict=True))
+        factors = factors_of(*(torch.from_numpy(array) for array in arrays))
+        to_w = FactorsToW(factors, w_dim, config.w_std, random)
+        w = to_w(factors)  # what z stands for
+        self.g.w_avg.copy_(w.mean(0))
+        self.z, self.w = self.z.to(device), w.to(device)
+        self.g, self.d, self.to_w = self.g.to(device), self.d.to(device), to_w.to(device)
         self.ema = copy.deepcopy(self.g).eval().requires_grad_(False)
-        self._drawn = None
         synthesis = [p for name, p in self.g.named_parameters() if not name.startswith("style.")]
-        style = self.g.style
-        warm = [
-            {"params": synthesis, "boost": 1},
-            {"params": self.factors_to_w.parameters(), "boost": 0.5},
-            {"params": style.parameters(), "boost": 50},
-        ]
-        self.opt_warm = torch.optim.Adam(warm, betas=(0.9, 0.99))
-        self.opt_map = torch.optim.Adam([{"params": style.parameters(), "boost": 0.2}], betas=(0.5, 0.99))
-        self.opt_dw = torch.optim.Adam([{"params": self.d_w.parameters(), "boost": 1e-3}], betas=(0.5, 0.99))
-        self.opt_g = torch.optim.Adam(self.g.parameters(), config.lr, betas=(0.0, 0.99), eps=1e-8)
-        lazy = config.r1_every / (config.r1_every + 1)
+        adam = partial(torch.optim.Adam, betas=(0.9, 0.99), fused=fused)
+        self.opt_warm, self.opt_map = adam(synthesis), adam(self.g.style.parameters())
+        self.opt_g = torch.optim.Adam(synthesis, config.lr, betas=(0.0, 0.99), eps=1e-8, fused=fused)
+        lazy = config.r1_every / (config.r1_every + 1)  # StyleGAN2's correction for the lazy R1
         lr, betas = config.lr * lazy, (0.0, 0.99**lazy)
-        self.opt_d = torch.optim.Adam(self.d.parameters(), lr, betas=betas, eps=1e-8)
+        self.opt_d = torch.optim.Adam(self.d.parameters(), lr, betas=betas, eps=1e-8, fused=fused)
+        pool = partial(Pool, people=config.pool, resolution=config.resolution, device=device)
+        self.faces = pool((config.seed, 1), support="independent")
+        self.natural = pool((config.seed, 2), support="natural")
 
     @property
     def state(self) -> dict:
-        """name -> network or optimizer: the content of a checkpoint."""
-        networks = ("g", "d", "ema", "factors_to_w", "d_w")
-        optimizers = ("opt_g", "opt_d", "opt_warm", "opt_map", "opt_dw")
-        return {name: getattr(self, name) for name in networks + optimizers}
+        names = ("g", "d", "ema", "opt_warm", "opt_map", "opt_g", "opt_d")
+        return {name: getattr(self, name) for name in names}
 
     def load(self, state: dict) -> None:
-        """Load the state of a checkpoint."""
-        for name, part in self.state.items():
-            part.load_state_dict(state[name])
+        """Take over the ``state`` of a checkpoint."""
+        for name, thing in self.state.items():
+            thing.load_state_dict(state[name])
 
-    def _pool(self, pictures: bool = True) -> tuple[Tensor, Tensor, np.ndarray | None]:
-        """Codes z [N, D], their factor vectors [N, F], and with ``pictures`` uint8 pictures [N, R, R, 4].
+    def _mixed(self, shapes: Tensor, colours: Tensor) -> Tensor:
+        """W+ [N, L, D]: the layers that draw have one w [N, D], those that colour another."""
+        layers = torch.arange(self.g.num_ws, device=self.device)[None, :, None]
+        return torch.where(layers < self.config.colouring, shapes[:, None], colours[:, None])
 
-        The fourth channel of a picture is the coverage by :data:`SMALL_PARTS`.
+    def _regression(self, n: int, generator: torch.Generator) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """W+ [n, L, D] of faces with independent colours, and the error of the pictures made from them.
+
+        The layers that draw are given one face and those that colour another; the picture to draw has the
+        shapes of the first in the colours of the second. So what colours is what those layers say.
         """
-        if self._drawn is None or (pictures and self._drawn[2] is None):
-            c, drawn = self.config, None
-            z = torch.randn(c.warm_pool, c.w_dim, generator=torch.Generator().manual_seed(c.seed))
-            codes = tqdm(pixel_norm(z).double().numpy(), "faces", leave=False)
-            people = [sample_face(LatentDraws(code)) for code in codes]
-            if pictures:
-                drawn = np.stack([self._picture(face) for face in tqdm(people, "pictures", leave=False)])
-            self._drawn = z, torch.from_numpy(np.stack([factor_vector(face) for face in people])), drawn
-        return self._drawn
+        pool = self.faces
+        shape, its_colours, its_shape, colour = (pool.draw(n, generator) for _ in range(4))
+        pairs = (its_colours, shape), (colour, its_shape)
+        factors = [factors_of(pool.colours[c], pool.shapes[s]) for c, s in pairs]
+        covered = pool.covered(shape)
+        target, masks = picture(covered, pool.palettes[colour]), part_masks(covered)
+        small = masks[:, [MASKS.index(part) for part in SMALL_PARTS]].sum(1, keepdim=True)
+        weight = 1 + (self.config.small_parts - 1) * small
 
-    def _picture(self, face: Face) -> np.ndarray:
-        drawn = render(face, self.config.resolution)
-        small = drawn.masks[[MASKS.index(part) for part in SMALL_PARTS]].sum(0)
-        return np.concatenate([drawn.image, np.rint(255 * small).astype(np.uint8)[..., None]], 2)
+        def error(images: Tensor) -> Tensor:
+            """Weighted L1 error of the pictures and of their gradients."""
+            wrong, total = images - target, 0.0
+            for e, k in ((wrong, 1), (wrong.diff(dim=2), 0.5), (wrong.diff(dim=3), 0.5)):
+                total = total + k * (e.abs() * weight[..., : e.shape[2], : e.shape[3]]).mean()
+            return total / weight.mean()
 
-    def _error(self, images: Tensor, index: Tensor) -> Tensor:
-        """Weighted L1 error of ``images`` against pictures ``index`` of the pool, and of their gradients.
+        return self._mixed(*map(self.to_w, factors)), error
 
-        Pixels of :data:`SMALL_PARTS` weigh ``small_parts`` times as much as others.
-        """
-        *rgb, small = to_tensor(self._pool()[2][index]).unbind(1)
-        error = images - torch.stack(rgb, 1)
-        weight = 1 + (self.config.small_parts - 1) * (small[:, None] + 1) / 2
-        terms = (
-            (e.abs() * weight[..., : e.shape[2], : e.shape[3]]).mean() * k
-            for e, k in ((error, 1), (error.diff(dim=2), 0.5), (error.diff(dim=3), 0.5))
-        )
-        return sum(terms) / weight.mean()
+    def warm_step(self, i: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """One step of regression: the synthesis network learns to draw the face that w stands for.
 
-    def warm_step(self, i: int) -> dict[str, float]:
-        """One step of regression on natural faces.
-
-        The synthesis network learns to draw a face from its factors (:meth:`_error`), through a linear layer
-        ``factors -> w`` that is not kept; the mapping network learns to give that w for the face's z. On a
-        CPU a purely adversarial start took many times as long.
+        Without noise: toon faces have no random detail, and noise would hide a young generator's errors. A
+        start that is only adversarial takes many times as long.
         """
         c = self.config
-        for group in self.opt_warm.param_groups:
-            group["lr"] = group["boost"] * c.warm_lr * min(1.0, (i + 1) / 50, 1.1 - i / c.warm_steps)
-        z, factors, _ = self._pool()
-        batch, many = torch.randint(len(z), (c.batch,)), torch.randint(len(z), (512,))
-        w = self.factors_to_w(factors[batch])
-        images = self.g.synthesis(w[:, None].expand(-1, self.g.num_ws, -1), "none", self.dtype)
-        loss = self._error(images, batch)
-        with torch.no_grad():
-            w_true = self.factors_to_w(factors[many])
-            self.g.w_avg.lerp_(w_true.mean(0), 0.005)
-        loss_w = (self.g.map_one(z[many]) - w_true).square().mean() / w_true.var(0).mean()
+        self.opt_warm.param_groups[0]["lr"] = c.warm_lr * min(1.0, (i + 1) / 200, 1.1 - i / c.warm_steps)
+        w, error = self._regression(c.warm_batch, generator)
+        loss = error(self.g.synthesis(w, "none", self.dtype))
         self.opt_warm.zero_grad()
-        (loss + loss_w).backward()
+        loss.backward()
         self.opt_warm.step()
-        self._average(c.batch * (i + 1))
-        return {"error": loss.item(), "unexplained_w": loss_w.item()}
+        self._average(c.warm_batch, c.warm_batch * (i + 1))
+        return {"error": loss.detach()}
 
-    def map_step(self, i: int) -> dict[str, float]:
-        """One adversarial step in W: the mapping network learns the *distribution* of the factors' w.
+    def map_step(self, i: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """One step of regression of the mapping network, from z to the w that z stands for.
 
-        Regression alone pulls w towards the mean, because w jumps where z crosses from one hair colour to the
-        next. Its error stays in the loss as an anchor, so that every kind of face is still generated.
+        The error is in units of W's variance. Most of it is where z crosses from one hair colour to the next,
+        where w jumps; what is between them is natural too, see ``NATURAL``.
         """
-        z, factors, _ = self._pool(pictures=False)
-        for group in (*self.opt_map.param_groups, *self.opt_dw.param_groups):
-            group["lr"] = group["boost"] * min(1.0, 1.1 - i / self.config.map_steps)
-        with torch.no_grad():
-            everyone = self.factors_to_w(factors[:4096])
-            mean, std = everyone.mean(0), everyone.std(0) + 1e-3
-            self.g.w_avg.copy_(mean)
-            paired, others = torch.randint(len(z), (512,)), torch.randint(len(z), (512,))
-            real, target = ((self.factors_to_w(factors[index]) - mean) / std for index in (others, paired))
-        fake = (self.g.map_one(z[paired]) - mean) / std
-        anchor = (fake - target).square().mean()
-        loss_g = F.softplus(-self.d_w(fake)).mean() + anchor
+        c = self.config
+        self.opt_map.param_groups[0]["lr"] = c.map_lr * min(1.0, (i + 1) / 50, 1.1 - i / c.map_steps)
+        batch = torch.randint(len(self.z), (c.map_batch,), generator=generator).to(self.device)
+        loss = ((self.g.map_one(self.z[batch]) - self.w[batch]) / c.w_std).square().mean()
         self.opt_map.zero_grad()
-        loss_g.backward()
+        loss.backward()
         self.opt_map.step()
-        real.requires_grad_(True)
-        logits = self.d_w(real)
-        (grad,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
-        loss_d = F.softplus(-logits).mean() + F.softplus(self.d_w(fake.detach())).mean()
-        loss_d = loss_d + 0.5 * grad.square().sum(1).mean()
-        self.opt_dw.zero_grad()
-        loss_d.backward()
-        self.opt_dw.step()
-        self._average(math.inf)
-        spread = fake.detach().std(0).mean()
-        return {"anchor": anchor.item(), "spread": spread.item(), "loss_d": loss_d.item()}
+        self._average(c.batch, math.inf)
+        return {"unexplained": loss.detach()}
 
-    def _average(self, images: float) -> None:
-        """Update the averaged generator; ``images``: how many pictures were seen."""
-        decay = 0.5 ** (self.config.batch / min(self.config.ema_images, 0.05 * images + 1e-8))
+    def _average(self, batch: int, images: float) -> None:
+        """Update the averaged generator after a ``batch``; ``images``: how many pictures were seen."""
+        decay = 0.5 ** (batch / min(self.config.ema_images, 0.05 * images + 1e-8))
         with torch.no_grad():
-            for averaged, live in zip(self.ema.parameters(), self.g.parameters(), strict=True):
-                averaged.lerp_(live, 1 - decay)
-            for averaged, live in zip(self.ema.buffers(), self.g.buffers(), strict=True):
-                averaged.copy_(live)
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.g.parameters()), 1 - decay)
 
-    def _reals(self, step: int) -> Tensor:
-        c = self.config
-        return to_tensor([render_image(sample_face((c.seed, step, k)), c.resolution) for k in range(c.batch)])
-
-    def _fakes(self) -> tuple[Tensor, Tensor]:
-        """Pictures [B, 3, R, R], half from known factors, half from z with style mixing; an index [B / 2].
-
-        The index: where in the pool the known factors are. Without noise: toon faces have no random
-        detail, and early in training noise would hide the generator's errors.
-        """
-        c, g, half = self.config, self.g, self.config.batch // 2
-        _, factors, _ = self._pool()
-        index = torch.randint(len(factors), (half,))
-        with torch.no_grad():
-            known = self.factors_to_w(factors[index])[:, None].expand(-1, g.num_ws, -1)
-        w, other = g.map_one(torch.randn(2 * half, c.w_dim)).chunk(2)
-        layer = torch.arange(g.num_ws)[None, :, None]
-        cut = torch.randint(1, g.num_ws, (half, 1, 1))
-        cut = cut.where(torch.rand(half, 1, 1) < c.mixing, torch.tensor(g.num_ws))
-        mixed = torch.where(layer < cut, w[:, None], other[:, None])
-        return g.synthesis(torch.cat([known, mixed]), "none", self.dtype), index
-
-    def step(self, i: int) -> dict[str, float]:
+    def step(self, i: int, generator: torch.Generator) -> dict[str, Tensor]:
         """One step of StyleGAN2's adversarial training: logistic loss, lazy R1; regression is an anchor."""
-        c = self.config
+        c, half = self.config, self.config.batch // 2
+        w, error = self._regression(half, generator)
+        z = torch.randn(2 * half, c.w_dim, generator=generator).to(self.device)
+        mix = (torch.rand(half, 1, generator=generator) < c.mixing).to(self.device)
+        with torch.no_grad():
+            one, other = self.g.map_one(z).chunk(2)
+            sampled = self._mixed(one, other.where(mix, one))
         self.d.requires_grad_(False)
-        fakes, known = self._fakes()
-        loss_g = F.softplus(-self.d(fakes, self.dtype)).mean()
-        error = self._error(fakes[: len(known)], known)
+        drawn, fakes = self.g.synthesis(torch.cat([w, sampled]), "none", self.dtype).split(half)
+        loss_g, wrong = F.softplus(-self.d(fakes, self.dtype)).mean(), error(drawn)
         self.opt_g.zero_grad()
-        (loss_g + c.anchor * error).backward()
+        (loss_g + c.anchor * wrong).backward()
         self.opt_g.step()
 
         self.d.requires_grad_(True)
-        reals = self._reals(i)
+        shapes, colours = (self.natural.draw(half, generator) for _ in range(2))
+        reals = self.natural.paint(shapes, colours)
         logits_real = self.d(reals, self.dtype)
         logits_fake = self.d(fakes.detach(), self.dtype)  # the fakes of above, to save a forward of G
         loss_d = F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean()
@@ -300,17 +288,17 @@ class GANTraining:
         loss_d.backward()
         self.opt_d.step()
 
-        self._average(c.batch * (c.warm_steps + i + 1))
-        losses = {"loss_g": loss_g, "error": error, "loss_d": loss_d}
+        self._average(c.batch, math.inf)
+        losses = {"loss_g": loss_g, "error": wrong, "loss_d": loss_d}
         signs = {"real": logits_real.sign().mean(), "fake": logits_fake.sign().mean()}
-        return {name: value.item() for name, value in (losses | signs).items()}
+        return {name: value.detach() for name, value in (losses | signs).items()}
 
 
 def sample_grid(generator: Generator, rows: int = 8, columns: int = 8, seed: int = 1) -> np.ndarray:
     """Uncurated samples at psi = 1 as one uint8 picture [rows * R, columns * R, 3]."""
     z = torch.randn(rows * columns, generator.z_dim, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        images = to_uint8(generator.synthesis(generator.mapping(z)))
+        images = to_uint8(generator.synthesis(generator.mapping(z.to(generator.w_avg.device))))
     r = generator.resolution
     grid = images.reshape(rows, columns, r, r, 3).swapaxes(1, 2)
     return grid.reshape(rows * r, columns * r, 3)
@@ -322,13 +310,15 @@ def save_grid(generator: Generator, path: Path) -> None:
     atomic_write(path, lambda part: picture.save(part, format="PNG"))
 
 
-def train(config: GANConfig, out: Path, preview_every: int = 250) -> Generator:
+def train(
+    config: GANConfig, out: Path, device: torch.device | str = "cpu", preview_every: int = 500
+) -> Generator:
     """Train, or resume the training in ``out``; returns the averaged generator.
 
     Each phase has its own folder and starts from the end of the one before; sample grids are in
     ``out/samples``.
     """
-    training, before = GANTraining(config), None
+    training, before = GANTraining(config, torch.device(device)), None
     for phase, step, steps in (
         ("1-regression", training.warm_step, config.warm_steps),
         ("2-mapping", training.map_step, config.map_steps),

@@ -56,9 +56,11 @@ def heldout_config(**overrides: Any) -> MultiPromptConfig:
     return MultiPromptConfig(**settings | overrides)
 
 
-def train(config: MultiPromptConfig, out: Path, domain: Domain | None = None) -> Mapper:
+def train(
+    config: MultiPromptConfig, out: Path, device: torch.device | str = "cpu", domain: Domain | None = None
+) -> Mapper:
     """Train for ``domain`` (default: toonfaces), or resume in ``out``."""
-    return train_mapper(domain or load_toonfaces(), config, out)[0]
+    return train_mapper((domain or load_toonfaces()).to(device), config, out)[0]
 
 
 def measure(domain: Domain, trained_on: Collection[str], n: int = 32) -> tuple[pd.DataFrame, pd.DataFrame]:

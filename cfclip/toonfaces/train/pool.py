@@ -1,22 +1,25 @@
-"""A pool of rendered shapes, painted in any colours on any device: what all trainings take their faces from.
+"""A pool of rendered shapes, painted in any colours on any device: all trainings take their faces from it.
 
-A picture is the mean of label colours, weighted by how many sub-pixels have which label. So shapes are rendered
-once, on all cores, and each use paints one of them in the colours of another face of the pool.
+A picture is the mean of label colours, weighted by how many sub-pixels have which label. So shapes are
+rendered once, on all cores, and each use paints one of them in the colours of another face of the pool.
 """
 
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import count
+from typing import TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from cfclip.toonfaces.factors import (
+    COLOURED,
     HELD_OUT,
     Face,
     colour_array,
@@ -24,13 +27,31 @@ from cfclip.toonfaces.factors import (
     sample_face,
     shape_vector,
 )
-from cfclip.toonfaces.render import LABELS, MASKS, SUPERSAMPLE, coverage, palettes
+from cfclip.toonfaces.render import ERASABLE, LABELS, MASKS, PAINT, SUPERSAMPLE, coverage, palettes
+
+Result = TypeVar("Result")
+ALONE = 500
+"""Fewer faces than this are made in this process."""
+
+
+def on_all_cores(
+    make: Callable[[Sequence[int]], Result], n: int, desc: str, chunk: int = 200
+) -> Iterator[Result]:
+    """``make(range)`` of the numbers below ``n``, ``chunk`` after ``chunk``, in order."""
+    chunks = [range(k, min(k + chunk, n)) for k in range(0, n, chunk)]
+    bar = partial(tqdm, desc=desc, total=len(chunks), leave=False)
+    if n < ALONE:
+        yield from bar(map(make, chunks))
+        return
+    # spawned: a process that has touched a GPU cannot be forked
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), spawn) as processes:
+        yield from bar(processes.map(make, chunks))
+
 
 SUPPORTS = ("natural", "independent", "both", "known")
 """What colours the faces of a pool have: natural ones; natural ones that no other part follows; those of both
 supports; the same without the pairs that are held out from CLIP."""
-ALONE = 500
-"""A pool of fewer faces is rendered in this process."""
 
 
 def draw_face(seed: tuple[int, ...], support: str) -> Face:
@@ -68,8 +89,8 @@ class Pool:
         support: one of :data:`SUPPORTS`.
         resolution: R.
 
-    ``faces``: list of M; on ``device``: ``shapes`` [M, 27] and ``colours`` [M, 9, 3], see ``shape_vector`` and
-    ``colour_array``.
+    ``faces``: list of M; on ``device``: ``shapes`` [M, 27] and ``colours`` [M, 9, 3], see ``shape_vector``
+    and ``colour_array``.
     """
 
     def __init__(
@@ -82,29 +103,16 @@ class Pool:
         device: torch.device | str = "cpu",
     ):
         draw = partial(_drawn, seed, photos, support, resolution)
-        size = max(1, 200 // photos)
-        chunks = [range(k, min(k + size, people)) for k in range(0, people, size)]
         self.faces: list[Face] = []
         self._coverage = torch.empty(people * photos, len(LABELS), resolution, resolution, dtype=torch.uint8)
-
-        def take(drawn) -> None:
-            for faces, covered in tqdm(drawn, "faces", total=len(chunks), leave=False):
-                self._coverage[len(self.faces) : len(self.faces) + len(faces)] = torch.from_numpy(covered)
-                self.faces += faces
-
-        if people * photos < ALONE:
-            take(map(draw, chunks))
-        else:  # spawned: a process that has touched a GPU cannot be forked
-            spawn = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(len(os.sched_getaffinity(0)), spawn) as processes:
-                take(processes.map(draw, chunks))
+        for faces, covered in on_all_cores(draw, people, "faces", max(1, 200 // photos)):
+            self._coverage[len(self.faces) : len(self.faces) + len(faces)] = torch.from_numpy(covered)
+            self.faces += faces
         colours = np.stack([colour_array(face) for face in self.faces])
         shapes = np.stack([shape_vector(face) for face in self.faces])
         self._coverage = self._coverage.to(device)
-        self._palette = torch.from_numpy(palettes(colours)).to(device)
+        self.palettes = torch.from_numpy(palettes(colours)).to(device)  # [M, 17, 3], see render.palettes
         self.colours, self.shapes = torch.from_numpy(colours).to(device), torch.from_numpy(shapes).to(device)
-        part_of = torch.tensor([MASKS.index(part) for part in LABELS.values()], device=device)
-        self._part_of = torch.eye(len(MASKS), device=device)[part_of] / SUPERSAMPLE**2  # [17, 13]
 
     def __len__(self) -> int:
         return len(self.faces)
@@ -113,20 +121,47 @@ class Pool:
         """Numbers of ``n`` faces of the pool, on its device; ``generator`` is the CPU's."""
         return torch.randint(len(self), (n,), generator=generator).to(self.colours.device)
 
-    def paint(self, shapes: Tensor, colours: Tensor | None = None) -> Tensor:
-        """Pictures [N, 3, R, R] in [-1, 1] of the shapes of faces number ``shapes`` [N] in the colours of others.
+    def covered(self, shapes: Tensor, erased: Tensor | None = None) -> Tensor:
+        """The share of each label in each pixel [N, 17, R, R] of the faces with the numbers ``shapes`` [N].
 
-        Colours: numbers of faces [N], by default their own.
+        erased: bool [N, len(ERASABLE)]; skin in place of these parts.
         """
-        palette = self._palette[shapes if colours is None else colours]
-        covered = self._coverage[shapes].float()
-        mean = torch.einsum("nlhw,nlc->nchw", covered, palette) / SUPERSAMPLE**2
-        return mean.round_().div_(127.5).sub_(1)
+        covered = self._coverage[shapes].float() / SUPERSAMPLE**2
+        if erased is not None:
+            gone = torch.zeros(len(ERASABLE), len(LABELS), device=covered.device)
+            for row, labels in zip(gone, ERASABLE.values(), strict=True):
+                row[[list(LABELS).index(label) for label in labels]] = 1
+            gone = (erased.float() @ gone)[:, :, None, None]
+            lost = (covered * gone).sum(1)
+            covered = covered * (1 - gone)
+            covered[:, list(LABELS).index("skin")] += lost
+        return covered
 
-    def masks(self, shapes: Tensor) -> Tensor:
-        """The coverage of each part [N, len(MASKS), R, R] in [0, 1]."""
-        return torch.einsum("nlhw,lp->nphw", self._coverage[shapes].float(), self._part_of)
+    def paint(self, shapes: Tensor, colours: Tensor | None = None) -> Tensor:
+        """Pictures [N, 3, R, R] in [-1, 1]: the shapes of the faces with these numbers [N].
+
+        colours: numbers of the faces [N] whose colours they have; by default their own.
+        """
+        return picture(self.covered(shapes), self.palettes[shapes if colours is None else colours])
 
     def painted(self, shape: int, colours: int) -> Face:
         """Face number ``shape`` in the colours of face number ``colours``."""
         return self.faces[shape].in_the_colours_of(self.faces[colours])
+
+
+def picture(covered: Tensor, palette: Tensor) -> Tensor:
+    """8-bit pictures [N, 3, R, R] in [-1, 1] from ``Pool.covered`` and the colours of labels [N, 17, 3]."""
+    return torch.einsum("nlhw,nlc->nchw", covered, palette).round().div(127.5).sub(1)
+
+
+def part_masks(covered: Tensor) -> Tensor:
+    """The share of each part in each pixel [N, len(MASKS), R, R], from ``Pool.covered``."""
+    part_of = F.one_hot(torch.tensor([MASKS.index(part) for part in LABELS.values()]), len(MASKS))
+    return torch.einsum("nlhw,lp->nphw", covered, part_of.to(covered))
+
+
+def repainted(palette: Tensor, other: Tensor, part: Tensor) -> Tensor:
+    """``palette`` [N, 17, 3] with one thing in the colour of ``other``: number ``part`` [N] of COLOURED."""
+    paints = [PAINT[label][0] for label in LABELS]
+    source = torch.tensor([COLOURED.index(name) if name in COLOURED else -1 for name in paints])
+    return torch.where((source.to(part.device) == part[:, None])[..., None], other, palette)
