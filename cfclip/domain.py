@@ -37,6 +37,12 @@ class Measurement(Protocol):
     def colour(self, part: str) -> list[str | None]:
         """The name of the nearest colour of ``part`` in each picture; None where the part is not visible."""
 
+    def has(self, part: str) -> np.ndarray:
+        """bool [N]: whether there is such a ``part`` at all, one whose colour a prompt can name."""
+
+    def distance(self, part: str, colour: str) -> np.ndarray:
+        """CIELAB distance [N] of ``part`` from its named ``colour``; NaN where the part is not visible."""
+
 
 class GroundTruth(Protocol):
     """What a world that can be rendered can answer. A domain of real photos has None in its place."""

@@ -22,6 +22,8 @@ def generator() -> Generator:
 def domain(generator) -> Domain:
     torch.manual_seed(1)
     clip, identity = new_judges(tiny=True)
+    readout = Readout(8).eval()
+    torch.nn.init.constant_(readout.presence.bias, 10.0)  # it finds every part in every picture
     return Domain(
         name="tiny",
         generator=generator,
@@ -29,5 +31,5 @@ def domain(generator) -> Domain:
         identity=identity,
         source_text="face",
         prompts=("green lipstick",),
-        truth=ToonTruth(Readout(8).eval(), 16),
+        truth=ToonTruth(readout, 16),
     )

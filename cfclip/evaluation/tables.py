@@ -42,10 +42,18 @@ def ordered(values: pd.Series, known: Iterable[str]) -> pd.Categorical:
 
 
 def means(table: pd.DataFrame, by: str | list[str] = "prompt") -> pd.DataFrame:
-    """Mean of every number per group, in the groups' order of appearance; ``n``: rows of the group."""
+    """Mean of every number per group, in the groups' order of appearance; ``n``: rows of the group.
+
+    Where faces of one group differ in whether they have the part, there is also ``n_with_part``: the rows
+    that do, whose mean success is.
+    """
     grouped = table.groupby(by, sort=False)
     numbers = grouped.mean(numeric_only=True).drop(columns=["index", "seed"], errors="ignore")
     numbers.insert(0, "n", grouped.size())
+    if "success_after" in table:
+        judged = grouped.success_after.count()
+        if ((judged > 0) & (judged < numbers.n)).any():
+            numbers.insert(1, "n_with_part", judged)
     return numbers.reset_index()
 
 

@@ -53,6 +53,7 @@ SCORES = (
     ("LPIPS (AlexNet)", None, "lpips_alex", "{:.3f}"),
     ("LPIPS (readout)", None, "lpips_readout", "{:.3f}"),
     ("success", "success_before", "success_after", "{:.0%}"),
+    ("progress", None, "progress", "{:.0%}"),
     ("leakage", None, "leakage", "{:.3f}"),
 )
 """Title of a score, its metrics before and after the edit, and its format."""

@@ -5,6 +5,7 @@ one-hot lookups of the same map; both are averaged down. So the picture is antia
 coverages that sum to one, and a face in which one colour changed has exactly the edges of the original.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,13 @@ LABELS: dict[str, str] = {
 
 MASKS: tuple[str, ...] = tuple(dict.fromkeys(LABELS.values()))
 """The parts that have a mask, in channel order."""
+
+ERASABLE: dict[str, tuple[str, ...]] = {
+    "eyebrows": ("eyebrows",),
+    "eyes": ("eye_white", "eyes", "pupil"),
+    "lipstick": ("lipstick", "mouth_line", "teeth"),
+}
+"""Parts that every face has, but an edit may lose -> the labels that go with them."""
 
 _INDEX = {name: i for i, name in enumerate(LABELS)}
 _PART_OF_LABEL = np.array([MASKS.index(part) for part in LABELS.values()])
@@ -234,17 +242,20 @@ def render_image(face: Face, resolution: int = 64) -> np.ndarray:
     return _colour(face, _label_map(face, resolution))
 
 
-ERASABLE: dict[str, tuple[str, ...]] = {
-    "eyebrows": ("eyebrows",),
-    "eyes": ("eye_white", "eyes", "pupil"),
-    "lipstick": ("lipstick", "mouth_line", "teeth"),
-}
-"""Parts that every face has -> the labels that go with them. Edits may lose them; the judge must see that."""
+def _erased(labels: np.ndarray, parts: Sequence[str]) -> np.ndarray:
+    """The label map with skin in place of ``parts``."""
+    if unknown := set(parts) - set(ERASABLE):
+        raise ValueError(f"cannot leave out {', '.join(sorted(unknown))}: only {', '.join(ERASABLE)}")
+    gone = [_INDEX[label] for part in parts for label in ERASABLE[part]]
+    return np.where(np.isin(labels, gone), np.uint8(_INDEX["skin"]), labels)
 
 
-def render(face: Face, resolution: int = 64) -> Rendering:
-    """The picture and its part masks, at any ``resolution``."""
-    labels = _label_map(face, resolution)
+def render(face: Face, resolution: int = 64, without: Sequence[str] = ()) -> Rendering:
+    """The picture and its part masks, at any ``resolution``.
+
+    There is skin in place of the parts ``without``, some of :data:`ERASABLE`; ValueError for others.
+    """
+    labels = _erased(_label_map(face, resolution), without)
     masks = _covered(_PART_OF_LABEL[labels], len(MASKS), resolution)
     return Rendering(_colour(face, labels), masks.astype(np.float32) / SUPERSAMPLE**2)
 

@@ -93,8 +93,8 @@ def measure_readout(domain: Domain, path: Path) -> str:
     soft = pd.DataFrame(readout.colour_accuracy(domain.truth, sigma=readout.SOFT))
     sharp.insert(2, "softened", soft.accuracy)
     note = (
-        f"Held-out renders of both supports, as they are and {readout.SOFT:g} pixels out of focus; colours of "
-        f"parts larger than {VISIBLE:g} pixels. Seed 20000."
+        f"Held-out renders of both supports, as they are and {readout.SOFT:g} pixels out of focus; colours "
+        f"of parts larger than {VISIBLE:g} pixels. Seed 20000."
     )
     return markdown(sharp, note)
 
