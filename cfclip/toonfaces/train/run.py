@@ -38,7 +38,7 @@ def run_training(
     options = {"state": state, "out": out, "seed": config.seed, "callbacks": callbacks, "desc": name}
     options["run"] = described(config, network=name)
     steps = config.steps if steps is None else steps
-    with torch.backends.cudnn.flags(benchmark=True):  # all steps have pictures of one size
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True):  # all steps have pictures of one size
         run_loop(step, steps, checkpoint_every=CHECKPOINT_EVERY, **options)
 
 
