@@ -74,18 +74,33 @@ def toonfaces_measure(
         typer.echo(cards.write_card(one))
 
 
+Prompts = Annotated[
+    list[str] | None, typer.Argument(help="prompts that name a part's colour; default: two of every part")
+]
+FirstLayer = Annotated[
+    int, typer.Option(min=0, help="edits change the layers of W+ from this one on; 4: those that colour")
+]
+FaceSeed = Annotated[int, typer.Option(min=0, help="of the faces")]
+Networks = Annotated[Path, typer.Option(help="where the networks are")]
+
+
 @toonfaces.command("ceiling")
 def toonfaces_ceiling(
-    prompts: Annotated[list[str], typer.Argument(help="prompts that name a part's colour")],
-    n: Annotated[int, typer.Option(help="faces per prompt")] = 16,
-    steps: Annotated[int, typer.Option(help="of Adam on W+, for the source and again for the edit")] = 150,
+    prompts: Prompts = None,
+    n: Annotated[int, typer.Option(min=1, help="faces per prompt")] = 12,
+    steps: Annotated[
+        int, typer.Option(min=1, help="of Adam on W+, for the source and again for the edit")
+    ] = 150,
+    first_layer: FirstLayer = 4,
+    seed: FaceSeed = 60_000,
+    folder: Networks = DATA / "toonfaces",
     out: Annotated[Path, typer.Option(help="where the table goes")] = Path("reports/ceiling.md"),
 ) -> None:
     """What any editor of the generator could reach: W+ optimised straight to the true counterfactual."""
-    from cfclip.toonfaces.ceiling import write_ceiling
+    from cfclip.toonfaces.ceiling import PROMPTS, write_ceiling
 
     with _plain_errors():
-        typer.echo(write_ceiling(out, prompts, n, steps))
+        typer.echo(write_ceiling(out, prompts or PROMPTS, n, steps, seed, first_layer, folder))
 
 
 @app.command("sweep")
