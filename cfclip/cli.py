@@ -103,6 +103,31 @@ def toonfaces_ceiling(
         typer.echo(write_ceiling(out, prompts or PROMPTS, n, steps, seed, first_layer, folder))
 
 
+@toonfaces.command("gap")
+def toonfaces_gap(
+    prompts: Prompts = None,
+    n: Annotated[int, typer.Option(min=1, help="faces per prompt")] = 6,
+    guides: Annotated[
+        int,
+        typer.Option(min=1, max=2, help="CLIPs that are optimised: the domain's, or the held-out one too"),
+    ] = 1,
+    steps: Annotated[
+        int, typer.Option(min=1, help="of Adam on W+, for the source and for the right edit")
+    ] = 150,
+    first_layer: FirstLayer = 4,
+    near: Annotated[int, typer.Option(min=0, help="steps down the objective from the right edit")] = 50,
+    far: Annotated[int, typer.Option(min=0, help="steps down the objective from the source")] = 80,
+    seed: FaceSeed = 62_000,
+    folder: Networks = DATA / "toonfaces",
+    out: Annotated[Path, typer.Option(help="where the table goes")] = Path("reports/exploit.md"),
+) -> None:
+    """Does each method's objective prefer the right edit to what an optimiser finds instead?"""
+    from cfclip.toonfaces.exploit import PROMPTS, write_gap
+
+    with _plain_errors():
+        typer.echo(write_gap(out, guides, prompts or PROMPTS, n, steps, first_layer, near, far, seed, folder))
+
+
 @app.command("sweep")
 def run_sweep(
     spec: Annotated[Path, typer.Argument(help="what to run, e.g. notebooks/presets/paper-toonfaces.yaml")],
