@@ -75,18 +75,58 @@ def toonfaces_measure(
         typer.echo(cards.write_card(one))
 
 
+Prompts = Annotated[
+    list[str] | None, typer.Argument(help="prompts that name a part's colour; default: two of every part")
+]
+FirstLayer = Annotated[
+    int, typer.Option(min=0, help="edits change the layers of W+ from this one on; 4: those that colour")
+]
+FaceSeed = Annotated[int, typer.Option(min=0, help="of the faces")]
+Networks = Annotated[Path, typer.Option(help="where the networks are")]
+
+
 @toonfaces.command("ceiling")
 def toonfaces_ceiling(
-    prompts: Annotated[list[str], typer.Argument(help="prompts that name a part's colour")],
-    n: Annotated[int, typer.Option(help="faces per prompt")] = 16,
-    steps: Annotated[int, typer.Option(help="of Adam on W+, for the source and again for the edit")] = 150,
+    prompts: Prompts = None,
+    n: Annotated[int, typer.Option(min=1, help="faces per prompt")] = 12,
+    steps: Annotated[
+        int, typer.Option(min=1, help="of Adam on W+, for the source and again for the edit")
+    ] = 150,
+    first_layer: FirstLayer = 4,
+    seed: FaceSeed = 60_000,
+    folder: Networks = DATA / "toonfaces",
     out: Annotated[Path, typer.Option(help="where the table goes")] = Path("reports/ceiling.md"),
 ) -> None:
     """What any editor of the generator could reach: W+ optimised straight to the true counterfactual."""
-    from cfclip.toonfaces.ceiling import write_ceiling
+    from cfclip.toonfaces.ceiling import PROMPTS, write_ceiling
 
     with _plain_errors():
-        typer.echo(write_ceiling(out, prompts, n, steps))
+        typer.echo(write_ceiling(out, prompts or PROMPTS, n, steps, seed, first_layer, folder))
+
+
+@toonfaces.command("gap")
+def toonfaces_gap(
+    prompts: Prompts = None,
+    n: Annotated[int, typer.Option(min=1, help="faces per prompt")] = 6,
+    guides: Annotated[
+        int,
+        typer.Option(min=1, max=2, help="CLIPs that are optimised: the domain's, or the held-out one too"),
+    ] = 1,
+    steps: Annotated[
+        int, typer.Option(min=1, help="of Adam on W+, for the source and for the right edit")
+    ] = 150,
+    first_layer: FirstLayer = 4,
+    near: Annotated[int, typer.Option(min=0, help="steps down the objective from the right edit")] = 50,
+    far: Annotated[int, typer.Option(min=0, help="steps down the objective from the source")] = 80,
+    seed: FaceSeed = 62_000,
+    folder: Networks = DATA / "toonfaces",
+    out: Annotated[Path, typer.Option(help="where the table goes")] = Path("reports/exploit.md"),
+) -> None:
+    """Does each method's objective prefer the right edit to what an optimiser finds instead?"""
+    from cfclip.toonfaces.exploit import PROMPTS, write_gap
+
+    with _plain_errors():
+        typer.echo(write_gap(out, guides, prompts or PROMPTS, n, steps, first_layer, near, far, seed, folder))
 
 
 @app.command("sweep")

@@ -166,6 +166,7 @@ def fair(each: pd.DataFrame, identity_at: float, success_at: float) -> pd.DataFr
         return pd.DataFrame()
     table = wide(long.astype({name: each[name].dtype for name in by}), by).set_index(by)
     shares = gained[by].assign(**{"open %": 100 * gained.open, "reached %": 100.0 * kept.identity.notna()})
+    shares = shares[gained.success_after.notna()]  # of trainings some of whose faces have the part
     table = table.join(shares.groupby(by, observed=True).mean().round(0).astype(int)).reset_index()
     at_identity = f"success % at identity ≥ {identity_at:g}"
     at_success = f"identity at success ≥ {100 * success_at:g} %"

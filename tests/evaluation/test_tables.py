@@ -145,6 +145,8 @@ def test_a_training_whose_faces_all_lack_the_part_is_left_out_of_success():
     assert gained.groupby("prompt").success_after.count().tolist() == [0, 3]
     judged = claims.compare(each, "cfclip", "nada", "success_after")
     assert judged["why"] == "no prompt and seed at which both are defined"
+    reached = tables.fair(each, 0.8, 0.5).set_index("method")["reached %"]
+    assert reached["cfclip"] == 100, "of those that could"
     figures.curves(each), figures.tradeoff(each)
 
 
