@@ -77,7 +77,11 @@ _WORDINGS: dict[Fact, tuple[tuple[str, str], ...]] = {
 }  # fmt: skip
 """Fact -> how it is said, and in which place of a sentence, as often as it is so."""
 
-_OF_A_PERSON = ("blonde", "blond", "ginger")  # "a blonde woman" has blonde hair, "a green woman" has not green hair
+_OF_A_PERSON = (
+    "blonde",
+    "blond",
+    "ginger",
+)  # "a blonde woman" has blonde hair, "a green woman" has not green hair
 
 _COUNTS = (0, *(16 * (1,)), *(7 * (2,)), *(4 * (3,)), *(2 * (4,)), 5, 6)
 """Of claims, as often as they occur."""
@@ -154,7 +158,9 @@ def caption(facts: Collection[Fact], rng: np.random.Generator) -> tuple[str, set
     CLIP.
     """
     count = _pick(rng, _COUNTS)
-    weighted = [(rng.random() * (1.0 if f[0] in PARTS else 0.7), f) for f in sorted(facts) if f[0] != "person"]
+    weighted = [
+        (rng.random() * (1.0 if f[0] in PARTS else 0.7), f) for f in sorted(facts) if f[0] != "person"
+    ]
     claims = [fact for _, fact in sorted(weighted, reverse=True)[:count]]  # in random order
     coloured, true = dict(claims).get("hair"), dict(facts)
     style = dict(claims).get("style")

@@ -44,7 +44,7 @@ def blur(images: Tensor, sigma: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Smears:
-    """What :func:`smear` did to N pictures; P parts in the order of ``PARTS``."""
+    """What :class:`Smear` did to N pictures; P parts in the order of ``PARTS``."""
 
     images: Tensor
     hidden: Tensor  # bool [N, P]: is the part's colour no longer known?
@@ -52,60 +52,67 @@ class Smears:
     paint: Tensor  # int64 [N], into PAINTS
 
 
-def smear(images: Tensor, masks: Tensor, share: float, generator: torch.Generator) -> Smears:
-    """Smear a colour over a ``share`` of the pictures, in one of four ways.
+class Smear:
+    """Smears a colour over some pictures, in one of four ways.
 
     A halo: around a part but not on small ones. If CLIP took purple lids for purple eyebrows, edits would
     paint the lids. A spill: on another part, the background or a neighbourhood, more or less opaque. A leak:
     a part's own colour, on all around it. A new coat: a named colour of the part, on the part.
 
-    masks: coverage [N, len(MASKS), R, R] in [0, 1].
+    device: of the pictures. Its tables are made once: a GPU would have to wait for them at every call.
     """
-    n, r, device = len(images), images.shape[-1], images.device
 
-    def draw(*shape: int) -> Tensor:
-        return uniform(generator, device, *shape)
+    def __init__(self, device: torch.device):
+        self.of_part = torch.tensor([MASKS.index(part) for part in PARTS], device=device)
+        self.of_small = torch.tensor([MASKS.index(part) for part in SMALL], device=device)
+        self.often = torch.tensor([float(SMEARED[part]) for part in PARTS], device=device)
+        whose = torch.tensor([PARTS.index(part) for part, _ in PAINTS], device=device)
+        self.own_paints = (whose == torch.arange(len(PARTS), device=device)[:, None]).float()  # [8, paints]
+        self.rgb = torch.tensor([colours(part)[name] for part, name in PAINTS], device=device) / 127.5 - 1
 
-    def mask_of(part: Tensor) -> Tensor:
-        """Part numbers [N], into MASKS -> their masks [N, 1, R, R]."""
-        return masks.gather(1, part[:, None, None, None].expand(n, 1, r, r))
+    def __call__(self, images: Tensor, masks: Tensor, share: float, generator: torch.Generator) -> Smears:
+        """Smear over a random ``share`` of the pictures. masks: coverage [N, len(MASKS), R, R] in [0, 1]."""
+        n, r, device = len(images), images.shape[-1], images.device
 
-    of_part = torch.tensor([MASKS.index(part) for part in PARTS], device=device)
-    often = torch.tensor([float(SMEARED[part]) for part in PARTS], device=device)
-    part = torch.multinomial(often, n, replacement=True, generator=generator)
-    whose = torch.tensor([PARTS.index(name) for name, _ in PAINTS], device=device)
-    rgb = torch.tensor([colours(name)[colour] for name, colour in PAINTS], device=device) / 127.5 - 1
-    paint = torch.multinomial((whose == part[:, None]).float(), 1, generator=generator)[:, 0]
-    way = draw(n, 1, 1, 1)
-    halo, leak, coat = way < 0.35, (way >= 0.35) & (way < 0.5), way >= 0.75  # between them: a spill
+        def draw(*shape: int) -> Tensor:
+            return uniform(generator, device, *shape)
 
-    mask = mask_of(of_part[part])
-    weight = mask / mask.sum((2, 3), keepdim=True).clamp_min(1e-6)
-    own = (images * weight).sum((2, 3), keepdim=True)
-    colour = rgb[paint][:, :, None, None] + 0.1 * (2 * draw(n, 3, 1, 1) - 1)
-    colour = torch.where(leak, own, colour).clamp(-1, 1)
+        def mask_of(part: Tensor) -> Tensor:
+            """Numbers of masks [N] -> the masks [N, 1, R, R]."""
+            return masks.gather(1, part[:, None, None, None].expand(n, 1, r, r))
 
-    around = blur(mask, (0.015 + 0.06 * draw(n)) * r)
-    around = around / around.amax((2, 3), keepdim=True).clamp_min(1e-3)
-    small = masks[:, [MASKS.index(name) for name in SMALL]].sum(1, keepdim=True)
-    anywhere = (draw(n) * len(MASKS)).long().clamp_max(len(MASKS) - 1)
-    target = torch.where(coat, mask, mask_of(anywhere))
-    near = draw(n, 1, 1, 1) < 0.4  # a spill over the neighbourhood of its part
-    soft = blur(target, 1.2 * draw(n) * (draw(n) < 0.6))
-    region = torch.where(~coat & near, (around * (1 + 2 * draw(n, 1, 1, 1))).clamp(0, 1), soft)
-    strength = draw(n, 1, 1, 1)
-    strength = torch.where(coat & (draw(n, 1, 1, 1) < 0.6), 0.92 + 0.08 * strength, strength)
-    ring = (around * (0.5 + 2 * strength)).clamp(0, 1)
-    alpha = torch.where(halo, ring * (1 - torch.maximum(mask, small).clamp(0, 1)), region * strength)
-    alpha = torch.where(leak, ring * (1 - mask), alpha)
-    # a part that is not there has no colour to smear
-    alpha = alpha * (draw(n, 1, 1, 1) < share) * (mask.sum((2, 3), keepdim=True) > 4)
+        part = torch.multinomial(self.often, n, replacement=True, generator=generator)
+        paint = torch.multinomial(self.own_paints[part], 1, generator=generator)[:, 0]
+        way = draw(n, 1, 1, 1)
+        halo, leak, coat = way < 0.35, (way >= 0.35) & (way < 0.5), way >= 0.75  # between them: a spill
 
-    parts = masks[:, of_part.tolist()]
-    covered = (parts * alpha).sum((2, 3)) / parts.sum((2, 3)).clamp_min(1e-6)
-    chosen = torch.arange(len(PARTS), device=device) == part[:, None]
-    painted = chosen & coat.flatten(1) & (strength.flatten(1) > PAINTED) & (covered > 0.75)
-    return Smears(torch.lerp(images, colour, alpha), covered > HIDDEN, painted, paint)
+        mask = mask_of(self.of_part[part])
+        area = mask.sum((2, 3), keepdim=True)
+        own = (images * mask).sum((2, 3), keepdim=True) / area.clamp_min(1e-6)
+        colour = self.rgb[paint][:, :, None, None] + 0.1 * (2 * draw(n, 3, 1, 1) - 1)
+        colour = torch.where(leak, own, colour).clamp(-1, 1)
+
+        around = blur(mask, (0.015 + 0.06 * draw(n)) * r)
+        around = around / around.amax((2, 3), keepdim=True).clamp_min(1e-3)
+        small = masks[:, self.of_small].sum(1, keepdim=True)
+        anywhere = (draw(n) * len(MASKS)).long().clamp_max(len(MASKS) - 1)
+        target = torch.where(coat, mask, mask_of(anywhere))
+        near = draw(n, 1, 1, 1) < 0.4  # a spill over the neighbourhood of its part
+        soft = blur(target, 1.2 * draw(n) * (draw(n) < 0.6))
+        region = torch.where(~coat & near, (around * (1 + 2 * draw(n, 1, 1, 1))).clamp(0, 1), soft)
+        strength = draw(n, 1, 1, 1)
+        strength = torch.where(coat & (draw(n, 1, 1, 1) < 0.6), 0.92 + 0.08 * strength, strength)
+        ring = (around * (0.5 + 2 * strength)).clamp(0, 1)
+        alpha = torch.where(halo, ring * (1 - torch.maximum(mask, small).clamp(0, 1)), region * strength)
+        alpha = torch.where(leak, ring * (1 - mask), alpha)
+        # a part that is not there has no colour to smear
+        alpha = alpha * (draw(n, 1, 1, 1) < share) * (area > 4)
+
+        parts = masks[:, self.of_part]
+        covered = (parts * alpha).sum((2, 3)) / parts.sum((2, 3)).clamp_min(1e-6)
+        chosen = torch.arange(len(PARTS), device=device) == part[:, None]
+        painted = chosen & coat.flatten(1) & (strength.flatten(1) > PAINTED) & (covered > 0.75)
+        return Smears(torch.lerp(images, colour, alpha), covered > HIDDEN, painted, paint)
 
 
 def degrade(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -131,7 +138,8 @@ def degrade(images: Tensor, generator: torch.Generator) -> Tensor:
 def random_warp(images: Tensor, share: float, generator: torch.Generator, strength: float = 0.5) -> Tensor:
     """Random perspectives of a random ``share`` of the images, mid-grey outside."""
     n, r, device = len(images), images.shape[-1], images.device
-    corners = torch.tensor([[-1.0, -1], [1, -1], [1, 1], [-1, 1]], device=device)
+    corner = torch.arange(4, device=device)  # not copied from the CPU: a GPU would wait for that
+    corners = torch.stack([(corner == 1) | (corner == 2), corner >= 2], 1) * 2.0 - 1  # clockwise
     moved = corners * (1 - strength * uniform(generator, device, n, 4, 2))
     x, y = corners[:, 0].expand(n, 4), corners[:, 1].expand(n, 4)
     u, v = moved.unbind(-1)
