@@ -391,7 +391,9 @@ class CLIPTraining:
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, math.log(100))
             self._average(min(c.ema, (1 + i) / (10 + i)))
-            hit = holds.gather(1, (image @ text.t()).argmax(1, keepdim=True)).float().mean()
+            empty = ~claims.any(1)  # true of all
+            best = (image @ text.t()).masked_fill(empty, -2.0).argmax(1, keepdim=True)
+            hit = holds.gather(1, best).float().mean()
             scale = self.model.logit_scale.exp()
         logged = {"loss": contrast, "facts": facts, "mentions": mentions, "top1": hit, "scale": scale}
         return {name: value.detach() for name, value in logged.items()}
