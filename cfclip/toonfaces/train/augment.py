@@ -65,9 +65,11 @@ class Smear:
     def __init__(self, device: torch.device):
         self.of_part = torch.tensor([MASKS.index(part) for part in PARTS], device=device)
         self.of_small = torch.tensor([MASKS.index(part) for part in SMALL], device=device)
-        self.often = torch.tensor([float(SMEARED[part]) for part in PARTS], device=device)
-        whose = torch.tensor([PARTS.index(part) for part, _ in PAINTS], device=device)
-        self.own_paints = (whose == torch.arange(len(PARTS), device=device)[:, None]).float()  # [8, paints]
+        often = torch.tensor([float(SMEARED[part]) for part in PARTS])
+        self.up_to = (often.cumsum(0) / often.sum())[:-1].to(device)
+        owners = [part for part, _ in PAINTS]  # a part's paints are side by side
+        self.first = torch.tensor([owners.index(part) for part in PARTS], device=device)
+        self.count = torch.tensor([owners.count(part) for part in PARTS], device=device)
         self.rgb = torch.tensor([colours(part)[name] for part, name in PAINTS], device=device) / 127.5 - 1
 
     def __call__(self, images: Tensor, masks: Tensor, share: float, generator: torch.Generator) -> Smears:
@@ -81,8 +83,8 @@ class Smear:
             """Numbers of masks [N] -> the masks [N, 1, R, R]."""
             return masks.gather(1, part[:, None, None, None].expand(n, 1, r, r))
 
-        part = torch.multinomial(self.often, n, replacement=True, generator=generator)
-        paint = torch.multinomial(self.own_paints[part], 1, generator=generator)[:, 0]
+        part = torch.searchsorted(self.up_to, draw(n), right=True)  # multinomial() waits for a GPU's checks
+        paint = self.first[part] + torch.minimum((draw(n) * self.count[part]).long(), self.count[part] - 1)
         way = draw(n, 1, 1, 1)
         halo, leak, coat = way < 0.35, (way >= 0.35) & (way < 0.5), way >= 0.75  # between them: a spill
 
