@@ -92,7 +92,7 @@ class Domain:
 
     name: str
     generator: Generator
-    clip: ClipGuide
+    clip: ClipGuide  # the first guide; its text features condition mappers
     identity: FaceIdentity | None  # None where nobody has trained one (dogs, cats)
     source_text: str  # what every picture of the domain shows
     prompts: tuple[str, ...]  # examples, counterfactual ones first
@@ -101,11 +101,25 @@ class Domain:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     perceptual: VGG19 | None = None  # preserves the rest of the picture where there is no identity network
     encoder: nn.Module | None = None  # photos -> W+, see cfclip.inversion.encode
+    more_guides: tuple[ClipGuide, ...] = ()  # of other makes, for trainings by several guides
     heldout_clip: ClipGuide | None = None  # judges edits; no training uses it
     mapper: Mapper | None = None  # edits by any prompt at once
     latent_files: Mapping[str, Path] = field(
         default_factory=dict
     )  # split -> codes of real photos; else sampled
+
+    @property
+    def guides(self) -> tuple[ClipGuide, ...]:
+        """All CLIPs that an edit can be trained by."""
+        return (self.clip, *self.more_guides)
+
+    def first_guides(self, count: int) -> tuple[ClipGuide, ...]:
+        """The guides of a training whose setting ``guides`` is ``count``. ValueError if there are fewer."""
+        if count > len(self.guides):
+            raise ValueError(
+                f"guides is {count}, but domain {self.name} has {len(self.guides)}: set it to that or less"
+            )
+        return self.guides[:count]
 
     def latents(self, n: int, split: str = "train", seed: int = 0) -> Tensor:
         """``n`` codes w_plus [n, L, D] to edit, or as many as there are; the same for the same seed.
@@ -146,6 +160,7 @@ class Domain:
         for name in (f.name for f in fields(self)):
             if isinstance(network := getattr(self, name), nn.Module):
                 moved[name] = copy.deepcopy(network).to(device)
+        moved["more_guides"] = tuple(copy.deepcopy(guide).to(device) for guide in self.more_guides)
         if self.truth is not None:
             moved["truth"] = self.truth.to(device)
         return replace(self, **moved)

@@ -1,10 +1,14 @@
 """The tiny random networks of the bench: every part of the real ones, milliseconds per step."""
 
+import dataclasses
+
 import pytest
 import torch
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
 from cfclip.bench.networks import new_generator, new_judges
 from cfclip.domain import Domain
+from cfclip.models.clip import ClipGuide
 from cfclip.models.stylegan2 import Generator
 from cfclip.toonfaces.readout import Readout
 from cfclip.toonfaces.truth import ToonTruth
@@ -33,3 +37,12 @@ def domain(generator) -> Domain:
         prompts=("green lipstick",),
         truth=ToonTruth(readout, 16),
     )
+
+
+@pytest.fixture
+def two_guides(domain) -> Domain:
+    """The tiny domain with a second guide, whose pictures and features have other sizes."""
+    torch.manual_seed(2)
+    vision = CLIPVisionCfg(layers=1, width=24, head_width=12, patch_size=8, image_size=24)
+    second = CLIP(12, vision, CLIPTextCfg(context_length=24, width=16, heads=2, layers=1))
+    return dataclasses.replace(domain, more_guides=(ClipGuide(second),))

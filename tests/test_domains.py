@@ -15,11 +15,11 @@ from written_out import one_step
 
 import cfclip
 from cfclip import domains, latents
-from cfclip.checkpoints import sources
+from cfclip.checkpoints import sources, weights
 from cfclip.checkpoints.weights import WeightsError
 from cfclip.cli import app
 from cfclip.evaluation import metrics
-from cfclip.files import ROOT
+from cfclip.files import DATA, ROOT
 from cfclip.method.config import CFCLIPConfig
 from cfclip.method.losses import latent_l2, perceptual_loss
 from cfclip.method.trainer import MapperTrainer
@@ -27,6 +27,8 @@ from cfclip.models.arcface import IRSE
 from cfclip.models.e4e import Encoder4Editing
 from cfclip.models.mapper import Mapper, MapperConfig
 from cfclip.models.vgg import VGG19
+from cfclip.toonfaces import domain as toonfaces
+from cfclip.toonfaces.clip import build
 
 
 def random_tensors(make) -> dict:
@@ -73,14 +75,34 @@ def test_afhq_has_truncated_codes_and_no_identity_network(animal, prompt, folder
     assert metrics.identity(metrics.Edit(d, prompt, x, x)) == {}
 
 
-def test_a_held_out_clip_is_loaded_where_its_file_is(folder, monkeypatch):
+def test_the_last_clip_whose_file_is_there_judges_and_the_others_guide(folder, monkeypatch):
     assert domains.load_ffhq(folder).heldout_clip is None
     monkeypatch.setattr(domains, "load_openai_clip", lambda *asked: asked)
     (folder / "ViT-B-16.pt").touch()
     for load in (domains.load_ffhq, domains.DOMAINS["afhq-dog"]):
         d = load(folder=folder)
         assert d.heldout_clip == (folder / "ViT-B-16.pt", "ViT-B-16-quickgelu")
-        assert d.clip == (folder / "ViT-B-32.pt",)
+        assert d.guides == ((folder / "ViT-B-32.pt",),)
+    (folder / "ViT-L-14.pt").touch()
+    for load in (domains.load_ffhq, domains.DOMAINS["afhq-dog"]):
+        d = load(folder=folder)
+        assert d.guides == ((folder / "ViT-B-32.pt",), (folder / "ViT-B-16.pt", "ViT-B-16-quickgelu"))
+        assert d.heldout_clip == (folder / "ViT-L-14.pt", "ViT-L-14-quickgelu")
+
+
+def test_toonfaces_has_a_second_guide_where_its_file_is(tmp_path):
+    for path in (DATA / "toonfaces").glob("*.safetensors"):
+        if path.stem in (*toonfaces.REQUIRED, "heldout_clip"):
+            (tmp_path / path.name).symlink_to(path)
+    tensors, config, _ = weights.read(tmp_path / "heldout_clip.safetensors", "heldout_clip")
+    second = weights.load_into(build(config["model"]), tensors, tmp_path)
+    assert len(toonfaces.load_toonfaces(tmp_path).guides) == 1
+    weights.save(second, tmp_path / "guide2.safetensors", "guide2", config)
+    d = toonfaces.load_toonfaces(tmp_path)
+    assert d.guides == (d.clip, *d.more_guides) and d.heldout_clip not in d.guides
+    assert torch.equal(d.guides[1].encode_text("blue hair"), d.heldout_clip.encode_text("blue hair"))
+    (row,) = (row for row in toonfaces.check(tmp_path) if row.source.role == "guide2")
+    assert row.good and not row.source.required
 
 
 def test_ffhq_takes_the_codes_of_photos(folder):
@@ -142,13 +164,14 @@ def test_missing_and_damaged_files_are_named(name, folder):
 
 def devices(domain) -> set[str]:
     """The devices of all tensors of a domain's networks, the judge's included."""
-    networks = [getattr(domain, one.name) for one in dataclasses.fields(domain)] + [domain.truth.readout]
+    networks = [getattr(domain, one.name) for one in dataclasses.fields(domain)]
+    networks += [domain.truth.readout, *domain.guides]
     networks = [one for one in networks if isinstance(one, nn.Module)]
     return {t.device.type for one in networks for t in one.state_dict().values()}
 
 
-def test_moving_a_domain_copies_its_networks_and_leaves_the_original(domain):
-    domain = dataclasses.replace(domain, heldout_clip=copy.deepcopy(domain.clip), perceptual=VGG19())
+def test_moving_a_domain_copies_its_networks_and_leaves_the_original(two_guides):
+    domain = dataclasses.replace(two_guides, heldout_clip=copy.deepcopy(two_guides.clip), perceptual=VGG19())
     moved = domain.to("meta")
     assert moved.device == torch.device("meta") and devices(moved) == {"meta"}
     assert domain.device == torch.device("cpu") and devices(domain) == {"cpu"}

@@ -35,8 +35,9 @@ from cfclip.models.vgg import VGG19
 OPENAI_SHA256 = {
     "ViT-B-32-quickgelu": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
     "ViT-B-16-quickgelu": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
+    "ViT-L-14-quickgelu": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
 }
-"""open_clip's name of a model -> sha256 of OpenAI's file of it, ``ViT-B-32.pt`` or ``ViT-B-16.pt``."""
+"""open_clip's name of a model -> sha256 of OpenAI's file of it, e.g. ``ViT-B-32.pt``."""
 ALEXNET = "alexnet-owt-7be5be79.pth"
 ALEXNET_URL = f"https://download.pytorch.org/models/{ALEXNET}"
 

@@ -28,6 +28,7 @@ NETWORKS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "identity": lambda config: IRSE(**config),
     "readout": lambda config: Readout(**config),
     "encoder": lambda config: ToonEncoder(**config),
+    "guide2": lambda config: build(config["model"]),
     "heldout_clip": lambda config: build(config["model"]),
 }
 """File name without its ending -> the network of a header's configuration. All other files hold mappers."""
@@ -100,6 +101,7 @@ def load_toonfaces(folder: Path = DATA / "toonfaces") -> Domain:
         source_text="face",
         prompts=PROMPTS,
         encoder=encoder,
+        more_guides=(ClipGuide(load("guide2")),) if path_of("guide2").exists() else (),
         heldout_clip=ClipGuide(load("heldout_clip")) if path_of("heldout_clip").exists() else None,
         mapper=mapper,
     )

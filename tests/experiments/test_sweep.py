@@ -344,6 +344,7 @@ ROWS = "grid: [{notebook: 03_ablation_directions, %s}]"
         (ROWS % "rows: [[nope]]", r"unknown rows \['nope'\]"),
         (ROWS % "seeds: [[]]", "must be a list of whole numbers from 0, at least one"),
         (ROWS % "settings: [{steps: -3}]", "steps must be a whole number from 1"),
+        (ROWS % "settings: [{guides: 2, guide_weights: [1]}]", "guide_weights must be one for each"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_runs(folder, text, message):
