@@ -173,9 +173,10 @@ NETWORKS: dict[str, Network] = {
     "clip": _clip(
         "CLIP: an open_clip model with a convolutional image tower and open_clip's tokenizer", clip.CLIPConfig
     ),
+    "guide2": _clip("Second guide: a CLIP with a ConvNeXt image tower", clip.GuideConfig),
     "heldout_clip": _clip(
-        "Held-out CLIP: judges edits, and no edit is optimised for it; a ConvNeXt image tower",
-        clip.HeldOutConfig,
+        "Judge: a CLIP that no edit is optimised for; a RegNet image tower",
+        clip.JudgeConfig,
     ),
     "generator": Network(
         "Generator: a StyleGAN2 that was trained on natural colours only",

@@ -46,7 +46,7 @@ from cfclip.toonfaces.readout import Readout
 from cfclip.toonfaces.render import render_image
 from cfclip.toonfaces.train.augment import PAINTS, Smear, degrade, random_warp
 from cfclip.toonfaces.train.moved import moved_samples
-from cfclip.toonfaces.train.pool import Pool
+from cfclip.toonfaces.train.pool import Pool, part_masks, picture
 from cfclip.toonfaces.train.run import CHECKPOINT_EVERY, seeded
 
 
@@ -255,7 +255,9 @@ class Renders:
         """Pictures of captions number ``rows`` [N], some of them smeared, and their (true, known)."""
         shapes, paints = self.captions.of[rows].unbind(1)
         true, known = self.facts(shapes, paints)
-        done = self.smear(self.pool.paint(shapes, paints), self.pool.masks(shapes), self.smeared, generator)
+        covered = self.pool.covered(shapes)
+        images = picture(covered, self.pool.palettes[paints])
+        done = self.smear(images, part_masks(covered), self.smeared, generator)
         return done.images, *self.smeared_facts(true, known, done.hidden, done.painted, done.paint)
 
     def smeared_facts(self, true, known, hidden, painted, paint) -> tuple[Tensor, Tensor]:
