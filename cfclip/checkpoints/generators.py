@@ -92,4 +92,7 @@ def _synthesises(network: Any) -> bool:
 def _estimate_w_avg(generator: Generator) -> Tensor:
     """The mean w [D] of 4096 seeded z, as many as rosinality's ``mean_latent(4096)`` takes."""
     z = torch.randn(4096, generator.z_dim, generator=torch.Generator().manual_seed(0))
-    return torch.stack([generator.map_one(part).mean(0) for part in z.split(512)]).mean(0)
+    classes = generator.every_class(len(z))
+    parts = [slice(i, i + 512) for i in range(0, len(z), 512)]
+    w = [generator.map_one(z[part], None if classes is None else classes[part]) for part in parts]
+    return torch.stack([one.mean(0) for one in w]).mean(0)
