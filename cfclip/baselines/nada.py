@@ -52,7 +52,7 @@ class GeneratorEditor(Editor):
 
     @classmethod
     def fit(cls, method: str, domain: Domain, config: Any, out: Path | None, **loop: Any) -> Editor:
-        c = begin_run(config, domain.device, out, method=method, domain=domain.name)
+        c = begin_run(config, domain.device, out, method=method, **domain.described)
         clip = domain.clip
         target = clip.template_features(c.prompt)
         source_text = clip.template_features(c.source_text or domain.source_text)
@@ -77,7 +77,7 @@ class GeneratorEditor(Editor):
 
         state = {"generator": tuned, "optimizer": optimizer}
         loop = {"checkpoint_every": 100, "desc": c.prompt} | loop
-        loop |= {"out": out, "run": described(c, method=method, domain=domain.name)}
+        loop |= {"out": out, "run": described(c, method=method, **domain.described)}
         rows = run_loop(step, c.steps, state=state, seed=c.seed, **loop)
         return cls(method, domain, c, tuned.requires_grad_(False), rows)
 

@@ -214,19 +214,19 @@ class Generator(nn.Module):
             )
         needed = f"one whole number, {n} of them, or labels as floats"
         try:
-            c = torch.as_tensor(c, device=self.embed.weight.device)
+            c = torch.as_tensor(c)
         except (TypeError, ValueError, RuntimeError):
             raise ValueError(f"classes must be {needed}, not {c!r}") from None
         if c.is_floating_point():  # not only one-hot: labels may be mixed
             if c.shape not in ((self.c_dim,), (n, self.c_dim)) or not c.isfinite().all():
                 shapes = f"[{self.c_dim}] or [{n}, {self.c_dim}]"
                 raise ValueError(f"labels must be finite, of shape {shapes}, not of shape {list(c.shape)}")
-            return c.to(self.embed.weight.dtype).expand(n, -1)
+            return c.to(self.embed.weight).expand(n, -1)
         if c.shape not in ((), (1,), (n,)) or c.dtype == torch.bool or c.is_complex():
             raise ValueError(f"classes must be {needed}, not {c.dtype} of shape {list(c.shape)}")
         if (wrong := c[(c < 0) | (c >= self.c_dim)]).numel():
             raise ValueError(f"the class must be {which}, not {int(wrong.flatten()[0])}")
-        return nn.functional.one_hot(c.long(), self.c_dim).to(self.embed.weight.dtype).expand(n, -1)
+        return nn.functional.one_hot(c.long(), self.c_dim).to(self.embed.weight).expand(n, -1)
 
     def for_class(self, label: int) -> "Generator":
         """The same generator, sharing all weights, that takes class ``label`` where none is given."""
