@@ -103,7 +103,8 @@ class Recipe(Settings):
         return dataclasses.replace(domain, label=self.label)
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return json.dumps(given, ensure_ascii=False)  # without classes as before there were any
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Recipe":
