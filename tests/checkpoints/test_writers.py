@@ -101,6 +101,64 @@ def test_the_goldens_pictures_survive_every_layout(layout, folder, tmp_path):
         assert torch.equal(g.w_avg, wanted["w_avg"])
 
 
+# ---- as their constructors, for all arguments ----
+
+
+def nvidia_shapes(
+    z_dim, c_dim, w_dim, img_resolution, img_channels, mapping_kwargs, synthesis_kwargs
+) -> dict:
+    """name -> shape in ``Generator(…).state_dict()`` of NVIDIA's code."""
+    out = {"mapping.w_avg": (w_dim,), "synthesis.b4.const": None}
+
+    def linear(name, in_dim, out_dim):
+        out[f"{name}.weight"], out[f"{name}.bias"] = (out_dim, in_dim), (out_dim,)
+
+    if c_dim:
+        linear("mapping.embed", c_dim, w_dim)
+    for i in range(mapping_kwargs["num_layers"]):
+        linear(f"mapping.fc{i}", w_dim if i else z_dim + (w_dim if c_dim else 0), w_dim)
+    size, before = 4, None
+    taps = len(synthesis_kwargs.get("resample_filter", [1, 3, 3, 1]))
+    while size <= img_resolution:
+        width = min(synthesis_kwargs["channel_base"] // size, synthesis_kwargs["channel_max"])
+        out[f"synthesis.b{size}.resample_filter"] = taps, taps
+        layers = {"conv0": (before, width, 3)} if before else {}
+        layers |= {"conv1": (width, width, 3), "torgb": (width, img_channels, 1)}
+        for name, (inner, outer, kernel) in layers.items():
+            layer = f"synthesis.b{size}.{name}"
+            out[f"{layer}.weight"], out[f"{layer}.bias"] = (outer, inner, kernel, kernel), (outer,)
+            linear(f"{layer}.affine", w_dim, inner)
+            if name != "torgb":
+                out[f"{layer}.noise_const"], out[f"{layer}.noise_strength"] = (size, size), ()
+                out[f"{layer}.resample_filter"] = (taps, taps) if name == "conv0" else (4, 4)
+        if before is None:
+            out["synthesis.b4.const"] = width, 4, 4
+        size, before = 2 * size, width
+    return out
+
+
+def shapes(state) -> dict:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def test_nvidias_constructor_makes_the_tensors_that_are_written(tmp_path):
+    """The test's own table of names is held to the golden first."""
+    theirs, built = golden_network(golden_path(SETS["committed"], "nvidia64.pkl", tmp_path))
+    names = ("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels")
+    synthesis = {name: built[name] for name in ("channel_base", "channel_max")}
+    mapping = {"num_layers": built["mapping_kwargs"].get("num_layers")}
+    args = {name: built[name] for name in names} | {"mapping_kwargs": mapping, "synthesis_kwargs": synthesis}
+    assert nvidia_shapes(**args) == shapes(theirs)
+    for change in GENERATORS.values():
+        g = official.random_generator(32, (16, 16, 12, 6), mapping_layers=2, **change)
+        weights.save(g, tmp_path / "g.safetensors", "generator", g.config)
+        assert not quiet_convert(tmp_path / "g.safetensors", tmp_path / "g.pt", layout="nvidia")
+        saved = read(tmp_path / "g.pt")
+        assert nvidia_shapes(**saved["init_kwargs"]) == shapes(saved["G_ema"])
+        taps = torch.tensor(saved["init_kwargs"]["synthesis_kwargs"].get("resample_filter", g.fir.tolist()))
+        assert torch.equal(taps, g.fir)
+
+
 # ---- any generator --------------------------------------------------------------------------------
 
 GENERATORS = {
