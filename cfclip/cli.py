@@ -211,8 +211,9 @@ def convert(
     layout: Annotated[
         str,
         typer.Option(
-            help="cfclip, or a generator for the code of others: rosinality or nvidia (PyTorch). The last is "
-            "for G = Generator(**file['init_kwargs']) of stylegan2-ada-pytorch's training.networks, then "
+            help="cfclip, or a generator for the code of others: rosinality, whose Generator loads "
+            "file['g_ema'], or nvidia (PyTorch), which is for "
+            "G = Generator(**file['init_kwargs']) of stylegan2-ada-pytorch's training.networks, then "
             "G.load_state_dict(file['G_ema']); stylegan3's training.networks_stylegan2 takes the entries of "
             "synthesis_kwargs as arguments. It is not a .pkl for --network: those carry NVIDIA's source code"
         ),
