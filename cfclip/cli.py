@@ -245,16 +245,38 @@ def check(domain: DomainName, folder: Folder = DOWNLOADS) -> None:
 @app.command()
 def convert(
     source: Annotated[Path, typer.Argument(help="a generator or mapper in any format that cfclip reads")],
-    out: Annotated[Path, typer.Argument(help="the .safetensors to write")],
+    out: Annotated[Path, typer.Argument(help="the file to write: .safetensors, or .pt in another layout")],
     kind: Annotated[
         str, typer.Option(help="auto, generator or mapper; a mapper's file holds a generator too")
     ] = "auto",
+    layout: Annotated[
+        str,
+        typer.Option(
+            help="cfclip, or a generator for the code of others: rosinality, whose Generator loads "
+            "file['g_ema'], or nvidia (PyTorch), which is for "
+            "G = Generator(**file['init_kwargs']) of stylegan2-ada-pytorch's training.networks, then "
+            "G.load_state_dict(file['G_ema']); stylegan3's training.networks_stylegan2 takes the entries of "
+            "synthesis_kwargs as arguments. It is not a .pkl for --network: those carry NVIDIA's source code"
+        ),
+    ] = "cfclip",
+    label: Annotated[
+        int | None,
+        typer.Option(help="of a class-conditional generator: write this class alone, without the others"),
+    ] = None,
 ) -> None:
-    """Rewrite a generator or a mapper as safetensors: safe, small, quick to open. Never changes its input."""
+    """Rewrite a generator or a mapper as safetensors: safe, small, quick to open. Never changes its input.
+
+    With --layout a generator is written for rosinality's or NVIDIA's code, as a .pt of plain tensors.
+    """
+    import warnings
+
     from cfclip.checkpoints import convert as run
 
-    with _plain_errors():
-        what = run(source, out, kind)
+    with _plain_errors(), warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always", UserWarning)
+        what = run(source, out, kind, layout, label)
+    for note in notes:
+        typer.echo(f"note: {note.message}")
     size, before = out.stat().st_size / 1e6, source.stat().st_size / 1e6
     typer.echo(f"{out}: a {what}, {size:.1f} MB (from {before:.1f} MB)")
 

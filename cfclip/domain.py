@@ -4,7 +4,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -107,6 +107,18 @@ class Domain:
     latent_files: Mapping[str, Path] = field(
         default_factory=dict
     )  # split -> codes of real photos; else sampled
+    label: int | None = None  # the class that is sampled, of a class-conditional generator
+
+    def __post_init__(self) -> None:
+        if self.label is None:
+            object.__setattr__(self, "label", getattr(self.generator, "label", None))
+        else:
+            object.__setattr__(self, "generator", self.generator.for_class(self.label))
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What tells runs in this domain apart from those in others."""
+        return {"domain": self.name} | ({} if self.label is None else {"label": self.label})
 
     @property
     def guides(self) -> tuple[ClipGuide, ...]:
@@ -124,7 +136,8 @@ class Domain:
     def latents(self, n: int, split: str = "train", seed: int = 0) -> Tensor:
         """``n`` codes w_plus [n, L, D] to edit, or as many as there are; the same for the same seed.
 
-        Raises WeightsError if the file is damaged or belongs to another generator.
+        Raises WeightsError if the file is damaged or belongs to another generator, and ValueError if a
+        class-conditional generator has no class: see ``label``.
         """
         if split not in self.latent_files:
             return latents.sample(self.generator, n, split, seed, self.truncation)

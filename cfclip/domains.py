@@ -1,6 +1,7 @@
 """Domains by name. The only module that knows both the core and a world."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,11 +72,13 @@ DOMAINS = {
 }
 
 
-def load_domain(name: str = "toonfaces", device: str | torch.device = "cpu") -> Domain:
-    """The domain ``name`` on ``device``.
+def load_domain(
+    name: str = "toonfaces", device: str | torch.device = "cpu", label: int | None = None
+) -> Domain:
+    """The domain ``name`` on ``device``; ``label``: the class, if its generator is class-conditional.
 
-    Raises ValueError for an unknown domain or a device that this machine does not have, WeightsError for
-    missing files.
+    Raises ValueError for an unknown domain, a device that this machine does not have or a class that the
+    generator does not have, WeightsError for missing files.
     """
     if name not in DOMAINS:
         raise ValueError(f"unknown domain {name!r}; choose one of {', '.join(DOMAINS)}")
@@ -86,4 +89,9 @@ def load_domain(name: str = "toonfaces", device: str | torch.device = "cpu") -> 
         raise ValueError(
             f'device {str(device)!r} cannot be used on this machine ({why}); "cpu" always can'
         ) from None
-    return DOMAINS[name]().to(device)
+    domain = DOMAINS[name]()
+    try:
+        domain = domain if label is None else replace(domain, label=label)
+    except ValueError as error:
+        raise ValueError(f"label {label!r} does not fit domain {name}: {error}") from None
+    return domain.to(device)

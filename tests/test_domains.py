@@ -15,6 +15,7 @@ from written_out import one_step
 
 import cfclip
 from cfclip import domains, latents
+from cfclip.baselines.stylespace import GlobalConfig, channel_statistics
 from cfclip.checkpoints import sources, weights
 from cfclip.checkpoints.weights import WeightsError
 from cfclip.cli import app
@@ -181,6 +182,59 @@ def test_moving_a_domain_copies_its_networks_and_leaves_the_original(two_guides)
 
 def test_a_part_of_a_domain_can_be_replaced(domain):
     assert dataclasses.replace(domain, name="x").latents(2).shape == (2, 6, 16)
+
+
+# ---- classes ----
+
+
+@pytest.fixture
+def classes(domain):
+    """The tiny domain with a class-conditional generator of five classes."""
+    sizes = {"z_dim": 12, "w_dim": 16, "mapping_layers": 2, "c_dim": 5}
+    return dataclasses.replace(domain, generator=official.random_generator(16, (8, 8, 8), **sizes))
+
+
+def test_a_domain_samples_its_class(classes):
+    seeds = [2 * i + 1 for i in range(3)]  # of the test latents
+    z = [torch.randn(1, 12, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    z, g = torch.cat(z), classes.generator
+    for label in (0, 4):
+        d = dataclasses.replace(classes, label=label, truncation=0.7)
+        assert torch.equal(d.latents(3, "test"), g.mapping(z, 0.7, c=label))
+        assert dataclasses.replace(d, name="x").latents(2).equal(d.latents(2))
+        assert d.to("meta").label == d.to("meta").generator.label == label
+    assert classes.label is None and g.label is None
+    assert dataclasses.replace(classes, generator=g.for_class(3)).label == 3
+    channels = []
+    for label in (0, 4):
+        d, few = dataclasses.replace(classes, label=label), GlobalConfig("x", samples=2, style_samples=50)
+        channels.append(channel_statistics(d, few, progress=False)[0])
+    assert not torch.equal(channels[0].mean, channels[1].mean)
+
+
+def test_a_domain_without_the_class_that_it_needs_says_so(classes, domain, monkeypatch):
+    with pytest.raises(ValueError, match=r"needs a class, one of 0 to 4: .*label=0 of a domain"):
+        classes.latents(2)
+    with pytest.raises(ValueError, match="must be one of 0 to 4, not 5"):
+        dataclasses.replace(classes, label=5)
+    with pytest.raises(ValueError, match="has no classes"):
+        dataclasses.replace(domain, label=0)
+    monkeypatch.setitem(domains.DOMAINS, "tiny", lambda: classes)
+    assert domains.load_domain("tiny", label=3).label == 3
+    for label in (5, -1, "cat", True):
+        with pytest.raises(ValueError, match=f"label {label!r} does not fit domain tiny: "):
+            domains.load_domain("tiny", label=label)
+
+
+def test_a_run_of_another_class_is_refused_by_name(classes, tmp_path):
+    config = CFCLIPConfig("x", steps=1, batch=1, train_latents=2)
+    for label in (1, 1, None, 2):
+        d = dataclasses.replace(classes, label=label) if label else classes
+        if label == 1:
+            cfclip.train_mapper(d, config, out=tmp_path, progress=False)
+        else:
+            with pytest.raises(ValueError, match="holds a run with another label"):
+                cfclip.train_mapper(d, config, out=tmp_path, progress=False)
 
 
 # ---- README.md ----

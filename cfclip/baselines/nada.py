@@ -53,7 +53,7 @@ class GeneratorEditor(Editor):
 
     @classmethod
     def fit(cls, method: str, domain: Domain, config: Any, out: Path | None, **loop: Any) -> Editor:
-        c = begin_run(config, domain.device, out, method=method, domain=domain.name)
+        c = begin_run(config, domain.device, out, method=method, **domain.described)
         guides, source_text = domain.first_guides(c.guides), c.source_text or domain.source_text
         texts = [[guide.template_features(t) for t in (c.prompt, source_text)] for guide in guides]  # [T, E]
         latents = domain.latents(c.train_latents, "train", c.seed)
@@ -80,7 +80,7 @@ class GeneratorEditor(Editor):
 
         state = {"generator": tuned, "optimizer": optimizer}
         loop = {"checkpoint_every": 100, "desc": c.prompt} | loop
-        loop |= {"out": out, "run": described(c, method=method, domain=domain.name)}
+        loop |= {"out": out, "run": described(c, method=method, **domain.described)}
         rows = run_loop(step, c.steps, state=state, seed=c.seed, **loop)
         return cls(method, domain, c, tuned.requires_grad_(False), rows)
 

@@ -89,7 +89,7 @@ class OptimizationEditor(Editor):
     @classmethod
     def fit(cls, method: str, domain: Domain, config: Any, out: Path | None, **loop: Any) -> Editor:
         check_networks(domain, config)
-        config = begin_run(config, domain.device, out, method=method, domain=domain.name)
+        config = begin_run(config, domain.device, out, method=method, **domain.described)
         editor = cls(method, domain, config, nn.Module())
         editor.loop = loop
         return editor

@@ -150,7 +150,7 @@ def _key(domain: Domain, config: GlobalConfig) -> str:
     """12 digits for all that channel statistics depend on: a file with the same key may be used."""
     digest = hashlib.sha256(
         json.dumps([
-            domain.name,
+            *domain.described.values(),
             domain.truncation,
             config.samples,
             config.sigmas,
@@ -208,7 +208,7 @@ class GlobalEditor(Editor):
 
     @classmethod
     def fit(cls, method: str, domain: Domain, config: Any, out: Path | None, **loop: Any) -> Editor:
-        config = begin_run(config, domain.device, out, method=method, domain=domain.name)
+        config = begin_run(config, domain.device, out, method=method, **domain.described)
         shared = None if out is None else out.resolve().parent  # all prompts can use the statistics
         each = [
             channel_statistics(replace(domain, clip=guide), config, shared, **loop)

@@ -27,6 +27,8 @@ PARTS = ("weight", "bias", "affine.weight", "affine.bias")
 
 Style = list[tuple[Tensor, Tensor, float]]
 """Weight, bias and learning-rate multiplier of each mapping layer."""
+Embedding = tuple[Tensor, Tensor] | None
+"""Weight and bias of the layer that reads the labels of a class-conditional generator."""
 LR_MUL = 0.01
 """The multiplier of our mapping layers; others are folded into the weights."""
 
@@ -88,7 +90,7 @@ def from_nvidia(network: Any) -> Parts:
         )
     architectures = {module.get("architecture", "skip") for module in modules.values()}
     _check_architecture(architectures, skips=False)
-    _check_unconditional(network.get("c_dim", modules["mapping"].get("c_dim")), embedded=False)
+    classes = max(_number(module.get("c_dim")) or 0 for module in (network, modules["mapping"]))
 
     def values(name: str, layers: str, default: Any = None) -> set:
         return {m.get(name, default) for key, m in modules.items() if re.fullmatch(layers, key)}
@@ -99,11 +101,14 @@ def from_nvidia(network: Any) -> Parts:
         given = f"activations {sorted(map(str, activations))}, clamps {sorted(map(str, clamps))}"
         raise ValueError(f"it is a modified StyleGAN2: {given}")
     lr_muls = {key: _number(module.get("bias_gain", LR_MUL)) for key, module in modules.items()}
-    return from_nvidia_state(flat, next(iter(clamps), None), lr_muls)
+    return from_nvidia_state(flat, next(iter(clamps), None), lr_muls, classes)
 
 
 def from_nvidia_state(
-    state: Mapping[str, Any], conv_clamp: float | None = 256.0, lr_muls: Mapping[str, float] | None = None
+    state: Mapping[str, Any],
+    conv_clamp: float | None = 256.0,
+    lr_muls: Mapping[str, float] | None = None,
+    classes: float = 0,
 ) -> Parts:
     """``G_ema.state_dict()`` of an NVIDIA PyTorch network.
 
@@ -112,7 +117,7 @@ def from_nvidia_state(
     """
     flat: dict[str, Any] = dict(state)
     _check_architecture({"skip"}, any(key.endswith("skip.weight") for key in flat))
-    _check_unconditional(None, "mapping.embed.weight" in flat)
+    embed = _embedding(flat, "mapping.embed.", classes)
     style = []
     for i in range(len(_indices(r"mapping\.fc(\d+)\.weight", flat))):
         name = f"mapping.fc{i}"
@@ -127,7 +132,7 @@ def from_nvidia_state(
     resolutions = _indices(r"synthesis\.b(\d+)\.conv1\.weight", flat)
     const = _take(flat, "synthesis.b4.const")
     use_noise = any(key.endswith("noise_strength") for key in flat)
-    parts = _assemble(take, resolutions, const, style, w_avg, fir, conv_clamp, use_noise)
+    parts = _assemble(take, resolutions, const, style, w_avg, fir, conv_clamp, use_noise, embed)
     unused = [key for key in flat if key.endswith(".resample_filter")]  # of layers that do not resample
     _check_rest(flat, unused)
     return parts
@@ -165,7 +170,10 @@ def from_tensorflow(network: Record) -> Parts:
     _check_architecture({kwargs.get("architecture", "skip")}, skips)
     if {kwargs.get("nonlinearity", "lrelu"), kwargs.get("mapping_nonlinearity", "lrelu")} != {"lrelu"}:
         raise ValueError("it is a modified StyleGAN2: its activation is not a leaky ReLU")
-    _check_unconditional(kwargs.get("label_size"), "mapping/LabelEmbed/weight" in flat)
+    concat = "mapping/LabelConcat/weight"  # of the first StyleGAN2, which embeds labels in another way
+    classes = _number(kwargs.get("label_size")) or (len(to_tensor(flat[concat])) if concat in flat else 0)
+    embed = _embedding(flat, "mapping/LabelEmbed/", classes)
+    embed = embed and (embed[0].t(), embed[1])
 
     def take(level: int, layer: str, part: str) -> Tensor:
         res = 4 << level
@@ -189,7 +197,7 @@ def from_tensorflow(network: Record) -> Parts:
     resolutions = _indices(r"synthesis/(\d+)x\d+/Conv1?/weight", flat)
     const, clamp = _take(flat, "synthesis/4x4/Const/const")[0], _number(kwargs.get("conv_clamp"))
     use_noise = any(key.endswith("noise_strength") for key in flat)
-    parts = _assemble(take, resolutions, const, style, w_avg, fir, clamp, use_noise)
+    parts = _assemble(take, resolutions, const, style, w_avg, fir, clamp, use_noise, embed)
     _check_rest(flat, [key for key in flat if not re.match(r"synthesis/\d|mapping/Dense", key)])
     return parts
 
@@ -213,6 +221,7 @@ def _assemble(
     fir: Tensor | None,
     conv_clamp: float | None,
     use_noise: bool = True,
+    embed: Embedding = None,
 ) -> Parts:
     """The parts of our generator. ``const``: [C, 4, 4]; ``fir``: 1-D or 2-D (default: 1, 3, 3, 1)."""
     if not resolutions or resolutions != RESOLUTIONS[: len(resolutions)]:
@@ -222,10 +231,7 @@ def _assemble(
         )
     if not style:
         raise ValueError("it has no mapping network")
-    if const.ndim != 3 or const.shape[1:] != (4, 4):
-        raise ValueError(
-            f"its constant has shape {list(const.shape)}, but [C, 4, 4] is needed: only square pictures work"
-        )
+    _check_constant(const)
     levels = range(len(resolutions))
     layers: dict[str, dict[str, Tensor]] = {}
     for level in levels:
@@ -250,14 +256,21 @@ def _assemble(
         tensors |= {f"style.{i}.weight": weight, f"style.{i}.bias": bias}
     for name, parts in layers.items():
         tensors |= {f"{name}.{part}": value for part, value in parts.items()}
+    z_dim = style[0][0].shape[1]
+    if embed is not None:
+        tensors |= {"embed.weight": embed[0], "embed.bias": embed[1]}
+        z_dim -= len(embed[0])
+        if z_dim < 1:
+            raise ValueError("its mapping network has no room for z beside the labels")
     config = {
         "resolution": resolutions[-1],
         "channels": [layers[f"rgbs.{level}"]["weight"].shape[1] for level in levels],
-        "z_dim": style[0][0].shape[1],
+        "z_dim": z_dim,
         "w_dim": layers["rgbs.0"]["affine.weight"].shape[1],
         "mapping_layers": len(style),
         "conv_clamp": conv_clamp,
         "fir": tensors["fir"],
+        "c_dim": 0 if embed is None else embed[0].shape[1],
     }
     return config, tensors
 
@@ -269,10 +282,32 @@ def _check_architecture(architectures: set, skips: bool) -> None:
         )
 
 
-def _check_unconditional(classes: Any, embedded: bool) -> None:
-    if embedded or (classes is not None and _number(classes) > 0):
-        count = f"{_number(classes):g} classes" if classes is not None else "labels"
-        raise ValueError(f"it is a conditional generator ({count}), but only unconditional ones work")
+def _check_constant(const: Tensor) -> None:
+    if const.ndim == 3 and const.shape[1:] == (4, 4):
+        return
+    if const.ndim != 3:
+        problem = f"has shape {list(const.shape)}, but [C, 4, 4] is needed: it is a modified StyleGAN2"
+    elif const.shape[1] != const.shape[2]:
+        problem = (
+            f"is {const.shape[1]} high and {const.shape[2]} wide, so its pictures are not square, but only "
+            "square ones work, from a constant of 4 x 4: use a generator of square pictures"
+        )
+    else:
+        problem = f"is {const.shape[1]} x {const.shape[2]}, not StyleGAN2's 4 x 4: it is a modified StyleGAN2"
+    raise ValueError(f"its constant {problem}")
+
+
+def _embedding(flat: dict[str, Any], layer: str, classes: float) -> Embedding:
+    """Weight and bias of ``layer`` (with its last dot or slash), which reads labels; None without classes."""
+    names = [f"{layer}{part}" for part in ("weight", "bias")]
+    if not classes and not any(name in flat for name in names):
+        return None
+    if missing := [name for name in names if name not in flat]:
+        raise ValueError(
+            f"it is a class-conditional generator ({classes:g} classes) without {missing[0]}: the file is "
+            "incomplete, or not of StyleGAN2-ADA, the only one whose classes can be read"
+        )
+    return _take(flat, names[0]), _take(flat, names[1])
 
 
 def _number(value: Any) -> float | None:

@@ -71,6 +71,7 @@ CHECKS: dict[str, Check] = {
     "seeds": _list_of(int_at_least(0), "whole numbers from 0, at least one", 1),
     "n": int_at_least(1),
     "inversion_steps": int_at_least(1),
+    "label": int_at_least(0),
     "strengths": _list_of(_finite, "finite numbers, at least one", 1),
 }
 """What these parameters must be in every notebook that has them."""

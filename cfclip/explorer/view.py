@@ -165,11 +165,12 @@ class View(ipw.VBox):
             self.levels[name] = self._on_user(level, lambda on, name=name: e.set_levels(**{name: on}))
         self.show = control(ipw.Dropdown, "show", "1 1 200px", e.set_show, options=SHOWS)
         self.domain = control(ipw.Dropdown, "domain", "1 1 150px", e.choose_domain, options=e.domains)
+        self.label = control(ipw.BoundedIntText, "class", "1 1 110px", lambda i: e.change(label=i), min=0)
         self.mapper = control(ipw.Dropdown, "mapper", "3 1 260px", e.set_mapper)
         return ipw.VBox([
             _wrapped(self.prompt, self.source_text),
             _wrapped(self.strength, *self.levels.values()),
-            _wrapped(self.mapper, self.domain, self.show),
+            _wrapped(self.mapper, self.domain, self.label, self.show),
         ])
 
     def _pictures(self) -> ipw.Widget:
@@ -268,6 +269,9 @@ class View(ipw.VBox):
                 self.mapper.options = mappers
             self.mapper.value = recipe.mapper
             self.domain.options, self.domain.value = e.domains, recipe.domain
+            self.label.layout.display = "" if e.classes else "none"
+            self.label.max = max(0, e.classes - 1)
+            self.label.value = e.domain.label or 0
             is_box = isinstance(recipe.region, tuple)
             self.region.value = "box" if is_box else recipe.region if recipe.region in e.parts else ""
             self.across.disabled = self.down.disabled = not is_box

@@ -74,7 +74,7 @@ def described(config: Settings, **what: Any) -> dict[str, Any]:
 
 
 def begin_run(
-    config: Settings, device: str | torch.device, out: str | os.PathLike | None = None, **what: str
+    config: Settings, device: str | torch.device, out: str | os.PathLike | None = None, **what: Any
 ) -> Any:
     """``config`` with its dtype resolved. With ``out`` the folder is marked as that of this run.
 

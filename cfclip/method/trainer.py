@@ -214,11 +214,11 @@ def train_mapper(
     such as ``progress``, ``callbacks``, ``checkpoint_every``. Raises ValueError if ``out`` holds another run.
     """
     check_networks(domain, config)  # before the folder is marked as that of a run that cannot be
-    config = begin_run(config, domain.device, out, method=method, domain=domain.name)
+    config = begin_run(config, domain.device, out, method=method, **domain.described)
     run = MapperTrainer(domain, config)
     what = config.prompts[0] if len(config.prompts) == 1 else f"{len(config.prompts)} prompts"
     loop = {"checkpoint_every": 500, "desc": what} | loop
-    loop |= {"out": out, "run": described(config, method=method, domain=domain.name)}
+    loop |= {"out": out, "run": described(config, method=method, **domain.described)}
     state = {"mapper": run.mapper, "optimizer": run.optimizer}
     rows = run_loop(run.step, config.steps, state=state, seed=config.seed, **loop)
     mapper = run.mapper.eval().requires_grad_(False)

@@ -340,6 +340,8 @@ ROWS = "grid: [{notebook: 03_ablation_directions, %s}]"
         (TRAINING % "strengths: [[1.0, .inf]]", "must be a list of finite numbers"),
         (TRAINING % "strengths: [[fine]]", "must be a list of finite numbers"),
         (TRAINING % "settings: {steps: 3}", r"as one value .* in a list: `settings: \[{…}\]`"),
+        (TRAINING % "label: cat", "label of 02_training must be a whole number from 0, not 'cat'"),
+        (TRAINING % "label: -1", "label of 02_training must be a whole number from 0, not -1"),
         (TRAINING % "n: 0", "n of 02_training must be a whole number from 1, not 0"),
         (ROWS % "rows: [[nope]]", r"unknown rows \['nope'\]"),
         (ROWS % "seeds: [[]]", "must be a list of whole numbers from 0, at least one"),
@@ -364,6 +366,13 @@ def test_an_unknown_key_of_a_preset_is_named_and_a_known_one_may_be_unused(folde
         (folder / "p.yaml").write_text(key, encoding="utf-8")
         with pytest.raises(ValueError, match=f"no notebook has a parameter '{key.split(':')[0]}'"):
             plan(load_spec(spec), folder / "runs")
+
+
+def test_a_preset_chooses_the_class(folder):
+    (folder / "p.yaml").write_text("label: 3", encoding="utf-8")
+    (folder / "s.yaml").write_text("preset: p.yaml\n" + TRAINING % "prompt: b", encoding="utf-8")
+    (run,), _ = plan(load_spec(folder / "s.yaml"), folder / "runs")
+    assert run.parameters["label"] == 3
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"cells": 3}', '{"cells": [{}]}', "[" * 100_000])

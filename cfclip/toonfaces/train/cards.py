@@ -175,8 +175,7 @@ NETWORKS: dict[str, Network] = {
     ),
     "guide2": _clip("Second guide: a CLIP with a ConvNeXt image tower", clip.GuideConfig),
     "heldout_clip": _clip(
-        "Judge: a CLIP that no edit is optimised for; a RegNet image tower",
-        clip.JudgeConfig,
+        "Judge: a CLIP that no edit is optimised for; a RegNet image tower", clip.JudgeConfig
     ),
     "generator": Network(
         "Generator: a StyleGAN2 that was trained on natural colours only",
