@@ -117,12 +117,14 @@ def load_e4e(path: str | os.PathLike) -> Encoder4Editing:
         tree = read_torch(path)
         names = "latlayer1.weight", "input_layer.0.weight"
         place, tensors = the_network(find_networks(tree, *names), tree, "an e4e encoder", names[0])
-        if (kind := option(tree, "encoder_type", "Encoder4Editing")) != "Encoder4Editing":
-            raise ValueError(f"its encoder is a {kind}, but an e4e encoder (Encoder4Editing) is needed")
+        kind = option(tree, "encoder_type", "Encoder4Editing")
+        if not isinstance(kind, str) or kind != "Encoder4Editing":
+            named = kind[:60] if isinstance(kind, str) else type(kind).__name__
+            raise ValueError(f"its encoder is a {named}, but an e4e encoder (Encoder4Editing) is needed")
         num_ws = len({key.split(".")[1] for key in tensors if key.startswith("styles.")})
         dim = tensors["latlayer1.weight"].shape[0]
         average = mean_latent(tree, place)
-        if not option(tree, "start_from_latent_avg", average is not None):
+        if option(tree, "start_from_latent_avg", average is not None) in (False, None):
             average = torch.zeros(dim)
         if average is None:
             raise ValueError("it has no latent_avg, from which its codes start: the file is incomplete")

@@ -163,7 +163,7 @@ def test_an_object_array_is_refused_in_words_that_help(tmp_path):
 def test_a_small_archive_cannot_become_large(tmp_path):
     zeros, path = np.zeros((1, 1000, 1000), np.float32), tmp_path / "w.npz"
     np.savez_compressed(path, w=zeros)
-    with pytest.raises(WeightsError, match="unpacks to more than 64 times its size"):
+    with pytest.raises(WeightsError, match="more than 64 times larger than the file"):
         load_latents(path)
     np.savez(path, w=zeros)
     assert load_latents(path).shape == zeros.shape
