@@ -21,7 +21,9 @@ class Budget:
     def __init__(self, size: int):
         self.size = size
         self.bytes = (1 << 20) + max(min(EXPANSION * size, LARGE), 4 * size)
-        self.steps = min(50_000 + size // 8, 4_000_000)  # an entry of a checkpoint takes about 30, and 500 bytes
+        self.steps = min(
+            50_000 + size // 8, 4_000_000
+        )  # an entry of a checkpoint takes about 30, and 500 bytes
 
     def spend(self, nbytes: int = 0, steps: int = 0) -> None:
         """Pay, before the memory or the time is used. Raises BudgetError."""

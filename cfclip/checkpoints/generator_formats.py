@@ -230,7 +230,9 @@ def _assemble(
             "the file is incomplete"
         )
     if not 0 < len(style) <= MAX_STYLE:
-        raise ValueError(f"it has a mapping network of {len(style)} layers" if style else "it has no mapping network")
+        raise ValueError(
+            f"it has a mapping network of {len(style)} layers" if style else "it has no mapping network"
+        )
     if const.ndim != 3 or const.shape[1:] != (4, 4):
         raise ValueError(
             f"its constant has shape {list(const.shape)}, but [C, 4, 4] is needed: only square pictures work"

@@ -93,7 +93,10 @@ def _array(file: BinaryIO) -> Tensor:
         raise ValueError("it is a .npy of named fields, but plain numbers are needed")
     one = version == (1, 0)
     read = np.lib.format.read_array_header_1_0 if one else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(file)
+    try:
+        shape, fortran, dtype = read(file, max_header_size=1000)
+    except Exception:  # its parser is Python's own
+        raise ValueError("its header is damaged: save it again with numpy.save") from None
     if dtype.hasobject:
         raise ValueError(
             "it is a .npy of Python objects (a pickle, which may run code); for safety it is not opened. "

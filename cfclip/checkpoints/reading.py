@@ -101,11 +101,11 @@ def sniff(path: str | os.PathLike) -> str:
         head = file.read(256)
     if not head:
         raise WeightsError(f"{path} is empty (an interrupted download?): download it again")
+    if head[8:9] == b"{" and 0 < int.from_bytes(head[:8], "little") <= path.stat().st_size - 8:
+        return "safetensors"  # before the others: the length may begin with any of their letters
     for start, problem in NOT_WEIGHTS.items():
         if head.lstrip().startswith(start):
             raise WeightsError(f"{path} is {problem}")
-    if head[8:9] == b"{" and 0 < int.from_bytes(head[:8], "little") <= path.stat().st_size - 8:
-        return "safetensors"
     for start, name in FORMATS.items():
         if head.startswith(start):
             if name == "torch-zip" and head[30:][: int.from_bytes(head[26:28], "little")].endswith(b".npy"):
