@@ -456,6 +456,25 @@ def _() -> bytes:
     return ours("mapper", '{"kind": "mapper", "config": {"num_ws": 1' + "0" * 4000 + "}}")
 
 
+@bomb("dimensions.safetensors", "load_latents", "sizes")
+def _() -> bytes:
+    header = json.dumps({"w": {"dtype": "F32", "shape": [1] * 500_000, "data_offsets": [0, 4]}}).encode()
+    return struct.pack("<Q", len(header)) + header + bytes(4)
+
+
+@bomb("huge_keys.pkl", "load_latents", "are needed|steps")
+def _() -> bytes:
+    once = b"\x8b" + struct.pack("<I", 1_000_000) + b"\1" * 1_000_000 + put(1) + b"0"
+    return program(once, b"(", *[b"}" + get(1) + b"Ns"] * 30_000, b"l")
+
+
+@bomb("dotted_keys.pt", "load_generator", "steps")
+def _() -> bytes:
+    once = text("." * 4096) + put(1) + b"0" + tensor((1,), (1,)) + put(2) + b"0"
+    each = [text(f"{i}") + b"}" + get(1) + get(2) + b"s" for i in range(30_000)]
+    return torch_zip(program(storage(1), once, b"}(", *each, b"u"), s0=zeros(1))
+
+
 @bomb("no_number.safetensors", "load_generator", "declares a size")
 def _() -> bytes:
     return ours("generator", '{"kind": "generator", "config": {"conv_clamp": NaN}}')

@@ -32,8 +32,8 @@ class Budget:
         if self.bytes < 0:
             times = min(EXPANSION, max(LARGE // max(self.size, 1), 4))
             raise BudgetError(
-                f"it is damaged or hostile: what it holds is more than {times} times larger than the file; save "
-                "its tensors again, uncompressed and each with memory of its own (tensor.clone())"
+                f"it is damaged or hostile: what it holds is more than {times} times larger than the file; "
+                "save its tensors again, uncompressed and each with memory of its own (tensor.clone())"
             )
         if self.steps < 0:
             raise BudgetError(

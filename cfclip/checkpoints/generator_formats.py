@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cfclip.checkpoints.budget import spend
-from cfclip.checkpoints.safe_pickle import PickleError, Record, to_tensor
+from cfclip.checkpoints.values import PickleError, Record, to_tensor
 from cfclip.checkpoints.weights import check_numbers
 
 Parts = tuple[dict[str, Any], dict[str, Tensor | None]]

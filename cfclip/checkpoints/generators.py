@@ -27,7 +27,7 @@ from cfclip.checkpoints.reading import (
     sniff,
     the_network,
 )
-from cfclip.checkpoints.safe_pickle import Record
+from cfclip.checkpoints.values import Record
 from cfclip.models.stylegan2 import Generator
 
 ROSINALITY, NVIDIA = "input.input", "synthesis.b4.const"

@@ -11,14 +11,14 @@ from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from cfclip.checkpoints import safe_pickle
 from cfclip.checkpoints.budget import spend
 from cfclip.checkpoints.reading import about, describe, mapped, read_torch, sniff
-from cfclip.checkpoints.safe_pickle import is_array, open_zip, sizes, to_tensor
-from cfclip.checkpoints.weights import WeightsError, check_numbers
+from cfclip.checkpoints.safe_pickle import open_zip
+from cfclip.checkpoints.values import is_array, sizes, to_tensor
+from cfclip.checkpoints.weights import WeightsError, check_numbers, read_tensors
 from cfclip.models.stylegan2 import Generator
 
 NAMES = ("w", "w_plus", "wplus", "ws", "latent", "latents", "codes", "dlatents", "projected_w", "arr_0")
@@ -59,7 +59,7 @@ def load_latents(path: str | os.PathLike, generator: Generator | None = None) ->
 def _open(path: Path, kind: str) -> Any:
     """What the file holds: tensors in lists and dicts, or a pickle's records of them."""
     if kind == "safetensors":
-        return load_file(path)
+        return read_tensors(path)
     if kind == "npz":
         return _open_npz(path)
     if kind.startswith("torch"):

@@ -4,12 +4,11 @@ import os
 import warnings
 from functools import lru_cache
 from pathlib import Path
-from zipfile import BadZipFile, ZipFile
+from zipfile import BadZipFile
 
 import lpips
 import open_clip
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from cfclip.checkpoints import weights
@@ -25,6 +24,7 @@ from cfclip.checkpoints.reading import (
     sniff,
     the_network,
 )
+from cfclip.checkpoints.safe_pickle import open_zip
 from cfclip.checkpoints.weights import check_numbers
 from cfclip.files import DOWNLOADS, sha256
 from cfclip.models.arcface import IRSE, FaceIdentity
@@ -76,7 +76,7 @@ def load_openai_clip(path: str | os.PathLike, model: str = "ViT-B-32-quickgelu")
     path, kind = Path(path), sniff(path)
     with about(path):
         if kind == "safetensors":
-            tensors = official_state(load_file(path), "OpenAI's CLIP", "text_projection")
+            tensors = official_state(weights.read_tensors(path), "OpenAI's CLIP", "text_projection")
         elif kind == "torch-zip" and _is_torchscript(path):
             digest = sha256(path)  # TorchScript is a program: only OpenAI's own file is opened
             if digest != OPENAI_SHA256.get(model):
@@ -101,7 +101,7 @@ def load_openai_clip(path: str | os.PathLike, model: str = "ViT-B-32-quickgelu")
 
 def _is_torchscript(path: Path) -> bool:
     try:
-        with ZipFile(path) as archive:
+        with path.open("rb") as file, open_zip(file) as archive:
             return any("/code/" in name for name in archive.namelist())
     except BadZipFile:  # read_torch reports it
         return False

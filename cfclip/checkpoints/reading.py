@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from cfclip.checkpoints import safe_pickle
 from cfclip.checkpoints.budget import budget_of
-from cfclip.checkpoints.safe_pickle import Record, View, to_tensor
+from cfclip.checkpoints.values import Record, View, to_tensor
 from cfclip.checkpoints.weights import WeightsError, check_numbers
 
 logger = logging.getLogger(__name__)

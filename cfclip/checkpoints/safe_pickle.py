@@ -4,38 +4,32 @@ NVIDIA's networks are pickles of live objects that carry their own source code; 
 classes, calls functions and runs that source. Here ``pickletools`` decodes the opcodes, and :func:`load`
 interprets them with no function to call: a class is a :class:`Name`, a call gives a :class:`Record` of it.
 Only the few calls that make plain data (tensors, arrays, containers) are understood, by code of this module.
-All of it is paid from the file's budget, and nothing of the file is hashed, compared or printed before its type
-and its size are known: a tuple nested a million deep would overflow the C stack.
+All of it is paid from the file's budget, and nothing of the file is hashed, compared or printed before its
+type and its size are known: a tuple nested a million deep would overflow the C stack.
 """
 
 import _compat_pickle
 import io
-import math
 import mmap
 import pickletools
 import re
 import struct
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, BinaryIO
 from zipfile import ZIP_STORED, ZipFile
 
-import numpy as np
 import torch
 from torch import Tensor, UntypedStorage
 
-from cfclip.checkpoints.budget import EXPANSION, BudgetError, current, spend
+from cfclip.checkpoints.budget import BudgetError, current, spend
+from cfclip.checkpoints.values import Name, PickleError, Record, Storage, View, sizes
 
 MAX_NAME = 4096
 """Characters in a key, or in the name of a class."""
 
 MAX_DEPTH = 100
 """How deep values may be nested in each other; NVIDIA's networks are nested 30 deep."""
-
-MAX_DIMS, MAX_LENGTH = 16, 2**31
-"""Dimensions of a tensor, and the largest of them."""
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 """The first pickle of a torch file from before the zip format."""
@@ -64,100 +58,6 @@ PUSHED |= {"EMPTY_TUPLE": lambda _: ()}
 
 KEYS = {type(None), bool, bytes, float, str}
 """Types of keys and of members of sets, with int. Others are dropped: no weight file needs them."""
-
-
-class PickleError(ValueError):
-    """A pickle that is damaged, or that holds something that no weight file needs."""
-
-
-@dataclass(frozen=True)
-class Name:
-    """A class or function that the pickle mentions: its name, nothing more."""
-
-    module: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.module[:80]}.{self.name[:80]}"[:120]
-
-
-@dataclass(eq=False)
-class Record:
-    """An object that the pickle would have built: its class or function, arguments, state and contents."""
-
-    name: Name
-    args: tuple = ()
-    state: Any = None
-    items: dict = field(default_factory=dict)
-    values: list = field(default_factory=list)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """An item (of a dict-like object) or an attribute."""
-        attributes = self.state if isinstance(self.state, dict) else {}
-        return self.items[key] if key in self.items else attributes.get(key, default)
-
-
-@dataclass(eq=False)
-class Storage:
-    """The memory behind tensors: a part of the open file or, inside a pickle, of a byte string."""
-
-    dtype: torch.dtype
-    numel: int
-    content: UntypedStorage | bytes = b""
-    start: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
-
-    @cached_property
-    def tensor(self) -> Tensor:
-        if not self.numel:
-            return torch.empty(0, dtype=self.dtype)
-        if isinstance(self.content, UntypedStorage) and self.start % self.dtype.itemsize == 0:
-            part = self.content[self.start : self.start + self.nbytes]
-            return torch.empty(0, dtype=self.dtype).set_(part, 0, (self.numel,), (1,))
-        spend(self.nbytes)
-        if isinstance(self.content, bytes):
-            part = bytearray(memoryview(self.content)[self.start : self.start + self.nbytes])
-            return torch.frombuffer(part, dtype=self.dtype)
-        part = self.content[self.start : self.start + self.nbytes].clone()  # as numbers it must be aligned
-        return torch.empty(0, dtype=self.dtype).set_(part, 0, (self.numel,), (1,))
-
-
-def sizes(values: Any) -> tuple[int, ...]:
-    """``values`` if they can be a tensor's sizes or strides; PickleError for anything else."""
-    if not isinstance(values, tuple | list) or len(values) > MAX_DIMS:
-        raise PickleError("a tensor is declared without proper sizes")
-    if not all(type(n) is int and 0 <= n <= MAX_LENGTH for n in values):
-        raise PickleError("a tensor is declared with a size that is none")
-    return tuple(values)
-
-
-@dataclass(eq=False)
-class View:
-    """A tensor that is not built yet. PickleError if it leaves its storage or repeats it too often."""
-
-    storage: Storage
-    offset: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    def __post_init__(self):
-        self.size, self.stride = sizes(self.size), sizes(self.stride)
-        proper = type(self.offset) is int and self.offset >= 0 and len(self.size) == len(self.stride)
-        if type(self.storage) is not Storage or not proper:
-            raise PickleError("a tensor is declared without proper storage, size and strides")
-        count = math.prod(self.size)
-        last = self.offset + sum((n - 1) * s for n, s in zip(self.size, self.stride, strict=True))
-        held = self.storage.numel
-        if count and (last >= held or count > EXPANSION * held):
-            raise PickleError(
-                f"a tensor of size {list(self.size)[:8]} is declared over a storage of {held} elements"
-            )
-
-    def tensor(self) -> Tensor:
-        return self.storage.tensor.as_strided(self.size, self.stride, self.offset)
 
 
 def load(file: BinaryIO, persistent: Callable[[Any], Any] | None = None) -> Any:
@@ -287,9 +187,11 @@ def _children(node: Any) -> Iterable[Any]:
 
 def _is_key(value: Any) -> bool:
     """Whether ``value`` is hashed: its type is plain, and no large number can be chosen to have one hash."""
-    if type(value) in (str, bytes) and len(value) > MAX_NAME:
-        raise PickleError(f"it has a name of {len(value)} characters, which no weight file needs")
-    return type(value) in KEYS or (type(value) is int and abs(value) < 1 << 60)
+    if type(value) in (str, bytes):
+        if len(value) > MAX_NAME:
+            raise PickleError(f"it has a name of {len(value)} characters, which no weight file needs")
+        spend(steps=len(value) // 64)
+    return type(value) in KEYS or (type(value) is int and value.bit_length() < 60)
 
 
 def _members(values: Any) -> set:
@@ -454,8 +356,8 @@ def _declare(pid: Any, storages: dict[str, Storage]) -> Storage:
 def load_zip(file: BinaryIO, content: UntypedStorage) -> Any:
     """What a torch file of the zip format holds, as data. ``content``: all of ``file``.
 
-    Checksums are compared; tensors are views of ``content``, and inside of it. Raises PickleError, or zipfile's
-    errors for a damaged archive.
+    Checksums are compared; tensors are views of ``content``, and inside of it. Raises PickleError, or
+    zipfile's errors for a damaged archive.
     """
     with open_zip(file) as archive:
         all_entries = archive.infolist()
@@ -501,53 +403,3 @@ def open_zip(file: BinaryIO) -> ZipFile:
             spend(steps=8)
             found = content.find(b"PK\1\2", found + 46)
     return ZipFile(file)
-
-
-def is_array(value: Any) -> bool:
-    """Whether :func:`to_tensor` may take ``value``, which is not a mere number."""
-    numpy = isinstance(value, Record) and value.name.module.split(".")[0] == "numpy"
-    return numpy or isinstance(value, Tensor | View)
-
-
-def to_tensor(value: Any) -> Tensor:
-    """A tensor, array or number from :func:`load` as a torch tensor. Raises PickleError."""
-    if isinstance(value, Tensor):
-        return value
-    if isinstance(value, View):
-        return value.tensor()
-    if isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 63):
-        return torch.tensor(value)
-    if is_array(value):
-        try:
-            match value.name.name:
-                case "_reconstruct":
-                    _, shape, dtype, fortran, raw = value.state
-                    return _array(raw, dtype, shape, "F" if fortran is True else "C")
-                case "_frombuffer":
-                    raw, dtype, shape, order = value.args
-                    return _array(raw, dtype, shape, "F" if type(order) is str and order == "F" else "C")
-                case "scalar":
-                    dtype, raw = value.args
-                    return _array(raw, dtype, (), "C")
-        except (TypeError, ValueError, AttributeError, IndexError) as error:
-            if isinstance(error, (PickleError, BudgetError)):
-                raise
-            raise PickleError(f"a numpy array is damaged ({str(error)[:100]})") from None
-    kind = value.name if isinstance(value, Record) else type(value).__name__
-    raise PickleError(f"a {kind} is in the place of a tensor")
-
-
-def _array(raw: Any, dtype: Any, shape: Any, order: str) -> Tensor:
-    code = dtype.args[0] if isinstance(dtype, Record) else None
-    if type(code) is not str or not re.fullmatch(r"[fiu][1248]|b1", code):
-        named = f" of dtype {code[:20]}" if type(code) is str else ""
-        raise PickleError(f"a numpy array{named} is in the place of numbers")
-    byte_order = dtype.state[1] if isinstance(dtype.state, tuple) else "="
-    big = type(byte_order) is str and byte_order == ">"
-    kind = np.dtype((">" if big else "<") + code)
-    if type(raw) not in (bytes, bytearray, str):
-        raise PickleError("a numpy array has no numbers")
-    spend(len(raw))
-    raw = raw.encode("latin1") if isinstance(raw, str) else raw  # Python 2 had no bytes
-    array = np.frombuffer(raw, kind).reshape(sizes(shape), order=order)
-    return torch.from_numpy(array.astype(kind.newbyteorder("="), order="C"))

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cfclip.checkpoints.budget import spend
+from cfclip.checkpoints.values import sizes
 from cfclip.files import atomic_write
 
 MAX_SIZE = 16384
@@ -87,8 +88,23 @@ def read(path: str | os.PathLike, kind: str) -> tuple[dict[str, Tensor], dict[st
     if header.kind != kind:
         raise WeightsError(f"{path} holds a {header.kind}, but a {kind} is needed")
     _check_sizes(path, list(header.config.values()))
-    tensors = {name: t.float() if t.is_floating_point() else t for name, t in load_file(path).items()}
+    try:
+        held = read_tensors(path)
+    except (SafetensorError, ValueError) as error:
+        raise WeightsError(f"{path} is damaged ({str(error)[:200]}): fetch or train it again") from None
+    tensors = {name: t.float() if t.is_floating_point() else t for name, t in held.items()}
     return tensors, header.config, header.card
+
+
+def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, of few dimensions each. Raises SafetensorError or ValueError."""
+    tensors = {}
+    with safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            sizes(file.get_slice(name).get_shape())  # torch takes minutes for a million dimensions of 1
+            spend(steps=10)
+            tensors[name] = file.get_tensor(name)
+    return tensors
 
 
 def _check_sizes(path: str | os.PathLike, values: list, depth: int = 0) -> None:

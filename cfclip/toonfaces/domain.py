@@ -31,7 +31,7 @@ NETWORKS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "encoder": lambda config: ToonEncoder(**config),
     "heldout_clip": lambda config: clip.build(config["model"]),
 }
-"""File name without its ending -> the network of a header's configuration. Beside them: generator, mappers."""
+"""File name without its ending -> the network of a header's configuration; the others: generator, mappers."""
 REQUIRED = ("generator", "clip", "identity", "readout")
 HOW = "install cfclip again, or let CFCLIP_DATA name a folder with toonfaces/, as the repository's data/ is"
 

@@ -1,4 +1,4 @@
-"""A small file never costs much: every bomb is refused in a second, with little memory and in its own words."""
+"""A small file never costs much: every bomb is refused quickly, with little memory, in its own words."""
 
 import re
 

@@ -6,9 +6,7 @@ import pytest
 
 def check(count, seconds, tmp_path):
     report = limited.run("mangled", tmp_path, count, "cfclip", seconds=seconds, memory=1)
-    print(
-        f"{count} files: {report['loaded']} load, peak {report['peak']:.2f} GiB, slowest {report['slowest']} s"
-    )
+    print(f"{count} files: {report['loaded']} load; {report['peak']:.2f} GiB; slowest {report['slowest']} s")
     assert len(report["files"]) == count
     assert not report["wrong"], "\n".join(report["wrong"][:10])
     assert 0.01 * count < report["loaded"] < 0.5 * count  # neither is all refused nor is little damaged

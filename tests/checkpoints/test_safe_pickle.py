@@ -15,16 +15,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cfclip.checkpoints.safe_pickle import (
-    Name,
-    PickleError,
-    Record,
-    View,
-    load,
-    load_legacy,
-    load_zip,
-    to_tensor,
-)
+from cfclip.checkpoints.safe_pickle import load, load_legacy, load_zip
+from cfclip.checkpoints.values import Name, PickleError, Record, View, to_tensor
 
 PROTOCOLS = [2, 3, 4, 5]
 
