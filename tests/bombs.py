@@ -306,8 +306,8 @@ def _() -> bytes:
 # ---- tensors --------------------------------------------------------------------------------------
 
 
-def mapper(tensors: dict[str, bytes]) -> bytes:
-    stacks = ["mapper.course_mapping", *(f"text_mapper.mapper_{i}" for i in range(100))]
+def mapper(tensors: dict[str, bytes], texts: int = 100) -> bytes:
+    stacks = ["mapper.course_mapping", *(f"text_mapper.mapper_{i}" for i in range(texts))]
     layers = [
         f"{stack}.mapping.{i}.{part}" for stack in stacks for i in range(1, 5) for part in ("weight", "bias")
     ]
@@ -387,7 +387,7 @@ def _() -> bytes:
     return torch_zip(program(storage(16), table(rosinality(13))), s0=zeros(16))
 
 
-@bomb("4000_style_layers.pt", "load_generator", "4000 layers|times larger than the file")
+@bomb("4000_style_layers.pt", "load_generator", "4000 layers|times larger than the file|steps")
 def _() -> bytes:
     return torch_zip(program(storage(2**16), table(rosinality(2, (256, 256), 4000))), s0=zeros(2**16))
 
@@ -400,6 +400,30 @@ def _() -> bytes:
 @bomb("wide_z.pt", "load_generator", "times larger than the file")
 def _() -> bytes:
     return torch_zip(program(storage(2**18), table(rosinality(2, (1, 2**18)))), s0=zeros(2**18))
+
+
+@bomb("10000_texts.pt", "load_mapper", "times larger|steps|more layers")
+def _() -> bytes:
+    once = tensor((1, 1), (1, 1)) + put(1) + b"0" + tensor((1,), (1,)) + put(2) + b"0"
+    return torch_zip(
+        program(storage(1), once, mapper({"weight": get(1), "bias": get(2)}, 10_000)), s0=zeros(1)
+    )
+
+
+@bomb("5000_styles.pt", "load_e4e", "more layers|steps|no ")
+def _() -> bytes:
+    once = tensor((1, 1), (1, 1)) + put(1) + b"0"
+    state = {"latlayer1.weight": get(1), "input_layer.0.weight": get(1), "latent_avg": get(1)}
+    state |= {f"styles.{i}.x": get(1) for i in range(5000)}
+    return torch_zip(program(storage(1), once, table(state)), s0=zeros(1))
+
+
+@bomb("filters.pt", "load_generator", "differ|sum|no |gap|does not use|steps")
+def _() -> bytes:
+    once = tensor((1,), (1,)) + put(1) + b"0"
+    state = {"synthesis.b4.const": tensor((4, 4, 4), (0, 0, 0))}
+    state |= {f"synthesis.b{i}.x.resample_filter": get(1) for i in range(12_000)}
+    return torch_zip(program(storage(1), once, table(state)), s0=zeros(1))
 
 
 @bomb("empty_z.pt", "load_generator", "a size|is empty")

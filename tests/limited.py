@@ -1,6 +1,7 @@
 """Files read in a process of their own, with a limit on its memory: ``run`` is called by tests."""
 
 import json
+import os
 import re
 import resource
 import subprocess
@@ -20,7 +21,8 @@ def run(module: str, *args: str | Path | int, seconds: float, memory: float) -> 
     A process that is lost, by a crash or after ``seconds``, is an error.
     """
     command = [sys.executable, __file__, str(memory), module, *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # the same code as here
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=env)
     if done.returncode:
         raise AssertionError(f"the process was lost: exit {done.returncode}\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -16,14 +16,12 @@ class BudgetError(ValueError):
 
 
 class Budget:
-    """What is left for a file of ``size`` bytes: bytes of memory, and steps of a few microseconds each."""
+    """What is left for a file of ``size`` bytes: bytes of memory, and steps of a microsecond or two."""
 
     def __init__(self, size: int):
         self.size = size
         self.bytes = (1 << 20) + max(min(EXPANSION * size, LARGE), 4 * size)
-        self.steps = min(
-            50_000 + size // 8, 4_000_000
-        )  # an entry of a checkpoint takes about 30, and 500 bytes
+        self.steps = min(50_000 + size // 16, 3_000_000)  # a picture of a dict of codes takes 40
 
     def spend(self, nbytes: int = 0, steps: int = 0) -> None:
         """Pay, before the memory or the time is used. Raises BudgetError."""

@@ -346,7 +346,8 @@ def _one_filter(flat: dict[str, Any], names: str, gain: float) -> Tensor | None:
 
 def _check_rest(flat: Mapping[str, Any], unused: Collection[str]) -> None:
     """ValueError if a tensor was not used, which is then part of another architecture."""
-    if rest := [key for key in flat if key not in unused]:
+    known = frozenset(unused)
+    if rest := [key for key in flat if key not in known]:
         names = ", ".join(key[:80] for key in rest[:4]) + (", …" if len(rest) > 4 else "")
         raise ValueError(
             f"it has tensors that its StyleGAN2 does not use ({names}): "

@@ -179,6 +179,20 @@ def test_a_small_archive_cannot_become_large(tmp_path):
             load_latents(path)
 
 
+def test_a_code_each_of_3000_pictures_is_not_too_much(tmp_path):
+    codes = {f"photos/{i:05}.jpg": torch.randn(1, 128) for i in range(3000)}
+    right = torch.stack(list(codes.values()))
+    arrays = {name: code.numpy() for name, code in codes.items()}
+    torch.save(codes, tmp_path / "zip.pt")
+    torch.save(codes, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    np.savez(tmp_path / "codes.npz", **arrays)
+    (tmp_path / "arrays.pkl").write_bytes(pickle.dumps(arrays))
+    (tmp_path / "tensors.pkl").write_bytes(pickle.dumps(codes))
+    save_file(codes, tmp_path / "codes.safetensors")
+    for path in tmp_path.iterdir():
+        assert load_latents(path).reshape(right.shape).equal(right), path.name
+
+
 def test_w_repeated_over_many_layers_is_not_too_large(tmp_path):
     w = torch.randn(5, 1, 512).expand(5, 18, 512)
     assert torch.equal(load_latents(write_torch(tmp_path, w)), w)
