@@ -21,7 +21,7 @@ class Budget:
     def __init__(self, size: int):
         self.size = size
         self.bytes = (1 << 20) + max(min(EXPANSION * size, LARGE), 4 * size)
-        self.steps = min(50_000 + size // 16, 3_000_000)  # a picture of a dict of codes takes 40
+        self.steps = min(50_000 + size // 8, 3_000_000)  # a code in a dict of codes takes 40 to 100
 
     def spend(self, nbytes: int = 0, steps: int = 0) -> None:
         """Pay, before the memory or the time is used. Raises BudgetError."""
