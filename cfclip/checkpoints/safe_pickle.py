@@ -334,9 +334,12 @@ def load_legacy(file: BinaryIO, content: UntypedStorage | bytes) -> Any:
     return value
 
 
-def _declare(pid: Any, storages: dict[str, Storage]) -> Storage:
+def _declare(pid: Any, storages: dict[str, Storage]) -> Any:
     """Persistent id ``("storage", torch.FloatStorage, key, location, numel[, None])`` -> Storage."""
-    if type(pid) is not tuple or len(pid) not in (5, 6) or type(pid[0]) is not str or pid[0] != "storage":
+    kind = pid[0] if type(pid) is tuple and 4 <= len(pid) <= 6 and type(pid[0]) is str else ""
+    if kind == "module":  # of a saved object: its class, and the source, which is not needed
+        return pid[1]
+    if kind != "storage" or len(pid) == 4:
         raise PickleError("the torch file refers to something that is not a storage")
     if len(pid) == 6 and pid[5] is not None:
         raise PickleError("the torch file refers to a part of a storage, as very old ones do: save it again")
