@@ -480,6 +480,22 @@ def _() -> bytes:
     return ours("mapper", '{"kind": "mapper", "config": {"num_ws": 1' + "0" * 4000 + "}}")
 
 
+@bomb("long_filter.safetensors", "load_generator", "fir of shape|needs|no ")
+def _() -> bytes:
+    """Taps whose outer product would have 400 GB."""
+    size = 4 * 300_000
+    tensors = {"fir": {"dtype": "F32", "shape": [300_000], "data_offsets": [0, size]}}
+    tensors |= {"w_avg": {"dtype": "F32", "shape": [8], "data_offsets": [size, size + 32]}}
+    meta = json.dumps({"kind": "generator", "config": SIZES | {"mapping_layers": 0}})
+    header = json.dumps({"__metadata__": {"cfclip": meta}} | tensors).encode()
+    return struct.pack("<Q", len(header)) + header + bytes(size + 32)
+
+
+@bomb("300000_levels.safetensors", "load_mapper", "levels must be")
+def _() -> bytes:
+    return ours("mapper", {"levels": ["fine"] * 300_000})
+
+
 @bomb("dimensions.safetensors", "load_latents", "sizes")
 def _() -> bytes:
     header = json.dumps({"w": {"dtype": "F32", "shape": [1] * 500_000, "data_offsets": [0, 4]}}).encode()

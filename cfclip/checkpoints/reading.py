@@ -78,7 +78,7 @@ def about(path: Path) -> Iterator[None]:
             missing = error.args[0][:200] if named else "such entry"
             why = f"it has no {missing}: the file is incomplete, or of another kind"
         elif isinstance(error, ValueError):  # our own messages
-            why = str(error)
+            why = str(error)[:500]
         else:
             raise WeightsError(
                 f"{path} is damaged or truncated, or of an unknown kind "
