@@ -1,6 +1,7 @@
 """What all readers share: which format a file has, opening it safely, filling a network, clear errors."""
 
 import logging
+import math
 import mmap
 import os
 import re
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from cfclip.checkpoints import safe_pickle
-from cfclip.checkpoints.budget import budget_of
-from cfclip.checkpoints.values import Record, View, to_tensor
+from cfclip.checkpoints.budget import budget_of, spend
+from cfclip.checkpoints.values import Name, Record, View, to_tensor
 from cfclip.checkpoints.weights import WeightsError, check_numbers
 
 logger = logging.getLogger(__name__)
@@ -140,6 +141,35 @@ def read_torch(path: str | os.PathLike) -> Any:
                 return safe_pickle.load_zip(file, content)
         with mapped(path) as file:
             return safe_pickle.load_legacy(file, content)
+
+
+def read_plain(path: str | os.PathLike) -> Any:
+    """What ``torch.save`` wrote, if it is dicts, lists, tuples, plain values, and tensors, which are copied.
+
+    Raises WeightsError.
+    """
+    path = Path(path)
+    made: dict[int, Any] = {}  # what the file refers to twice is made once
+
+    def plain(value: Any) -> Any:
+        if id(value) in made:
+            return made[id(value)]
+        new = value
+        if isinstance(value, dict):
+            new = {key: plain(entry) for key, entry in value.items()}
+        elif isinstance(value, list | tuple):
+            new = type(value)(map(plain, value))
+        elif isinstance(value, View):
+            spend(math.prod(value.size) * value.storage.dtype.itemsize)
+            new = value.tensor().clone()
+        elif isinstance(value, Record | Name):
+            raise ValueError("it holds objects, but only tensors and plain values are needed")
+        made[id(value)] = new
+        return new
+
+    with about(path):
+        tree = read_torch(path)
+        return plain(tree)
 
 
 def tensor_dicts(tree: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
