@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cfclip.checkpoints import safe_pickle, weights
+from cfclip.checkpoints.budget import spend
 from cfclip.checkpoints.generator_formats import (
     Parts,
     from_nvidia,
@@ -27,7 +28,7 @@ from cfclip.checkpoints.reading import (
     sniff,
     the_network,
 )
-from cfclip.checkpoints.safe_pickle import Record
+from cfclip.checkpoints.values import Record
 from cfclip.models.stylegan2 import Generator
 from cfclip.settings import number
 
@@ -57,7 +58,7 @@ def load_generator(path: str | os.PathLike, device: str | torch.device = "cpu") 
             raise ValueError(f"it is a {kind} file, but a StyleGAN2 generator is needed")
         has_w_avg = tensors["w_avg"] is not None
         if not has_w_avg:
-            tensors = tensors | {"w_avg": torch.zeros(config["w_dim"])}
+            tensors = tensors | {"w_avg": torch.zeros(1).expand(config["w_dim"])}
         generator = build(lambda: Generator(**config), tensors, "generator")
         if not has_w_avg:
             generator.w_avg.copy_(_estimate_w_avg(generator))
@@ -106,6 +107,7 @@ def _synthesises(network: Any) -> bool:
 @torch.no_grad()
 def _estimate_w_avg(generator: Generator) -> Tensor:
     """The mean w [D] of 4096 seeded z, as many as rosinality's ``mean_latent(4096)`` takes."""
+    spend(4 * 4096 * max(generator.z_dim, generator.w_dim))
     z = torch.randn(4096, generator.z_dim, generator=torch.Generator().manual_seed(0))
     classes = generator.every_class(len(z))
     parts = [slice(i, i + 512) for i in range(0, len(z), 512)]

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from cfclip.checkpoints.reading import read_plain
 from cfclip.files import atomic_write, locked, read_object, write_json, write_rows
 from cfclip.method.config import DTYPES, flat
 from cfclip.models.ops import fast_dtype, name_of
@@ -238,7 +239,7 @@ def load_checkpoint(folder: str | os.PathLike) -> dict[str, Any] | None:
             f"{' and '.join(map(str, found))}: damaged, or of an earlier version, with no good checkpoint "
             f"beside it: delete {folder} to train anew, or choose another folder"
         )
-    saved = torch.load(good, weights_only=True, map_location="cpu")
+    saved = read_plain(good)
     if good == before:
         if last.exists():
             step = saved["step"]

@@ -2,20 +2,22 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from cfclip.checkpoints import weights
+from cfclip.checkpoints.generators import load_generator
 from cfclip.checkpoints.mappers import load_mapper
+from cfclip.checkpoints.reading import about, build
 from cfclip.checkpoints.sources import Row, Source
 from cfclip.domain import Domain
 from cfclip.files import DATA
 from cfclip.models.arcface import IRSE, FaceIdentity
 from cfclip.models.clip import ClipGuide
-from cfclip.models.stylegan2 import Generator
-from cfclip.toonfaces.clip import build
+from cfclip.toonfaces import clip
 from cfclip.toonfaces.encoder import ToonEncoder
 from cfclip.toonfaces.readout import Readout
 from cfclip.toonfaces.truth import ToonTruth
@@ -23,31 +25,36 @@ from cfclip.toonfaces.truth import ToonTruth
 PROMPTS = ("green lipstick", "purple eyebrows", "blue hair", "blue skin", "red lipstick", "blonde hair")
 
 NETWORKS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
-    "generator": lambda config: Generator(**config),
-    "clip": lambda config: build(config["model"]),
+    "clip": lambda config: clip.build(config["model"]),
     "identity": lambda config: IRSE(**config),
     "readout": lambda config: Readout(**config),
     "encoder": lambda config: ToonEncoder(**config),
-    "guide2": lambda config: build(config["model"]),
-    "heldout_clip": lambda config: build(config["model"]),
+    "guide2": lambda config: clip.build(config["model"]),
+    "heldout_clip": lambda config: clip.build(config["model"]),
 }
-"""File name without its ending -> the network of a header's configuration. All other files hold mappers."""
+"""File name without its ending -> the network of a header's configuration; the others: generator, mappers."""
 REQUIRED = ("generator", "clip", "identity", "readout")
 HOW = "install cfclip again, or let CFCLIP_DATA name a folder with toonfaces/, as the repository's data/ is"
 
 
 def _load(path: Path) -> nn.Module:
     if path.stem not in NETWORKS:
-        return load_mapper(path)
+        return load_generator(path) if path.stem == "generator" else load_mapper(path)
     tensors, config, _ = weights.read(path, path.stem)
-    return weights.load_into(NETWORKS[path.stem](config), tensors, path)
+    make = partial(NETWORKS[path.stem], config)
+    with about(path):
+        if "model" not in config:
+            return build(make, tensors, path.stem)
+        if config["model"] not in clip.MODELS:
+            raise ValueError(f"its CLIP is none of {', '.join(clip.MODELS)}: the file is damaged")
+        return weights.load_into(make(), tensors, path)
 
 
 def check(folder: Path = DATA / "toonfaces") -> list[Row]:
     """One row per file of ``folder``, which is opened, and one per file that is missing."""
     paths = {path.stem: path for path in sorted(folder.rglob("*.safetensors"))}
     rows = []
-    for name in {**NETWORKS, "multi": None, **paths}:
+    for name in {"generator": None, **NETWORKS, "multi": None, **paths}:
         path = paths.get(name, folder / f"{name}.safetensors")
         what = Source(path.name, name, "embedded", ("toonfaces",), required=name in REQUIRED)
         status, detail = "unverified", "opens; no checksum is kept of it"
@@ -84,18 +91,18 @@ def load_toonfaces(folder: Path = DATA / "toonfaces") -> Domain:
 
     if missing := [name for name in REQUIRED if not path_of(name).exists()]:
         raise weights.WeightsError(f"{folder} does not have the embedded {', '.join(missing)}: {HOW}")
-    generator, clip = load("generator"), ClipGuide(load("clip"))
+    generator, guide = load("generator"), ClipGuide(load("clip"))
     encoder = mapper = None
     if path_of("encoder").exists():
         encoder = load("encoder")
         encoder = checked("encoder", encoder, encoder.fits(generator))
     if path_of("multi").exists():
         mapper = load("multi")
-        mapper = checked("multi", mapper, mapper.config.fits(generator, clip))
+        mapper = checked("multi", mapper, mapper.config.fits(generator, guide))
     return Domain(
         name="toonfaces",
         generator=generator,
-        clip=clip,
+        clip=guide,
         identity=FaceIdentity(load("identity"), crop=False),
         truth=ToonTruth(load("readout"), generator.resolution),
         source_text="face",

@@ -334,10 +334,18 @@ def test_mappers_that_cannot_be_used_say_why(tmp_path):
         ("only one of", {"state_dict": without(state, "mapper.fc")}),
         (f"no {missing}", {"state_dict": without(state, missing)}),
         ("deeper", {"state_dict": state | deep}),
-        ("more than tensors and options", {"state_dict": state, "opts": {"x": np.float64(3)}, "more": Path}),
+        (r"a saved torch\.nn\..*Linear: save plain tensors.*state_dict\(\)", torch.nn.Linear(2, 2)),
     ):
         with pytest.raises(WeightsError, match=message):
             load_mapper(save(tree, tmp_path / "m.pt"))
+
+
+def test_what_else_a_checkpoint_holds_is_not_needed(tmp_path):
+    m = Mapper(official.SMALL_MAPPER).eval()
+    others = {"opts": {"x": np.float64(3)}, "more": Path, "other": torch.nn.Linear(2, 2), 7: {(1, 2): None}}
+    for zipped in (True, False):
+        tree = {"state_dict": official.mapper_state(m)} | others
+        assert_same(load_mapper(save(tree, tmp_path / "m.pt", zipped)), m)
 
 
 # ---- full size ------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from golden_files import SETS, SHARED, golden, golden_path, rel
 from test_wrappers import nvidia_state
 from typer.testing import CliRunner
 
-from cfclip.checkpoints import safe_pickle, weights
+from cfclip.checkpoints import safe_pickle, values, weights
 from cfclip.checkpoints.convert import convert
 from cfclip.checkpoints.generators import load_generator
 from cfclip.checkpoints.weights import WeightsError
@@ -49,7 +49,7 @@ def golden_network(path) -> tuple[dict, dict]:
     def collect(module, prefix):
         for kind in ("_parameters", "_buffers"):
             found = module.state[kind].items()
-            tensors.update({prefix + k: safe_pickle.to_tensor(v) for k, v in found if v is not None})
+            tensors.update({prefix + k: values.to_tensor(v) for k, v in found if v is not None})
         for name, child in module.state["_modules"].items():
             collect(child, f"{prefix}{name}.")
 
