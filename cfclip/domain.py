@@ -15,7 +15,7 @@ from cfclip.checkpoints.latents import load_latents
 from cfclip.checkpoints.networks import find_lpips
 from cfclip.models.arcface import FaceIdentity
 from cfclip.models.clip import ClipGuide
-from cfclip.models.mapper import Mapper
+from cfclip.models.mapper import PUBLISHED_SPLIT, Mapper
 from cfclip.models.perceptual import PerceptualDistance, feature_distance
 from cfclip.models.stylegan2 import Generator
 from cfclip.models.vgg import VGG19
@@ -98,6 +98,7 @@ class Domain:
     prompts: tuple[str, ...]  # examples, counterfactual ones first
     truth: GroundTruth | None = None  # the judge, where the world can be rendered
     truncation: float = 1.0  # psi of the latents that are edited
+    level_split: tuple[int, int] = PUBLISHED_SPLIT  # which layers are coarse, medium and fine
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     perceptual: VGG19 | None = None  # preserves the rest of the picture where there is no identity network
     encoder: nn.Module | None = None  # photos -> W+, see cfclip.inversion.encode

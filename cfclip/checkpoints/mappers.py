@@ -36,7 +36,7 @@ def load_mapper(path: str | os.PathLike) -> Mapper:
     with about(path):
         if kind == "safetensors":
             tensors, config, _ = weights.read(path, "mapper")
-            config = MapperConfig(**config | {"levels": tuple(config.get("levels", LEVELS))})
+            config = MapperConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
         else:
             tree = read_torch(path)
             config, tensors = _official_mapper(tree)

@@ -210,9 +210,9 @@ class Explorer(HasTraits):
         if unknown := set(on) - set(LEVELS):
             self.message = f"the levels are {', '.join(LEVELS)}, not {', '.join(sorted(unknown))}"
             return
-        num_ws = self.domain.generator.num_ws
-        now = levels_on(self.recipe.layers, num_ws) | on
-        self.change(layers=level_layers(num_ws, [name for name in LEVELS if now[name]]))
+        num_ws, split = self.domain.generator.num_ws, self.domain.level_split
+        now = levels_on(self.recipe.layers, num_ws, split) | on
+        self.change(layers=level_layers(num_ws, [name for name in LEVELS if now[name]], split))
 
     def set_show(self, show: str) -> None:
         if show not in SHOWS:

@@ -20,7 +20,7 @@ from torch import Tensor
 from cfclip.baselines.library import load_editor, mapper_for, open_mapper
 from cfclip.checkpoints.latents import load_latents
 from cfclip.domain import Domain, null_edit
-from cfclip.models.mapper import LEVELS
+from cfclip.models.mapper import level_slices
 from cfclip.settings import Settings, check_known, int_at_least, number, setting, text
 
 MIN_STRENGTH, MAX_STRENGTH = -1.5, 2.0
@@ -263,18 +263,19 @@ def advice(domain: Domain, recipe: Recipe, suggestions: Sequence[str]) -> str:
     return "; ".join(found)
 
 
-def level_layers(num_ws: int, on: Sequence[str]) -> tuple[float, ...]:
+def level_layers(num_ws: int, on: Sequence[str], split: Sequence[int]) -> tuple[float, ...]:
     """Factors of the L layers that leave only the levels ``on``; () if those are all."""
-    factors = [0.0] * num_ws
+    factors, slices = [0.0] * num_ws, level_slices(split)
     for name in on:
-        for i in range(num_ws)[LEVELS[name]]:
+        for i in range(num_ws)[slices[name]]:
             factors[i] = 1.0
     return () if all(factors) else tuple(factors)
 
 
-def levels_on(layers: Sequence[float], num_ws: int) -> dict[str, bool]:
+def levels_on(layers: Sequence[float], num_ws: int, split: Sequence[int]) -> dict[str, bool]:
     """level -> whether any of its layers is edited."""
-    return {name: any((tuple(layers) or (1.0,) * num_ws)[where]) for name, where in LEVELS.items()}
+    factors = tuple(layers) or (1.0,) * num_ws
+    return {name: any(factors[where]) for name, where in level_slices(split).items()}
 
 
 def describe(recipe: Recipe) -> str:

@@ -254,13 +254,13 @@ class View(ipw.VBox):
 
     def _show_recipe(self) -> None:
         e, recipe = self.explorer, self.explorer.recipe
-        num_ws = e.domain.generator.num_ws
+        num_ws, split = e.domain.generator.num_ws, e.domain.level_split
         with self._updating():
             self.prompt.options, self.prompt.value = e.suggestions, recipe.prompt
             self.source_text.placeholder, self.source_text.value = e.domain.source_text, recipe.source_text
             self.strength.value = recipe.strength
             self.seeds.value = ", ".join(str(face) for face in recipe.faces if isinstance(face, int))
-            for name, on in levels_on(recipe.layers, num_ws).items():
+            for name, on in levels_on(recipe.layers, num_ws, split).items():
                 self.levels[name].value = on
             mappers = [("the domain's own", ""), *((label, path) for path, (label, _) in e.mappers.items())]
             if recipe.mapper and recipe.mapper not in e.mappers:

@@ -75,7 +75,7 @@ class TrainingConfig(GuidedConfig):
         8, int_at_least(0)
     )  # perspective views of each edited image; 0: the image itself
     text_mapper: bool = setting(True, flag)  # False: StyleCLIP's mapper, which is not conditioned on text
-    levels: tuple[str, ...] = setting(tuple(LEVELS), some_of(LEVELS))  # layer groups of W+ that are edited
+    levels: tuple[str, ...] = setting(LEVELS, some_of(LEVELS))  # layer groups of W+ that are edited
     norm_axis: str = setting(
         "layer", one_of(NORM_AXES)
     )  # "layer" as published: only the signs of the text pass

@@ -95,7 +95,7 @@ class MapperTrainer:
             warnings.warn(words[0], stacklevel=2)
         self.source_text = under_templates(source_text)  # [T, E]
         text_dim = domain.clip.embed_dim if c.text_mapper else None
-        sizes = MapperConfig(g.num_ws, g.w_dim, text_dim, c.levels, c.norm_axis)
+        sizes = MapperConfig(g.num_ws, g.w_dim, text_dim, c.levels, c.norm_axis, domain.level_split)
         self.mapper = Mapper.initialised(sizes, torch.Generator().manual_seed(c.seed)).to(domain.device)
         self.optimizer = Ranger(
             self.mapper.parameters(),

@@ -22,6 +22,8 @@ from cfclip.toonfaces.encoder import ToonEncoder
 from cfclip.toonfaces.readout import Readout
 from cfclip.toonfaces.truth import ToonTruth
 
+LEVEL_SPLIT = (2, 4)
+"""By what the ten layers do: the first four draw, and fine are those that colour (``GANConfig.colouring``)."""
 PROMPTS = ("green lipstick", "purple eyebrows", "blue hair", "blue skin", "red lipstick", "blonde hair")
 
 NETWORKS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
@@ -107,6 +109,7 @@ def load_toonfaces(folder: Path = DATA / "toonfaces") -> Domain:
         truth=ToonTruth(load("readout"), generator.resolution),
         source_text="face",
         prompts=PROMPTS,
+        level_split=LEVEL_SPLIT,
         encoder=encoder,
         more_guides=(ClipGuide(load("guide2")),) if path_of("guide2").exists() else (),
         heldout_clip=ClipGuide(load("heldout_clip")) if path_of("heldout_clip").exists() else None,
