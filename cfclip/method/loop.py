@@ -52,17 +52,6 @@ def generator_for(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
 
 
-def with_global_seed(step: Callable[[int], Mapping[str, float]]) -> Step:
-    """A :data:`Step` from one that draws from torch's global random numbers, e.g. dropout; restores these."""
-
-    def seeded(i: int, generator: torch.Generator) -> Mapping[str, float]:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(generator.initial_seed())
-            return step(i)
-
-    return seeded
-
-
 def resolve_dtype(name: str, device: str | torch.device) -> str:
     """``name``, or what "auto" means on ``device``."""
     return name_of(fast_dtype(torch.device(device))) if name == "auto" else name

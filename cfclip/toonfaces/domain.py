@@ -23,7 +23,7 @@ from cfclip.toonfaces.readout import Readout
 from cfclip.toonfaces.truth import ToonTruth
 
 LEVEL_SPLIT = (2, 4)
-"""By what the ten layers do: the first four draw, and fine are those that colour (``GANConfig.colouring``)."""
+"""By what the ten layers do: the first four draw, those from 4 on colour (``GeneratorConfig.colouring``)."""
 PROMPTS = ("green lipstick", "purple eyebrows", "blue hair", "blue skin", "red lipstick", "blonde hair")
 
 NETWORKS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {

@@ -34,7 +34,7 @@ def test_a_large_picture_is_the_small_one_with_more_detail():
     assert np.abs(large.reshape(64, 4, 64, 4, 3).mean((1, 3)) - small).mean() < 3
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", [part for part in PARTS if COUNTERFACTUAL[part]])
 def test_the_true_counterfactual_changes_only_its_part(part):
     face = next(f for f in (sample_face(k) for k in range(100)) if f.has(part))
     name = next(iter(COUNTERFACTUAL[part]))

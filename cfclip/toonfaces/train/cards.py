@@ -25,7 +25,7 @@ from cfclip.toonfaces.domain import load_toonfaces
 from cfclip.toonfaces.factors import NATURAL, PARTS, sample_face
 from cfclip.toonfaces.readout import VISIBLE
 from cfclip.toonfaces.render import render_image
-from cfclip.toonfaces.train import clip, encoder, gan, identity, multi, readout
+from cfclip.toonfaces.train import clip, encoder, generator, identity, multi, readout
 
 
 def measure_generator(domain: Domain, path: Path) -> str:
@@ -49,7 +49,7 @@ def measure_generator(domain: Domain, path: Path) -> str:
         names = [name for name in seen.colour(part) if name is not None]
         odd = float(np.mean([name not in NATURAL[part] for name in names]))
         rows.append((f"share of samples with a counterfactual colour: {part}", odd, len(names)))
-    gan.save_grid(g, path.with_suffix(".png"))
+    generator.save_grid(g, path.with_suffix(".png"))
     note = (
         "Samples at psi = 1, seed 50000. KID with a cubic kernel on 176 pooled features of the readout's "
         f"encoder, standardised.\n\n![64 uncurated samples, psi = 1]({path.stem}.png)"
@@ -179,8 +179,8 @@ NETWORKS: dict[str, Network] = {
     ),
     "generator": Network(
         "Generator: a StyleGAN2 that was trained on natural colours only",
-        gan.GANConfig,
-        gan.train,
+        generator.GeneratorConfig,
+        generator.train,
         measure_generator,
         lambda c, model: model.config,
         dtype=torch.float32,
