@@ -1,10 +1,12 @@
 """A domain: frozen networks that belong together, and the words that go with them."""
 
 import copy
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from cfclip import latents
 from cfclip.checkpoints.latents import load_latents
 from cfclip.checkpoints.networks import find_lpips
+from cfclip.files import sha256
 from cfclip.models.arcface import FaceIdentity
 from cfclip.models.clip import ClipGuide
 from cfclip.models.mapper import Mapper
@@ -80,6 +83,26 @@ def null_edit(prompt: str, source_text: str) -> str:
     return f"nothing can move: the prompt {prompt!r} is the source text; ask for something else"
 
 
+def fingerprint(network: nn.Module) -> str:
+    """12 digits for the values of all tensors of ``network``, wherever they are. Computed once.
+
+    Once more if a tensor was changed, of which torch counts the times.
+    """
+    tensors = network.state_dict()
+    now = [(tensor.data_ptr(), tensor._version) for tensor in tensors.values()]
+    before, known = _FINGERPRINTS.get(network, (None, ""))
+    if before == now:
+        return known
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    _FINGERPRINTS[network] = now, digest.hexdigest()[:12]
+    return _FINGERPRINTS[network][1]
+
+
+_FINGERPRINTS: MutableMapping[nn.Module, tuple[list[tuple[int, int]], str]] = WeakKeyDictionary()
+
+
 @dataclass(frozen=True)
 class Domain:
     """Frozen networks and the words that go with them."""
@@ -111,6 +134,19 @@ class Domain:
         w = load_latents(self.latent_files[split], self.generator)
         order = torch.randperm(len(w), generator=torch.Generator().manual_seed(seed))
         return w[order[:n]].to(self.device)
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """name -> 12 digits of each thing whose change makes a training another one."""
+        networks = {name: getattr(self, name) for name in ("generator", "clip", "identity", "perceptual")}
+        found = {name: fingerprint(network) for name, network in networks.items() if network is not None}
+        if codes := self.latent_files.get("train"):
+            found["latents"] = sha256(codes)[:12]
+        return found
+
+    def run(self, method: str) -> dict[str, str]:
+        """What tells a run of ``method`` in this domain from others, beside its settings."""
+        return {"method": method, "domain": self.name, **self.fingerprints}
 
     def group_of(self, prompt: str) -> str:
         """One of :data:`GROUPS`: what kind of edit ``prompt`` asks for."""

@@ -15,8 +15,18 @@ from cfclip.checkpoints.generators import load_generator
 from cfclip.domain import Domain
 from cfclip.method.loop import begin_run, described, run_loop
 from cfclip.method.losses import directional
+from cfclip.method.trainer import check_run
 from cfclip.models.stylegan2 import Generator
-from cfclip.settings import Settings, int_at_least, number, optional_text, setting, text
+from cfclip.settings import (
+    Settings,
+    batch_size,
+    int_at_least,
+    number,
+    optional_text,
+    seed_number,
+    setting,
+    text,
+)
 
 
 @dataclass(frozen=True)
@@ -26,10 +36,10 @@ class NADAGeneratorConfig(Settings):
     prompt: str = setting(MISSING, text)
     source_text: str | None = setting(None, optional_text)  # None: the domain's
     steps: int = setting(300, int_at_least(1))
-    batch: int = setting(2, int_at_least(1))
+    batch: int = setting(2, batch_size)
     lr: float = setting(0.002, number(above=True))  # of Adam, times 4/5 for StyleGAN2's lazy regularisation
-    train_latents: int = setting(512, int_at_least(1))
-    seed: int = setting(0, int_at_least(0))
+    train_latents: int = setting(512, int_at_least(1, maximum=10**6))
+    seed: int = setting(0, seed_number)
 
 
 class GeneratorEditor(Editor):
@@ -52,7 +62,8 @@ class GeneratorEditor(Editor):
 
     @classmethod
     def fit(cls, method: str, domain: Domain, config: Any, out: Path | None, **loop: Any) -> Editor:
-        c = begin_run(config, domain.device, out, method=method, domain=domain.name)
+        check_run(domain, config)
+        c = begin_run(config, domain.device, out, **domain.run(method))
         clip = domain.clip
         target = clip.template_features(c.prompt)
         source_text = clip.template_features(c.source_text or domain.source_text)
@@ -77,7 +88,7 @@ class GeneratorEditor(Editor):
 
         state = {"generator": tuned, "optimizer": optimizer}
         loop = {"checkpoint_every": 100, "desc": c.prompt} | loop
-        loop |= {"out": out, "run": described(c, method=method, domain=domain.name)}
+        loop |= {"out": out, "run": described(c, **domain.run(method))}
         rows = run_loop(step, c.steps, state=state, seed=c.seed, **loop)
         return cls(method, domain, c, tuned.requires_grad_(False), rows)
 

@@ -26,8 +26,15 @@ from cfclip.models.mapper import Mapper, MapperConfig
 from cfclip.models.stylegan2 import max_batch
 
 
-def check_networks(domain: Domain, config: object) -> None:
-    """ValueError that names a loss of ``config`` for which ``domain`` has no network."""
+def check_run(domain: Domain, config: Any) -> None:
+    """ValueError that names a loss of ``config`` for which ``domain`` has no network.
+
+    Warns if all prompts ask for what the pictures show already. Every method calls this before it starts.
+    """
+    source_text = getattr(config, "source_text", None) or domain.source_text
+    prompts = getattr(config, "prompts", None) or (config.prompt,)
+    if all(words := [null_edit(prompt, source_text) for prompt in prompts]):
+        warnings.warn(words[0], stacklevel=3)
     for name, network, kind in (
         ("lambda_id", domain.identity, "identity"),
         ("lambda_perc", domain.perceptual, "perceptual"),
@@ -71,14 +78,11 @@ class MapperTrainer:
 
     def __init__(self, domain: Domain, config: TrainingConfig):
         self.domain, self.config, c = domain, config, config
-        check_networks(domain, c)
+        check_run(domain, c)
         clip, g = domain.clip, domain.generator
         self.text_feature = clip.encode_text(c.prompts)  # [P, E], raw
         self.target_text = torch.stack([clip.template_features(prompt) for prompt in c.prompts])  # [P, T, E]
-        source_text = c.source_text or domain.source_text
-        if all(words := [null_edit(prompt, source_text) for prompt in c.prompts]):
-            warnings.warn(words[0], stacklevel=2)
-        self.source_text = clip.template_features(source_text)  # [T, E]
+        self.source_text = clip.template_features(c.source_text or domain.source_text)  # [T, E]
         text_dim = clip.embed_dim if c.text_mapper else None
         sizes = MapperConfig(g.num_ws, g.w_dim, text_dim, c.levels, c.norm_axis)
         self.mapper = Mapper.initialised(sizes, torch.Generator().manual_seed(c.seed)).to(domain.device)
@@ -192,11 +196,11 @@ def train_mapper(
     ``mapper.safetensors``, which says that ``method`` made it. ``loop``: more arguments of :func:`run_loop`,
     such as ``progress``, ``callbacks``, ``checkpoint_every``. Raises ValueError if ``out`` holds another run.
     """
-    config = begin_run(config, domain.device, out, method=method, domain=domain.name)
+    config = begin_run(config, domain.device, out, **domain.run(method))
     run = MapperTrainer(domain, config)
     what = config.prompts[0] if len(config.prompts) == 1 else f"{len(config.prompts)} prompts"
     loop = {"checkpoint_every": 500, "desc": what} | loop
-    loop |= {"out": out, "run": described(config, method=method, domain=domain.name)}
+    loop |= {"out": out, "run": described(config, **domain.run(method))}
     state = {"mapper": run.mapper, "optimizer": run.optimizer}
     rows = run_loop(run.step, config.steps, state=state, seed=config.seed, **loop)
     mapper = run.mapper.eval().requires_grad_(False)

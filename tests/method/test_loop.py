@@ -4,6 +4,7 @@ import multiprocessing
 import random
 import time
 import warnings
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -322,8 +323,32 @@ def test_another_run_in_the_same_folder_is_refused_by_name(left, domain, tmp_pat
         assert {path: path.read_bytes() for path in out.glob("*.*")} == before, "nothing is changed"
 
 
+NETWORKS = ("generator", "clip", "identity")
+
+
+@pytest.mark.parametrize("changed", [*NETWORKS, NETWORKS])
+def test_a_run_is_refused_by_name_after_its_domains_networks_changed(changed, domain, tmp_path):
+    """A weight that moves by the last digit is another network: the rest of the run would be another's."""
+    out, changed = tmp_path / "run", [changed] if isinstance(changed, str) else changed
+    first, other = train(domain, out), deepcopy(domain)
+    for name in changed:
+        with torch.no_grad():
+            next(getattr(other, name).parameters()).view(-1)[0].mul_(1 + 1e-6)
+    before = {path: path.read_bytes() for path in out.glob("*.*")}
+    for left in ("all", "only the checkpoint"):
+        if left == "only the checkpoint":
+            (out / "settings.json").unlink()
+        with pytest.raises(ValueError, match=f"holds a run with another {', '.join(changed)};.*delete this"):
+            train(other, out)
+    (out / "settings.json").write_bytes(before[out / "settings.json"])
+    assert {path: path.read_bytes() for path in out.glob("*.*")} == before
+    again = train(deepcopy(domain), out)
+    assert all(torch.equal(first[name], again[name]) for name in first), "equal networks are the same"
+    train(other, tmp_path / "another folder")
+
+
 def begin_run_of(domain, out, method="cfclip", **changes):
-    begin_run(replace(CONFIG, **changes), domain.device, out, method=method, domain=domain.name)
+    begin_run(replace(CONFIG, **changes), domain.device, out, **domain.run(method))
 
 
 @pytest.mark.parametrize(

@@ -128,17 +128,24 @@ class Network:
     dtype: torch.dtype = torch.float16  # of the stored tensors
     kind: str | None = None  # of its file; default: its name
     data: str = "toonfaces renders"  # what it is trained on
-    run: Mapping[str, str] | None = None  # distinguishes its run from others; default: its name
+    run: Callable[[], Mapping[str, str]] | None = None  # what tells its run from others; default: its name
 
 
 def _clip(title: str, config: type[clip.CLIPConfig]) -> Network:
     return Network(title, config, clip.train, measure_clip, lambda c, model: {"model": c.model})
 
 
+def _mapper_run() -> dict[str, str]:
+    return load_toonfaces().run("cfclip")
+
+
+def _encoder_run() -> dict[str, str]:
+    return {"network": "encoder", **encoder.trained_for(load_toonfaces())}
+
+
 def _mapper(title: str, config: Callable[..., Settings]) -> Network:
-    run = {"method": "cfclip", "domain": "toonfaces"}
     data = "samples of the generator beside it"
-    return Network(title, config, multi.train, measure_multi, kind="mapper", data=data, run=run)
+    return Network(title, config, multi.train, measure_multi, kind="mapper", data=data, run=_mapper_run)
 
 
 NETWORKS: dict[str, Network] = {
@@ -171,6 +178,7 @@ NETWORKS: dict[str, Network] = {
         encoder.EncoderConfig,
         encoder.train,
         measure_encoder,
+        run=_encoder_run,
     ),
     "multi": _mapper("Mapper for every prompt: CF-CLIP with prompts drawn at each step", multi.config),
     "heldout_multi": _mapper(
@@ -182,10 +190,11 @@ NETWORKS: dict[str, Network] = {
 def train(name: str, out: Path, folder: Path = DATA / "toonfaces", **overrides: Any) -> Path:
     """Train network ``name``, or resume it in ``out``, and store it as ``folder/<name>.safetensors``."""
     network = NETWORKS[name]
-    config = begin_run(network.config(**overrides), "cpu", out, **network.run or {"network": name})
+    run = network.run() if network.run else {"network": name}
+    config = begin_run(network.config(**overrides), "cpu", out, **run)
     model = network.train(config, out)
     path, kind, sizes = folder / f"{name}.safetensors", network.kind or name, network.sizes(config, model)
-    card = {**(network.run or {}), "training": flat(config)}
+    card = {key: run[key] for key in ("method", "domain") if key in run} | {"training": flat(config)}
     return weights.save(model, path, kind, sizes, store_as=network.dtype, **card)
 
 

@@ -15,7 +15,7 @@ from cfclip.images import to_tensor
 from cfclip.method.config import DTYPES
 from cfclip.method.loop import resolve_dtype
 from cfclip.models.clip import ClipGuide
-from cfclip.settings import Settings, int_at_least, number, one_of, setting
+from cfclip.settings import Settings, int_at_least, number, one_of, seed_number, setting
 from cfclip.toonfaces.captions import FACTS, caption, fact_vector, facts_of, matches, phrase, training_face
 from cfclip.toonfaces.clip import MODELS, build
 from cfclip.toonfaces.factors import HELD_OUT, NATURAL, PARTS, colours, sample_face
@@ -38,7 +38,7 @@ class CLIPConfig(Settings):
     halos: float = setting(0.7, number(0, 1))  # share of pictures with_halo
     warped: float = setting(0.5, number(0, 1))  # share of images under a perspective, as CF-CLIP's views are
     fact_weight: float = setting(1.0, number())  # of the auxiliary loss, see FactHead
-    seed: int = setting(0, int_at_least(0))
+    seed: int = setting(0, seed_number)
     dtype: str = setting("auto", one_of(DTYPES))  # autocast of the image and text towers
 
 
@@ -47,7 +47,7 @@ class HeldOutConfig(CLIPConfig):
     """How the CLIP that only judges is trained: with another architecture, other faces and other captions."""
 
     model: str = setting("toonfaces-convnext", one_of(MODELS))
-    seed: int = setting(1, int_at_least(0))
+    seed: int = setting(1, seed_number)
 
 
 def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, true: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from cfclip.method.config import DTYPES
 from cfclip.method.loop import CHECKPOINT, Callback, load_checkpoint, resolve_dtype
 from cfclip.models.ops import bias_act, setup_filter
 from cfclip.models.stylegan2 import EqualLinear, Generator, pixel_norm
-from cfclip.settings import Settings, int_at_least, number, one_of, setting
+from cfclip.settings import Settings, int_at_least, number, one_of, seed_number, setting
 from cfclip.toonfaces.factors import FACTORS, LATENT_DRAWS, Face, LatentDraws, factor_vector, sample_face
 from cfclip.toonfaces.render import MASKS, render, render_image
 from cfclip.toonfaces.train.run import run_training, seeded, sizes
@@ -52,7 +52,7 @@ class GANConfig(Settings):
     # probability of style mixing; 0.5 raised KID from 0.2 to 1.5, as regression never mixes two faces
     mixing: float = setting(0.0, number(0, 1))
     ema_images: int = setting(5_000, int_at_least(1))  # half-life of the averaged generator
-    seed: int = setting(0, int_at_least(0))
+    seed: int = setting(0, seed_number)
     dtype: str = setting("auto", one_of(DTYPES))  # of the convolutions; R1 and the RGB sums stay float32
 
 

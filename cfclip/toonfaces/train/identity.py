@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cfclip.images import to_tensor
 from cfclip.models.arcface import IRSE, FaceIdentity
-from cfclip.settings import Settings, int_at_least, number, setting
+from cfclip.settings import Settings, int_at_least, number, seed_number, setting
 from cfclip.toonfaces.factors import Face, new_photo, sample_face
 from cfclip.toonfaces.render import render_image
 from cfclip.toonfaces.train.augment import degrade
@@ -33,7 +33,7 @@ class IdentityConfig(Settings):
     lr: float = setting(3e-3, number(above=True))
     scale: float = setting(24.0, number(above=True))  # ArcFace's s
     margin: float = setting(0.3, number())  # ArcFace's m, radians
-    seed: int = setting(0, int_at_least(0))
+    seed: int = setting(0, seed_number)
 
 
 def arcface_loss(features: Tensor, centres: Tensor, labels: Tensor, scale: float, margin: float) -> Tensor:

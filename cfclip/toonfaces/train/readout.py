@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cfclip.images import to_tensor
-from cfclip.settings import Settings, int_at_least, number, setting
+from cfclip.settings import Settings, int_at_least, number, seed_number, setting
 from cfclip.toonfaces.factors import HAIR_STYLES, PARTS, Face, sample_face
 from cfclip.toonfaces.readout import VISIBLE, Readout
 from cfclip.toonfaces.render import render
@@ -26,7 +26,7 @@ class ReadoutConfig(Settings):
     batch: int = setting(32, int_at_least(1))
     steps: int = setting(1000, int_at_least(1))
     lr: float = setting(3e-3, number(above=True))
-    seed: int = setting(0, int_at_least(0))
+    seed: int = setting(0, seed_number)
 
 
 def _presence_loss(logits: Tensor, faces: list[Face]) -> Tensor:
