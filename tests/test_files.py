@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cfclip.files import atomic_write, read_object, read_rows, write_json, write_rows
+from cfclip.files import append_row, atomic_write, read_object, read_rows, write_json, write_rows
 
 ROWS = [
     {"prompt": "green lipstick", "score": 0.5},
@@ -50,6 +50,25 @@ def test_a_last_row_that_is_cut_off_anywhere_is_left_out(tmp_path):
     for end in (third - 1, third):
         path.write_bytes(whole[:end])
         assert read_rows(path) == ROWS[:2], "a row without its line end is whole"
+
+
+def test_no_row_is_glued_to_one_that_is_cut_off(tmp_path):
+    path, new = tmp_path / "rows.jsonl", {"prompt": "口红 \u2028", "new": 1}
+    append_row(path, ROWS[0])
+    append_row(path, ROWS[1])
+    assert path.read_bytes() == write_rows(tmp_path / "as written.jsonl", ROWS[:2]).read_bytes()
+    whole = path.read_bytes()
+    second = whole.index(b"\n") + 1
+    for end in (*range(1, second - 1), *range(second + 1, len(whole) - 1)):
+        path.write_bytes(whole[:end])
+        with pytest.warns(UserWarning, match=r"last line of .*rows\.jsonl is cut off, and is dropped"):
+            append_row(path, new)
+        assert read_rows(path) == [*ROWS[: end >= second], new]
+    for end, kept in ((0, 0), (second - 1, 1), (second, 1), (len(whole) - 1, 2), (len(whole), 2)):
+        path.write_bytes(whole[:end])
+        with warnings.catch_warnings(action="error"):
+            append_row(path, new)
+            assert read_rows(path) == [*ROWS[:kept], new], "a row without its line end is whole"
 
 
 @pytest.mark.parametrize("line", NO_OBJECTS)

@@ -341,7 +341,10 @@ ROWS = "grid: [{notebook: 03_ablation_directions, %s}]"
         (TRAINING % "strengths: [[fine]]", "must be a list of finite numbers"),
         (TRAINING % "settings: {steps: 3}", r"as one value .* in a list: `settings: \[{…}\]`"),
         (TRAINING % "domain: toonface", "domain of 02_training must be one of toonfaces, ffhq, .*'toonface'"),
-        ("grid: [{notebook: 02_training}]\nparameters: {domain: atlantis}", "domain of 02_training must be one"),
+        (
+            "grid: [{notebook: 02_training}]\nparameters: {domain: atlantis}",
+            "domain of 02_training must be one",
+        ),
         (
             "grid: [{notebook: 02_training}]\nthen: [{notebook: 07_tuning, domain: x}]",
             "domain of 07_tuning must be one",
