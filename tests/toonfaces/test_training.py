@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from cfclip.checkpoints import weights
-from cfclip.files import read_rows
+from cfclip.files import read_object, read_rows, sha256
+from cfclip.toonfaces.domain import CHECKSUMS
 from cfclip.toonfaces.factors import sample_face
 from cfclip.toonfaces.render import MASKS, render
 from cfclip.toonfaces.train import augment, cards, clip, encoder, gan, identity, multi, readout
@@ -125,6 +126,7 @@ def test_a_network_is_stored_with_its_settings_and_its_training_can_be_repeated(
     settings = {one.name: getattr(TINY["identity"], one.name) for one in fields(TINY["identity"])}
     path = cards.train("identity", tmp_path / "run", tmp_path, **settings)
     first, sizes, card = weights.read(path, "identity")
+    assert read_object(tmp_path / CHECKSUMS) == {path.name: sha256(path)}, "written with the weights"
     assert sizes["stages"] == [list(one) for one in STAGES] and card["training"]["people"] == 4
     again, _, _ = weights.read(cards.train("identity", tmp_path / "run", tmp_path, **settings), "identity")
     assert all(torch.equal(first[name], again[name]) for name in first)

@@ -20,7 +20,7 @@ from cfclip.images import to_tensor
 from cfclip.method.config import flat
 from cfclip.method.loop import begin_run
 from cfclip.settings import Settings
-from cfclip.toonfaces.domain import load_toonfaces
+from cfclip.toonfaces.domain import load_toonfaces, record
 from cfclip.toonfaces.factors import NATURAL, PARTS, sample_face
 from cfclip.toonfaces.readout import VISIBLE
 from cfclip.toonfaces.render import render_image
@@ -195,11 +195,16 @@ def train(name: str, out: Path, folder: Path = DATA / "toonfaces", **overrides: 
     model = network.train(config, out)
     path, kind, sizes = folder / f"{name}.safetensors", network.kind or name, network.sizes(config, model)
     card = {key: run[key] for key in ("method", "domain") if key in run} | {"training": flat(config)}
-    return weights.save(model, path, kind, sizes, store_as=network.dtype, **card)
+    weights.save(model, path, kind, sizes, store_as=network.dtype, **card)
+    record(folder, name)
+    return path
 
 
 def write_card(name: str, folder: Path = DATA / "toonfaces") -> Path:
-    """Measure ``folder/<name>.safetensors``; write the result and how it was trained to ``<name>.md``."""
+    """Measure ``folder/<name>.safetensors``; write the result and how it was trained to ``<name>.md``.
+
+    Its checksum is recorded as well.
+    """
     path, network = folder / f"{name}.safetensors", NETWORKS[name]
     tensors, _, card = weights.read(path, network.kind or name)
     values, megabytes = sum(t.numel() for t in tensors.values()), path.stat().st_size / 1e6
@@ -212,4 +217,5 @@ def write_card(name: str, folder: Path = DATA / "toonfaces") -> Path:
         f"## Measured\n\n{network.measure(load_toonfaces(folder), path)}\n"
         f"## Training\n\n{card.get('history', '')}| setting | value |\n|---|---|\n{settings}\n"
     )
+    record(folder, name)
     return write_text(folder / f"{name}.md", text)
