@@ -126,7 +126,7 @@ def run_notebook(
         papermill.execute_notebook(*literal, dict(parameters), **kernel, **quiet)
     finally:
         for name in KERNEL_ENVIRONMENT:
-            os.environ.pop(name)
+            os.environ.pop(name, None)  # another thread may have done so
             if name in before:
                 os.environ[name] = before[name]
     return path

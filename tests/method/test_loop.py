@@ -10,7 +10,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cfclip.files import FolderInUse, atomic_write, locked
+from cfclip.checkpoints.weights import read_header
+from cfclip.files import FolderInUse, atomic_write, locked, read_rows
 from cfclip.method.config import CFCLIPConfig
 from cfclip.method.loop import Callback, begin_run, load_checkpoint, run_loop, with_global_seed
 from cfclip.method.objectives import CLIPNCE, ClipDistance
@@ -321,6 +322,40 @@ def test_another_run_in_the_same_folder_is_refused_by_name(left, domain, tmp_pat
         ):
             train(domain, out, **changes)
         assert {path: path.read_bytes() for path in out.glob("*.*")} == before, "nothing is changed"
+
+
+def test_the_weights_of_a_run_are_never_filed_under_another_prompt(domain, tmp_path):
+    small = {"steps": 2, "batch": 1, "train_latents": 2, "num_views": 1, "lr": 60.0}
+    first, _ = train_mapper(domain, CFCLIPConfig("green lipstick", **small), out=tmp_path, progress=False)
+    with pytest.raises(ValueError, match="holds a run with another prompt"):
+        train_mapper(domain, CFCLIPConfig("blue hair", **small), out=tmp_path, progress=False)
+    assert read_header(tmp_path / "mapper.safetensors").card["training"]["prompt"] == "green lipstick"
+    other = {"out": tmp_path / "other", "progress": False}
+    second, _ = train_mapper(domain, CFCLIPConfig("blue hair", **small), **other)
+    pairs = zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    assert not all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("every", [1, 500])
+@pytest.mark.parametrize("damage", ["log", "checkpoint"])
+def test_a_training_goes_on_from_files_that_a_kill_has_torn(damage, every, domain, tmp_path):
+    config = CFCLIPConfig("green lipstick", steps=2, batch=1, train_latents=2, num_views=1)
+    given = {"out": tmp_path, "progress": False, "checkpoint_every": every}
+    first, rows = train_mapper(domain, config, **given)
+    log, checkpoint = tmp_path / "log.jsonl", tmp_path / "checkpoint.pt"
+    if damage == "log":
+        log.write_bytes(log.read_bytes() + b'{"step": 2, "sec')
+    else:
+        checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    if damage == "checkpoint" and every == 500:
+        with pytest.raises(ValueError, match=r"checkpoint\.pt: damaged.*delete .* to train anew"):
+            train_mapper(domain, config, **given)
+        return
+    with warnings.catch_warnings(action="ignore"):
+        again, rows2 = train_mapper(domain, config, **given)
+    same = zip(first.state_dict().values(), again.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in same) and losses(rows) == losses(rows2)
+    assert [row["step"] for row in read_rows(log)] == [2]
 
 
 NETWORKS = ("generator", "clip", "identity")
