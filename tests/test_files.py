@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import stat
 import warnings
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cfclip.files import append_row, atomic_write, read_object, read_rows, write_json, write_rows
+from cfclip.files import ROOT, append_row, atomic_write, read_object, read_rows, write_json, write_rows
 
 ROWS = [
     {"prompt": "green lipstick", "score": 0.5},
@@ -86,6 +87,14 @@ def test_an_object_is_read_and_a_damaged_one_is_empty(tmp_path):
     for content in NO_OBJECTS:
         path.write_bytes(content)
         assert read_object(path) == {}
+
+
+def test_every_test_that_data_readme_names_is_there():
+    """By file and name; all else of the table is words."""
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "data" / "README.md").read_text(encoding="utf-8"))
+    assert len(named) > 40
+    for file, name in named:
+        assert f"\ndef {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file} has no {name}"
 
 
 def test_files_have_the_permissions_of_new_files(tmp_path):
