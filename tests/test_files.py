@@ -91,7 +91,8 @@ def test_an_object_is_read_and_a_damaged_one_is_empty(tmp_path):
 
 def test_every_test_that_data_readme_names_is_there():
     """By file and name; all else of the table is words."""
-    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "data" / "README.md").read_text(encoding="utf-8"))
+    readme = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", readme)
     assert len(named) > 40
     for file, name in named:
         assert f"\ndef {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file} has no {name}"
