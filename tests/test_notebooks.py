@@ -128,6 +128,20 @@ def test_the_word_false_of_a_command_line_is_not_true(tmp_path):
         run_notebook("01_inversion", tmp_path, {"encoder": "false"})
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"text_mapper": "false"}, r"parameter 'text_mapper': write it as -y 'settings: {text_mapper"),
+        ({"stepz": 3, "n": 2}, "no notebook has a parameter 'stepz'; this one has: domain, device, method"),
+    ],
+)
+def test_a_parameter_that_no_notebook_has_is_not_ignored(given, words, tmp_path):
+    """One of another notebook is: a preset serves many."""
+    given |= {"prompts": ["blue hair"], "inversion_steps": 3}
+    with pytest.raises(Exception, match=words):
+        run_notebook("02_training", tmp_path, given)
+
+
 def test_a_failed_notebook_keeps_the_output_of_its_cells(tmp_path):
     cells = [
         new_code_cell("word = 'default'", metadata={"tags": ["parameters"]}),

@@ -1,7 +1,10 @@
 """The parameters of the notebooks: what each name may be, whether papermill, a preset or a person sets it."""
 
+import ast
 from collections.abc import Mapping
 from typing import Any
+
+from IPython import get_ipython
 
 from cfclip import baselines
 from cfclip.domains import DOMAINS
@@ -83,14 +86,30 @@ CHECKS: dict[str, Check] = {
 def check_parameters(**values: Any) -> None:
     """ValueError names the first parameter of a notebook that cannot work, also among ``settings``.
 
-    On papermill's command line ``-p encoder false`` gives the text "false", and ``-p prompt 42`` a number.
+    On papermill's command line ``-p encoder false`` gives the text "false", and ``-p prompt 42`` a number. A
+    name that no notebook knows is an error too; one of another notebook is not, as presets serve many.
     """
+    if unknown := [name for name in injected() if name not in CHECKS]:
+        known = set().union(*map(baselines.settings, baselines.METHODS))
+        hint = f": write it as -y 'settings: {{{unknown[0]}: …}}'" if unknown[0] in known else ""
+        names = ", ".join(map(repr, unknown))
+        raise ValueError(f"no notebook has a parameter {names}{hint}; this one has: {', '.join(values)}")
     for name, value in values.items():
         if wanted := CHECKS[name](value):
             raise ValueError(f"{name} must be {wanted}, not {value!r}{_papermill(name, value, wanted)}")
     check_settings(values)
     for method, given in values.get("refine", {}).items():
         check_settings({"method": method, "prompt": "a prompt", "settings": given}, f"refine of {method}")
+
+
+def injected() -> list[str]:
+    """The names that papermill set in this kernel; none anywhere else."""
+    shell = get_ipython()
+    cells = [
+        cell for cell in (shell.user_ns.get("In", []) if shell else []) if cell.startswith("# Parameters\n")
+    ]
+    assigned = [node for cell in cells for node in ast.parse(cell).body if isinstance(node, ast.Assign)]
+    return [node.targets[0].id for node in assigned]
 
 
 def _papermill(name: str, value: Any, wanted: str) -> str:
