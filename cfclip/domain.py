@@ -2,10 +2,11 @@
 
 import copy
 import hashlib
+import warnings
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -103,6 +104,14 @@ def fingerprint(network: nn.Module) -> str:
 _FINGERPRINTS: MutableMapping[nn.Module, tuple[list[tuple[int, int]], str]] = WeakKeyDictionary()
 
 
+def warn_null_edit(domain: "Domain", config: Any) -> None:
+    """A warning if all prompts of ``config`` are the source text. Every method calls this as it starts."""
+    source_text = getattr(config, "source_text", None) or domain.source_text
+    prompts = getattr(config, "prompts", None) or (config.prompt,)
+    if all(words := [null_edit(prompt, source_text) for prompt in prompts]):
+        warnings.warn(words[0], stacklevel=3)
+
+
 @dataclass(frozen=True)
 class Domain:
     """Frozen networks and the words that go with them."""
@@ -144,9 +153,10 @@ class Domain:
             found["latents"] = sha256(codes)[:12]
         return found
 
-    def run(self, method: str) -> dict[str, str]:
-        """What tells a run of ``method`` in this domain from others, beside its settings."""
-        return {"method": method, "domain": self.name, **self.fingerprints}
+    @property
+    def described(self) -> dict[str, str]:
+        """What tells runs in this domain apart from those in others."""
+        return {"domain": self.name} | self.fingerprints
 
     def group_of(self, prompt: str) -> str:
         """One of :data:`GROUPS`: what kind of edit ``prompt`` asks for."""

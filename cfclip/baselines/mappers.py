@@ -40,7 +40,7 @@ class MapperEditor(Editor):
 
     @classmethod
     def fit(cls, method: str, domain: Domain, config: Any, out: Path | None, **loop: Any) -> Editor:
-        config = begin_run(config, domain.device, out, **domain.run(method))
+        config = begin_run(config, domain.device, out, method=method, **domain.described)
         mapper, rows = train_mapper(domain, config, out, method=method, **loop)
         return cls(method, domain, config, mapper.half().float(), rows)
 

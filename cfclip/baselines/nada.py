@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from cfclip.baselines.editor import Editor
 from cfclip.checkpoints.generators import load_generator
-from cfclip.domain import Domain
+from cfclip.domain import Domain, warn_null_edit
 from cfclip.method.loop import begin_run, described, run_loop
 from cfclip.method.losses import directional
-from cfclip.method.trainer import check_run
 from cfclip.models.stylegan2 import Generator
 from cfclip.settings import (
     Settings,
@@ -62,8 +61,8 @@ class GeneratorEditor(Editor):
 
     @classmethod
     def fit(cls, method: str, domain: Domain, config: Any, out: Path | None, **loop: Any) -> Editor:
-        check_run(domain, config)
-        c = begin_run(config, domain.device, out, **domain.run(method))
+        warn_null_edit(domain, config)
+        c = begin_run(config, domain.device, out, method=method, **domain.described)
         clip = domain.clip
         target = clip.template_features(c.prompt)
         source_text = clip.template_features(c.source_text or domain.source_text)
@@ -88,7 +87,7 @@ class GeneratorEditor(Editor):
 
         state = {"generator": tuned, "optimizer": optimizer}
         loop = {"checkpoint_every": 100, "desc": c.prompt} | loop
-        loop |= {"out": out, "run": described(c, **domain.run(method))}
+        loop |= {"out": out, "run": described(c, method=method, **domain.described)}
         rows = run_loop(step, c.steps, state=state, seed=c.seed, **loop)
         return cls(method, domain, c, tuned.requires_grad_(False), rows)
 

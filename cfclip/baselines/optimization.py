@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cfclip.baselines.editor import Editor
-from cfclip.domain import Domain
+from cfclip.domain import Domain, warn_null_edit
 from cfclip.method.config import DTYPES
 from cfclip.method.loop import begin_run, learning_rate, run_loop
-from cfclip.method.trainer import FrozenNetworks, check_run
+from cfclip.method.trainer import FrozenNetworks, check_networks
 from cfclip.settings import Settings, batch_size, int_at_least, number, one_of, seed_number, setting, text
 
 
@@ -85,8 +85,9 @@ class OptimizationEditor(Editor):
 
     @classmethod
     def fit(cls, method: str, domain: Domain, config: Any, out: Path | None, **loop: Any) -> Editor:
-        check_run(domain, config)
-        config = begin_run(config, domain.device, out, **domain.run(method))
+        check_networks(domain, config)
+        warn_null_edit(domain, config)
+        config = begin_run(config, domain.device, out, method=method, **domain.described)
         editor = cls(method, domain, config, nn.Module())
         editor.loop = loop
         return editor

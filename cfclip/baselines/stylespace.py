@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from cfclip.baselines.editor import Editor
 from cfclip.checkpoints import weights
 from cfclip.checkpoints.weights import WeightsError
-from cfclip.domain import Domain, null_edit
+from cfclip.domain import Domain, null_edit, warn_null_edit
 from cfclip.files import locked
 from cfclip.method.loop import begin_run, run_loop
 from cfclip.method.losses import direction
-from cfclip.method.trainer import check_run
 from cfclip.models.stylegan2 import Generator, max_batch
 from cfclip.settings import (
     Settings,
@@ -203,8 +202,8 @@ class GlobalEditor(Editor):
 
     @classmethod
     def fit(cls, method: str, domain: Domain, config: Any, out: Path | None, **loop: Any) -> Editor:
-        check_run(domain, config)
-        config = begin_run(config, domain.device, out, **domain.run(method))
+        warn_null_edit(domain, config)
+        config = begin_run(config, domain.device, out, method=method, **domain.described)
         shared = None if out is None else out.resolve().parent  # all prompts can use the statistics
         channels, rows = channel_statistics(domain, config, shared, **loop)
         return cls(method, domain, config, global_direction(domain, config, channels), rows)

@@ -50,6 +50,7 @@ count = int_at_least(1)
 CHECKS: dict[str, Check] = {
     "domain": one_of(DOMAINS),
     "device": text,
+    "label": int_at_least(0, optional=True),
     "method": text,
     "prompt": text,
     "prompts": list_of(text, "texts"),

@@ -5,7 +5,6 @@ templates, P prompts.
 """
 
 import os
-import warnings
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +15,7 @@ from pytorch_optimizer import Ranger
 from torch import Tensor
 
 from cfclip.checkpoints.mappers import save_mapper
-from cfclip.domain import Domain, null_edit
+from cfclip.domain import Domain, warn_null_edit
 from cfclip.method.config import TrainingConfig, flat
 from cfclip.method.loop import begin_run, described, learning_rate, resolve_dtype, run_loop
 from cfclip.method.losses import identity_loss_from_features, latent_l2, perceptual_loss
@@ -26,15 +25,8 @@ from cfclip.models.mapper import Mapper, MapperConfig
 from cfclip.models.stylegan2 import max_batch
 
 
-def check_run(domain: Domain, config: Any) -> None:
-    """ValueError that names a loss of ``config`` for which ``domain`` has no network.
-
-    Warns if all prompts ask for what the pictures show already. Every method calls this before it starts.
-    """
-    source_text = getattr(config, "source_text", None) or domain.source_text
-    prompts = getattr(config, "prompts", None) or (config.prompt,)
-    if all(words := [null_edit(prompt, source_text) for prompt in prompts]):
-        warnings.warn(words[0], stacklevel=3)
+def check_networks(domain: Domain, config: object) -> None:
+    """ValueError that names a loss of ``config`` for which ``domain`` has no network."""
     for name, network, kind in (
         ("lambda_id", domain.identity, "identity"),
         ("lambda_perc", domain.perceptual, "perceptual"),
@@ -78,7 +70,8 @@ class MapperTrainer:
 
     def __init__(self, domain: Domain, config: TrainingConfig):
         self.domain, self.config, c = domain, config, config
-        check_run(domain, c)
+        check_networks(domain, c)
+        warn_null_edit(domain, c)
         clip, g = domain.clip, domain.generator
         self.text_feature = clip.encode_text(c.prompts)  # [P, E], raw
         self.target_text = torch.stack([clip.template_features(prompt) for prompt in c.prompts])  # [P, T, E]
@@ -196,11 +189,11 @@ def train_mapper(
     ``mapper.safetensors``, which says that ``method`` made it. ``loop``: more arguments of :func:`run_loop`,
     such as ``progress``, ``callbacks``, ``checkpoint_every``. Raises ValueError if ``out`` holds another run.
     """
-    config = begin_run(config, domain.device, out, **domain.run(method))
+    config = begin_run(config, domain.device, out, method=method, **domain.described)
     run = MapperTrainer(domain, config)
     what = config.prompts[0] if len(config.prompts) == 1 else f"{len(config.prompts)} prompts"
     loop = {"checkpoint_every": 500, "desc": what} | loop
-    loop |= {"out": out, "run": described(config, **domain.run(method))}
+    loop |= {"out": out, "run": described(config, method=method, **domain.described)}
     state = {"mapper": run.mapper, "optimizer": run.optimizer}
     rows = run_loop(run.step, config.steps, state=state, seed=config.seed, **loop)
     mapper = run.mapper.eval().requires_grad_(False)

@@ -383,7 +383,7 @@ def test_a_run_is_refused_by_name_after_its_domains_networks_changed(changed, do
 
 
 def begin_run_of(domain, out, method="cfclip", **changes):
-    begin_run(replace(CONFIG, **changes), domain.device, out, **domain.run(method))
+    begin_run(replace(CONFIG, **changes), domain.device, out, method=method, **domain.described)
 
 
 @pytest.mark.parametrize(

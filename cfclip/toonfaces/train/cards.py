@@ -136,7 +136,7 @@ def _clip(title: str, config: type[clip.CLIPConfig]) -> Network:
 
 
 def _mapper_run() -> dict[str, str]:
-    return load_toonfaces().run("cfclip")
+    return {"method": "cfclip", **load_toonfaces().described}
 
 
 def _encoder_run() -> dict[str, str]:
