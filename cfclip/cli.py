@@ -46,6 +46,7 @@ def toonfaces_train(
     name: Name,
     steps: Annotated[int | None, typer.Option(help="optimisation steps; default: the recipe's")] = None,
     seed: Annotated[int | None, typer.Option(help="default: the recipe's")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, …; the committed networks are of a GPU")] = "cpu",
     out: Annotated[
         Path | None, typer.Option(help="checkpoints and logs; a stopped run is resumed from here")
     ] = None,
@@ -57,7 +58,7 @@ def toonfaces_train(
     _check_name(name)
     given = {key: value for key, value in {"seed": seed, "steps": steps}.items() if value is not None}
     with _plain_errors():
-        cards.train(name, out or Path("reports/runs/toonfaces") / name, weights, **given)
+        cards.train(name, out or Path("reports/runs/toonfaces") / name, weights, device, **given)
     typer.echo(cards.write_card(name, weights))
 
 
@@ -77,18 +78,58 @@ def toonfaces_measure(
         typer.echo(cards.write_card(one))
 
 
+Prompts = Annotated[
+    list[str] | None, typer.Argument(help="prompts that name a part's colour; default: two of every part")
+]
+FirstLayer = Annotated[
+    int, typer.Option(min=0, help="edits change the layers of W+ from this one on; 4: those that colour")
+]
+FaceSeed = Annotated[int, typer.Option(min=0, help="of the faces")]
+Networks = Annotated[Path, typer.Option(help="where the networks are")]
+
+
 @toonfaces.command("ceiling")
 def toonfaces_ceiling(
-    prompts: Annotated[list[str], typer.Argument(help="prompts that name a part's colour")],
-    n: Annotated[int, typer.Option(help="faces per prompt")] = 16,
-    steps: Annotated[int, typer.Option(help="of Adam on W+, for the source and again for the edit")] = 150,
+    prompts: Prompts = None,
+    n: Annotated[int, typer.Option(min=1, help="faces per prompt")] = 12,
+    steps: Annotated[
+        int, typer.Option(min=1, help="of Adam on W+, for the source and again for the edit")
+    ] = 150,
+    first_layer: FirstLayer = 4,
+    seed: FaceSeed = 60_000,
+    folder: Networks = DATA / "toonfaces",
     out: Annotated[Path, typer.Option(help="where the table goes")] = Path("reports/ceiling.md"),
 ) -> None:
     """What any editor of the generator could reach: W+ optimised straight to the true counterfactual."""
-    from cfclip.toonfaces.ceiling import write_ceiling
+    from cfclip.toonfaces.ceiling import PROMPTS, write_ceiling
 
     with _plain_errors():
-        typer.echo(write_ceiling(out, prompts, n, steps))
+        typer.echo(write_ceiling(out, prompts or PROMPTS, n, steps, seed, first_layer, folder))
+
+
+@toonfaces.command("gap")
+def toonfaces_gap(
+    prompts: Prompts = None,
+    n: Annotated[int, typer.Option(min=1, help="faces per prompt")] = 6,
+    guides: Annotated[
+        int,
+        typer.Option(min=1, max=2, help="CLIPs that are optimised: the domain's, or the held-out one too"),
+    ] = 1,
+    steps: Annotated[
+        int, typer.Option(min=1, help="of Adam on W+, for the source and for the right edit")
+    ] = 150,
+    first_layer: FirstLayer = 4,
+    near: Annotated[int, typer.Option(min=0, help="steps down the objective from the right edit")] = 50,
+    far: Annotated[int, typer.Option(min=0, help="steps down the objective from the source")] = 80,
+    seed: FaceSeed = 62_000,
+    folder: Networks = DATA / "toonfaces",
+    out: Annotated[Path, typer.Option(help="where the table goes")] = Path("reports/exploit.md"),
+) -> None:
+    """Does each method's objective prefer the right edit to what an optimiser finds instead?"""
+    from cfclip.toonfaces.exploit import PROMPTS, write_gap
+
+    with _plain_errors():
+        typer.echo(write_gap(out, guides, prompts or PROMPTS, n, steps, first_layer, near, far, seed, folder))
 
 
 @app.command("sweep")
@@ -207,16 +248,38 @@ def check(domain: DomainName, folder: Folder = DOWNLOADS) -> None:
 @app.command()
 def convert(
     source: Annotated[Path, typer.Argument(help="a generator or mapper in any format that cfclip reads")],
-    out: Annotated[Path, typer.Argument(help="the .safetensors to write")],
+    out: Annotated[Path, typer.Argument(help="the file to write: .safetensors, or .pt in another layout")],
     kind: Annotated[
         str, typer.Option(help="auto, generator or mapper; a mapper's file holds a generator too")
     ] = "auto",
+    layout: Annotated[
+        str,
+        typer.Option(
+            help="cfclip, or a generator for the code of others: rosinality, whose Generator loads "
+            "file['g_ema'], or nvidia (PyTorch), which is for "
+            "G = Generator(**file['init_kwargs']) of stylegan2-ada-pytorch's training.networks, then "
+            "G.load_state_dict(file['G_ema']); stylegan3's training.networks_stylegan2 takes the entries of "
+            "synthesis_kwargs as arguments. It is not a .pkl for --network: those carry NVIDIA's source code"
+        ),
+    ] = "cfclip",
+    label: Annotated[
+        int | None,
+        typer.Option(help="of a class-conditional generator: write this class alone, without the others"),
+    ] = None,
 ) -> None:
-    """Rewrite a generator or a mapper as safetensors: safe, small, quick to open. Never changes its input."""
+    """Rewrite a generator or a mapper as safetensors: safe, small, quick to open. Never changes its input.
+
+    With --layout a generator is written for rosinality's or NVIDIA's code, as a .pt of plain tensors.
+    """
+    import warnings
+
     from cfclip.checkpoints import convert as run
 
-    with _plain_errors():
-        what = run(source, out, kind)
+    with _plain_errors(), warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always", UserWarning)
+        what = run(source, out, kind, layout, label)
+    for note in notes:
+        typer.echo(f"note: {note.message}")
     size, before = out.stat().st_size / 1e6, source.stat().st_size / 1e6
     typer.echo(f"{out}: a {what}, {size:.1f} MB (from {before:.1f} MB)")
 

@@ -19,7 +19,7 @@ from cfclip.checkpoints.networks import find_lpips
 from cfclip.files import sha256
 from cfclip.models.arcface import FaceIdentity
 from cfclip.models.clip import ClipGuide
-from cfclip.models.mapper import Mapper
+from cfclip.models.mapper import PUBLISHED_SPLIT, Mapper
 from cfclip.models.perceptual import PerceptualDistance, feature_distance
 from cfclip.models.stylegan2 import Generator
 from cfclip.models.vgg import VGG19
@@ -40,6 +40,12 @@ class Measurement(Protocol):
 
     def colour(self, part: str) -> list[str | None]:
         """The name of the nearest colour of ``part`` in each picture; None where the part is not visible."""
+
+    def has(self, part: str) -> np.ndarray:
+        """bool [N]: whether there is such a ``part`` at all, one whose colour a prompt can name."""
+
+    def distance(self, part: str, colour: str) -> np.ndarray:
+        """CIELAB distance [N] of ``part`` from its named ``colour``; NaN where the part is not visible."""
 
 
 class GroundTruth(Protocol):
@@ -118,25 +124,54 @@ class Domain:
 
     name: str
     generator: Generator
-    clip: ClipGuide
+    clip: ClipGuide  # the first guide; its text features condition mappers
     identity: FaceIdentity | None  # None where nobody has trained one (dogs, cats)
     source_text: str  # what every picture of the domain shows
     prompts: tuple[str, ...]  # examples, counterfactual ones first
     truth: GroundTruth | None = None  # the judge, where the world can be rendered
     truncation: float = 1.0  # psi of the latents that are edited
+    level_split: tuple[int, int] = PUBLISHED_SPLIT  # which layers are coarse, medium and fine
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     perceptual: VGG19 | None = None  # preserves the rest of the picture where there is no identity network
     encoder: nn.Module | None = None  # photos -> W+, see cfclip.inversion.encode
+    more_guides: tuple[ClipGuide, ...] = ()  # of other makes, for trainings by several guides
     heldout_clip: ClipGuide | None = None  # judges edits; no training uses it
     mapper: Mapper | None = None  # edits by any prompt at once
     latent_files: Mapping[str, Path] = field(
         default_factory=dict
     )  # split -> codes of real photos; else sampled
+    label: int | None = None  # the class that is sampled, of a class-conditional generator
+
+    def __post_init__(self) -> None:
+        if self.label is None:
+            object.__setattr__(self, "label", getattr(self.generator, "label", None))
+        else:
+            object.__setattr__(self, "generator", self.generator.for_class(self.label))
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What tells runs in this domain apart from those in others."""
+        label = {} if self.label is None else {"label": self.label}
+        return {"domain": self.name} | label | self.fingerprints
+
+    @property
+    def guides(self) -> tuple[ClipGuide, ...]:
+        """All CLIPs that an edit can be trained by."""
+        return (self.clip, *self.more_guides)
+
+    def first_guides(self, count: int) -> tuple[ClipGuide, ...]:
+        """The guides of a training whose setting ``guides`` is ``count``. ValueError if there are fewer."""
+        if count > len(self.guides):
+            raise ValueError(
+                f"guides is {count}, but domain {self.name} has {len(self.guides)}: set it to that or less"
+            )
+        return self.guides[:count]
 
     def latents(self, n: int, split: str = "train", seed: int = 0) -> Tensor:
         """``n`` codes w_plus [n, L, D] to edit, or as many as there are; the same for the same seed.
 
-        Raises WeightsError if the file is damaged or belongs to another generator.
+        Raises WeightsError if the file is damaged or belongs to another generator, and ValueError if a
+        class-conditional generator has no class: see ``label``.
         """
         if split not in self.latent_files:
             return latents.sample(self.generator, n, split, seed, self.truncation)
@@ -148,15 +183,11 @@ class Domain:
     def fingerprints(self) -> dict[str, str]:
         """name -> 12 digits of each thing whose change makes a training another one."""
         networks = {name: getattr(self, name) for name in ("generator", "clip", "identity", "perceptual")}
+        networks |= {f"guide{i}": guide for i, guide in enumerate(self.more_guides, 2)}
         found = {name: fingerprint(network) for name, network in networks.items() if network is not None}
         if codes := self.latent_files.get("train"):
             found["latents"] = sha256(codes)[:12]
         return found
-
-    @property
-    def described(self) -> dict[str, str]:
-        """What tells runs in this domain apart from those in others."""
-        return {"domain": self.name} | self.fingerprints
 
     def group_of(self, prompt: str) -> str:
         """One of :data:`GROUPS`: what kind of edit ``prompt`` asks for."""
@@ -186,6 +217,7 @@ class Domain:
         for name in (f.name for f in fields(self)):
             if isinstance(network := getattr(self, name), nn.Module):
                 moved[name] = copy.deepcopy(network).to(device)
+        moved["more_guides"] = tuple(copy.deepcopy(guide).to(device) for guide in self.more_guides)
         if self.truth is not None:
             moved["truth"] = self.truth.to(device)
         return replace(self, **moved)

@@ -1,7 +1,10 @@
 """Domains by name. The only module that knows both the core and a world."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,13 +18,15 @@ from cfclip.toonfaces.domain import load_toonfaces
 
 
 def load_ffhq(folder: Path = DOWNLOADS) -> Domain:
-    """The paper's faces. WeightsError lists every missing file, where it comes from and where to put it."""
+    """The paper's faces, with the CLIPs of :func:`_clips`.
+
+    WeightsError lists every missing file, where it comes from and where to put it.
+    """
     files = sources.require("ffhq", folder)
     return Domain(
         name="ffhq",
         generator=load_generator(files["generator"]),
-        clip=load_openai_clip(files["clip"]),
-        heldout_clip=_heldout_clip(files),
+        **_clips(files),
         identity=load_identity(files["identity"]),
         source_text="face",
         prompts=("green lipstick", "purple eyebrows"),
@@ -31,13 +36,15 @@ def load_ffhq(folder: Path = DOWNLOADS) -> Domain:
 
 
 def load_afhq(animal: str, prompts: tuple[str, ...], folder: Path = DOWNLOADS) -> Domain:
-    """The paper's dogs or cats: W codes at psi = 0.7, VGG19 instead of identity. Raises WeightsError."""
+    """The paper's dogs or cats: W codes at psi = 0.7, VGG19 instead of identity, the CLIPs of :func:`_clips`.
+
+    Raises WeightsError.
+    """
     files = sources.require(f"afhq-{animal}", folder)
     return Domain(
         name=f"afhq-{animal}",
         generator=load_generator(files["generator"]),
-        clip=load_openai_clip(files["clip"]),
-        heldout_clip=_heldout_clip(files),
+        **_clips(files),
         identity=None,
         source_text=animal,
         prompts=prompts,
@@ -46,9 +53,15 @@ def load_afhq(animal: str, prompts: tuple[str, ...], folder: Path = DOWNLOADS) -
     )
 
 
-def _heldout_clip(files: dict[str, Path]):
-    role = "held-out clip"
-    return load_openai_clip(files[role], "ViT-B-16-quickgelu") if role in files else None
+def _clips(files: Mapping[str, Path]) -> dict[str, Any]:
+    """The guides and the judge: ViT-B/32 guides as published, and ViT-B/16 judges where its file is.
+
+    Where ViT-L/14's is too, it judges, and ViT-B/16 is a second guide for trainings that ask for two.
+    """
+    models = {"held-out clip": "ViT-B-16-quickgelu", "third clip": "ViT-L-14-quickgelu"}
+    clips = [load_openai_clip(files[role], model) for role, model in models.items() if role in files]
+    *more, judge = clips or [None]
+    return {"clip": load_openai_clip(files["clip"]), "more_guides": tuple(more), "heldout_clip": judge}
 
 
 DOMAINS = {
@@ -59,11 +72,13 @@ DOMAINS = {
 }
 
 
-def load_domain(name: str = "toonfaces", device: str | torch.device = "cpu") -> Domain:
-    """The domain ``name`` on ``device``.
+def load_domain(
+    name: str = "toonfaces", device: str | torch.device = "cpu", label: int | None = None
+) -> Domain:
+    """The domain ``name`` on ``device``; ``label``: the class, if its generator is class-conditional.
 
-    Raises ValueError for an unknown domain or a device that this machine does not have, WeightsError for
-    missing files.
+    Raises ValueError for an unknown domain, a device that this machine does not have or a class that the
+    generator does not have, WeightsError for missing files.
     """
     if name not in DOMAINS:
         raise ValueError(f"unknown domain {name!r}; choose one of {', '.join(DOMAINS)}")
@@ -74,4 +89,9 @@ def load_domain(name: str = "toonfaces", device: str | torch.device = "cpu") -> 
         raise ValueError(
             f'device {str(device)!r} cannot be used on this machine ({why}); "cpu" always can'
         ) from None
-    return DOMAINS[name]().to(device)
+    domain = DOMAINS[name]()
+    try:
+        domain = domain if label is None else replace(domain, label=label)
+    except ValueError as error:
+        raise ValueError(f"label {label!r} does not fit domain {name}: {error}") from None
+    return domain.to(device)

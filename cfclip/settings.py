@@ -13,6 +13,8 @@ LARGEST = 1e30
 """Of a number: torch computes with float32, which ends at 3.4e38, and multiplies the setting by others."""
 LARGEST_COUNT = 10**9
 """Of a whole number, such as steps."""
+LARGEST_BATCH = 2**16
+"""Of what is in memory at a time."""
 Check = Callable[[Any], str | None]
 """Returns what a value must be, e.g. "a whole number from 1", or None if it is that."""
 
@@ -50,8 +52,8 @@ def number(minimum: float = 0.0, maximum: float = LARGEST, above: bool = False) 
 
 finite = number(-LARGEST)
 """Any finite number."""
-batch_size = int_at_least(1, maximum=2**16)
-"""Of what is in memory at a time."""
+batch_size = int_at_least(1, maximum=LARGEST_BATCH)
+"""Of pictures or codes that are in memory at a time."""
 seed_number = int_at_least(0, maximum=2**63 - 1)
 """What torch and numpy can start their random numbers from."""
 

@@ -151,18 +151,18 @@ def nvidia(
         const = {} if level else params(g, "const")
         known = {"architecture": attributes.get("architecture", "skip"), "use_fp16": level > 1}
         blocks[f"b{res}"] = make("SynthesisBlock", const, fir, modules, **known)
-    mapping = {}
+    mapping = {"embed": linear(g.embed)} if g.c_dim else {}
     for i, layer in enumerate(g.style):  # the same function with another learning-rate multiplier
         scaled = torch.nn.Linear(layer.weight.shape[1], layer.weight.shape[0])
         scaled.weight.data, scaled.bias.data = layer.weight * (0.01 / lr_mul), layer.bias * (0.01 / lr_mul)
         mapping[f"fc{i}"] = linear(scaled, lr_mul, activation="lrelu")
     modules = {
         "synthesis": make("SynthesisNetwork", {}, {}, blocks | attributes.pop("extra_modules", {})),
-        "mapping": make("MappingNetwork", {}, {"w_avg": g.w_avg.clone()}, mapping),
+        "mapping": make("MappingNetwork", {}, {"w_avg": g.w_avg.clone()}, mapping, c_dim=g.c_dim),
     }
     known = {
         "z_dim": g.z_dim,
-        "c_dim": 0,
+        "c_dim": g.c_dim,
         "w_dim": g.w_dim,
         "img_resolution": g.resolution,
         "img_channels": 3,
@@ -172,8 +172,10 @@ def nvidia(
     return _dump(top or tree, path, protocol)
 
 
-def tensorflow(g: Generator, path, protocol=3, version=4, lr_mul=0.01, drop=(), extra=(), **kwargs):
-    """An NVIDIA TensorFlow pickle (G, D, Gs) with static ``kwargs``; ``drop``, ``extra``: variables."""
+def tensorflow(
+    g: Generator, path, protocol=3, version=4, lr_mul=0.01, drop=(), extra=(), mapping_extra=(), **kwargs
+):
+    """An NVIDIA TensorFlow pickle (G, D, Gs) with static ``kwargs``; ``drop``, ``…extra``: variables."""
 
     def array(tensor):
         return tensor.detach().numpy().copy()
@@ -203,11 +205,17 @@ def tensorflow(g: Generator, path, protocol=3, version=4, lr_mul=0.01, drop=(), 
             synthesis.append((f"{name}/noise_strength", np.float32(layer.noise_strength)))
         synthesis += modulated(f"{size}/ToRGB", rgb)
     mapping = []
+    if g.c_dim:
+        mapping = [("LabelEmbed/weight", array(g.embed.weight).T), ("LabelEmbed/bias", array(g.embed.bias))]
+        kwargs = {"label_size": g.c_dim} | kwargs
     for i, layer in enumerate(g.style):
         mapping.append((f"Dense{i}/weight", array(layer.weight * (0.01 / lr_mul)).T))
         mapping.append((f"Dense{i}/bias", array(layer.bias * (0.01 / lr_mul))))
     synthesis = [(name, value) for name, value in synthesis if name not in drop] + list(extra)
-    parts = {"synthesis": network("G_synthesis", synthesis), "mapping": network("G_mapping", mapping)}
+    parts = {
+        "synthesis": network("G_synthesis", synthesis),
+        "mapping": network("G_mapping", mapping + list(mapping_extra)),
+    }
     variables = [("lod", np.float32(0)), ("dlatent_avg", array(g.w_avg))]
     return _dump((network("G", []), network("D", []), network("Gs", variables, **parts)), path, protocol)
 

@@ -15,11 +15,12 @@ from written_out import one_step
 
 import cfclip
 from cfclip import domains, latents
-from cfclip.checkpoints import sources
+from cfclip.baselines.stylespace import GlobalConfig, channel_statistics
+from cfclip.checkpoints import sources, weights
 from cfclip.checkpoints.weights import WeightsError
 from cfclip.cli import app
 from cfclip.evaluation import metrics
-from cfclip.files import ROOT
+from cfclip.files import DATA, ROOT
 from cfclip.method.config import CFCLIPConfig
 from cfclip.method.losses import latent_l2, perceptual_loss
 from cfclip.method.trainer import MapperTrainer
@@ -27,6 +28,8 @@ from cfclip.models.arcface import IRSE
 from cfclip.models.e4e import Encoder4Editing
 from cfclip.models.mapper import Mapper, MapperConfig
 from cfclip.models.vgg import VGG19
+from cfclip.toonfaces import domain as toonfaces
+from cfclip.toonfaces.clip import build
 
 
 def random_tensors(make) -> dict:
@@ -73,14 +76,34 @@ def test_afhq_has_truncated_codes_and_no_identity_network(animal, prompt, folder
     assert metrics.identity(metrics.Edit(d, prompt, x, x)) == {}
 
 
-def test_a_held_out_clip_is_loaded_where_its_file_is(folder, monkeypatch):
+def test_the_last_clip_whose_file_is_there_judges_and_the_others_guide(folder, monkeypatch):
     assert domains.load_ffhq(folder).heldout_clip is None
     monkeypatch.setattr(domains, "load_openai_clip", lambda *asked: asked)
     (folder / "ViT-B-16.pt").touch()
     for load in (domains.load_ffhq, domains.DOMAINS["afhq-dog"]):
         d = load(folder=folder)
         assert d.heldout_clip == (folder / "ViT-B-16.pt", "ViT-B-16-quickgelu")
-        assert d.clip == (folder / "ViT-B-32.pt",)
+        assert d.guides == ((folder / "ViT-B-32.pt",),)
+    (folder / "ViT-L-14.pt").touch()
+    for load in (domains.load_ffhq, domains.DOMAINS["afhq-dog"]):
+        d = load(folder=folder)
+        assert d.guides == ((folder / "ViT-B-32.pt",), (folder / "ViT-B-16.pt", "ViT-B-16-quickgelu"))
+        assert d.heldout_clip == (folder / "ViT-L-14.pt", "ViT-L-14-quickgelu")
+
+
+def test_toonfaces_has_a_second_guide_where_its_file_is(tmp_path):
+    for path in (DATA / "toonfaces").glob("*.safetensors"):
+        if path.stem in (*toonfaces.REQUIRED, "heldout_clip"):
+            (tmp_path / path.name).symlink_to(path)
+    tensors, config, _ = weights.read(tmp_path / "heldout_clip.safetensors", "heldout_clip")
+    second = weights.load_into(build(config["model"]), tensors, tmp_path)
+    assert len(toonfaces.load_toonfaces(tmp_path).guides) == 1
+    weights.save(second, tmp_path / "guide2.safetensors", "guide2", config)
+    d = toonfaces.load_toonfaces(tmp_path)
+    assert d.guides == (d.clip, *d.more_guides) and d.heldout_clip not in d.guides
+    assert torch.equal(d.guides[1].encode_text("blue hair"), d.heldout_clip.encode_text("blue hair"))
+    (row,) = (row for row in toonfaces.check(tmp_path) if row.source.role == "guide2")
+    assert row.good and not row.source.required
 
 
 def test_ffhq_takes_the_codes_of_photos(folder):
@@ -142,13 +165,14 @@ def test_missing_and_damaged_files_are_named(name, folder):
 
 def devices(domain) -> set[str]:
     """The devices of all tensors of a domain's networks, the judge's included."""
-    networks = [getattr(domain, one.name) for one in dataclasses.fields(domain)] + [domain.truth.readout]
+    networks = [getattr(domain, one.name) for one in dataclasses.fields(domain)]
+    networks += [domain.truth.readout, *domain.guides]
     networks = [one for one in networks if isinstance(one, nn.Module)]
     return {t.device.type for one in networks for t in one.state_dict().values()}
 
 
-def test_moving_a_domain_copies_its_networks_and_leaves_the_original(domain):
-    domain = dataclasses.replace(domain, heldout_clip=copy.deepcopy(domain.clip), perceptual=VGG19())
+def test_moving_a_domain_copies_its_networks_and_leaves_the_original(two_guides):
+    domain = dataclasses.replace(two_guides, heldout_clip=copy.deepcopy(two_guides.clip), perceptual=VGG19())
     moved = domain.to("meta")
     assert moved.device == torch.device("meta") and devices(moved) == {"meta"}
     assert domain.device == torch.device("cpu") and devices(domain) == {"cpu"}
@@ -158,6 +182,59 @@ def test_moving_a_domain_copies_its_networks_and_leaves_the_original(domain):
 
 def test_a_part_of_a_domain_can_be_replaced(domain):
     assert dataclasses.replace(domain, name="x").latents(2).shape == (2, 6, 16)
+
+
+# ---- classes ----
+
+
+@pytest.fixture
+def classes(domain):
+    """The tiny domain with a class-conditional generator of five classes."""
+    sizes = {"z_dim": 12, "w_dim": 16, "mapping_layers": 2, "c_dim": 5}
+    return dataclasses.replace(domain, generator=official.random_generator(16, (8, 8, 8), **sizes))
+
+
+def test_a_domain_samples_its_class(classes):
+    seeds = [2 * i + 1 for i in range(3)]  # of the test latents
+    z = [torch.randn(1, 12, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    z, g = torch.cat(z), classes.generator
+    for label in (0, 4):
+        d = dataclasses.replace(classes, label=label, truncation=0.7)
+        assert torch.equal(d.latents(3, "test"), g.mapping(z, 0.7, c=label))
+        assert dataclasses.replace(d, name="x").latents(2).equal(d.latents(2))
+        assert d.to("meta").label == d.to("meta").generator.label == label
+    assert classes.label is None and g.label is None
+    assert dataclasses.replace(classes, generator=g.for_class(3)).label == 3
+    channels = []
+    for label in (0, 4):
+        d, few = dataclasses.replace(classes, label=label), GlobalConfig("x", samples=2, style_samples=50)
+        channels.append(channel_statistics(d, few, progress=False)[0])
+    assert not torch.equal(channels[0].mean, channels[1].mean)
+
+
+def test_a_domain_without_the_class_that_it_needs_says_so(classes, domain, monkeypatch):
+    with pytest.raises(ValueError, match=r"needs a class, one of 0 to 4: .*label=0 of a domain"):
+        classes.latents(2)
+    with pytest.raises(ValueError, match="must be one of 0 to 4, not 5"):
+        dataclasses.replace(classes, label=5)
+    with pytest.raises(ValueError, match="has no classes"):
+        dataclasses.replace(domain, label=0)
+    monkeypatch.setitem(domains.DOMAINS, "tiny", lambda: classes)
+    assert domains.load_domain("tiny", label=3).label == 3
+    for label in (5, -1, "cat", True):
+        with pytest.raises(ValueError, match=f"label {label!r} does not fit domain tiny: "):
+            domains.load_domain("tiny", label=label)
+
+
+def test_a_run_of_another_class_is_refused_by_name(classes, tmp_path):
+    config = CFCLIPConfig("x", steps=1, batch=1, train_latents=2)
+    for label in (1, 1, None, 2):
+        d = dataclasses.replace(classes, label=label) if label else classes
+        if label == 1:
+            cfclip.train_mapper(d, config, out=tmp_path, progress=False)
+        else:
+            with pytest.raises(ValueError, match="holds a run with another label"):
+                cfclip.train_mapper(d, config, out=tmp_path, progress=False)
 
 
 # ---- README.md ----

@@ -73,6 +73,7 @@ WRONG = {
     str: [42, 1e3, None, ["a"], True],
     list: ["fine", 1.0, None, {}, [None], [["a"]], "[0.5, 1.0]"],
     dict: ["fine", None, [], {1: 2}, "{steps: 3}"],
+    type(None): ["3", "cat", -1, 1.0, True, [0]],  # the default of label, a whole number
 }
 
 
@@ -132,7 +133,7 @@ def test_the_word_false_of_a_command_line_is_not_true(tmp_path):
     ("given", "words"),
     [
         ({"text_mapper": "false"}, r"parameter 'text_mapper': write it as -y 'settings: {text_mapper"),
-        ({"stepz": 3, "n": 2}, "no notebook has a parameter 'stepz'; this one has: domain, device, method"),
+        ({"stepz": 3, "n": 2}, "no notebook has a parameter 'stepz'; this one has: domain, device, label"),
     ],
 )
 def test_a_parameter_that_no_notebook_has_is_not_ignored(given, words, tmp_path):

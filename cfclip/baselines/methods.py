@@ -2,7 +2,7 @@
 
 StyleCLIP (Patashnik et al. 2021) as a mapper, as an optimisation per picture and as a global direction of
 StyleSpace; StyleGAN-NADA (Gal et al. 2021) on a mapper and on the generator. All see pictures through the
-domain's CLIP.
+domain's CLIP, or through several of its guides.
 """
 
 import os
@@ -91,7 +91,8 @@ def fit(
     ``out`` holds another run.
     """
     config = configure(method, prompt, **given)
-    domain.clip.tokenize(prompt)  # a prompt that cannot be read fails here, not after minutes
+    for guide in domain.first_guides(config.guides):
+        guide.tokenize(prompt)  # a prompt that cannot be read fails here, not after minutes
     out = None if out is None else Path(out)
     loop = {"progress": progress, "callbacks": tuple(callbacks)}
     loop |= {} if checkpoint_every is None else {"checkpoint_every": checkpoint_every}

@@ -13,23 +13,15 @@ from torch import Tensor, nn
 from cfclip.baselines.editor import Editor
 from cfclip.checkpoints.generators import load_generator
 from cfclip.domain import Domain, warn_null_edit
+from cfclip.method.config import GuidedConfig
 from cfclip.method.loop import begin_run, described, run_loop
 from cfclip.method.losses import directional
 from cfclip.models.stylegan2 import Generator
-from cfclip.settings import (
-    Settings,
-    batch_size,
-    int_at_least,
-    number,
-    optional_text,
-    seed_number,
-    setting,
-    text,
-)
+from cfclip.settings import batch_size, int_at_least, number, optional_text, seed_number, setting, text
 
 
 @dataclass(frozen=True)
-class NADAGeneratorConfig(Settings):
+class NADAGeneratorConfig(GuidedConfig):
     """The directional loss; all of the generator is trained but the mapping network and ToRGB."""
 
     prompt: str = setting(MISSING, text)
@@ -63,9 +55,8 @@ class GeneratorEditor(Editor):
     def fit(cls, method: str, domain: Domain, config: Any, out: Path | None, **loop: Any) -> Editor:
         warn_null_edit(domain, config)
         c = begin_run(config, domain.device, out, method=method, **domain.described)
-        clip = domain.clip
-        target = clip.template_features(c.prompt)
-        source_text = clip.template_features(c.source_text or domain.source_text)
+        guides, source_text = domain.first_guides(c.guides), c.source_text or domain.source_text
+        texts = [[guide.template_features(t) for t in (c.prompt, source_text)] for guide in guides]  # [T, E]
         latents = domain.latents(c.train_latents, "train", c.seed)
         tuned = copy.deepcopy(domain.generator).requires_grad_(False)
         tuned.convs.requires_grad_(True)
@@ -74,12 +65,15 @@ class GeneratorEditor(Editor):
         trained = [p for p in tuned.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(trained, lr=c.lr * lazy, betas=(0.0, 0.99**lazy))
 
+        def encode(images: Tensor) -> list[Tensor]:
+            return [F.normalize(guide.encode_image(images), dim=-1) for guide in guides]
+
         def step(i: int, generator: torch.Generator) -> dict[str, float]:
             w = latents[torch.randint(len(latents), (c.batch,), generator=generator)]
             with torch.no_grad():
-                source = F.normalize(clip.encode_image(domain.generator.synthesis(w)), dim=-1)
-            edited = F.normalize(clip.encode_image(tuned.synthesis(w)), dim=-1)
-            loss = directional(edited, source, target, source_text)
+                source = encode(domain.generator.synthesis(w))
+            each = zip(c.guide_shares, encode(tuned.synthesis(w)), source, texts, strict=True)
+            loss = sum(share * directional(x, s, *text) for share, x, s, text in each)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

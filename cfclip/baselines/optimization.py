@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from cfclip.baselines.editor import Editor
 from cfclip.domain import Domain, warn_null_edit
-from cfclip.method.config import DTYPES
+from cfclip.method.config import DTYPES, GuidedConfig
 from cfclip.method.loop import begin_run, learning_rate, run_loop
 from cfclip.method.trainer import FrozenNetworks, check_networks
-from cfclip.settings import Settings, batch_size, int_at_least, number, one_of, seed_number, setting, text
+from cfclip.settings import batch_size, int_at_least, number, one_of, seed_number, setting, text
 
 
 @dataclass(frozen=True)
-class OptimizationConfig(Settings):
+class OptimizationConfig(GuidedConfig):
     """``1 - cos(E_I(x'), E_T(t)) + lambda_l2 |w' - w|^2 + lambda_id L_id``, minimised for each picture."""
 
     prompt: str = setting(MISSING, text)
@@ -59,8 +59,11 @@ class OptimizationEditor(Editor):
     @torch.enable_grad()
     def _optimise(self, w: Tensor) -> Tensor:
         c, identity = self.config, self.domain.identity
-        networks = FrozenNetworks(self.domain, c.dtype)
-        target = F.normalize(self.domain.clip.encode_text(c.prompt), dim=-1)
+        networks = FrozenNetworks(self.domain, c.dtype, c.guides)
+        # weighted: the product with the features of all guides is then the mean of their cosines
+        each = zip(c.guide_shares, self.domain.first_guides(c.guides), strict=True)
+        target = [share * F.normalize(guide.encode_text(c.prompt), dim=-1) for share, guide in each]
+        target = torch.cat(target, -1)  # [1, E], E the sum of the guides' widths
         with torch.no_grad():
             source = identity(networks.synthesise(w)) if c.lambda_id else None
         shift = torch.zeros_like(w).requires_grad_()

@@ -8,7 +8,7 @@ import json
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,11 @@ from cfclip.checkpoints import weights
 from cfclip.checkpoints.weights import WeightsError
 from cfclip.domain import Domain, null_edit, warn_null_edit
 from cfclip.files import locked
+from cfclip.method.config import GuidedConfig
 from cfclip.method.loop import begin_run, run_loop
 from cfclip.method.losses import direction
 from cfclip.models.stylegan2 import Generator, max_batch
 from cfclip.settings import (
-    Settings,
     batch_size,
     finite,
     int_at_least,
@@ -38,7 +38,7 @@ from cfclip.settings import (
 
 
 @dataclass(frozen=True)
-class GlobalConfig(Settings):
+class GlobalConfig(GuidedConfig):
     """StyleCLIP's global direction in StyleSpace; alpha and beta are the published demo's."""
 
     prompt: str = setting(MISSING, text)
@@ -158,20 +158,24 @@ def _key(domain: Domain, config: GlobalConfig) -> str:
     """12 digits for all that channel statistics depend on: a file with the same key may be used."""
     networks = [domain.fingerprints[name] for name in ("generator", "clip")]
     settings = [config.samples, config.sigmas, config.style_samples, config.seed]
-    what = json.dumps([domain.name, domain.truncation, *settings, *networks])
+    what = json.dumps([domain.name, domain.label, domain.truncation, *settings, *networks])
     return hashlib.sha256(what.encode()).hexdigest()[:12]
 
 
-def global_direction(domain: Domain, config: GlobalConfig, channels: Channels) -> Direction:
+def global_direction(domain: Domain, config: GlobalConfig, *channels: Channels) -> Direction:
     """The direction of ``config.prompt``; a zero step for the source text.
 
+    ``channels``: those of each guide; a channel's relevance is the mean over guides, by their weights.
     Raises ValueError if no channel is relevant enough.
     """
     described = config.source_text or domain.source_text
-    target, source = (
-        direction(domain.clip.template_features(text).mean(0)) for text in (config.prompt, described)
-    )
-    relevance = channels.relevance(target - source)
+    relevance = 0.0
+    guides = domain.first_guides(config.guides)
+    for share, guide, seen in zip(config.guide_shares, guides, channels, strict=True):
+        target, source = (
+            direction(guide.template_features(text).mean(0)) for text in (config.prompt, described)
+        )
+        relevance = relevance + share * seen.relevance(target - source)
     most = relevance.abs().max()
     if null_edit(config.prompt, described):
         return Direction(torch.zeros_like(relevance), relevance)
@@ -180,7 +184,7 @@ def global_direction(domain: Domain, config: GlobalConfig, channels: Channels) -
             f"no channel of {domain.name} has a relevance of beta = {config.beta:g} for {config.prompt!r}, "
             f"the most is {most:.3f}: set beta lower"
         )
-    step = config.alpha * channels.std * torch.where(relevance.abs() < config.beta, 0.0, relevance) / most
+    step = config.alpha * channels[0].std * torch.where(relevance.abs() < config.beta, 0.0, relevance) / most
     return Direction(step, relevance)
 
 
@@ -205,8 +209,12 @@ class GlobalEditor(Editor):
         warn_null_edit(domain, config)
         config = begin_run(config, domain.device, out, method=method, **domain.described)
         shared = None if out is None else out.resolve().parent  # all prompts can use the statistics
-        channels, rows = channel_statistics(domain, config, shared, **loop)
-        return cls(method, domain, config, global_direction(domain, config, channels), rows)
+        each = [
+            channel_statistics(replace(domain, clip=guide), config, shared, **loop)
+            for guide in domain.first_guides(config.guides)
+        ]
+        found = global_direction(domain, config, *(channels for channels, _ in each))
+        return cls(method, domain, config, found, each[0][1])
 
     @classmethod
     def open(cls, path: Path, domain: Domain) -> nn.Module:

@@ -145,7 +145,7 @@ def encode_templates(clip: ClipGuide, prompt: str) -> Tensor:
 
 
 class Published:
-    """Steps of ``run`` (one prompt, the paper's objective) with ``wastes``: the losses stay the same.
+    """Steps of ``run`` (one prompt and guide, the paper's objective) with ``wastes``: the same losses.
 
     Raises ValueError for a dtype other than float32, unless the wastes that need float32 are off.
     """

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfclip.checkpoints.safe_pickle import PickleError, Record, to_tensor
+from cfclip.checkpoints.budget import spend
+from cfclip.checkpoints.values import PickleError, Record, to_tensor
 from cfclip.checkpoints.weights import check_numbers
 
 Parts = tuple[dict[str, Any], dict[str, Tensor | None]]
@@ -27,8 +28,13 @@ PARTS = ("weight", "bias", "affine.weight", "affine.bias")
 
 Style = list[tuple[Tensor, Tensor, float]]
 """Weight, bias and learning-rate multiplier of each mapping layer."""
+Embedding = tuple[Tensor, Tensor] | None
+"""Weight and bias of the layer that reads the labels of a class-conditional generator."""
 LR_MUL = 0.01
 """The multiplier of our mapping layers; others are folded into the weights."""
+
+MAX_STYLE = 64
+"""Mapping layers that are read; NVIDIA's networks have 8 or 2."""
 
 
 def from_rosinality(state: Mapping[str, Tensor], latent_avg: Tensor | None = None) -> Parts:
@@ -72,6 +78,7 @@ def from_rosinality(state: Mapping[str, Tensor], latent_avg: Tensor | None = Non
 def _seeded_noise(index: int) -> Tensor:
     """Noise map ``index`` for files from before maps were stored; upstream draws new ones in every run."""
     side = 4 * 2 ** ((index + 1) // 2)
+    spend(4 * side * side)
     return torch.randn(side, side, generator=torch.Generator().manual_seed(index))
 
 
@@ -86,24 +93,27 @@ def from_nvidia(network: Any) -> Parts:
         raise ValueError(
             "its generator is not a StyleGAN2: it lacks a mapping network or the synthesis block b4"
         )
-    architectures = {module.get("architecture", "skip") for module in modules.values()}
+    architectures = {_word(module.get("architecture", "skip")) for module in modules.values()}
     _check_architecture(architectures, skips=False)
-    _check_unconditional(network.get("c_dim", modules["mapping"].get("c_dim")), embedded=False)
+    classes = max(_number(module.get("c_dim")) or 0 for module in (network, modules["mapping"]))
 
-    def values(name: str, layers: str, default: Any = None) -> set:
-        return {m.get(name, default) for key, m in modules.items() if re.fullmatch(layers, key)}
+    def values(name: str, layers: str, default: Any = None) -> list:
+        return [m.get(name, default) for key, m in modules.items() if re.fullmatch(layers, key)]
 
     clamps = set(map(_number, values("conv_clamp", r"synthesis\.b\d+\.(conv0|conv1|torgb)")))
-    activations = values("activation", r".+\.(conv\d|fc\d+)", "lrelu")
+    activations = set(map(_word, values("activation", r".+\.(conv\d|fc\d+)", "lrelu")))
     if len(clamps) > 1 or activations != {"lrelu"}:
-        given = f"activations {sorted(map(str, activations))}, clamps {sorted(map(str, clamps))}"
+        given = f"activations {sorted(activations)[:6]}, clamps {sorted(map(str, clamps))[:6]}"
         raise ValueError(f"it is a modified StyleGAN2: {given}")
     lr_muls = {key: _number(module.get("bias_gain", LR_MUL)) for key, module in modules.items()}
-    return from_nvidia_state(flat, next(iter(clamps), None), lr_muls)
+    return from_nvidia_state(flat, next(iter(clamps), None), lr_muls, classes)
 
 
 def from_nvidia_state(
-    state: Mapping[str, Any], conv_clamp: float | None = 256.0, lr_muls: Mapping[str, float] | None = None
+    state: Mapping[str, Any],
+    conv_clamp: float | None = 256.0,
+    lr_muls: Mapping[str, float] | None = None,
+    classes: float = 0,
 ) -> Parts:
     """``G_ema.state_dict()`` of an NVIDIA PyTorch network.
 
@@ -112,7 +122,7 @@ def from_nvidia_state(
     """
     flat: dict[str, Any] = dict(state)
     _check_architecture({"skip"}, any(key.endswith("skip.weight") for key in flat))
-    _check_unconditional(None, "mapping.embed.weight" in flat)
+    embed = _embedding(flat, "mapping.embed.", classes)
     style = []
     for i in range(len(_indices(r"mapping\.fc(\d+)\.weight", flat))):
         name = f"mapping.fc{i}"
@@ -127,7 +137,7 @@ def from_nvidia_state(
     resolutions = _indices(r"synthesis\.b(\d+)\.conv1\.weight", flat)
     const = _take(flat, "synthesis.b4.const")
     use_noise = any(key.endswith("noise_strength") for key in flat)
-    parts = _assemble(take, resolutions, const, style, w_avg, fir, conv_clamp, use_noise)
+    parts = _assemble(take, resolutions, const, style, w_avg, fir, conv_clamp, use_noise, embed)
     unused = [key for key in flat if key.endswith(".resample_filter")]  # of layers that do not resample
     _check_rest(flat, unused)
     return parts
@@ -141,10 +151,10 @@ def _flatten(
         raise ValueError("it has something else in the place of a network")
     modules[prefix.rstrip(".")] = module
     for kind in ("_parameters", "_buffers"):
-        for name, value in (module.get(kind) or {}).items():
+        for name, value in _items(module.get(kind)):
             if value is not None:
                 flat[f"{prefix}{name}"] = value
-    for name, child in (module.get("_modules") or {}).items():
+    for name, child in _items(module.get("_modules")):
         if child is not None:
             _flatten(child, f"{prefix}{name}.", flat, modules, depth + 1)
 
@@ -153,19 +163,21 @@ def from_tensorflow(network: Record) -> Parts:
     """``Gs`` of an NVIDIA TensorFlow pickle (stylegan2, stylegan2-ada)."""
     flat: dict[str, Any] = {}
     _flatten_tensorflow(network, "", flat)
-    kwargs = network.get("static_kwargs")
-    kwargs = kwargs.items if isinstance(kwargs, Record) else kwargs or {}
+    kwargs = dict(_items(network.get("static_kwargs")))
     if "synthesis/4x4/Conv/mod_weight" not in flat:
         version = _number(network.get("version"))
         raise ValueError(
-            f"it is a TensorFlow network (version {version:g}) from before StyleGAN2, or not a generator: "
+            f"it is a TensorFlow network (version {version}) from before StyleGAN2, or not a generator: "
             "use a StyleGAN2 checkpoint"
         )
     skips = any("/Skip/" in key or "/ToRGB_lod" in key for key in flat)
-    _check_architecture({kwargs.get("architecture", "skip")}, skips)
-    if {kwargs.get("nonlinearity", "lrelu"), kwargs.get("mapping_nonlinearity", "lrelu")} != {"lrelu"}:
+    _check_architecture({_word(kwargs.get("architecture", "skip"))}, skips)
+    if {_word(kwargs.get(f"{part}nonlinearity", "lrelu")) for part in ("", "mapping_")} != {"lrelu"}:
         raise ValueError("it is a modified StyleGAN2: its activation is not a leaky ReLU")
-    _check_unconditional(kwargs.get("label_size"), "mapping/LabelEmbed/weight" in flat)
+    concat = "mapping/LabelConcat/weight"  # of the first StyleGAN2, which embeds labels in another way
+    classes = _number(kwargs.get("label_size")) or (len(to_tensor(flat[concat])) if concat in flat else 0)
+    embed = _embedding(flat, "mapping/LabelEmbed/", classes)
+    embed = embed and (embed[0].t(), embed[1])
 
     def take(level: int, layer: str, part: str) -> Tensor:
         res = 4 << level
@@ -185,11 +197,13 @@ def from_tensorflow(network: Record) -> Parts:
         style.append((weight.t(), bias, lr_mul))
     w_avg = _take(flat, "dlatent_avg") if "dlatent_avg" in flat else None
     taps = kwargs.get("resample_kernel", [1, 3, 3, 1])
+    if not isinstance(taps, list | tuple | None) or len(taps or ()) > 64:
+        raise ValueError("its resampling filter is no list of numbers: the file is damaged")
     fir = torch.tensor([1.0] if taps is None else [float(_number(tap)) for tap in taps])
     resolutions = _indices(r"synthesis/(\d+)x\d+/Conv1?/weight", flat)
     const, clamp = _take(flat, "synthesis/4x4/Const/const")[0], _number(kwargs.get("conv_clamp"))
     use_noise = any(key.endswith("noise_strength") for key in flat)
-    parts = _assemble(take, resolutions, const, style, w_avg, fir, clamp, use_noise)
+    parts = _assemble(take, resolutions, const, style, w_avg, fir, clamp, use_noise, embed)
     _check_rest(flat, [key for key in flat if not re.match(r"synthesis/\d|mapping/Dense", key)])
     return parts
 
@@ -197,10 +211,13 @@ def from_tensorflow(network: Record) -> Parts:
 def _flatten_tensorflow(network: Any, prefix: str, flat: dict[str, Any], depth: int = 0) -> None:
     if not isinstance(network, Record) or depth > 4:
         raise ValueError("it has something else in the place of a network")
-    for name, value in network.get("variables") or ():
-        flat[f"{prefix}{name}"] = value
-    components = network.get("components") or {}
-    for name, child in (components.items if isinstance(components, Record) else components).items():
+    variables = network.get("variables")
+    for pair in variables if isinstance(variables, list | tuple) else ():
+        spend(steps=1)
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not isinstance(pair[0], str):
+            raise ValueError("it has a variable without a name: the file is damaged")
+        flat[f"{prefix}{pair[0][:200]}"] = pair[1]
+    for name, child in _items(network.get("components")):
         _flatten_tensorflow(child, f"{prefix}{name}/", flat, depth + 1)
 
 
@@ -213,6 +230,7 @@ def _assemble(
     fir: Tensor | None,
     conv_clamp: float | None,
     use_noise: bool = True,
+    embed: Embedding = None,
 ) -> Parts:
     """The parts of our generator. ``const``: [C, 4, 4]; ``fir``: 1-D or 2-D (default: 1, 3, 3, 1)."""
     if not resolutions or resolutions != RESOLUTIONS[: len(resolutions)]:
@@ -220,18 +238,17 @@ def _assemble(
             f"its synthesis blocks are {resolutions[:12]}, but 4, 8, … without a gap are needed: "
             "the file is incomplete"
         )
-    if not style:
-        raise ValueError("it has no mapping network")
-    if const.ndim != 3 or const.shape[1:] != (4, 4):
+    if not 0 < len(style) <= MAX_STYLE:
         raise ValueError(
-            f"its constant has shape {list(const.shape)}, but [C, 4, 4] is needed: only square pictures work"
+            f"it has a mapping network of {len(style)} layers" if style else "it has no mapping network"
         )
+    _check_constant(const)
     levels = range(len(resolutions))
     layers: dict[str, dict[str, Tensor]] = {}
     for level in levels:
         for name in ("conv0", "conv1") if level else ("conv1",):
             conv = {part: take(level, name, part) for part in PARTS}
-            noise = torch.zeros(()), torch.zeros(4 << level, 4 << level)
+            noise = torch.zeros(()), torch.zeros(()).expand(4 << level, 4 << level)
             if use_noise:
                 noise = take(level, name, "noise_strength").reshape(()), take(level, name, "noise_const")
             conv["noise_strength"], conv["noise_const"] = noise
@@ -250,14 +267,21 @@ def _assemble(
         tensors |= {f"style.{i}.weight": weight, f"style.{i}.bias": bias}
     for name, parts in layers.items():
         tensors |= {f"{name}.{part}": value for part, value in parts.items()}
+    z_dim = style[0][0].shape[1]
+    if embed is not None:
+        tensors |= {"embed.weight": embed[0], "embed.bias": embed[1]}
+        z_dim -= len(embed[0])
+        if z_dim < 1:
+            raise ValueError("its mapping network has no room for z beside the labels")
     config = {
         "resolution": resolutions[-1],
         "channels": [layers[f"rgbs.{level}"]["weight"].shape[1] for level in levels],
-        "z_dim": style[0][0].shape[1],
+        "z_dim": z_dim,
         "w_dim": layers["rgbs.0"]["affine.weight"].shape[1],
         "mapping_layers": len(style),
         "conv_clamp": conv_clamp,
         "fir": tensors["fir"],
+        "c_dim": 0 if embed is None else embed[0].shape[1],
     }
     return config, tensors
 
@@ -269,19 +293,60 @@ def _check_architecture(architectures: set, skips: bool) -> None:
         )
 
 
-def _check_unconditional(classes: Any, embedded: bool) -> None:
-    if embedded or (classes is not None and _number(classes) > 0):
-        count = f"{_number(classes):g} classes" if classes is not None else "labels"
-        raise ValueError(f"it is a conditional generator ({count}), but only unconditional ones work")
+def _check_constant(const: Tensor) -> None:
+    if const.ndim == 3 and const.shape[1:] == (4, 4):
+        return
+    if const.ndim != 3:
+        problem = f"has shape {list(const.shape)}, but [C, 4, 4] is needed: it is a modified StyleGAN2"
+    elif const.shape[1] != const.shape[2]:
+        problem = (
+            f"is {const.shape[1]} high and {const.shape[2]} wide, so its pictures are not square, but only "
+            "square ones work, from a constant of 4 x 4: use a generator of square pictures"
+        )
+    else:
+        problem = f"is {const.shape[1]} x {const.shape[2]}, not StyleGAN2's 4 x 4: it is a modified StyleGAN2"
+    raise ValueError(f"its constant {problem}")
+
+
+def _embedding(flat: dict[str, Any], layer: str, classes: float) -> Embedding:
+    """Weight and bias of ``layer`` (with its last dot or slash), which reads labels; None without classes."""
+    names = [f"{layer}{part}" for part in ("weight", "bias")]
+    if not classes and not any(name in flat for name in names):
+        return None
+    if missing := [name for name in names if name not in flat]:
+        raise ValueError(
+            f"it is a class-conditional generator ({classes:g} classes) without {missing[0]}: the file is "
+            "incomplete, or not of StyleGAN2-ADA, the only one whose classes can be read"
+        )
+    return _take(flat, names[0]), _take(flat, names[1])
+
+
+def _items(value: Any) -> Iterable[tuple[str, Any]]:
+    """The named entries of a dict, or of a record of one; they are paid for, as a file may repeat them."""
+    value = value.items if isinstance(value, Record) else value
+    for name, entry in value.items() if isinstance(value, dict) else ():
+        spend(steps=1)
+        if isinstance(name, str):
+            yield name[:200], entry
+
+
+def _word(value: Any) -> str:
+    """``value`` to compare and to print: its first letters, or the type of what is no text."""
+    return value[:40] if isinstance(value, str) else f"a {type(value).__name__}"
 
 
 def _number(value: Any) -> float | None:
-    return None if value is None else float(to_tensor(value))
+    if value is None:
+        return None
+    if (number := to_tensor(value)).numel() != 1:
+        raise ValueError("it has many numbers where one is needed: the file is damaged")
+    return float(number)
 
 
 def _indices(pattern: str, keys: Iterable[str]) -> list[int]:
     """The different numbers that the group of ``pattern`` matches in ``keys``, in order."""
-    return sorted({int(match[1]) for key in keys if (match := re.fullmatch(pattern, key))})
+    found = (match[1] for key in keys if (match := re.fullmatch(pattern, key)))
+    return sorted({int(digits) for digits in found if len(digits) < 12})
 
 
 def _take(flat: dict[str, Any], key: str) -> Tensor:
@@ -316,7 +381,8 @@ def _one_filter(flat: dict[str, Any], names: str, gain: float) -> Tensor | None:
 
 def _check_rest(flat: Mapping[str, Any], unused: Collection[str]) -> None:
     """ValueError if a tensor was not used, which is then part of another architecture."""
-    if rest := [key for key in flat if key not in unused]:
+    known = frozenset(unused)
+    if rest := [key for key in flat if key not in known]:
         names = ", ".join(key[:80] for key in rest[:4]) + (", …" if len(rest) > 4 else "")
         raise ValueError(
             f"it has tensors that its StyleGAN2 does not use ({names}): "

@@ -1,6 +1,7 @@
 """StyleGAN2 generators in any format -> :class:`cfclip.models.stylegan2.Generator`."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cfclip.checkpoints import safe_pickle, weights
+from cfclip.checkpoints.budget import spend
 from cfclip.checkpoints.generator_formats import (
     Parts,
     from_nvidia,
@@ -26,8 +28,9 @@ from cfclip.checkpoints.reading import (
     sniff,
     the_network,
 )
-from cfclip.checkpoints.safe_pickle import Record
+from cfclip.checkpoints.values import Record
 from cfclip.models.stylegan2 import Generator
+from cfclip.settings import number
 
 ROSINALITY, NVIDIA = "input.input", "synthesis.b4.const"
 """A tensor by which a generator's state dict is found."""
@@ -37,8 +40,9 @@ def load_generator(path: str | os.PathLike, device: str | torch.device = "cpu") 
     """A StyleGAN2 generator: rosinality's ``.pt``, NVIDIA's ``.pkl`` (PyTorch or TensorFlow), or ours.
 
     Also a state dict of either PyTorch network under any key and prefix, e.g. the generator in a mapper's
-    or e4e's checkpoint; of several, the moving average ("ema"). NVIDIA's state dicts lack their clamp and
-    the mapping's multiplier: 256 and 0.01 are taken. Frozen, float32. Raises WeightsError.
+    or e4e's checkpoint; of several, the moving average ("ema"). NVIDIA's state dicts lack their clamp
+    (unless ``convert`` wrote them) and the mapping's multiplier: 256 and 0.01 are taken. Frozen, float32.
+    Raises WeightsError.
     """
     path, kind = Path(path), sniff(path)
     with about(path):
@@ -54,7 +58,7 @@ def load_generator(path: str | os.PathLike, device: str | torch.device = "cpu") 
             raise ValueError(f"it is a {kind} file, but a StyleGAN2 generator is needed")
         has_w_avg = tensors["w_avg"] is not None
         if not has_w_avg:
-            tensors = tensors | {"w_avg": torch.zeros(config["w_dim"])}
+            tensors = tensors | {"w_avg": torch.zeros(1).expand(config["w_dim"])}
         generator = build(lambda: Generator(**config), tensors, "generator")
         if not has_w_avg:
             generator.w_avg.copy_(_estimate_w_avg(generator))
@@ -64,9 +68,21 @@ def load_generator(path: str | os.PathLike, device: str | torch.device = "cpu") 
 def _from_torch(tree: Any) -> Parts:
     found = find_networks(tree, ROSINALITY) | find_networks(tree, NVIDIA)
     place, state = the_network(found, tree, "a StyleGAN2 generator", ROSINALITY, NVIDIA)
-    return (
-        from_rosinality(state, mean_latent(tree, place)) if ROSINALITY in state else from_nvidia_state(state)
-    )
+    if ROSINALITY in state:
+        return from_rosinality(state, mean_latent(tree, place))
+    return from_nvidia_state(state, _clamp_beside(tree))
+
+
+def _clamp_beside(tree: Any) -> float | None:
+    """The clamp that is written beside NVIDIA's state dict (see ``to_nvidia``), else that of its training."""
+    for key in ("init_kwargs", "synthesis_kwargs"):
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    if not isinstance(tree, Mapping) or "conv_clamp" not in tree:
+        return 256.0
+    clamp = tree["conv_clamp"]
+    if clamp is not None and (wanted := number(above=True)(clamp)):
+        raise ValueError(f"its conv_clamp must be {wanted}, or None, not {str(clamp)[:40]}")
+    return clamp
 
 
 def _from_pickle(tree: Any) -> Parts:
@@ -91,5 +107,9 @@ def _synthesises(network: Any) -> bool:
 @torch.no_grad()
 def _estimate_w_avg(generator: Generator) -> Tensor:
     """The mean w [D] of 4096 seeded z, as many as rosinality's ``mean_latent(4096)`` takes."""
+    spend(4 * 4096 * max(generator.z_dim, generator.w_dim))
     z = torch.randn(4096, generator.z_dim, generator=torch.Generator().manual_seed(0))
-    return torch.stack([generator.map_one(part).mean(0) for part in z.split(512)]).mean(0)
+    classes = generator.every_class(len(z))
+    parts = [slice(i, i + 512) for i in range(0, len(z), 512)]
+    w = [generator.map_one(z[part], None if classes is None else classes[part]) for part in parts]
+    return torch.stack([one.mean(0) for one in w]).mean(0)

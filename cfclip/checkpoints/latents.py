@@ -7,24 +7,22 @@ from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
-from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
+from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from cfclip.checkpoints import safe_pickle
+from cfclip.checkpoints.budget import spend
 from cfclip.checkpoints.reading import about, describe, mapped, read_torch, sniff
-from cfclip.checkpoints.safe_pickle import Record, View, to_tensor
-from cfclip.checkpoints.weights import WeightsError, check_numbers
+from cfclip.checkpoints.safe_pickle import open_zip
+from cfclip.checkpoints.values import is_array, sizes, to_tensor
+from cfclip.checkpoints.weights import WeightsError, check_numbers, read_tensors
 from cfclip.models.stylegan2 import Generator
 
 NAMES = ("w", "w_plus", "wplus", "ws", "latent", "latents", "codes", "dlatents", "projected_w", "arr_0")
 """Keys under which tools keep codes, beside other things that are not needed."""
-
-MAX_EXPANSION = 64
-"""How many times larger than their file codes may become; W that is repeated over 18 layers shrinks well."""
 
 MADE_FOR = {2 * level - 2: 2**level for level in range(3, 13)}
 """Layers L of a W+ code -> size of the generator in pixels."""
@@ -51,7 +49,7 @@ def load_latents(path: str | os.PathLike, generator: Generator | None = None) ->
     """
     path, kind = Path(path), sniff(path)
     with about(path):
-        parts = _codes(_open(path, kind), MAX_EXPANSION * path.stat().st_size)
+        parts = _codes(_open(path, kind))
         w = torch.cat([part.detach().float() for part in parts])
         if not w.numel():
             raise ValueError(f"it holds {describe(w)}, but {WANTED}")
@@ -61,7 +59,7 @@ def load_latents(path: str | os.PathLike, generator: Generator | None = None) ->
 def _open(path: Path, kind: str) -> Any:
     """What the file holds: tensors in lists and dicts, or a pickle's records of them."""
     if kind == "safetensors":
-        return load_file(path)
+        return read_tensors(path)
     if kind == "npz":
         return _open_npz(path)
     if kind.startswith("torch"):
@@ -72,15 +70,20 @@ def _open(path: Path, kind: str) -> Any:
 
 def _open_npz(path: Path) -> dict[str, Tensor]:
     """The arrays under NAMES, or else all; arrays of other things beside codes are not read."""
-    with ZipFile(path) as archive:
+    with path.open("rb") as file, open_zip(file) as archive:
         entries = archive.infolist()
         if any(entry.compress_type not in (ZIP_STORED, ZIP_DEFLATED) for entry in entries):
             raise ValueError("it is compressed in an unusual way: save it again with numpy.savez")
-        if sum(entry.file_size for entry in entries) > MAX_EXPANSION * path.stat().st_size:
-            raise ValueError(f"it unpacks to more than {MAX_EXPANSION} times its size: use numpy.savez")
         arrays = {entry.filename.removesuffix(".npy"): entry for entry in entries}
         wanted = [name for name in NAMES if name in arrays] or list(arrays)
-        return {name: _array(BytesIO(archive.read(arrays[name]))) for name in wanted}
+        return {name: _array(BytesIO(_unpack(archive, arrays[name]))) for name in wanted}
+
+
+def _unpack(archive: ZipFile, entry: ZipInfo) -> bytes:
+    """One file of an archive; it is no larger than the archive declares, and paid for."""
+    spend(entry.file_size)
+    with archive.open(entry) as file:
+        return file.read(entry.file_size)  # without a size zipfile unpacks first, and cuts then
 
 
 def _array(file: BinaryIO) -> Tensor:
@@ -90,7 +93,10 @@ def _array(file: BinaryIO) -> Tensor:
         raise ValueError("it is a .npy of named fields, but plain numbers are needed")
     one = version == (1, 0)
     read = np.lib.format.read_array_header_1_0 if one else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(file)
+    try:
+        shape, fortran, dtype = read(file, max_header_size=1000)
+    except Exception:  # its parser is Python's own
+        raise ValueError("its header is damaged: save it again with numpy.save") from None
     if dtype.hasobject:
         raise ValueError(
             "it is a .npy of Python objects (a pickle, which may run code); for safety it is not opened. "
@@ -99,17 +105,17 @@ def _array(file: BinaryIO) -> Tensor:
         )
     if dtype.kind != "f":
         raise ValueError(f"it holds numbers of type {dtype.name}, but {WANTED}")
-    data = file.read()
-    if min(shape, default=0) < 0 or (size := math.prod(shape)) * dtype.itemsize > len(data):
-        raise ValueError(f"it is truncated: its header says {list(shape)[:8]}, which is more than it holds")
+    data, size = file.read(), math.prod(sizes(shape))
+    if size * dtype.itemsize > len(data):
+        raise ValueError(f"it is truncated: its header says {list(shape)}, which is more than it holds")
     array = np.frombuffer(data, dtype, size).reshape(shape, order="F" if fortran else "C")
     return torch.from_numpy(array.astype(np.float32, order="C"))
 
 
-def _codes(tree: Any, limit: int) -> list[Tensor]:
-    """All codes of an opened file, [N, L, D] or [N, D], to be concatenated: ``limit`` bytes at most."""
+def _codes(tree: Any) -> list[Tensor]:
+    """All codes of an opened file, [N, L, D] or [N, D], to be concatenated."""
     held = _named(tree)
-    if _is_array(held):
+    if is_array(held):
         codes = _tensor("tensor", held)
         if codes.ndim not in (2, 3):
             raise ValueError(f"it holds {describe(codes)}, but {WANTED}")
@@ -133,9 +139,6 @@ def _codes(tree: Any, limit: int) -> list[Tensor]:
         if parts and code.shape[1:] != parts[0].shape[1:]:
             shapes = f"{pictures[0][0]} {list(parts[0].shape[1:])}, {name} {list(code.shape[1:])}"
             raise ValueError(f"it holds {describe(tree)} that differ in shape ({shapes}), but {WANTED}")
-        limit -= 4 * code.numel()
-        if limit < 0:  # a few bytes may refer to one tensor many times
-            raise ValueError(f"its codes are more than {MAX_EXPANSION} times larger than the file")
         parts.append(code)
     return parts
 
@@ -148,16 +151,12 @@ def _named(tree: Any) -> Any:
     return tree[keys[0]] if keys else tree
 
 
-def _is_array(value: Any) -> bool:
-    numpy = isinstance(value, Record) and value.name.module.split(".")[0] == "numpy"
-    return numpy or isinstance(value, Tensor | View)
-
-
 def _tensor(name: str, value: Any) -> Tensor:
     tensor = to_tensor(value)
     if not tensor.is_floating_point():
         raise ValueError(f"its {name} holds numbers of type {tensor.dtype}, but {WANTED}")
-    check_numbers(name, tensor)
+    if tensor.numel():
+        check_numbers(name, tensor)
     return tensor
 
 
@@ -166,9 +165,9 @@ def _one_code(name: str, value: Any) -> Tensor:
     value = _named(value)
     if isinstance(value, list | tuple) and len(value) == 1:
         (value,) = value
-    if isinstance(value, list | tuple) and value and _is_array(value[0]):
+    if isinstance(value, list | tuple) and value and is_array(value[0]):
         raise ValueError(f"its {name} has {len(value)} codes, but one a picture is needed: keep the best one")
-    if not _is_array(value):
+    if not is_array(value):
         raise ValueError(f"its {name} is {describe(value)}, but {WANTED}")
     return _tensor(name, value)
 

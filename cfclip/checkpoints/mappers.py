@@ -36,7 +36,7 @@ def load_mapper(path: str | os.PathLike) -> Mapper:
     with about(path):
         if kind == "safetensors":
             tensors, config, _ = weights.read(path, "mapper")
-            config = MapperConfig(**config | {"levels": tuple(config.get("levels", LEVELS))})
+            config = MapperConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
         else:
             tree = read_torch(path)
             config, tensors = _official_mapper(tree)
@@ -92,4 +92,4 @@ def _layers_without_text(tree: Any, state: Mapping[str, Tensor]) -> int:
     if noises := sum(bool(re.fullmatch(r"decoder\.noises\.noise_\d+", key)) for key in state):
         return noises + 1
     size = option(tree, "stylegan_size")
-    return 2 * int(size).bit_length() - 4 if size else 18
+    return 2 * size.bit_length() - 4 if isinstance(size, int) and 8 <= size <= 1 << 14 else 18

@@ -4,12 +4,11 @@ import os
 import warnings
 from functools import lru_cache
 from pathlib import Path
-from zipfile import BadZipFile, ZipFile
+from zipfile import BadZipFile
 
 import lpips
 import open_clip
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from cfclip.checkpoints import weights
@@ -25,6 +24,7 @@ from cfclip.checkpoints.reading import (
     sniff,
     the_network,
 )
+from cfclip.checkpoints.safe_pickle import open_zip
 from cfclip.checkpoints.weights import check_numbers
 from cfclip.files import DOWNLOADS, sha256
 from cfclip.models.arcface import IRSE, FaceIdentity
@@ -35,8 +35,9 @@ from cfclip.models.vgg import VGG19
 OPENAI_SHA256 = {
     "ViT-B-32-quickgelu": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
     "ViT-B-16-quickgelu": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
+    "ViT-L-14-quickgelu": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
 }
-"""open_clip's name of a model -> sha256 of OpenAI's file of it, ``ViT-B-32.pt`` or ``ViT-B-16.pt``."""
+"""open_clip's name of a model -> sha256 of OpenAI's file of it, e.g. ``ViT-B-32.pt``."""
 ALEXNET = "alexnet-owt-7be5be79.pth"
 ALEXNET_URL = f"https://download.pytorch.org/models/{ALEXNET}"
 
@@ -76,7 +77,7 @@ def load_openai_clip(path: str | os.PathLike, model: str = "ViT-B-32-quickgelu")
     path, kind = Path(path), sniff(path)
     with about(path):
         if kind == "safetensors":
-            tensors = official_state(load_file(path), "OpenAI's CLIP", "text_projection")
+            tensors = official_state(weights.read_tensors(path), "OpenAI's CLIP", "text_projection")
         elif kind == "torch-zip" and _is_torchscript(path):
             digest = sha256(path)  # TorchScript is a program: only OpenAI's own file is opened
             if digest != OPENAI_SHA256.get(model):
@@ -101,7 +102,7 @@ def load_openai_clip(path: str | os.PathLike, model: str = "ViT-B-32-quickgelu")
 
 def _is_torchscript(path: Path) -> bool:
     try:
-        with ZipFile(path) as archive:
+        with path.open("rb") as file, open_zip(file) as archive:
             return any("/code/" in name for name in archive.namelist())
     except BadZipFile:  # read_torch reports it
         return False
@@ -117,12 +118,14 @@ def load_e4e(path: str | os.PathLike) -> Encoder4Editing:
         tree = read_torch(path)
         names = "latlayer1.weight", "input_layer.0.weight"
         place, tensors = the_network(find_networks(tree, *names), tree, "an e4e encoder", names[0])
-        if (kind := option(tree, "encoder_type", "Encoder4Editing")) != "Encoder4Editing":
-            raise ValueError(f"its encoder is a {kind}, but an e4e encoder (Encoder4Editing) is needed")
+        kind = option(tree, "encoder_type", "Encoder4Editing")
+        if not isinstance(kind, str) or kind != "Encoder4Editing":
+            named = kind[:60] if isinstance(kind, str) else type(kind).__name__
+            raise ValueError(f"its encoder is a {named}, but an e4e encoder (Encoder4Editing) is needed")
         num_ws = len({key.split(".")[1] for key in tensors if key.startswith("styles.")})
         dim = tensors["latlayer1.weight"].shape[0]
         average = mean_latent(tree, place)
-        if not option(tree, "start_from_latent_avg", average is not None):
+        if option(tree, "start_from_latent_avg", average is not None) in (False, None):
             average = torch.zeros(dim)
         if average is None:
             raise ValueError("it has no latent_avg, from which its codes start: the file is incomplete")

@@ -1,10 +1,9 @@
 """What all readers share: which format a file has, opening it safely, filling a network, clear errors."""
 
-import argparse
 import logging
+import math
 import mmap
 import os
-import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,9 +12,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from cfclip.checkpoints import safe_pickle
-from cfclip.checkpoints.safe_pickle import Record
+from cfclip.checkpoints.budget import budget_of, spend
+from cfclip.checkpoints.values import Name, Record, View, to_tensor
 from cfclip.checkpoints.weights import WeightsError, check_numbers
 
 logger = logging.getLogger(__name__)
@@ -59,21 +60,26 @@ MEAN_LATENTS = ("latent_avg", "mean_latent")
 MAX_PLACE = 4
 """How deep in dicts of dicts a network is looked for."""
 
+MAX_NETWORKS = 100
+"""How many prefixes may make a network of one dict's tensors."""
+
 
 @contextmanager
 def about(path: Path) -> Iterator[None]:
-    """Turn every error while reading ``path`` into a WeightsError that names it; the traceback is logged."""
+    """Read ``path`` within one budget; every error becomes a WeightsError that names it, and is logged."""
     try:
-        yield
+        with budget_of(path.stat().st_size if path.exists() else 0):
+            yield
     except WeightsError:
         raise
     except Exception as error:  # a damaged file may break anything
         logger.debug("%s cannot be read", path, exc_info=True)
         if isinstance(error, KeyError):
-            missing = str(error.args[0])[:200] if error.args else "such entry"
+            named = error.args and type(error.args[0]) is str
+            missing = error.args[0][:200] if named else "such entry"
             why = f"it has no {missing}: the file is incomplete, or of another kind"
         elif isinstance(error, ValueError):  # our own messages
-            why = str(error)
+            why = str(error)[:500]
         else:
             raise WeightsError(
                 f"{path} is damaged or truncated, or of an unknown kind "
@@ -96,11 +102,11 @@ def sniff(path: str | os.PathLike) -> str:
         head = file.read(256)
     if not head:
         raise WeightsError(f"{path} is empty (an interrupted download?): download it again")
+    if head[8:9] == b"{" and 0 < int.from_bytes(head[:8], "little") <= path.stat().st_size - 8:
+        return "safetensors"  # before the others: the length may begin with any of their letters
     for start, problem in NOT_WEIGHTS.items():
         if head.lstrip().startswith(start):
             raise WeightsError(f"{path} is {problem}")
-    if head[8:9] == b"{" and 0 < int.from_bytes(head[:8], "little") <= path.stat().st_size - 8:
-        return "safetensors"
     for start, name in FORMATS.items():
         if head.startswith(start):
             if name == "torch-zip" and head[30:][: int.from_bytes(head[26:28], "little")].endswith(b".npy"):
@@ -121,25 +127,49 @@ def mapped(path: Path) -> Iterator[mmap.mmap]:
 
 
 def read_torch(path: str | os.PathLike) -> Any:
-    """What ``torch.save`` wrote, tensors on the CPU. Raises WeightsError."""
+    """What ``torch.save`` wrote, as :mod:`safe_pickle` gives it; tensors are views of the mapped file.
+
+    Raises WeightsError.
+    """
     path, kind = Path(path), sniff(path)
     if not kind.startswith("torch"):
         raise WeightsError(f"{path} is a {kind} file, but one written by torch.save is needed")
     with about(path):
+        content = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)  # mapped, not read
         if kind == "torch-zip":
-            safe_pickle.check_zip(path)
-        else:
-            with mapped(path) as file:
-                safe_pickle.load_legacy(file)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # many checkpoints keep their options so
-            try:
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "torch-zip")
-            except pickle.UnpicklingError as error:
-                why = str(error).rpartition("WeightsUnpickler error:")[2].split("\n")[0].strip()[:120]
-                raise ValueError(
-                    "it holds more than tensors and options, or was saved in an unusual way; for safety it "
-                    f"is not opened ({why}): export plain tensors, e.g. by torch.save(model.state_dict(), …)"
-                ) from None
+            with path.open("rb") as file:
+                return safe_pickle.load_zip(file, content)
+        with mapped(path) as file:
+            return safe_pickle.load_legacy(file, content)
+
+
+def read_plain(path: str | os.PathLike) -> Any:
+    """What ``torch.save`` wrote, if it is dicts, lists, tuples, plain values, and tensors, which are copied.
+
+    Raises WeightsError.
+    """
+    path = Path(path)
+    made: dict[int, Any] = {}  # what the file refers to twice is made once
+
+    def plain(value: Any) -> Any:
+        if id(value) in made:
+            return made[id(value)]
+        new = value
+        if isinstance(value, dict):
+            new = {key: plain(entry) for key, entry in value.items()}
+        elif isinstance(value, list | tuple):
+            new = type(value)(map(plain, value))
+        elif isinstance(value, View):
+            spend(math.prod(value.size) * value.storage.dtype.itemsize)
+            new = value.tensor().clone()
+        elif isinstance(value, Record | Name):
+            raise ValueError("it holds objects, but only tensors and plain values are needed")
+        made[id(value)] = new
+        return new
+
+    with about(path):
+        tree = read_torch(path)
+        return plain(tree)
 
 
 def tensor_dicts(tree: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -154,11 +184,11 @@ def tensor_dicts(tree: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
         seen.add(id(node))
         tensors: dict[str, Tensor] = {}
         for key, value in node.items():
-            if isinstance(key, str) and isinstance(value, Tensor):
+            if isinstance(key, str) and isinstance(value, Tensor | View):
                 name = ".".join(part for part in key.split(".") if part not in WRAPPERS)
                 if name in tensors:
                     raise ValueError(f"it has {name[:120]} twice, with and without 'module.'")
-                tensors[name] = value
+                tensors[name] = to_tensor(value)
             elif isinstance(key, str) and depth < MAX_PLACE:
                 queue.append((f"{place}{key[:60]}: ", depth + 1, value))
         yield place, tensors
@@ -173,7 +203,10 @@ def find_networks(tree: Any, *names: str) -> dict[str, dict[str, Tensor]]:
     found = {}
     for place, tensors in tensor_dicts(tree):
         starts = [(key, f".{key}".find(f".{names[0]}")) for key in tensors]
-        for prefix in dict.fromkeys(key[:start] for key, start in starts if start >= 0):
+        prefixes = dict.fromkeys(key[:start] for key, start in starts if start >= 0)
+        if len(prefixes) > MAX_NETWORKS:
+            raise ValueError(f"it holds more than {MAX_NETWORKS} networks: save the one to use")
+        for prefix in prefixes:
             part = part_of(tensors, prefix)
             if all(name.endswith(".") or name in part for name in names):
                 found[place + prefix] = part
@@ -188,7 +221,7 @@ def the_network(found: Mapping[str, T], tree: Any, wanted: str, *names: str) -> 
     if not options:
         lacks = f" (no tensor is named {' or '.join(names)})" if names else ""
         raise ValueError(f"it holds {describe(tree)}, but {wanted} is needed{lacks}")
-    places = ", ".join(repr(place.rstrip(": .") or "the file itself") for place in list(options)[:6])
+    places = ", ".join(repr(place.rstrip(": .")[:80] or "the file itself") for place in list(options)[:6])
     raise ValueError(
         f"it holds {len(options)} networks where one is needed, at {places}: save the one to use"
     )
@@ -223,26 +256,48 @@ def part_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def option(tree: Any, name: str, default: Any = None) -> Any:
     """An entry of the training options that official checkpoints keep, as a dict or a Namespace."""
     opts = tree.get("opts") if isinstance(tree, Mapping) else None
-    opts = vars(opts) if isinstance(opts, argparse.Namespace) else opts
+    opts = opts.state if isinstance(opts, Record) else opts
     return opts.get(name, default) if isinstance(opts, Mapping) else default
 
 
 def describe(tree: Any) -> str:
     """What an opened file holds, in words."""
-    if isinstance(tree, Tensor):
-        return f"a tensor of shape {list(tree.shape)}"
+    if isinstance(tree, Tensor | View):
+        return f"a tensor of shape {list(to_tensor(tree).shape)[:8]}"
+    if isinstance(tree, Record):
+        return f"a saved {tree.name}: save plain tensors instead, e.g. torch.save(model.state_dict(), …)"
     if not isinstance(tree, Mapping):
-        return f"a {tree.name if isinstance(tree, Record) else type(tree).__name__}"
+        return f"a {type(tree).__name__}"
+    names = [f".{name}" for _, tensors in tensor_dicts(tree) for name in tensors]
     for start, what in CONTENTS.items():
-        if has_part(tree, start):
+        if any(f".{start}" in name for name in names):
             return what
     keys = [key[:60] if isinstance(key, str) else f"a {type(key).__name__}" for key in tree]
     return f"a dict of {', '.join(keys[:6]) or 'nothing'}"
 
 
+class _Limit(TorchFunctionMode):
+    """Stop a constructor that makes a larger network than ``count`` tensors fill, as a header may demand.
+
+    Our networks take at most 7 calls of torch a tensor, the largest (e4e) 3000.
+    """
+
+    def __init__(self, count: int):
+        super().__init__()
+        self.calls = min(200 + 20 * count, 20_000)
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls -= 1
+        if self.calls < 0:
+            raise ValueError(
+                "it declares more layers than it has tensors, or than any network has: the file is damaged"
+            )
+        return function(*args, **kwargs or {})
+
+
 def build(make: Callable[[], nn.Module], tensors: Mapping[str, Tensor], what: str) -> Any:
     """``make()`` with float32 copies of ``tensors``; eval, frozen. ValueError names the first misfit."""
-    with torch.device("meta"):  # neither memory nor random numbers are spent
+    with torch.device("meta"), _Limit(len(tensors)):  # neither memory nor random numbers are spent
         module = make()
     filled = {}
     for name, empty in module.state_dict().items():

@@ -132,7 +132,16 @@ SOURCES = (
         (f"{HUGGING_FACE}/timm/vit_base_patch32_clip_224.openai/resolve/main/open_clip_model.safetensors",),
     ),
     _openai(
-        "ViT-B-16", "held-out clip", "OpenAI's CLIP ViT-B/16 (351 MB), only to judge edits", required=False
+        "ViT-B-16",
+        "held-out clip",
+        "OpenAI's CLIP ViT-B/16 (351 MB), only to judge edits; beside ViT-L/14 the second guide",
+        required=False,
+    ),
+    _openai(
+        "ViT-L-14",
+        "third clip",
+        "OpenAI's CLIP ViT-L/14 (890 MB), only to judge edits; with it ViT-B/16 is the second guide",
+        required=False,
     ),
     Source(
         "model_ir_se50.pth",
@@ -203,6 +212,7 @@ OPENERS: dict[str, Callable[[Path], object]] = {
     "generator": load_generator,
     "clip": load_openai_clip,
     "held-out clip": partial(load_openai_clip, model="ViT-B-16-quickgelu"),
+    "third clip": partial(load_openai_clip, model="ViT-L-14-quickgelu"),
     "identity": load_identity,
     "perceptual": load_vgg,
     "encoder": load_e4e,
@@ -251,7 +261,7 @@ def roles_of(domain: str) -> dict[str, list[Source]]:
 
 def elsewhere(source: Source) -> Path | None:
     """A copy that open_clip or OpenAI's clip package has downloaded."""
-    if source.role not in ("clip", "held-out clip"):
+    if source.role not in ("clip", "held-out clip"):  # a third one changes who judges: only on purpose
         return None
     if source.name.endswith(".pt"):
         path = Path.home() / ".cache" / "clip" / source.name

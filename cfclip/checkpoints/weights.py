@@ -8,13 +8,18 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cfclip.checkpoints.budget import spend
+from cfclip.checkpoints.values import sizes
 from cfclip.files import atomic_write
 
 MAX_SIZE = 16384
 """The largest number that a header may declare: the network is built before its tensors are compared."""
+
+MAX_KIND = 60
+"""Characters in the kind that a header names."""
 
 
 class WeightsError(ValueError):
@@ -65,12 +70,16 @@ def read_header(path: str | os.PathLike) -> Header:
             header = json.loads((file.metadata() or {}).get("cfclip", "null"))
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise WeightsError(
-            f"{path} is not a readable safetensors file (truncated, or of another type): {error}; "
+            f"{path} is not a readable safetensors file (truncated, or of another type): {str(error)[:200]}; "
             "fetch or train it again"
         ) from None
     if not isinstance(header, dict) or "kind" not in header:
         raise WeightsError(f"{path} is a safetensors file without cfclip's header: another program wrote it")
-    return Header(header["kind"], header.get("config", {}), header.get("card", {}))
+    kind, config, card = header["kind"], header.get("config", {}), header.get("card", {})
+    proper = isinstance(kind, str) and len(kind) <= MAX_KIND and isinstance(config, dict)
+    if not proper or not isinstance(card, dict):
+        raise WeightsError(f"{path} has a damaged header: fetch or train it again")
+    return Header(kind, config, card)
 
 
 def read(path: str | os.PathLike, kind: str) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
@@ -78,29 +87,50 @@ def read(path: str | os.PathLike, kind: str) -> tuple[dict[str, Tensor], dict[st
     header = read_header(path)
     if header.kind != kind:
         raise WeightsError(f"{path} holds a {header.kind}, but a {kind} is needed")
-    _check_sizes(path, header.config)
-    tensors = {name: t.float() if t.is_floating_point() else t for name, t in load_file(path).items()}
+    _check_sizes(path, list(header.config.values()))
+    try:
+        held = read_tensors(path)
+    except (SafetensorError, ValueError) as error:
+        raise WeightsError(f"{path} is damaged ({str(error)[:200]}): fetch or train it again") from None
+    tensors = {name: t.float() if t.is_floating_point() else t for name, t in held.items()}
     return tensors, header.config, header.card
 
 
-def _check_sizes(path: str | os.PathLike, value: Any) -> None:
-    if isinstance(value, int | float) and abs(value) > MAX_SIZE:
-        raise WeightsError(
-            f"{path} cannot be used: its header declares a size of {value:.3g}, above the limit of {MAX_SIZE}"
-        )
-    if isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            _check_sizes(path, part)
+def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, of few dimensions each. Raises SafetensorError or ValueError."""
+    tensors = {}
+    with safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            sizes(file.get_slice(name).get_shape())  # torch takes minutes for a million dimensions of 1
+            spend(steps=10)
+            tensors[name] = file.get_tensor(name)
+    return tensors
+
+
+def _check_sizes(path: str | os.PathLike, values: list, depth: int = 0) -> None:
+    for value in values:
+        if isinstance(value, int | float) and not abs(value) <= MAX_SIZE:
+            raise WeightsError(
+                f"{path} cannot be used: its header declares a size above the limit of {MAX_SIZE}, or none: "
+                "fetch or train it again"
+            )
+        if isinstance(value, list | dict):
+            if isinstance(value, dict) or depth > 2:
+                raise WeightsError(f"{path} has a damaged header: fetch or train it again")
+            _check_sizes(path, value, depth + 1)
 
 
 def check_numbers(name: str, tensor: Tensor, place: Tensor | None = None) -> None:
-    """ValueError that names the tensor unless it holds finite floats.
+    """ValueError that names the tensor unless it holds finite floats; its float32 copy is paid for.
 
     ``place``: the network's tensor that it is for, which may be a counter; then it may be one too.
     """
+    spend(4 * tensor.numel())
     if place is not None and place.dtype == tensor.dtype == torch.int64 and not tensor.is_meta:
         return
-    if tensor.is_meta:
+    if not tensor.numel():
+        problem = "is empty"
+    elif tensor.is_meta:
         problem = "holds no numbers (it was saved from torch's meta device)"
     elif tensor.layout is not torch.strided or tensor.is_quantized:
         problem = f"is stored in an unusual way ({tensor.dtype}, {tensor.layout})"

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cfclip.domain import Domain, GroundTruth, Measurement
+from cfclip.domain import Claim, Domain, GroundTruth, Measurement
 from cfclip.models.clip import ClipGuide
 from cfclip.models.stylegan2 import max_batch
 
@@ -23,6 +23,7 @@ METRIC_DIRECTIONS: dict[str, str] = {
     "success_before": "",
     "success_after": "↑",
     "success_inverted": "↑",
+    "progress": "↑",
     "truth_distance": "↓",
     "truth_floor": "",
     "leakage": "↓",
@@ -45,7 +46,9 @@ MAIN = (
     "prompt",
     "group",
     "n",
+    "n_with_part",
     *PERCENT,
+    "progress",
     "leakage",
     "clip_before",
     "clip_after",
@@ -60,6 +63,8 @@ MAIN = (
     "round_trip_identity",
 )
 """The columns of a report's page, in order; its files have all columns."""
+LEAST_SPREAD = 10.0
+"""CIELAB distance that counts as another person's where all people are alike, as in the white of an eye."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,25 +192,43 @@ def perceptual(edit: Edit) -> Columns:
 
 @metric
 def ground_truth(edit: Edit) -> Columns:
-    """Success and leakage by the ground truth, if the prompt names the colour of a part or is a null edit.
+    """Success, progress and leakage, if the prompt names the colour of a part or is a null edit.
 
     success: 1 if the part is visible and its nearest colour, in CIELAB, is the one asked for, else 0.
+    progress: how far the part's colour has come from its own to the one asked for, by CIELAB distance:
+        ``1 - after / before``, in [-1, 1]; 1 = there, 0 = no nearer, or gone. NaN where the part had the
+        colour already, or was too small to measure.
     leakage: how far the *other* parts moved, the mean of their colours (CIELAB distance) and shapes (1 - soft
-    Dice), each divided by its median between two random natural faces: 0 = unchanged, 1 = as another
-    person's. A null edit has no success, and all parts count in its leakage.
+        Dice), each divided by its :func:`natural_spread`: 0 = unchanged, 1 = as another person's.
+
+    A face without the part neither succeeds nor fails, its success and progress are NaN; one that loses the
+    part by the edit fails. A null edit has neither, and all parts count in its leakage.
     """
     truth = edit.domain.truth
     claim = truth and truth.claim(edit.prompt)
     if truth is None or (claim is None and edit.prompt != edit.domain.source_text):
         return {}
-    part, colour = claim or (None, None)
-    columns: Columns = {}
-    if claim:
-        for when, pictures in (("before", edit.before), ("after", edit.after)):
-            named = [name == colour for name in pictures.seen.colour(part)]
-            columns[f"success_{when}"] = np.array(named, dtype=float)
+    part, _ = claim or (None, None)
     others = np.array([name != part for name in truth.parts] * 2)
+    columns = _towards(edit.before.seen, edit.after.seen, claim) if claim else {}
     return columns | {"leakage": np.nanmean(edit.moved[:, others], 1)}
+
+
+def _towards(before: Measurement, after: Measurement, claim: Claim) -> Columns:
+    """Success before and after, and progress, see :func:`ground_truth`."""
+    (part, colour), has = claim, before.has(claim[0])
+    first, last = (
+        np.array([name == colour for name in seen.colour(part)], dtype=float) for seen in (before, after)
+    )
+    was, is_now = before.distance(part, colour), after.distance(part, colour)
+    away = has & (first == 0) & ~np.isnan(was)  # and then it is not at the colour itself: was > 0
+    progress = np.full(len(has), np.nan)
+    progress[away] = np.nan_to_num((1 - is_now[away] / was[away]).clip(-1, 1), nan=0.0)
+    return {
+        "success_before": np.where(has, first, np.nan),
+        "success_after": np.where(has, last, np.nan),
+        "progress": progress,
+    }
 
 
 def leakage_by_part(edit: Edit) -> Columns:
@@ -228,10 +251,13 @@ def movement(before: Measurement, after: Measurement) -> tuple[np.ndarray, np.nd
 
 @lru_cache(maxsize=4)
 def natural_spread(truth: GroundTruth, n: int = 256) -> tuple[np.ndarray, np.ndarray]:
-    """Median :func:`movement` between two random natural renders, per part: ([P], [P])."""
+    """Median :func:`movement` between two random natural renders, per part: colours [P], shapes [P].
+
+    That of a colour is at least :data:`LEAST_SPREAD`.
+    """
     images = truth.renders(2 * n)
     colour, shape = movement(truth.measure(images[:n]), truth.measure(images[n:]))
-    return np.nanmedian(colour, 0), np.nanmedian(shape, 0)
+    return np.fmax(np.nanmedian(colour, 0), LEAST_SPREAD), np.nanmedian(shape, 0)
 
 
 def evaluate(edit: Edit) -> Columns:

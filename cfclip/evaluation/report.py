@@ -19,15 +19,22 @@ from cfclip.files import writable, write_csv, write_rows, write_text
 from cfclip.models.ops import fast_dtype, name_of
 
 
+def _cell(column: str, value: float) -> str:
+    if np.isnan(value):
+        return "–"
+    if column.startswith("success"):
+        return f"{100 * value:.1f} %"
+    if column == "n_with_part":
+        return f"{value:.0f}"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
 def markdown(table: pd.DataFrame, note: str = "") -> str:
-    """A Markdown table: success in per cent, other numbers with three decimals, "–" for NaN."""
+    """A Markdown table: success in per cent, counts whole, other floats with three decimals, "–" for NaN."""
     shown = table.copy()
     for column in shown.columns:
-        if column in PERCENT:
-            shown[column] = ["–" if np.isnan(v) else f"{100 * v:.1f} %" for v in shown[column]]
-        elif shown[column].dtype.kind == "f":
-            cells = [f"{v:.3f}" if abs(v) < 10 else f"{v:.1f}" for v in shown[column]]
-            shown[column] = ["–" if cell == "nan" else cell for cell in cells]
+        if shown[column].dtype.kind == "f" or (column in PERCENT and shown[column].dtype.kind == "i"):
+            shown[column] = [_cell(str(column), value) for value in shown[column]]
     shown = shown.rename(columns=lambda column: str(column).replace("_", " "))
     text = shown.to_markdown(index=False, disable_numparse=True)
     return text + "\n" + (f"\n{note}\n" if note else "")

@@ -42,10 +42,18 @@ def ordered(values: pd.Series, known: Iterable[str]) -> pd.Categorical:
 
 
 def means(table: pd.DataFrame, by: str | list[str] = "prompt") -> pd.DataFrame:
-    """Mean of every number per group, in the groups' order of appearance; ``n``: rows of the group."""
+    """Mean of every number per group, in the groups' order of appearance; ``n``: rows of the group.
+
+    Where faces of one group differ in whether they have the part, there is also ``n_with_part``: the rows
+    that do, whose mean success is.
+    """
     grouped = table.groupby(by, sort=False)
     numbers = grouped.mean(numeric_only=True).drop(columns=["index", "seed"], errors="ignore")
     numbers.insert(0, "n", grouped.size())
+    if "success_after" in table:
+        judged = grouped.success_after.count()
+        if ((judged > 0) & (judged < numbers.n)).any():
+            numbers.insert(1, "n_with_part", judged)
     return numbers.reset_index()
 
 
@@ -158,6 +166,7 @@ def fair(each: pd.DataFrame, identity_at: float, success_at: float) -> pd.DataFr
         return pd.DataFrame()
     table = wide(long.astype({name: each[name].dtype for name in by}), by).set_index(by)
     shares = gained[by].assign(**{"open %": 100 * gained.open, "reached %": 100.0 * kept.identity.notna()})
+    shares = shares[gained.success_after.notna()]  # of trainings some of whose faces have the part
     table = table.join(shares.groupby(by, observed=True).mean().round(0).astype(int)).reset_index()
     at_identity = f"success % at identity ≥ {identity_at:g}"
     at_success = f"identity at success ≥ {100 * success_at:g} %"

@@ -48,6 +48,13 @@ HISTORY_LENGTH = 100
 OUT = Path("reports", "runs", "explorer")
 
 
+def _first_class(domain: Domain, label: int | None = None) -> int | None:
+    """The class that the explorer begins with."""
+    if label is not None or domain.label is not None:
+        return domain.label if label is None else label
+    return 0 if domain.generator.c_dim else None
+
+
 class Explorer(HasTraits):
     """One explorer: change it with its methods, read its traits.
 
@@ -57,6 +64,7 @@ class Explorer(HasTraits):
         runs: more folders (or one) whose editors can be chosen.
         settings: method -> settings of the trainings that :meth:`refine` starts.
         photo_steps: optimisation steps when a photo is inverted.
+        label: the class to begin with, if the generator is class-conditional; None: the domain's, or 0.
     """
 
     recipe = Instance(Recipe)
@@ -82,6 +90,7 @@ class Explorer(HasTraits):
         runs: str | Path | Sequence[str | Path] = (),
         settings: Mapping[str, Mapping[str, Any]] | None = None,
         photo_steps: int = 100,
+        label: int | None = None,
     ):
         super().__init__()
         domain = load_domain(domain) if isinstance(domain, str) else domain
@@ -94,7 +103,9 @@ class Explorer(HasTraits):
         self._last_change: tuple[frozenset, float] = (frozenset(), 0.0)  # names of fields, time
         self._drawing, self._scoring = LatestJobThread(), LatestJobThread()
         self._tasks, self._jobs = ThreadPoolExecutor(1), set[Future]()
-        self.recipe = Recipe(domain.name, prompt or domain.prompts[0], faces=self._first_faces(domain))
+        first = {"faces": self._first_faces(domain), "label": _first_class(domain, label)}
+        self.recipe = Recipe(domain.name, prompt or domain.prompts[0], **first)
+        self.recipe.chosen(domain)  # fails now if there is no such class
         self.history = (self.recipe,)
         self.find_mappers()
         self.refresh()
@@ -106,8 +117,13 @@ class Explorer(HasTraits):
 
     @property
     def domain(self) -> Domain:
-        """The recipe's domain, loaded."""
-        return self._domains[self.recipe.domain]
+        """The recipe's domain, loaded, with the recipe's class."""
+        return self.recipe.chosen(self._domains[self.recipe.domain])
+
+    @property
+    def classes(self) -> int:
+        """How many classes can be chosen from; 0 if the generator is not class-conditional."""
+        return self._domains[self.recipe.domain].generator.c_dim
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -151,6 +167,8 @@ class Explorer(HasTraits):
         with self._lock:
             try:
                 recipe = replace(self.recipe, **fields)
+                if recipe.domain in self._domains:
+                    recipe.chosen(self._domains[recipe.domain])
             except (ValueError, TypeError) as error:
                 self.message = one_line(error)
                 return
@@ -192,9 +210,9 @@ class Explorer(HasTraits):
         if unknown := set(on) - set(LEVELS):
             self.message = f"the levels are {', '.join(LEVELS)}, not {', '.join(sorted(unknown))}"
             return
-        num_ws = self.domain.generator.num_ws
-        now = levels_on(self.recipe.layers, num_ws) | on
-        self.change(layers=level_layers(num_ws, [name for name in LEVELS if now[name]]))
+        num_ws, split = self.domain.generator.num_ws, self.domain.level_split
+        now = levels_on(self.recipe.layers, num_ws, split) | on
+        self.change(layers=level_layers(num_ws, [name for name in LEVELS if now[name]], split))
 
     def set_show(self, show: str) -> None:
         if show not in SHOWS:
@@ -246,7 +264,8 @@ class Explorer(HasTraits):
     def _draw(self, recipe: Recipe, show: str, stale: Callable[[], bool]) -> None:
         begun, frame, message = time.perf_counter(), None, ""
         try:
-            domain, key = self._domains[recipe.domain], (recipe.domain, recipe.faces)
+            domain = recipe.chosen(self._domains[recipe.domain])
+            key = recipe.domain, domain.label, recipe.faces
             if self._faces is None or self._faces[0] != key:
                 self._faces = key, draw_faces(domain, recipe.faces)
             frame = draw(domain, recipe, show, self._faces[1], self._others(recipe, show), stale)
@@ -279,8 +298,9 @@ class Explorer(HasTraits):
         return others
 
     def _score(self, frame: Frame, stale: Callable[[], bool]) -> None:
-        scores, domain = {}, self._domains[frame.recipe.domain]
+        scores = {}
         try:
+            domain = frame.recipe.chosen(self._domains[frame.recipe.domain])
             scores = score(domain, frame, lambda: stale() or self.frame is not frame)
         except Exception as error:  # as in _draw
             self.message = one_line(error)
@@ -315,8 +335,8 @@ class Explorer(HasTraits):
         def job() -> str:
             domain = self._load(name)
             reset = {"source_text": "", "layers": (), "mapper": "", "region": ""}
-            faces = self._first_faces(domain)
-            self.change(domain=name, prompt=domain.prompts[0], faces=faces, **reset)
+            reset |= {"faces": self._first_faces(domain), "label": _first_class(domain)}
+            self.change(domain=name, prompt=domain.prompts[0], **reset)
             return f"domain {name}"
 
         if name != self.recipe.domain:
@@ -367,7 +387,7 @@ class Explorer(HasTraits):
 
         def job() -> str:
             recipe = Recipe.from_json(text)
-            domain = self._load(recipe.domain)
+            domain = recipe.chosen(self._load(recipe.domain))
             w = codes(domain, recipe.faces)[:1]  # reads all files; one face shows whether the edit works
             with torch.no_grad():
                 render(domain, recipe, Faces(w, domain.generator.synthesis(w)))

@@ -19,7 +19,7 @@ from torch import Tensor
 from cfclip.baselines.library import load_editor, mapper_for, open_mapper
 from cfclip.checkpoints.latents import load_latents
 from cfclip.domain import Domain, null_edit
-from cfclip.models.mapper import LEVELS
+from cfclip.models.mapper import level_slices
 from cfclip.settings import Settings, check_known, finite, int_at_least, number, setting, text
 
 MIN_STRENGTH, MAX_STRENGTH = -1.5, 2.0
@@ -82,6 +82,8 @@ class Recipe(Settings):
     mapper: str = setting("", any_text)
     # a part of the face, or a box (left, top, right, bottom in shares of the side); "": everywhere
     region: Region = setting("", a_region)
+    # class of the faces, if the domain's generator is class-conditional; None: the domain's
+    label: int | None = setting(None, int_at_least(0, optional=True))
 
     @property
     def prompts(self) -> list[str]:
@@ -93,8 +95,15 @@ class Recipe(Settings):
         """Whether ``mapper`` is the folder of an editor, which edits all layers with its own prompt."""
         return bool(self.mapper) and Path(self.mapper).is_dir()
 
+    def chosen(self, domain: Domain) -> Domain:
+        """``domain`` with the recipe's class. ValueError if it has no such class."""
+        if self.label in (None, domain.label):
+            return domain
+        return dataclasses.replace(domain, label=self.label)
+
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return json.dumps(given, ensure_ascii=False)  # without classes as before there were any
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Recipe":
@@ -113,7 +122,7 @@ class Recipe(Settings):
 
         Identical to the bit on the same machine with the same number of threads.
         """
-        strength = repr(self.strength)
+        strength, label = repr(self.strength), "" if self.label is None else f", label={self.label}"
         if self.uses_editor:
             edit = [
                 f"    editor = cfclip.baselines.load_editor({self.mapper!r}, domain)",
@@ -143,7 +152,7 @@ from cfclip.baselines.library import mapper_for
 from cfclip.evaluation.figures import image_grid
 from cfclip.explorer import recipe
 
-domain = cfclip.load_domain({self.domain!r})
+domain = cfclip.load_domain({self.domain!r}{label})
 w = recipe.codes(domain, {list(self.faces)!r})
 with torch.no_grad():
 {lines}
@@ -184,6 +193,7 @@ def render(domain: Domain, recipe: Recipe, source: Faces | None = None) -> Tenso
 
     Raises ValueError (or WeightsError, which is one) that says what in the recipe cannot be done.
     """
+    domain = recipe.chosen(domain)
     source = source or draw_faces(domain, recipe.faces)
     edited, layers = source.w, len(recipe.layers)
     if layers not in (0, domain.generator.num_ws):
@@ -252,23 +262,25 @@ def advice(domain: Domain, recipe: Recipe, suggestions: Sequence[str]) -> str:
     return "; ".join(found)
 
 
-def level_layers(num_ws: int, on: Sequence[str]) -> tuple[float, ...]:
+def level_layers(num_ws: int, on: Sequence[str], split: Sequence[int]) -> tuple[float, ...]:
     """Factors of the L layers that leave only the levels ``on``; () if those are all."""
-    factors = [0.0] * num_ws
+    factors, slices = [0.0] * num_ws, level_slices(split)
     for name in on:
-        for i in range(num_ws)[LEVELS[name]]:
+        for i in range(num_ws)[slices[name]]:
             factors[i] = 1.0
     return () if all(factors) else tuple(factors)
 
 
-def levels_on(layers: Sequence[float], num_ws: int) -> dict[str, bool]:
+def levels_on(layers: Sequence[float], num_ws: int, split: Sequence[int]) -> dict[str, bool]:
     """level -> whether any of its layers is edited."""
-    return {name: any((tuple(layers) or (1.0,) * num_ws)[where]) for name, where in LEVELS.items()}
+    factors = tuple(layers) or (1.0,) * num_ws
+    return {name: any(factors[where]) for name, where in level_slices(split).items()}
 
 
 def describe(recipe: Recipe) -> str:
     """One line for the history."""
     region = recipe.region if isinstance(recipe.region, str) else "box"
     layers = "own layers" if recipe.layers else ""
-    parts = [recipe.prompt.strip() or "no prompt", f"× {recipe.strength:g}", layers, region]
+    label = "" if recipe.label is None else f"class {recipe.label}"
+    parts = [recipe.prompt.strip() or "no prompt", f"× {recipe.strength:g}", label, layers, region]
     return " · ".join(part for part in parts if part)

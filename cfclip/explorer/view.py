@@ -53,6 +53,7 @@ SCORES = (
     ("LPIPS (AlexNet)", None, "lpips_alex", "{:.3f}"),
     ("LPIPS (readout)", None, "lpips_readout", "{:.3f}"),
     ("success", "success_before", "success_after", "{:.0%}"),
+    ("progress", None, "progress", "{:.0%}"),
     ("leakage", None, "leakage", "{:.3f}"),
 )
 """Title of a score, its metrics before and after the edit, and its format."""
@@ -164,11 +165,12 @@ class View(ipw.VBox):
             self.levels[name] = self._on_user(level, lambda on, name=name: e.set_levels(**{name: on}))
         self.show = control(ipw.Dropdown, "show", "1 1 200px", e.set_show, options=SHOWS)
         self.domain = control(ipw.Dropdown, "domain", "1 1 150px", e.choose_domain, options=e.domains)
+        self.label = control(ipw.BoundedIntText, "class", "1 1 110px", lambda i: e.change(label=i), min=0)
         self.mapper = control(ipw.Dropdown, "mapper", "3 1 260px", e.set_mapper)
         return ipw.VBox([
             _wrapped(self.prompt, self.source_text),
             _wrapped(self.strength, *self.levels.values()),
-            _wrapped(self.mapper, self.domain, self.show),
+            _wrapped(self.mapper, self.domain, self.label, self.show),
         ])
 
     def _pictures(self) -> ipw.Widget:
@@ -252,13 +254,13 @@ class View(ipw.VBox):
 
     def _show_recipe(self) -> None:
         e, recipe = self.explorer, self.explorer.recipe
-        num_ws = e.domain.generator.num_ws
+        num_ws, split = e.domain.generator.num_ws, e.domain.level_split
         with self._updating():
             self.prompt.options, self.prompt.value = e.suggestions, recipe.prompt
             self.source_text.placeholder, self.source_text.value = e.domain.source_text, recipe.source_text
             self.strength.value = recipe.strength
             self.seeds.value = ", ".join(str(face) for face in recipe.faces if isinstance(face, int))
-            for name, on in levels_on(recipe.layers, num_ws).items():
+            for name, on in levels_on(recipe.layers, num_ws, split).items():
                 self.levels[name].value = on
             mappers = [("the domain's own", ""), *((label, path) for path, (label, _) in e.mappers.items())]
             if recipe.mapper and recipe.mapper not in e.mappers:
@@ -267,6 +269,9 @@ class View(ipw.VBox):
                 self.mapper.options = mappers
             self.mapper.value = recipe.mapper
             self.domain.options, self.domain.value = e.domains, recipe.domain
+            self.label.layout.display = "" if e.classes else "none"
+            self.label.max = max(0, e.classes - 1)
+            self.label.value = e.domain.label or 0
             is_box = isinstance(recipe.region, tuple)
             self.region.value = "box" if is_box else recipe.region if recipe.region in e.parts else ""
             self.across.disabled = self.down.disabled = not is_box

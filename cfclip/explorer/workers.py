@@ -119,7 +119,8 @@ class Training:
         self.config = begin_run(configure(method, prompt, **given), domain.device)
         self.domain, self.recipe, self.method, self.w = domain, recipe, method, w
         # the hash tells apart what has the same slug, such as "green hat" and "Green hat!"
-        key = hashlib.sha256("\n".join((domain.name, prompt, source_text)).encode()).hexdigest()[:8]
+        what = map(str, (*domain.described.values(), prompt, source_text))
+        key = hashlib.sha256("\n".join(what).encode()).hexdigest()[:8]
         self.folder = writable(out) / f"{first_bytes(slug(prompt), 100)}-{key}-{method}"
         self.step, self.done, self.error = 0, False, ""
         self.path, self.preview = None, None

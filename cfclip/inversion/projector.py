@@ -67,7 +67,8 @@ def w_spread(generator: Generator, n: int = 4096) -> float:
     """s: root mean square of the components of ``w - w_avg`` over ``n`` samples."""
     with torch.no_grad():
         z = torch.randn(n, generator.z_dim, generator=torch.Generator().manual_seed(0)).to(generator.w_avg)
-        return (generator.map_one(z) - generator.w_avg).square().mean().sqrt().item()
+        w = generator.map_one(z, generator.every_class(n))
+        return (w - generator.w_avg).square().mean().sqrt().item()
 
 
 def centre_distance(generator: Generator, w: Tensor, spread: float | None = None) -> Tensor:

@@ -31,8 +31,35 @@ def objective_or_error(value: Any) -> str | None:
     return None if isinstance(value, tuple(OBJECTIVES.values())) else f"one of {known}"
 
 
+def weights_or_none(value: Any) -> str | None:
+    """The check of the guides' weights."""
+    fine = value is None or (isinstance(value, tuple) and value and not any(map(number(above=True), value)))
+    return None if fine else "None, or a list of finite numbers above 0"
+
+
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig(Settings):
+class GuidedConfig(Settings):
+    """By which of a domain's guides an edit is found. Its loss is the weighted mean of each guide's own."""
+
+    guides: int = setting(1, int_at_least(1))  # how many, the domain's first ones; published: 1
+    guide_weights: tuple[float, ...] | None = setting(None, weights_or_none)  # one a guide; None: all alike
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.guide_weights is not None and len(self.guide_weights) != self.guides:
+            raise ValueError(
+                f"guide_weights must be one for each of guides = {self.guides}, not {self.guide_weights!r}"
+            )
+
+    @property
+    def guide_shares(self) -> tuple[float, ...]:
+        """The weights, scaled to a sum of 1."""
+        weights = self.guide_weights or (1.0,) * self.guides
+        return tuple(weight / sum(weights) for weight in weights)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(GuidedConfig):
     """The settings of a training that do not depend on its prompts."""
 
     source_text: str | None = setting(None, optional_text)  # None: the domain's
@@ -50,7 +77,7 @@ class TrainingConfig(Settings):
         8, int_at_least(0, maximum=1000)
     )  # perspective views of each edited image; 0: the image itself
     text_mapper: bool = setting(True, flag)  # False: StyleCLIP's mapper, which is not conditioned on text
-    levels: tuple[str, ...] = setting(tuple(LEVELS), some_of(LEVELS))  # layer groups of W+ that are edited
+    levels: tuple[str, ...] = setting(LEVELS, some_of(LEVELS))  # layer groups of W+ that are edited
     norm_axis: str = setting(
         "layer", one_of(NORM_AXES)
     )  # "layer" as published: only the signs of the text pass

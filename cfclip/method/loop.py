@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from cfclip.checkpoints.reading import read_plain
 from cfclip.files import append_row, atomic_write, locked, read_object, write_json, write_rows
 from cfclip.method.config import DTYPES, flat
 from cfclip.models.ops import fast_dtype, name_of
 from cfclip.settings import Settings
 
-Step = Callable[[int, torch.Generator], Mapping[str, float]]
+Step = Callable[[int, torch.Generator], Mapping[str, float | torch.Tensor]]
+"""Returns the numbers to log; those that are on a GPU are looked at when they are logged."""
 CHECKPOINT = "checkpoint.pt"
 CHECKPOINT_BEFORE = "checkpoint-before.pt"
 """The checkpoint before the last one, in case that the last one gets damaged."""
@@ -50,17 +52,6 @@ def generator_for(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
 
 
-def with_global_seed(step: Callable[[int], Mapping[str, float]]) -> Step:
-    """A :data:`Step` from one that draws from torch's global random numbers, e.g. dropout; restores these."""
-
-    def seeded(i: int, generator: torch.Generator) -> Mapping[str, float]:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(generator.initial_seed())
-            return step(i)
-
-    return seeded
-
-
 def resolve_dtype(name: str, device: str | torch.device) -> str:
     """``name``, or what "auto" means on ``device``."""
     return name_of(fast_dtype(torch.device(device))) if name == "auto" else name
@@ -73,7 +64,7 @@ def described(config: Settings, **what: Any) -> dict[str, Any]:
 
 
 def begin_run(
-    config: Settings, device: str | torch.device, out: str | os.PathLike | None = None, **what: str
+    config: Settings, device: str | torch.device, out: str | os.PathLike | None = None, **what: Any
 ) -> Any:
     """``config`` with its dtype resolved. With ``out`` the folder is marked as that of this run.
 
@@ -157,20 +148,22 @@ def _run(step, steps, state, out, run, seed, callbacks, log_every, checkpoint_ev
     )
     for i in bar:
         done, last = i + 1, i + 1 == steps
-        numbers = {name: float(value) for name, value in step(i, generator_for(seed, i)).items()}
-        if wrong := [f"{name} is {value}" for name, value in numbers.items() if not math.isfinite(value)]:
-            raise ValueError(_stopped(", ".join(wrong), done, steps, desc, out))
+        numbers = step(i, generator_for(seed, i))
         for name, value in numbers.items():
             sums[name] = sums.get(name, 0.0) + value
         count += 1
-        if done % log_every == 0 or last:
+        logs, due = done % log_every == 0 or last, out is not None and done % checkpoint_every == 0
+        if logs or due or not any(_on_gpu(value) for value in numbers.values()):  # a GPU is not waited for
+            sums = {name: float(value) for name, value in sums.items()}
+            if wrong := [f"{name} is {value}" for name, value in sums.items() if not math.isfinite(value)]:
+                raise ValueError(_stopped(", ".join(wrong), done, steps, desc, out))
+        if logs:
             means = {name: value / count for name, value in sums.items()}
             rows.append({"step": done, "seconds": round(before + time.perf_counter() - start, 2)} | means)
             bar.set_postfix({name: f"{value:.3g}" for name, value in means.items()}, refresh=False)
             if out is not None:
                 append_row(out / LOG, rows[-1])
             sums, count = {}, 0
-        due = out is not None and done % checkpoint_every == 0
         if (due or last) and (wrong := _not_finite(state)):
             raise ValueError(_stopped(f"{wrong} is not finite", done, steps, desc, out))
         if out is not None and (due or last):
@@ -181,6 +174,10 @@ def _run(step, steps, state, out, run, seed, callbacks, log_every, checkpoint_ev
             if done % callback.every == 0 or last:
                 callback.call(done)
     return rows
+
+
+def _on_gpu(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.device.type != "cpu"
 
 
 def _not_finite(state: Mapping[str, Any]) -> str | None:
@@ -230,7 +227,7 @@ def load_checkpoint(folder: str | os.PathLike) -> dict[str, Any] | None:
             f"{' and '.join(map(str, found))}: damaged, or of an earlier version, with no good checkpoint "
             f"beside it: delete {folder} to train anew, or choose another folder"
         )
-    saved = torch.load(good, weights_only=True, map_location="cpu")
+    saved = read_plain(good)
     if good == before:
         if last.exists():
             step = saved["step"]

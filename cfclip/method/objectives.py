@@ -3,6 +3,7 @@
 N rows (views of edited pictures), B pictures, E the embedding width, T templates.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -30,6 +31,12 @@ class Features(NamedTuple):
     target_text: Tensor  # the target prompt under each template [T, E]
     source_text: Tensor  # the source text under each template [T, E]
     first: Tensor  # the first source picture of the whole batch [1, E]
+
+    def of_guides(self, widths: Sequence[int]) -> list["Features"]:
+        """Those of each guide, where the vectors of several lie side by side; ``widths``: E of each."""
+        return [
+            Features(*parts) for parts in zip(*(one.split(list(widths), -1) for one in self), strict=True)
+        ]
 
 
 class Objective(Protocol):

@@ -1,7 +1,7 @@
 """CF-CLIP's training step: the frozen networks, the mapper in training, and the objective's terms.
 
-Shapes: B pictures of a batch, L layers of W+, D = w_dim, R = resolution, E = CLIP's embedding width, T
-templates, P prompts.
+Shapes: B pictures of a batch, L layers of W+, D = w_dim, R = resolution, T templates, P prompts, E = CLIP's
+embedding width. Several guides' unit vectors lie side by side in one of the sum of their widths.
 """
 
 import os
@@ -16,17 +16,18 @@ from torch import Tensor
 
 from cfclip.checkpoints.mappers import save_mapper
 from cfclip.domain import Domain, warn_null_edit
-from cfclip.method.config import TrainingConfig, flat
+from cfclip.method.config import GuidedConfig, TrainingConfig, flat
 from cfclip.method.loop import begin_run, described, learning_rate, resolve_dtype, run_loop
 from cfclip.method.losses import identity_loss_from_features, latent_l2, perceptual_loss
 from cfclip.method.objectives import Features
-from cfclip.method.views import perspective_views
+from cfclip.method.views import each_view
 from cfclip.models.mapper import Mapper, MapperConfig
 from cfclip.models.stylegan2 import max_batch
 
 
-def check_networks(domain: Domain, config: object) -> None:
-    """ValueError that names a loss of ``config`` for which ``domain`` has no network."""
+def check_networks(domain: Domain, config: GuidedConfig) -> None:
+    """ValueError that names a loss of ``config`` for which ``domain`` has no network, or not enough."""
+    domain.first_guides(config.guides)
     for name, network, kind in (
         ("lambda_id", domain.identity, "identity"),
         ("lambda_perc", domain.perceptual, "perceptual"),
@@ -39,12 +40,13 @@ def check_networks(domain: Domain, config: object) -> None:
 
 
 class FrozenNetworks:
-    """A domain's generator and CLIP, convolving in ``dtype``; all they return is float32."""
+    """A domain's generator and first ``guides`` CLIPs, convolving in ``dtype``; they return float32."""
 
-    def __init__(self, domain: Domain, dtype: str):
+    def __init__(self, domain: Domain, dtype: str, guides: int = 1):
         self.dtype = getattr(torch, resolve_dtype(dtype, domain.device))
         self.half = None if self.dtype == torch.float32 else self.dtype
-        self.generator, self.guide = domain.generator, domain.clip.in_dtype(self.dtype)
+        self.generator = domain.generator
+        self.guides = [guide.in_dtype(self.dtype) for guide in domain.first_guides(guides)]
 
     def synthesise(self, w: Tensor) -> Tensor:
         """w [N, L, D] -> pictures [N, 3, R, R]."""
@@ -53,12 +55,19 @@ class FrozenNetworks:
     def clip(self, images: Tensor, num_views: int = 0, generator: torch.Generator | None = None) -> Tensor:
         """Pictures [N, 3, R, R] in [-1, 1] -> unit CLIP features [N, E].
 
-        With ``num_views`` those of random perspective views, [num_views * N, E], draw-major.
+        With ``num_views`` those of random perspective views, [num_views * N, E], draw-major; all guides see
+        the same ones.
         """
-        views = perspective_views(images, num_views, then=self.guide.preprocess, generator=generator)
+        views = [
+            [guide.preprocess(view) for guide in self.guides]
+            for view in each_view(images, num_views, generator=generator)
+        ]
         with torch.autocast(images.device.type, self.dtype, enabled=self.half is not None):
-            feature = self.guide.encode_image(views, preprocessed=True)
-        return F.normalize(feature.float(), dim=-1)
+            features = [
+                guide.encode_image(torch.cat(seen), preprocessed=True)
+                for guide, seen in zip(self.guides, zip(*views, strict=True), strict=True)
+            ]
+        return torch.cat([F.normalize(feature.float(), dim=-1) for feature in features], -1)
 
 
 class MapperTrainer:
@@ -72,12 +81,18 @@ class MapperTrainer:
         self.domain, self.config, c = domain, config, config
         check_networks(domain, c)
         warn_null_edit(domain, c)
-        clip, g = domain.clip, domain.generator
-        self.text_feature = clip.encode_text(c.prompts)  # [P, E], raw
-        self.target_text = torch.stack([clip.template_features(prompt) for prompt in c.prompts])  # [P, T, E]
-        self.source_text = clip.template_features(c.source_text or domain.source_text)  # [T, E]
-        text_dim = clip.embed_dim if c.text_mapper else None
-        sizes = MapperConfig(g.num_ws, g.w_dim, text_dim, c.levels, c.norm_axis)
+        guides, g = domain.first_guides(c.guides), domain.generator
+        self.widths = [guide.embed_dim for guide in guides]
+        self.prompt_text = [guide.encode_text(c.prompts) for guide in guides]  # [P, E] of each guide, raw
+        self.text_feature = self.prompt_text[0]  # what the mapper reads
+
+        def under_templates(text: str) -> Tensor:  # [T, E]
+            return torch.cat([guide.template_features(text) for guide in guides], -1)
+
+        self.target_text = torch.stack([under_templates(prompt) for prompt in c.prompts])  # [P, T, E]
+        self.source_text = under_templates(c.source_text or domain.source_text)  # [T, E]
+        text_dim = domain.clip.embed_dim if c.text_mapper else None
+        sizes = MapperConfig(g.num_ws, g.w_dim, text_dim, c.levels, c.norm_axis, domain.level_split)
         self.mapper = Mapper.initialised(sizes, torch.Generator().manual_seed(c.seed)).to(domain.device)
         self.optimizer = Ranger(
             self.mapper.parameters(),
@@ -88,7 +103,7 @@ class MapperTrainer:
             alpha=0.5,
             degenerated_to_sgd=True,
         )
-        self.networks = FrozenNetworks(domain, c.dtype)
+        self.networks = FrozenNetworks(domain, c.dtype, c.guides)
         self.w = domain.latents(c.train_latents, "train", c.seed)
         self.source_clip, self.source_id = self._encode_sources()
 
@@ -115,8 +130,13 @@ class MapperTrainer:
         views: unit CLIP features of the edited pictures [V * B, E]; source: of the sources [B, E]; first: of
             the first source of the whole batch that is edited by this prompt [1, E].
         """
-        plain = F.normalize(self.text_feature[prompt, None], dim=-1)
+        plain = torch.cat([F.normalize(text[prompt, None], dim=-1) for text in self.prompt_text], -1)
         return Features(views, source, plain, self.target_text[prompt], self.source_text, first)
+
+    def pull(self, features: Features) -> Tensor:
+        """The objective: the mean over guides, by their weights."""
+        each = zip(self.config.guide_shares, features.of_guides(self.widths), strict=True)
+        return sum(share * self.config.objective(one) for share, one in each)
 
     def losses(
         self, index: Tensor, prompts: Tensor, first: Mapping[int, Tensor], generator: torch.Generator
@@ -136,7 +156,7 @@ class MapperTrainer:
                 compared = self.features(
                     prompt, views[:, mine].flatten(0, 1), self.source_clip[index][mine], s_0
                 )
-                pull = pull + mine.float().mean() * c.objective(compared)
+                pull = pull + mine.float().mean() * self.pull(compared)
         terms = {c.objective.name: pull, "l2": latent_l2(w_edited, w)}
         loss = c.lambda_nce * pull + c.lambda_l2 * terms["l2"]
         if c.lambda_id:
@@ -152,9 +172,10 @@ class MapperTrainer:
     def step(self, i: int, generator: torch.Generator) -> dict[str, float]:
         """One step on a batch: ``lambda_nce L_NCE + lambda_l2 L_2 + lambda_id L_id + lambda_perc L_perc``.
 
-        Another objective takes the place of L_NCE, and is logged under its name. Several prompts share the
-        batch equally, each with a loss of its own; the mean of these counts. The parts of a ``micro_batch``
-        see the same perspectives, and their gradients add up to those of the batch.
+        Another objective takes the place of L_NCE, and is logged under its name. Several guides have a loss
+        each, and their weighted mean counts. Several prompts share the batch equally, each with a loss of its
+        own; the mean of these counts. The parts of a ``micro_batch`` see the same perspectives, and their
+        gradients add up to those of the batch.
         """
         c = self.config
         if c.ramp_down:
@@ -189,6 +210,7 @@ def train_mapper(
     ``mapper.safetensors``, which says that ``method`` made it. ``loop``: more arguments of :func:`run_loop`,
     such as ``progress``, ``callbacks``, ``checkpoint_every``. Raises ValueError if ``out`` holds another run.
     """
+    check_networks(domain, config)  # before the folder is marked as that of a run that cannot be
     config = begin_run(config, domain.device, out, method=method, **domain.described)
     run = MapperTrainer(domain, config)
     what = config.prompts[0] if len(config.prompts) == 1 else f"{len(config.prompts)} prompts"

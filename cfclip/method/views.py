@@ -1,6 +1,6 @@
 """The published augmentation: random perspectives of the edited pictures, one warp for a batch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,33 +10,33 @@ Corners = list[list[int]]
 
 
 def perspective_views(
-    images: Tensor,
-    num_views: int = 8,
-    distortion: float = 0.5,
-    then: Callable[[Tensor], Tensor] = lambda view: view,
-    generator: torch.Generator | None = None,
+    images: Tensor, num_views: int = 8, distortion: float = 0.5, generator: torch.Generator | None = None
 ) -> Tensor:
+    """:func:`each_view` put together: [N, 3, H, W] -> [num_views * N, 3, H, W], draw-major."""
+    return torch.cat(list(each_view(images, num_views, distortion, generator)))
+
+
+def each_view(
+    images: Tensor, num_views: int = 8, distortion: float = 0.5, generator: torch.Generator | None = None
+) -> Iterator[Tensor]:
     """``num_views`` random perspectives, each one warp for the whole batch, mid-grey outside.
 
-    [N, 3, H, W] -> [num_views * N, 3, H, W], draw-major; ``num_views=0`` returns the images themselves.
+    Yields [N, 3, H, W], one view after the other: eight of 1024² are better shrunk one by one.
+    ``num_views=0`` yields the images themselves.
 
     Args:
         distortion: how far a corner may move, as a share of half the side.
-        then: applied to each view before they are put together; eight views of 1024² are better shrunk one by
-            one.
         generator: random numbers (CPU), drawn exactly as torchvision's ``RandomPerspective(distortion, p=1)``
             does. Default: torch's global ones.
     """
     if not num_views:
-        return then(images)
+        yield images
     height, width = images.shape[-2:]
-    views = []
     for _ in range(num_views):
         start, end = draw_corners(width, height, distortion, generator)
         grid = perspective_grid(start, end, height, width, images.device).to(images)
         grid = grid.expand(len(images), -1, -1, -1)
-        views.append(then(F.grid_sample(images, grid, align_corners=False)))
-    return torch.cat(views)
+        yield F.grid_sample(images, grid, align_corners=False)
 
 
 def draw_corners(

@@ -3,7 +3,9 @@
 Shapes: N latents, L layers of W+, D = w_dim, E = width of the CLIP embedding (E = D = 512 in the paper).
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +13,25 @@ from torch import Tensor, nn
 from cfclip.models.stylegan2 import EqualLinear, pixel_norm
 from cfclip.settings import Settings, int_at_least, one_of, setting, some_of
 
-LEVELS: dict[str, slice] = {"coarse": slice(0, 4), "medium": slice(4, 8), "fine": slice(8, None)}
+LEVELS = ("coarse", "medium", "fine")
 """Layer groups of W+, each with its own residual mapper."""
+
+PUBLISHED_SPLIT = (4, 8)
+"""The first layers of medium and of fine. Published for 18 layers: 4² and 8², 16² and 32², 64² and more."""
+
+
+def level_slices(split: Sequence[int] = PUBLISHED_SPLIT) -> dict[str, slice]:
+    """Level -> its layers of W+."""
+    medium, fine = split
+    return dict(zip(LEVELS, (slice(0, medium), slice(medium, fine), slice(fine, None)), strict=True))
+
+
+def split_or_error(value: Any) -> str | None:
+    """The check of a split."""
+    whole = isinstance(value, tuple | list) and all(type(layer) is int for layer in value)
+    fine = whole and len(value) == 2 and 0 < value[0] < value[1]
+    return None if fine else "two whole numbers from 1 that rise, the first layers of medium and of fine"
+
 
 NORM_AXES = {"layer": 1, "channel": -1}
 """The dim of [N, L', D] that PixelNorm averages over."""
@@ -29,8 +48,9 @@ class MapperConfig(Settings):
     w_dim: int = setting(512, int_at_least(1))  # D
     # E; None: not conditioned on text (StyleCLIP's mapper)
     text_dim: int | None = setting(512, int_at_least(1, optional=True))
-    levels: tuple[str, ...] = setting(tuple(LEVELS), some_of(LEVELS))
+    levels: tuple[str, ...] = setting(LEVELS, some_of(LEVELS))
     norm_axis: str = setting("layer", one_of(NORM_AXES))  # see PixelNormMLP
+    split: tuple[int, int] = setting(PUBLISHED_SPLIT, split_or_error)  # the domain's, see level_slices
 
     def fits(self, generator: nn.Module, clip: nn.Module) -> bool:
         """Whether the sizes are those of this generator and this CLIP."""
@@ -113,7 +133,7 @@ class Mapper(nn.Module):
             x = self.fuse(torch.cat([w, t], -1))
         deltas = [
             self.levels[name](x[:, layers]) if name in self.levels else torch.zeros_like(w[:, layers])
-            for name, layers in LEVELS.items()
+            for name, layers in level_slices(self.config.split).items()
         ]
         return torch.cat(deltas, 1)
 

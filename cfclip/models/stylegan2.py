@@ -4,6 +4,7 @@
 rosinality's and our own checkpoints. N images, R = resolution, L = num_ws = 2 log2(R) - 2 layers, D = w_dim.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 
@@ -14,6 +15,8 @@ from cfclip.models import ops
 
 Noise = str | Sequence[Tensor]
 """Noise maps: "const" (those that are stored), "random", "none", or one tensor per convolution."""
+Classes = int | Sequence[int] | Tensor
+"""Of N pictures: one number for all, N numbers, or the labels themselves as floats [c_dim] or [N, c_dim]."""
 HALF_FROM = 32
 """The lowest resolution that half precision is used for: smaller layers cost little and feed all others."""
 
@@ -122,6 +125,7 @@ class Generator(nn.Module):
         mapping_layers: depth of the mapping network.
         fir: taps of the (separable) resampling filter, or the 2-D filter itself.
         conv_clamp: largest absolute value of a layer's output (NVIDIA); None: no limit.
+        c_dim: number of classes of a class-conditional generator; 0: it has none.
     """
 
     def __init__(
@@ -133,6 +137,7 @@ class Generator(nn.Module):
         mapping_layers: int = 8,
         fir: Sequence[float] | Tensor = (1, 3, 3, 1),
         conv_clamp: float | None = None,
+        c_dim: int = 0,
     ):
         super().__init__()
         levels = int(math.log2(resolution)) - 1
@@ -145,8 +150,12 @@ class Generator(nn.Module):
             )
         self.resolution, self.channels, self.z_dim, self.w_dim = resolution, tuple(channels), z_dim, w_dim
         self.mapping_layers, self.conv_clamp, self.num_ws = mapping_layers, conv_clamp, 2 * levels
+        self.c_dim, self.label = c_dim, None  # of the pictures; see for_class
+        if c_dim:
+            self.embed = EqualLinear(c_dim, w_dim)
+        first = z_dim + w_dim if c_dim else z_dim
         self.style = nn.ModuleList(
-            EqualLinear(z_dim if i == 0 else w_dim, w_dim, lr_mul=0.01, activate=True)
+            EqualLinear(first if i == 0 else w_dim, w_dim, lr_mul=0.01, activate=True)
             for i in range(mapping_layers)
         )
         self.const = nn.Parameter(torch.randn(channels[0], 4, 4))
@@ -164,20 +173,73 @@ class Generator(nn.Module):
     @property
     def config(self) -> dict:
         """The constructor arguments for a file's header; ``fir`` is among the tensors."""
-        names = ("resolution", "channels", "z_dim", "w_dim", "mapping_layers", "conv_clamp")
+        names = ("resolution", "channels", "z_dim", "w_dim", "mapping_layers", "conv_clamp", "c_dim")
         return {name: getattr(self, name) for name in names} | {"channels": list(self.channels)}
 
-    def mapping(self, z: Tensor, truncation: float = 1.0, truncation_cutoff: int | None = None) -> Tensor:
-        """z [N, z_dim] -> w [N, L, D]; see :meth:`truncate` for psi = ``truncation``."""
-        w = self.map_one(z)[:, None].repeat(1, self.num_ws, 1)
+    def mapping(
+        self,
+        z: Tensor,
+        truncation: float = 1.0,
+        truncation_cutoff: int | None = None,
+        c: Classes | None = None,
+    ) -> Tensor:
+        """z [N, z_dim] -> w [N, L, D]; see :meth:`truncate` for psi = ``truncation``.
+
+        c: the classes, see :data:`Classes`; ValueError without one, if the generator is class-conditional.
+        """
+        w = self.map_one(z, c)[:, None].repeat(1, self.num_ws, 1)
         return self.truncate(w, truncation, truncation_cutoff)
 
-    def map_one(self, z: Tensor) -> Tensor:
-        """z [N, z_dim] -> w [N, D], untruncated."""
-        x = pixel_norm(z)
+    def map_one(self, z: Tensor, c: Classes | None = None) -> Tensor:
+        """z [N, z_dim] -> w [N, D], untruncated; c as in :meth:`mapping`."""
+        x, labels = pixel_norm(z), self._labels(c, len(z))
+        if labels is not None:  # as in StyleGAN2-ADA (Karras et al. 2020)
+            x = torch.cat([x, pixel_norm(self.embed(labels)).to(x)], 1)
         for layer in self.style:
             x = layer(x)
         return x
+
+    def _labels(self, c: Classes | None, n: int) -> Tensor | None:
+        """The labels [n, c_dim] of ``c``, one-hot if it is numbers; None of a generator without classes."""
+        c = self.label if c is None else c
+        if not self.c_dim:
+            if c is not None:
+                raise ValueError("this generator has no classes: leave the class out")
+            return None
+        which = f"one of 0 to {self.c_dim - 1}"
+        if c is None:
+            raise ValueError(
+                f"this generator is class-conditional, so it needs a class, {which}: G.mapping(z, c=0), or "
+                "label=0 of a domain"
+            )
+        needed = f"one whole number, {n} of them, or labels as floats"
+        try:
+            c = torch.as_tensor(c)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"classes must be {needed}, not {c!r}") from None
+        if c.is_floating_point():  # not only one-hot: labels may be mixed
+            if c.shape not in ((self.c_dim,), (n, self.c_dim)) or not c.isfinite().all():
+                shapes = f"[{self.c_dim}] or [{n}, {self.c_dim}]"
+                raise ValueError(f"labels must be finite, of shape {shapes}, not of shape {list(c.shape)}")
+            return c.to(self.embed.weight).expand(n, -1)
+        if c.shape not in ((), (1,), (n,)) or c.dtype == torch.bool or c.is_complex():
+            raise ValueError(f"classes must be {needed}, not {c.dtype} of shape {list(c.shape)}")
+        if (wrong := c[(c < 0) | (c >= self.c_dim)]).numel():
+            raise ValueError(f"the class must be {which}, not {int(wrong.flatten()[0])}")
+        return nn.functional.one_hot(c.long(), self.c_dim).to(self.embed.weight).expand(n, -1)
+
+    def for_class(self, label: int) -> "Generator":
+        """The same generator, sharing all weights, that takes class ``label`` where none is given."""
+        if not isinstance(label, int) or isinstance(label, bool):
+            raise ValueError(f"label must be a whole number, the class, not {label!r}")
+        self._labels(label, 1)
+        chosen = copy.copy(self)
+        chosen.label = label
+        return chosen
+
+    def every_class(self, n: int) -> Tensor | None:
+        """A class for each of ``n`` samples, all equally often: for means over all it can draw. Or None."""
+        return torch.arange(n) % self.c_dim if self.c_dim else None
 
     def truncate(self, w: Tensor, psi: float, cutoff: int | None = None) -> Tensor:
         """``w_avg + psi (w - w_avg)`` on the first ``cutoff`` layers (default all). w: [N, L, D]."""
@@ -252,8 +314,10 @@ class Generator(nn.Module):
             return torch.randn(n, 1, *const.shape, device=const.device)
         return {"none": None, "const": const}[noise] if isinstance(noise, str) else noise[i]
 
-    def forward(self, z: Tensor, truncation: float = 1.0, noise: str = "const") -> Tensor:
-        return self.synthesis(self.mapping(z, truncation), noise)
+    def forward(
+        self, z: Tensor, truncation: float = 1.0, noise: str = "const", c: Classes | None = None
+    ) -> Tensor:
+        return self.synthesis(self.mapping(z, truncation, c=c), noise)
 
 
 def upsample2x(x: Tensor, f: Tensor) -> Tensor:

@@ -38,12 +38,7 @@ class KnownWords(nn.Module):
         return set(tokens) <= set(self.tokens.tolist())
 
     def forward(self, tokens: Tensor) -> Tensor:
-        row = self.rows(tokens)
-        if self.training:  # 2 % of the words count as unknown, so that the last row is trained too
-            words = tokens < self.tokens[-2]  # neither the start nor the end
-            unknown = (torch.rand(row.shape) < 0.02) & words
-            row = torch.where(unknown, len(self.tokens), row)
-        return F.embedding(row, self.weight)
+        return F.embedding(self.rows(tokens), self.weight)
 
 
 def build(name: str = "toonfaces-rn") -> nn.Module:

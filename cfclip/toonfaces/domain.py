@@ -2,35 +2,39 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from cfclip.checkpoints import weights
+from cfclip.checkpoints.generators import load_generator
 from cfclip.checkpoints.mappers import load_mapper
+from cfclip.checkpoints.reading import about, build
 from cfclip.checkpoints.sources import Row, Source
 from cfclip.domain import Domain
 from cfclip.files import DATA, read_object, sha256, write_json
 from cfclip.models.arcface import IRSE, FaceIdentity
 from cfclip.models.clip import ClipGuide
-from cfclip.models.stylegan2 import Generator
-from cfclip.toonfaces.clip import build
+from cfclip.toonfaces import clip
 from cfclip.toonfaces.encoder import ToonEncoder
 from cfclip.toonfaces.readout import Readout
 from cfclip.toonfaces.truth import ToonTruth
 
+LEVEL_SPLIT = (2, 4)
+"""By what the ten layers do: the first four draw, those from 4 on colour (``GeneratorConfig.colouring``)."""
 PROMPTS = ("green lipstick", "purple eyebrows", "blue hair", "blue skin", "red lipstick", "blonde hair")
 
 NETWORKS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
-    "generator": lambda config: Generator(**config),
-    "clip": lambda config: build(config["model"]),
+    "clip": lambda config: clip.build(config["model"]),
     "identity": lambda config: IRSE(**config),
     "readout": lambda config: Readout(**config),
     "encoder": lambda config: ToonEncoder(**config),
-    "heldout_clip": lambda config: build(config["model"]),
+    "guide2": lambda config: clip.build(config["model"]),
+    "heldout_clip": lambda config: clip.build(config["model"]),
 }
-"""File name without its ending -> the network of a header's configuration. All other files hold mappers."""
+"""File name without its ending -> the network of a header's configuration; the others: generator, mappers."""
 REQUIRED = ("generator", "clip", "identity", "readout")
 CHECKSUMS = "checksums.json"
 """File of a folder of networks: path in the folder -> sha256."""
@@ -40,9 +44,15 @@ HOW = "install cfclip again, or let CFCLIP_DATA name a folder with toonfaces/, a
 
 def _load(path: Path) -> nn.Module:
     if path.stem not in NETWORKS:
-        return load_mapper(path)
+        return load_generator(path) if path.stem == "generator" else load_mapper(path)
     tensors, config, _ = weights.read(path, path.stem)
-    return weights.load_into(NETWORKS[path.stem](config), tensors, path)
+    make = partial(NETWORKS[path.stem], config)
+    with about(path):
+        if "model" not in config:
+            return build(make, tensors, path.stem)
+        if config["model"] not in clip.MODELS:
+            raise ValueError(f"its CLIP is none of {', '.join(clip.MODELS)}: the file is damaged")
+        return weights.load_into(make(), tensors, path)
 
 
 def record(folder: Path = DATA / "toonfaces", *names: str) -> Path:
@@ -58,7 +68,7 @@ def check(folder: Path = DATA / "toonfaces") -> list[Row]:
     paths = {path.stem: path for path in sorted(folder.rglob("*.safetensors"))}
     known = read_object(folder / CHECKSUMS)
     rows = []
-    for name in {**NETWORKS, "multi": None, **paths}:
+    for name in {"generator": None, **NETWORKS, "multi": None, **paths}:
         path = paths.get(name, folder / f"{name}.safetensors")
         what = Source(path.name, name, "embedded", ("toonfaces",), required=name in REQUIRED)
         status, detail = "unverified", f"opens; {folder / CHECKSUMS} has no checksum of it: {RECORD}"
@@ -102,23 +112,25 @@ def load_toonfaces(folder: Path = DATA / "toonfaces") -> Domain:
 
     if missing := [name for name in REQUIRED if not path_of(name).exists()]:
         raise weights.WeightsError(f"{folder} does not have the embedded {', '.join(missing)}: {HOW}")
-    generator, clip = load("generator"), ClipGuide(load("clip"))
+    generator, guide = load("generator"), ClipGuide(load("clip"))
     encoder = mapper = None
     if path_of("encoder").exists():
         encoder = load("encoder")
         encoder = checked("encoder", encoder, encoder.fits(generator))
     if path_of("multi").exists():
         mapper = load("multi")
-        mapper = checked("multi", mapper, mapper.config.fits(generator, clip))
+        mapper = checked("multi", mapper, mapper.config.fits(generator, guide))
     return Domain(
         name="toonfaces",
         generator=generator,
-        clip=clip,
+        clip=guide,
         identity=FaceIdentity(load("identity"), crop=False),
         truth=ToonTruth(load("readout"), generator.resolution),
         source_text="face",
         prompts=PROMPTS,
+        level_split=LEVEL_SPLIT,
         encoder=encoder,
+        more_guides=(ClipGuide(load("guide2")),) if path_of("guide2").exists() else (),
         heldout_clip=ClipGuide(load("heldout_clip")) if path_of("heldout_clip").exists() else None,
         mapper=mapper,
     )

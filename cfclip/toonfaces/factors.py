@@ -1,61 +1,62 @@
 """The factors of a toon face: what varies, in which range, and the names of the colours.
 
 Every colour factor has a *natural* support, on which the generator is trained, and a *counterfactual* one,
-which only CLIP, the identity network and the readout see in training. Background and shirt take any hue in
-both.
+which only CLIP, the identity network and the readout see in training. Shirts have any of the named colours
+and backgrounds any hue in both.
 """
 
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from scipy.special import ndtr
+from skimage.color import rgb2lab
 
 RGB = tuple[float, float, float]  # 0 … 255
 
 _VIVID: dict[str, RGB] = {
     "red": (214, 36, 42), "orange": (247, 134, 24), "yellow": (247, 224, 40), "green": (38, 168, 62),
     "cyan": (32, 206, 214), "blue": (36, 74, 220), "purple": (138, 40, 182), "pink": (248, 112, 176),
-    "white": (246, 246, 246), "black": (26, 24, 26),
+    "white": (246, 246, 246), "black": (26, 24, 26), "brown": (108, 66, 34), "grey": (146, 146, 150),
 }  # fmt: skip
 _HAIR: dict[str, RGB] = {
-    "black": (30, 26, 27), "brown": (98, 62, 36), "blonde": (224, 188, 112), "ginger": (186, 84, 34),
+    "black": (30, 26, 27), "brown": (98, 62, 36), "ginger": (186, 84, 34), "blonde": (224, 188, 112),
     "grey": (146, 146, 150),
 }  # fmt: skip
-_SKIN: dict[str, RGB] = {
-    "pale": (250, 222, 200), "fair": (240, 198, 164), "tan": (212, 160, 118), "brown": (158, 106, 72),
-    "dark": (104, 68, 46),
-}  # fmt: skip
-
-
-def _vivid(*names: str) -> dict[str, RGB]:
-    return {name: _VIVID[name] for name in names}
-
 
 NATURAL: dict[str, dict[str, RGB]] = {
-    "skin": _SKIN,
+    "skin": {
+        "pale": (250, 222, 200), "fair": (240, 198, 164), "tan": (212, 160, 118), "brown": (158, 106, 72),
+        "dark": (104, 68, 46),
+    },
     "hair": _HAIR,
     "eyebrows": _HAIR,
-    "eyes": {"brown": (108, 66, 34), "blue": (66, 128, 208), "green": (84, 150, 84)},
+    "eyes": {"blue": (66, 128, 208), "brown": (108, 66, 34), "green": (84, 150, 84)},
     "lipstick": {"pink": (226, 128, 142), "red": (196, 44, 54), "rose": (176, 88, 100)},
     "beard": _HAIR,
-}
-"""part -> colour name -> RGB that the generator is trained on. Natural brows and beards follow the hair."""
+    "glasses": {"black": (40, 34, 36), "brown": (108, 66, 34), "grey": (146, 146, 150)},
+    "shirt": _VIVID,
+}  # fmt: skip
+"""part -> colour name -> RGB that the generator is trained on. Natural brows and beards follow the hair.
+
+In an order in which what lies between two neighbours has a natural name too: a mapping network is smooth, so
+it passes through what is between.
+"""
 
 COUNTERFACTUAL: dict[str, dict[str, RGB]] = {
-    "skin": _vivid("green", "blue", "purple", "yellow", "cyan", "red"),
-    "hair": _vivid("green", "blue", "purple", "cyan", "pink", "red", "white"),
-    "eyebrows": _vivid("green", "blue", "purple", "yellow", "orange", "cyan", "pink", "red", "white"),
-    "eyes": _vivid("red", "purple", "yellow", "orange", "cyan", "pink"),
-    "lipstick": _vivid("green", "blue", "purple", "yellow", "orange", "cyan", "white", "black"),
-    "beard": _vivid("green", "blue", "purple", "cyan", "pink", "red", "white"),
+    part: {name: rgb for name, rgb in _VIVID.items() if name not in natural}
+    for part, natural in NATURAL.items()
 }
-"""part -> colour name -> RGB that the generator never sees."""
+"""part -> colour name -> RGB that the generator never sees. A shirt may have any colour, so it has none."""
 
 PARTS: tuple[str, ...] = tuple(NATURAL)
 """The parts whose colour a prompt can name."""
 
-HELD_OUT: frozenset[tuple[str, str]] = frozenset({("skin", "cyan"), ("beard", "cyan")})
+HELD_OUT: frozenset[tuple[str, str]] = frozenset({
+    ("skin", "purple"), ("hair", "cyan"), ("eyebrows", "yellow"), ("eyes", "orange"), ("lipstick", "cyan"),
+    ("beard", "pink"), ("glasses", "green"),
+})  # fmt: skip
 """(part, colour) pairs that CLIP never sees in training: it knows both words, but not their combination."""
 
 HAIR_STYLES: tuple[str, ...] = ("short", "long", "bob", "curly", "bald")
@@ -95,10 +96,10 @@ class Face:
     eyes: Colour
     lipstick: Colour
     beard: Colour
-    # free colours
+    glasses: Colour  # the frame
+    shirt: Colour
+    # a free colour
     background: RGB
-    shirt: RGB
-    frame: RGB  # of the glasses
     # presence and style
     hair_style: str  # one of HAIR_STYLES
     has_beard: bool
@@ -116,7 +117,7 @@ class Face:
     brow_tilt: float = _person(-0.035, 0.045)
     mouth_width: float = _person(0.155, 0.235)
     lip_fullness: float = _person(0.125, 0.185)
-    hairline: float = _person(-0.52, -0.40)
+    hairline: float = _person(-0.48, -0.38)
     parting: float = _person(-0.3, 0.3)
     # what changes from photo to photo
     smile: float = _pose(-0.3, 1)
@@ -130,31 +131,53 @@ class Face:
         return self.hair_style != "bald"
 
     def has(self, part: str) -> bool:
-        """Whether the face has ``part``; only hair and beard can be absent."""
-        return {"hair": self.has_hair, "beard": self.has_beard}.get(part, True)
+        """Whether the face has ``part``; hair, beard and glasses can be absent."""
+        flags = {"hair": self.has_hair, "beard": self.has_beard, "glasses": self.has_glasses}
+        return flags.get(part, True)
 
     def with_colour(self, part: str, name: str) -> "Face":
         """The true counterfactual: the same face with the colour ``name`` on ``part``."""
         return replace(self, **{part: Colour(name, colours(part)[name])})
 
+    def in_the_colours_of(self, other: "Face") -> "Face":
+        """This face in every colour of ``other``."""
+        return replace(self, **{name: getattr(other, name) for name in COLOURED})
+
+    def of_person(self, other: "Face") -> "Face":
+        """This picture, if the person of ``other`` were on it."""
+        return replace(self, **{name: getattr(other, name) for name in IDENTITY_FACTORS})
+
 
 _LIMITS = {one.name: one.metadata["limits"] for one in fields(Face) if "limits" in one.metadata}
 
-IDENTITY_FACTORS: tuple[str, ...] = (
-    *("skin", "eyes", "hair_style"),
-    *(one.name for one in fields(Face) if one.metadata.get("person")),
-)
-"""The factors that all pictures of a person share; everything else may differ between two pictures."""
+COLOURED: tuple[str, ...] = (*PARTS, "background")
+"""Everything that has a colour of its own, in the order of :func:`colour_array`."""
+
+GEOMETRY: tuple[str, ...] = tuple(one.name for one in fields(Face) if one.metadata.get("person"))
+"""The lengths that all pictures of a person share."""
+
+IDENTITY_FACTORS: tuple[str, ...] = ("hair_style", *GEOMETRY)
+"""The factors that all pictures of a person share, and no colour is among them; all else may differ."""
 
 
-def factor_vector(face: Face) -> np.ndarray:
-    """All factors as numbers in about [-1, 1]: nine colours, styles and presence, geometry, pose. [54]."""
-    colour = [c for part in PARTS for c in getattr(face, part).rgb]
-    colour += [*face.background, *face.shirt, *face.frame]
+def colour_array(face: Face) -> np.ndarray:
+    """RGB (0 … 255) of each of :data:`COLOURED`. float32 [9, 3]."""
+    return np.array([*(getattr(face, part).rgb for part in PARTS), face.background], dtype=np.float32)
+
+
+def shape_vector(face: Face) -> np.ndarray:
+    """What is no colour, in about [-1, 1]: styles and presence, geometry, pose. float32 [27]."""
     flags = [face.hair_style == style for style in HAIR_STYLES] + [face.has_beard, face.has_glasses]
     lengths = [(getattr(face, name) - low) / (high - low) for name, (low, high) in _LIMITS.items()]
     place = [face.shift[0] / 0.12 + 0.5, face.shift[1] / 0.1 + 0.5]
-    return 2 * np.array([*np.asarray(colour) / 255, *flags, *lengths, *place], dtype=np.float32) - 1
+    return 2 * np.array([*flags, *lengths, *place], dtype=np.float32) - 1
+
+
+def geometry(face: Face) -> list[float]:
+    """Each of :data:`GEOMETRY`, in [-1, 1]."""
+    limits = [_LIMITS[name] for name in GEOMETRY]
+    pairs = zip(GEOMETRY, limits, strict=True)
+    return [2 * (getattr(face, name) - low) / (high - low) - 1 for name, (low, high) in pairs]
 
 
 def _jitter(rng: np.random.Generator, rgb: RGB, amount: float) -> RGB:
@@ -173,6 +196,42 @@ def _any_hue(rng: np.random.Generator, saturation: tuple[float, float]) -> RGB:
     h, s, v = rng.uniform(0, 6), rng.uniform(*saturation), rng.uniform(0.45, 0.98)
     r, g, b = (255 * v * (1 - s * np.clip(1 - np.abs((h - k) % 6 - 3) + 1, 0, 1)) for k in (3, 5, 1))
     return (float(r), float(g), float(b))
+
+
+def _lab(rgb: np.ndarray) -> np.ndarray:
+    return rgb2lab(np.asarray(rgb) / 255)
+
+
+@lru_cache
+def _palette(part: str) -> tuple[tuple[str, ...], np.ndarray]:
+    """Names of all colours of ``part`` and their CIELAB."""
+    return tuple(colours(part)), _lab(np.array(list(colours(part).values())))
+
+
+def nearest_colour(part: str, rgb: RGB) -> str:
+    """The named colour of ``part`` that is nearest to ``rgb`` in CIELAB."""
+    names, palette = _palette(part)
+    return names[np.linalg.norm(palette - _lab(np.array(rgb)), axis=1).argmin()]
+
+
+def independent_colours(face: Face, rng: np.random.Generator, tint: float = 12.0) -> Face:
+    """``face`` with a natural colour of its own for every part, anywhere between two that have names.
+
+    Natural faces have few colours, and brows and beard follow the hair: who learns from them alone learns one
+    colour for three parts.
+    """
+
+    def draw(part: str) -> Colour:
+        table = list(NATURAL[part].values())
+        for _ in range(100):
+            a, b = (np.asarray(table[rng.integers(len(table))]) for _ in range(2))
+            mixed = (a + rng.uniform() * (b - a)) * rng.uniform(0.85, 1.15) + rng.uniform(-tint, tint, 3)
+            rgb = tuple(float(c) for c in np.clip(mixed, 0, 255))
+            if (name := nearest_colour(part, rgb)) in NATURAL[part]:
+                return Colour(name, rgb)
+        raise RuntimeError(f"no natural colour of {part} in 100 draws: its palette leaves them no room")
+
+    return replace(face, **{part: draw(part) for part in PARTS})
 
 
 class LatentDraws:
@@ -207,7 +266,8 @@ def sample_face(seed: int | tuple[int, ...] | LatentDraws, support: str = "natur
     colour["beard"] = Colour(colour["hair"].name, _jitter(rng, colour["hair"].rgb, 0.03))
     if support == "both":
         for part in PARTS:
-            odd, independent = _pick(rng, COUNTERFACTUAL[part]), _pick(rng, NATURAL[part])
+            odd = _pick(rng, COUNTERFACTUAL[part] or NATURAL[part])
+            independent = _pick(rng, NATURAL[part])
             draw = rng.uniform()
             if draw < 0.5:
                 colour[part] = odd
@@ -220,8 +280,6 @@ def sample_face(seed: int | tuple[int, ...] | LatentDraws, support: str = "natur
     return Face(
         **colour,
         background=_any_hue(rng, saturation),
-        shirt=_any_hue(rng, saturation),
-        frame=_jitter(rng, (40, 34, 36), 0.15),
         hair_style=style,
         has_beard=bool(u() < (0.12 if style in ("long", "bob") else 0.4)),
         has_glasses=bool(u() < 0.25),
@@ -232,11 +290,8 @@ def sample_face(seed: int | tuple[int, ...] | LatentDraws, support: str = "natur
 
 def new_photo(face: Face, seed: int | tuple[int, ...], support: str = "both") -> Face:
     """Another picture of the same person: the identity factors are kept, everything else is drawn anew."""
-    return replace(sample_face(seed, support), **{name: getattr(face, name) for name in IDENTITY_FACTORS})
+    return sample_face(seed, support).of_person(face)
 
 
-FACTORS: int = factor_vector(sample_face(0)).size
-"""Length of :func:`factor_vector`."""
-
-LATENT_DRAWS = 71
+LATENT_DRAWS = 74
 """How many numbers of z a natural face needs, see :class:`LatentDraws`."""

@@ -1,20 +1,22 @@
-"""The judge without CLIP: it segments a toon face and measures the colour of every part inside its mask."""
+"""The judge without CLIP: it says which parts a toon face has, segments them and measures their colours."""
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
 from skimage.color import rgb2lab
 from torch import Tensor, nn
 
-from cfclip.toonfaces.factors import HAIR_STYLES, colours
+from cfclip.toonfaces.factors import HAIR_STYLES, PARTS, colours
 from cfclip.toonfaces.render import MASKS
 
 VISIBLE = 12.0
 """A part smaller than this many pixels of a 64 x 64 picture has no measurable colour."""
 
-_PRESENCE = len(HAIR_STYLES) + 2
+FLAGS: tuple[str, ...] = PARTS
+"""What a face may have or lack; each has an output of its own, after those of the hair styles."""
 
 
 def _block(in_ch: int, out_ch: int, stride: int = 1) -> nn.Sequential:
@@ -22,6 +24,11 @@ def _block(in_ch: int, out_ch: int, stride: int = 1) -> nn.Sequential:
     for channels, step in ((in_ch, stride), (out_ch, 1)):
         layers += [nn.Conv2d(channels, out_ch, 3, step, 1, bias=False), nn.BatchNorm2d(out_ch), nn.ReLU()]
     return nn.Sequential(*layers)
+
+
+def _lab(rgb: ArrayLike) -> np.ndarray:
+    """sRGB 0 … 255 [..., 3] -> CIELAB (D65) [..., 3]."""
+    return rgb2lab(np.asarray(rgb) / 255)
 
 
 @dataclass(frozen=True)
@@ -32,13 +39,20 @@ class Measurement:
     area: np.ndarray  # pixels of a 64 x 64 picture [N, P]
     lab: np.ndarray  # CIELAB (D65) of each part [N, P, 3], NaN where the part is smaller than VISIBLE
     hair_style: np.ndarray  # index into HAIR_STYLES [N]
-    has_beard: np.ndarray  # bool [N]
-    has_glasses: np.ndarray  # bool [N]
+    present: np.ndarray  # bool [N, len(FLAGS)]
+
+    def has(self, part: str) -> np.ndarray:
+        """bool [N]: whether the face has ``part``, one of ``FLAGS``, at all."""
+        return self.present[:, FLAGS.index(part)]
+
+    def distance(self, part: str, colour: str) -> np.ndarray:
+        """CIELAB distance [N] of ``part`` from its named ``colour``; NaN where the part is not visible."""
+        return np.linalg.norm(self.lab[:, MASKS.index(part)] - _lab(colours(part)[colour]), axis=-1)
 
     def colour(self, part: str) -> list[str | None]:
         """The nearest named colour of ``part`` (in CIELAB) in each picture; None where it is not visible."""
         names = list(colours(part))
-        palette = rgb2lab(np.array([colours(part)[n] for n in names]) / 255)
+        palette = _lab(list(colours(part).values()))
         lab = self.lab[:, MASKS.index(part)]
         nearest = np.linalg.norm(np.nan_to_num(lab)[:, None] - palette, axis=-1).argmin(1)
         return [None if np.isnan(row).any() else names[i] for row, i in zip(lab, nearest, strict=True)]
@@ -61,7 +75,7 @@ class Readout(nn.Module):
         self.down = nn.ModuleList([_block(*one) for one in down])
         self.up = nn.ModuleList([_block(8 * w, 4 * w), _block(6 * w, 2 * w), _block(3 * w, w)])
         self.parts = nn.Conv2d(w, len(MASKS), 1)
-        self.presence = nn.Linear(4 * w, _PRESENCE)
+        self.presence = nn.Linear(4 * w, len(HAIR_STYLES) + len(FLAGS))
 
     @property
     def metadata(self) -> dict:
@@ -69,7 +83,7 @@ class Readout(nn.Module):
         return {"width": self.width}
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """-> part logits [N, P, R, R], presence logits [N, 7]: hair styles, beard, glasses."""
+        """-> part logits [N, P, R, R]; presence logits [N, len(HAIR_STYLES) + len(FLAGS)], styles first."""
         skips, x = [], images
         for block in self.down:
             x = block(x)
@@ -81,17 +95,54 @@ class Readout(nn.Module):
 
     @torch.no_grad()
     def measure(self, images: Tensor) -> Measurement:
-        """Segment and measure; a part's colour is the mean over the pixels that belong to it alone."""
+        """Segment and measure; the colours of the parts are those that :func:`unmix` finds."""
         images = images.clamp(-1, 1)
-        batches = [self(batch) for batch in images.split(64)]
-        logits, presence = (torch.cat(x) for x in zip(*batches, strict=True))
+        batches = images.split(64)
+        logits, presence = (torch.cat(x) for x in zip(*map(self, batches), strict=True))
         masks = logits.softmax(1)
-        lab = torch.from_numpy(rgb2lab((images * 0.5 + 0.5).cpu().numpy(), channel_axis=1)).to(masks)
-        core = masks**6  # antialiased edges mix two parts and count less
-        mean = torch.einsum("nphw,nchw->npc", core, lab) / core.sum((2, 3)).clamp_min(1e-6)[..., None]
+        pairs = zip(batches, masks.split(64), strict=True)
+        rgb = torch.cat([unmix(batch * 127.5 + 127.5, parts) for batch, parts in pairs]).clamp(0, 255)
         area = masks.mean((2, 3)) * 64 * 64
-        lab = mean.masked_fill((area < VISIBLE)[..., None], float("nan"))
-        style, flags = presence.split([len(HAIR_STYLES), 2], 1)
-        beard, glasses = (flags > 0).unbind(1)
-        arrays = [x.cpu().numpy() for x in (masks, area, lab, style.argmax(1), beard, glasses)]
-        return Measurement(*arrays)
+        lab = torch.from_numpy(_lab(rgb.cpu().numpy())).to(masks)
+        lab = lab.masked_fill((area < VISIBLE)[..., None], float("nan"))
+        style, flags = presence.split([len(HAIR_STYLES), len(FLAGS)], 1)
+        return Measurement(*(x.cpu().numpy() for x in (masks, area, lab, style.argmax(1), flags > 0)))
+
+
+def unmix(images: Tensor, masks: Tensor, ridge: float = 0.003) -> Tensor:
+    """Colours [N, P, C] of the parts: least squares of picture = sum over parts of mask x colour.
+
+    In a soft picture few pixels belong wholly to an iris, yet all are mixed as the masks say. For a part only
+    the pixels count that it has a share in, so that shades of a large part elsewhere do not.
+
+    Args:
+        images: [N, C, H, W], linear in any unit.
+        masks: shares of the parts in [0, 1], [N, P, H, W].
+        ridge: how strongly a colour is drawn towards the mean of what its part covers, where the masks leave
+            it open; relative to a part that is alone everywhere.
+    """
+    m, x = masks.flatten(2), images.flatten(2)  # [N, P, S], [N, C, S]
+    near = m.square() / m.square().sum(2, keepdim=True).clamp_min(1e-6)
+    gram = torch.einsum("nps,nqs,nrs->npqr", near, m, m)  # one system per part p, of all colours q
+    mixed = torch.einsum("nps,nqs,ncs->npqc", near, m, x)
+    mean = torch.einsum("nps,ncs->npc", near, x)
+    eye = torch.eye(m.shape[1], dtype=m.dtype, device=m.device)
+    solved = torch.linalg.solve(gram + ridge * eye, mixed + ridge * mean[:, :, None])
+    return solved.diagonal(dim1=1, dim2=2).transpose(1, 2)
+
+
+def soften(images: Tensor, masks: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """Pictures and what covers them, both out of focus, as a generator draws them.
+
+    images: [N, C, H, W]; masks: [N, P, H, W]; sigma: of the Gaussian [N], in pixels, 0 for a sharp picture;
+    its window is 7 pixels wide. Returns the same shapes; masks that sum to one still do.
+    """
+    taps = torch.arange(-3, 4, device=sigma.device)
+    kernel = torch.exp(-0.5 * (taps / sigma.clamp_min(0.05)[:, None]) ** 2)
+    kernel = kernel / kernel.sum(1, keepdim=True)  # [N, 7]
+    both = torch.cat([images, masks], 1)
+    n, c, h, w = both.shape
+    x = F.pad(both, (3, 3, 3, 3), mode="replicate").reshape(1, n * c, h + 6, w + 6)
+    k = kernel.repeat_interleave(c, 0)[:, None]
+    x = F.conv2d(F.conv2d(x, k[..., None, :], groups=n * c), k[..., None], groups=n * c)
+    return x.reshape(n, c, h, w).split([images.shape[1], masks.shape[1]], 1)

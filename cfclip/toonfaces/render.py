@@ -5,12 +5,13 @@ one-hot lookups of the same map; both are averaged down. So the picture is antia
 coverages that sum to one, and a face in which one colour changed has exactly the edges of the original.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from cfclip.toonfaces.factors import Face
+from cfclip.toonfaces.factors import COLOURED, Face, colour_array
 
 SUPERSAMPLE = 4
 
@@ -24,6 +25,13 @@ LABELS: dict[str, str] = {
 
 MASKS: tuple[str, ...] = tuple(dict.fromkeys(LABELS.values()))
 """The parts that have a mask, in channel order."""
+
+ERASABLE: dict[str, tuple[str, ...]] = {
+    "eyebrows": ("eyebrows",),
+    "eyes": ("eye_white", "eyes", "pupil"),
+    "lipstick": ("lipstick", "mouth_line", "teeth"),
+}
+"""Parts that every face has, but an edit may lose -> the labels that go with them."""
 
 _INDEX = {name: i for i, name in enumerate(LABELS)}
 _PART_OF_LABEL = np.array([MASKS.index(part) for part in LABELS.values()])
@@ -109,7 +117,7 @@ def _hair_front(canvas: _Canvas, face: Face) -> None:
     w, h, line = face.face_width, face.face_height, face.hairline
     if face.hair_style == "bald":
         return
-    grow = {"short": 1.08, "curly": 1.05}.get(face.hair_style, 1.12)
+    grow = {"short": 1.14, "curly": 1.08}.get(face.hair_style, 1.12)
     drop = {"short": -0.12, "curly": -0.16, "bob": 0.18, "long": 0.3}[face.hair_style]
     outer = _head(face, grow)
     outer = outer[outer[:, 1] < -0.02]
@@ -151,9 +159,9 @@ def _beard(canvas: _Canvas, face: Face, x: float) -> None:
 
 def _eye(canvas: _Canvas, face: Face, side: int, x: float) -> None:
     cx, cy, k = side * face.eye_spacing + x, face.eye_height, face.eye_size
-    rx, ry = 0.142 * k, 0.112 * k
+    rx, ry = 0.148 * k, 0.116 * k
     canvas.fill("eye_white", _ellipse(cx, cy, rx, ry, 2.2))
-    canvas.fill("eyes", _ellipse(cx + 0.3 * x, cy + 0.004, 0.09 * k, 0.094 * k))
+    canvas.fill("eyes", _ellipse(cx + 0.3 * x, cy + 0.004, 0.102 * k, 0.104 * k))
     canvas.fill("pupil", _ellipse(cx + 0.3 * x, cy + 0.004, 0.036 * k, 0.038 * k))
     lid = _ellipse(cx, cy, rx, ry, 2.2)[16:]
     canvas.line("pupil", np.concatenate([lid, [(cx + rx, cy)]]), 0.022)
@@ -173,29 +181,27 @@ def _glasses(canvas: _Canvas, face: Face, x: float) -> None:
     canvas.line("glasses", [(-spacing + 0.18 + x, y - 0.02), (spacing - 0.18 + x, y - 0.02)], 0.03)
 
 
-def _palette(face: Face) -> np.ndarray:
-    """[len(LABELS), 3] float RGB."""
-    skin, hair, lips = (np.asarray(c.rgb) for c in (face.skin, face.hair, face.lipstick))
-    table = {
-        "background": face.background,
-        "shirt": face.shirt,
-        "shirt_shade": 0.82 * np.asarray(face.shirt),
-        "skin": skin,
-        "skin_shade": 0.86 * skin,
-        "blush": skin * (1.0, 0.91, 0.90),
-        "hair": hair,
-        "hair_shade": 0.85 * hair,
-        "eyebrows": face.eyebrows.rgb,
-        "eye_white": (250, 250, 250),
-        "eyes": face.eyes.rgb,
-        "pupil": (20, 16, 18),
-        "lipstick": lips,
-        "mouth_line": 0.55 * lips,
-        "teeth": (252, 252, 250),
-        "beard": face.beard.rgb,
-        "glasses": face.frame,
-    }
-    return np.array([table[name] for name in LABELS], dtype=np.float32).clip(0, 255)
+PAINT: dict[str, tuple[str, float | tuple[float, float, float]] | tuple[int, int, int]] = {
+    "background": ("background", 1.0), "shirt": ("shirt", 1.0), "shirt_shade": ("shirt", 0.82),
+    "skin": ("skin", 1.0), "skin_shade": ("skin", 0.86), "blush": ("skin", (1.0, 0.91, 0.90)),
+    "hair": ("hair", 1.0), "hair_shade": ("hair", 0.85), "eyebrows": ("eyebrows", 1.0),
+    "eye_white": (250, 250, 250), "eyes": ("eyes", 1.0), "pupil": (20, 16, 18),
+    "lipstick": ("lipstick", 1.0), "mouth_line": ("lipstick", 0.55), "teeth": (252, 252, 250),
+    "beard": ("beard", 1.0), "glasses": ("glasses", 1.0),
+}  # fmt: skip
+"""Label -> what it takes its colour from and a factor for R, G and B; or a fixed colour."""
+
+
+def palettes(colours: np.ndarray) -> np.ndarray:
+    """RGB of every label, as drawn. colours [N, 9, 3], see ``colour_array`` -> whole numbers [N, 17, 3]."""
+    table = np.empty((len(colours), len(LABELS), 3), np.float32)
+    for i, label in enumerate(LABELS):
+        paint = PAINT[label]
+        if isinstance(paint[0], str):
+            table[:, i] = colours[:, COLOURED.index(paint[0])] * paint[1]
+        else:
+            table[:, i] = paint
+    return np.rint(table.clip(0, 255))
 
 
 def _label_map(face: Face, resolution: int) -> np.ndarray:
@@ -227,7 +233,7 @@ def _label_map(face: Face, resolution: int) -> np.ndarray:
 
 def _colour(face: Face, labels: np.ndarray) -> np.ndarray:
     image = Image.fromarray(labels)
-    image.putpalette(np.rint(_palette(face)).astype(np.uint8).tobytes())
+    image.putpalette(palettes(colour_array(face)[None])[0].astype(np.uint8).tobytes())
     return np.asarray(image.convert("RGB").reduce(SUPERSAMPLE))
 
 
@@ -236,12 +242,33 @@ def render_image(face: Face, resolution: int = 64) -> np.ndarray:
     return _colour(face, _label_map(face, resolution))
 
 
-def render(face: Face, resolution: int = 64) -> Rendering:
-    """The picture and its part masks, at any ``resolution``."""
-    labels = _label_map(face, resolution)
+def _erased(labels: np.ndarray, parts: Sequence[str]) -> np.ndarray:
+    """The label map with skin in place of ``parts``."""
+    if unknown := set(parts) - set(ERASABLE):
+        raise ValueError(f"cannot leave out {', '.join(sorted(unknown))}: only {', '.join(ERASABLE)}")
+    gone = [_INDEX[label] for part in parts for label in ERASABLE[part]]
+    return np.where(np.isin(labels, gone), np.uint8(_INDEX["skin"]), labels)
+
+
+def render(face: Face, resolution: int = 64, without: Sequence[str] = ()) -> Rendering:
+    """The picture and its part masks, at any ``resolution``.
+
+    There is skin in place of the parts ``without``, some of :data:`ERASABLE`; ValueError for others.
+    """
+    labels = _erased(_label_map(face, resolution), without)
+    masks = _covered(_PART_OF_LABEL[labels], len(MASKS), resolution)
+    return Rendering(_colour(face, labels), masks.astype(np.float32) / SUPERSAMPLE**2)
+
+
+def coverage(face: Face, resolution: int = 64) -> np.ndarray:
+    """How many sub-pixels of each pixel have which label, whatever the colours. uint8 [17, R, R], 0 … 16."""
+    return _covered(_label_map(face, resolution), len(LABELS), resolution).astype(np.uint8)
+
+
+def _covered(labels: np.ndarray, n: int, resolution: int) -> np.ndarray:
     row = np.arange(resolution * SUPERSAMPLE) // SUPERSAMPLE
     cell = row[:, None] * resolution + row
-    index = (_PART_OF_LABEL[labels] * resolution**2 + cell).ravel()
-    counts = np.bincount(index, minlength=len(MASKS) * resolution**2)
-    masks = counts.reshape(len(MASKS), resolution, resolution).astype(np.float32) / SUPERSAMPLE**2
-    return Rendering(_colour(face, labels), masks)
+    counts = np.bincount(
+        (labels.astype(np.int64) * resolution**2 + cell).ravel(), minlength=n * resolution**2
+    )
+    return counts.reshape(n, resolution, resolution)

@@ -299,11 +299,12 @@ class ToyClip(nn.Module):
 
 @pytest.fixture
 def toy():
-    g = ToyGenerator()
+    g, clip = ToyGenerator(), ToyClip()
     return SimpleNamespace(
         name="toy",
         generator=g,
-        clip=ToyClip(),
+        clip=clip,
+        first_guides=lambda count: (clip,),
         truncation=1.0,
         source_text="face",
         device=torch.device("cpu"),

@@ -271,7 +271,7 @@ def test_generators_that_cannot_be_used_say_why(tmp_path):
         rgb.weight.data, rgb.bias.data = rgb.weight.data[:1], rgb.bias.data[:1]
     alias_free = {"input": official.Persistent("SynthesisInput", "")}
     for message, network, changes in (
-        ("conditional generator.*10 classes", g, {"c_dim": 10}),
+        (r"conditional generator \(10 classes\) without mapping.embed.weight", g, {"c_dim": 10}),
         ("StyleGAN3", g, {"extra_modules": alias_free}),
         ("another architecture", g, {"architecture": "resnet"}),
         ("'G_ema' or .G, D, Gs. is needed", g, {"top": {"G": 1, "D": 2}}),
@@ -281,7 +281,7 @@ def test_generators_that_cannot_be_used_say_why(tmp_path):
     config_a = [("ToRGB_lod0/weight", np.zeros(3, np.float32))]
     larger = official.random_generator(16, (3, 4, 5))
     for message, network, changes in (
-        ("conditional generator.*5 classes", g, {"label_size": 5}),
+        (r"conditional generator \(5 classes\) without .*LabelEmbed", g, {"label_size": 5}),
         ("another architecture", g, {"architecture": "resnet"}),
         ("another architecture", g, {"extra": config_a}),
         ("from before StyleGAN2", g, {"version": 2, "drop": ["4x4/Conv/mod_weight"]}),
@@ -334,10 +334,18 @@ def test_mappers_that_cannot_be_used_say_why(tmp_path):
         ("only one of", {"state_dict": without(state, "mapper.fc")}),
         (f"no {missing}", {"state_dict": without(state, missing)}),
         ("deeper", {"state_dict": state | deep}),
-        ("more than tensors and options", {"state_dict": state, "opts": {"x": np.float64(3)}, "more": Path}),
+        (r"a saved torch\.nn\..*Linear: save plain tensors.*state_dict\(\)", torch.nn.Linear(2, 2)),
     ):
         with pytest.raises(WeightsError, match=message):
             load_mapper(save(tree, tmp_path / "m.pt"))
+
+
+def test_what_else_a_checkpoint_holds_is_not_needed(tmp_path):
+    m = Mapper(official.SMALL_MAPPER).eval()
+    others = {"opts": {"x": np.float64(3)}, "more": Path, "other": torch.nn.Linear(2, 2), 7: {(1, 2): None}}
+    for zipped in (True, False):
+        tree = {"state_dict": official.mapper_state(m)} | others
+        assert_same(load_mapper(save(tree, tmp_path / "m.pt", zipped)), m)
 
 
 # ---- full size ------------------------------------------------------------------------------------

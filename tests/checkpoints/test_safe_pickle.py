@@ -15,18 +15,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cfclip.checkpoints.safe_pickle import (
-    Name,
-    PickleError,
-    Record,
-    View,
-    check_zip,
-    load,
-    load_legacy,
-    to_tensor,
-)
+from cfclip.checkpoints.safe_pickle import load, load_legacy, load_zip
+from cfclip.checkpoints.values import Name, PickleError, Record, View, to_tensor
 
 PROTOCOLS = [2, 3, 4, 5]
+
+
+def read_zip(path):
+    with path.open("rb") as file:
+        return load_zip(file, torch.UntypedStorage.from_file(str(path), False, path.stat().st_size))
 
 
 def read(value, protocol=4):
@@ -207,25 +204,24 @@ def test_torch_files_of_both_formats_are_checked(tmp_path):
     tree["c"] = OrderedDict(x=1)
     torch.save(tree, tmp_path / "zip.pt")
     torch.save(tree, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
-    check_zip(tmp_path / "zip.pt")
     data = (tmp_path / "legacy.pt").read_bytes()
-    value = load_legacy(io.BytesIO(data), keep=True)
-    assert torch.equal(to_tensor(value["a"]), tree["a"]) and torch.equal(
-        to_tensor(value["b"][0]), tree["b"][0]
-    )
-    assert value["c"] == {"x": 1}
-    assert load_legacy(io.BytesIO(data))["a"].storage.data is None
+    for value in (read_zip(tmp_path / "zip.pt"), load_legacy(io.BytesIO(data), data)):
+        assert torch.equal(to_tensor(value["a"]), tree["a"]) and torch.equal(
+            to_tensor(value["b"][0]), tree["b"][0]
+        )
+        assert value["c"] == {"x": 1}
     for cut in (len(data) - 1, len(data) // 2, 20):
         with pytest.raises(PickleError):
-            load_legacy(io.BytesIO(data[:cut]))
+            load_legacy(io.BytesIO(data[:cut]), data[:cut])
     count = data.index(struct.pack("<q", 6), data.rindex(b"."))
     with pytest.raises(PickleError, match="do not match"):
-        load_legacy(io.BytesIO(data[:count] + struct.pack("<q", 7) + data[count + 8 :]))
+        bad = data[:count] + struct.pack("<q", 7) + data[count + 8 :]
+        load_legacy(io.BytesIO(bad), bad)
     whole = (tmp_path / "zip.pt").read_bytes()
     at = whole.index(tree["a"].numpy().tobytes())
     (tmp_path / "zip.pt").write_bytes(whole[:at] + b"\1" + whole[at + 1 :])
     with pytest.raises(PickleError, match="checksums do not match"):
-        check_zip(tmp_path / "zip.pt")
+        read_zip(tmp_path / "zip.pt")
 
 
 def test_other_zip_archives_are_refused(tmp_path):
@@ -233,7 +229,7 @@ def test_other_zip_archives_are_refused(tmp_path):
         archive.writestr("script/data.pkl", b"\x80\x02}.")
         archive.writestr("script/constants.pkl", b"\x80\x02).")
     with pytest.raises(PickleError, match="TorchScript"):
-        check_zip(tmp_path / "script.pt")
+        read_zip(tmp_path / "script.pt")
     np.savez(tmp_path / "arrays.npz", a=np.zeros(3))
     with pytest.raises(PickleError, match="not a torch file"):
-        check_zip(tmp_path / "arrays.npz")
+        read_zip(tmp_path / "arrays.npz")

@@ -55,6 +55,8 @@ def small_generator() -> Generator:
 def nvidia_state(g: Generator) -> dict:
     """``G_ema.state_dict()`` of NVIDIA's PyTorch network, written out."""
     out = {"synthesis.b4.const": g.const, "mapping.w_avg": g.w_avg}
+    if g.c_dim:
+        out |= {"mapping.embed.weight": g.embed.weight, "mapping.embed.bias": g.embed.bias}
     for i, layer in enumerate(g.style):
         out |= {f"mapping.fc{i}.weight": layer.weight, f"mapping.fc{i}.bias": layer.bias}
     for level, rgb in enumerate(g.rgbs):
@@ -264,10 +266,16 @@ def test_other_networks_in_nvidias_layout_say_what_they_are(tmp_path):
     state = nvidia_state(small_generator())
     const = state["synthesis.b4.const"]
     for message, changed in (
-        ("conditional generator", state | {"mapping.embed.weight": torch.zeros(8, 3)}),
+        (
+            "conditional generator .* without mapping.embed.bias",
+            state | {"mapping.embed.weight": torch.zeros(8, 3)},
+        ),
         ("StyleGAN3 .alias-free. generator", {"synthesis.input.weight": torch.zeros(3, 3)}),
         ("another architecture", state | {"synthesis.b8.skip.weight": torch.zeros(3)}),
-        (r"\[6, 4, 8\].*only square", state | {"synthesis.b4.const": torch.cat([const, const], 2)}),
+        (
+            "constant is 4 high and 8 wide.*only square",
+            state | {"synthesis.b4.const": torch.cat([const, const], 2)},
+        ),
         ("no mapping network", {name: t for name, t in state.items() if not name.startswith("mapping.fc")}),
         (
             "no synthesis.b8.torgb.bias",

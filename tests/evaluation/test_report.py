@@ -44,6 +44,13 @@ def test_a_number_that_is_not_there_is_a_dash():
     assert shown == [["50.0 %", "1.000"], ["–", "–"]]
 
 
+def test_shares_are_per_cent_and_counts_are_whole_also_where_some_are_missing():
+    table = pd.DataFrame({"success_a": [0.25, None], "progress": [0.25, None], "n_with_part": [3, None]})
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.markdown(table).splitlines()]
+    assert lines[0] == ["success a", "progress", "n with part"]
+    assert lines[2:] == [["25.0 %", "0.250", "3"], ["–", "–", "–"]]
+
+
 def test_a_page_leaves_out_what_is_empty():
     table = pd.DataFrame({"a": [1]})
     blocks = ["begin", report.section("None", table.iloc[:0]), report.section("Some", table, "note"), ""]

@@ -111,6 +111,45 @@ def test_the_null_edit_has_no_success():
     figures.curves(each), figures.tradeoff(each)
 
 
+def test_success_is_that_of_the_faces_that_have_the_part():
+    """Of four faces two have none: they count in the other means only."""
+    part = {"success_before": [0.0, 0.0, None, None], "success_after": [1.0, 0.0, None, None]}
+    beards = pd.DataFrame({
+        "method": "cfclip",
+        "prompt": "blue beard",
+        "seed": 0,
+        "index": range(4),
+        "strength": 1.0,
+        "identity": [1.0, 1.0, 0.5, 0.5],
+        "progress": [0.75, 0.25, None, None],
+        **part,
+    })
+    lips = beards.assign(prompt="blue lipstick", success_after=1.0)
+    means = tables.means(pd.concat([beards, lips])).set_index("prompt")
+    assert means.n.tolist() == [4, 4] and means.n_with_part.tolist() == [2, 4]
+    assert means.loc["blue beard", ["success_after", "progress", "identity"]].tolist() == [0.5, 0.5, 0.75]
+    assert "n_with_part" not in tables.means(lips), "where every face has the part"
+    each = tables.trainings(beards, group_of)
+    assert each.loc[0, ["success_after", "progress", "identity"]].tolist() == [0.5, 0.5, 0.75]
+    table = tables.wide(tables.over_seeds(each), ["method"])
+    assert list(table)[1:] == ["success before %", "success % ↑", "progress ↑", "identity ↑"]
+    assert table.loc[0, "success % ↑"] == "50" and table.loc[0, "progress ↑"] == "0.5"
+
+
+def test_a_training_whose_faces_all_lack_the_part_is_left_out_of_success():
+    bare = [row | {"success_before": np.nan, "success_after": np.nan} for row in rows("cfclip", "blue beard")]
+    each = each_of(bare, rows("cfclip", "green lipstick"), rows("nada", "blue beard"))
+    means = tables.over_seeds(each, ["method"]).set_index(["method", "metric"])["mean"]
+    assert means["cfclip", "success_after"] == pytest.approx(0.5)
+    gained = tables.matched(each, "identity", 0.8, "success_after").query("method == 'cfclip'")
+    assert gained.groupby("prompt").success_after.count().tolist() == [0, 3]
+    judged = claims.compare(each, "cfclip", "nada", "success_after")
+    assert judged["why"] == "no prompt and seed at which both are defined"
+    reached = tables.fair(each, 0.8, 0.5).set_index("method")["reached %"]
+    assert reached["cfclip"] == 100, "of those that could"
+    figures.curves(each), figures.tradeoff(each)
+
+
 def test_one_seed_has_no_interval():
     each = each_of(rows("cfclip")).query("seed == 0")
     assert tables.over_seeds(each).half.isna().all()

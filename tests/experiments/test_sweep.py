@@ -351,10 +351,13 @@ ROWS = "grid: [{notebook: 03_ablation_directions, %s}]"
         ),
         (TRAINING % "preview: 0", "preview of 02_training must be a whole number from 1, not 0"),
         (TRAINING % "settings: [{lr: 1.0e+39}]", r"lr must be a finite number above 0 to 1e\+30, not 1e\+39"),
+        (TRAINING % "label: cat", "label of 02_training must be a whole number from 0, not 'cat'"),
+        (TRAINING % "label: -1", "label of 02_training must be a whole number from 0, not -1"),
         (TRAINING % "n: 0", "n of 02_training must be a whole number from 1, not 0"),
         (ROWS % "rows: [[nope]]", r"unknown rows \['nope'\]"),
         (ROWS % "seeds: [[]]", "must be a list of whole numbers from 0, at least one"),
         (ROWS % "settings: [{steps: -3}]", "steps must be a whole number from 1"),
+        (ROWS % "settings: [{guides: 2, guide_weights: [1]}]", "guide_weights must be one for each"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_runs(folder, text, message):
@@ -374,6 +377,13 @@ def test_an_unknown_key_of_a_preset_is_named_and_a_known_one_may_be_unused(folde
         (folder / "p.yaml").write_text(key, encoding="utf-8")
         with pytest.raises(ValueError, match=f"no notebook has a parameter '{key.split(':')[0]}'"):
             plan(load_spec(spec), folder / "runs")
+
+
+def test_a_preset_chooses_the_class(folder):
+    (folder / "p.yaml").write_text("label: 3", encoding="utf-8")
+    (folder / "s.yaml").write_text("preset: p.yaml\n" + TRAINING % "prompt: b", encoding="utf-8")
+    (run,), _ = plan(load_spec(folder / "s.yaml"), folder / "runs")
+    assert run.parameters["label"] == 3
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"cells": 3}', '{"cells": [{}]}', "[" * 100_000])

@@ -55,11 +55,11 @@ def test_the_factor_of_a_layer_scales_that_layer_only(domain, recipe):
 
 
 def test_levels_are_groups_of_layers():
-    assert recipes.level_layers(10, ["coarse", "medium", "fine"]) == ()
-    layers = recipes.level_layers(10, ["fine"])
-    assert layers == (0.0,) * 8 + (1.0,) * 2
-    assert recipes.levels_on(layers, 10) == {"coarse": False, "medium": False, "fine": True}
-    assert recipes.level_layers(10, []) == (0.0,) * 10
+    assert recipes.level_layers(10, ["coarse", "medium", "fine"], (2, 4)) == ()
+    layers = recipes.level_layers(10, ["fine"], (2, 4))
+    assert layers == (0.0,) * 4 + (1.0,) * 6
+    assert recipes.levels_on(layers, 10, (2, 4)) == {"coarse": False, "medium": False, "fine": True}
+    assert recipes.level_layers(10, [], (2, 4)) == (0.0,) * 10
 
 
 def test_prompts_are_applied_one_after_the_other(domain, recipe):

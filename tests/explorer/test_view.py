@@ -75,7 +75,7 @@ def test_the_panel_shows_the_pictures_and_the_message(view):
 def test_scores_are_shown_before_and_after_the_edit():
     clip, success = (
         {"clip_before": 20.04, "clip_after": 25.0},
-        {"success_before": 0.0, "success_after": 0.875},
+        {"success_before": 0.0, "success_after": 0.875, "progress": 0.432},
     )
     text = scores_html(clip | success)
-    assert "20.0 → 25.0" in text and "0% → 88%" in text and "leakage" not in text
+    assert "20.0 → 25.0" in text and "0% → 88%" in text and "43%" in text and "leakage" not in text

@@ -11,7 +11,7 @@ from cfclip.toonfaces.factors import (
     new_photo,
     sample_face,
 )
-from cfclip.toonfaces.render import MASKS, render, render_image
+from cfclip.toonfaces.render import ERASABLE, LABELS, MASKS, render, render_image
 
 
 def test_the_same_seed_gives_the_same_picture():
@@ -34,7 +34,7 @@ def test_a_large_picture_is_the_small_one_with_more_detail():
     assert np.abs(large.reshape(64, 4, 64, 4, 3).mean((1, 3)) - small).mean() < 3
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", [part for part in PARTS if COUNTERFACTUAL[part]])
 def test_the_true_counterfactual_changes_only_its_part(part):
     face = next(f for f in (sample_face(k) for k in range(100)) if f.has(part))
     name = next(iter(COUNTERFACTUAL[part]))
@@ -44,6 +44,28 @@ def test_the_true_counterfactual_changes_only_its_part(part):
     parts = (part, "mouth") if part == "lipstick" else (part,)  # the line between the lips is darker lipstick
     may_change = sum(before.masks[MASKS.index(one)] for one in parts) > 0
     assert changed.any() and not (changed & ~may_change).any()
+
+
+@pytest.mark.parametrize("part", ERASABLE)
+def test_a_part_that_is_left_out_is_skin_and_the_rest_stays(part):
+    face = sample_face(7)
+    whole, bare = render(face), render(face, without=[part])
+    gone = [MASKS.index(name) for name in {LABELS[label] for label in ERASABLE[part]}]
+    assert whole.masks[gone].max() == 1 and bare.masks[gone].max() == 0 and bare.area(part) == 0
+    np.testing.assert_allclose(bare.masks.sum(0), 1, atol=1e-6)
+    others = [i for i, name in enumerate(MASKS) if i not in gone and name != "skin"]
+    np.testing.assert_array_equal(bare.masks[others], whole.masks[others])
+    elsewhere = whole.masks[gone].sum(0) == 0
+    np.testing.assert_array_equal(bare.image[elsewhere], whole.image[elsewhere])
+
+
+def test_parts_that_a_face_may_lack_anyway_cannot_be_left_out():
+    face = sample_face(7)
+    nothing, everything = render(face, without=()), render(face, without=list(ERASABLE))
+    assert np.array_equal(nothing.image, render_image(face))
+    assert not any(everything.area(part) for part in ERASABLE)
+    with pytest.raises(ValueError, match="cannot leave out hair"):
+        render(face, without=["hair"])
 
 
 def test_natural_faces_have_natural_colours_and_one_hair_colour():

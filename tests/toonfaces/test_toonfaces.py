@@ -9,7 +9,6 @@ import cfclip
 from cfclip.evaluation import metrics
 from cfclip.images import to_tensor
 from cfclip.models import ops
-from cfclip.toonfaces.ceiling import ceiling
 from cfclip.toonfaces.factors import sample_face
 from cfclip.toonfaces.render import render_image
 from cfclip.toonfaces.train import clip, identity, readout
@@ -74,13 +73,6 @@ def test_metrics_over_strengths_start_from_the_source(toonfaces):
     assert [(row["strength"], row["index"]) for row in rows] == [(s, i) for s in strengths for i in range(3)]
     assert all(row["identity"] > 0.999 and row["leakage"] < 1e-6 for row in rows[:3])
     assert all(row["leakage"] > 0.01 for row in rows[3:])
-
-
-def test_the_ceiling_is_measured_against_the_true_counterfactual(toonfaces):
-    row = ceiling(toonfaces, "blue hair", n=2, steps=3)
-    assert row["n"] == 2 and row["success_before"] == 0 and 0 <= row["success_after"] <= 1
-    with pytest.raises(ValueError, match="'happy' does not name the colour of a part"):
-        ceiling(toonfaces, "happy")
 
 
 @pytest.fixture(scope="module")

@@ -10,23 +10,23 @@ import torch
 
 from cfclip.checkpoints import weights
 from cfclip.files import read_object, read_rows, sha256
+from cfclip.images import to_tensor
 from cfclip.toonfaces.domain import CHECKSUMS
-from cfclip.toonfaces.factors import sample_face
-from cfclip.toonfaces.render import MASKS, render
-from cfclip.toonfaces.train import augment, cards, clip, encoder, gan, identity, multi, readout
+from cfclip.toonfaces.render import render, render_image
+from cfclip.toonfaces.train import cards, clip, encoder, generator, identity, multi, readout
+from cfclip.toonfaces.train.pool import Pool, part_masks, picture
 from cfclip.toonfaces.train.run import run_training, seeded
 
 STAGES = ((16, 16, 1), (16, 16, 1), (16, 16, 1))
-GAN = gan.GANConfig(
-    resolution=16, channels=(16,) * 3, d_channels=(16,) * 3, w_dim=80, mapping_layers=2, batch=4,
-    dtype="float32", warm_steps=8, map_steps=3, steps=4, warm_pool=32,
+GENERATOR = generator.GeneratorConfig(
+    resolution=16, channels=(16,) * 3, w_dim=80, mapping_layers=2, batch=4, dtype="float32", pool=8, steps=8,
+    codes=32, map_steps=3,
 )  # fmt: skip
 TINY = {
-    "readout": readout.ReadoutConfig(width=8, batch=2, steps=2),
-    "identity": identity.IdentityConfig(stages=STAGES, embed_dim=8, people=4, batch=2, steps=2),
-    "clip": clip.CLIPConfig(batch=2, steps=1, pool=4, warmup=1, dtype="float32"),
-    "encoder": encoder.EncoderConfig(stages=STAGES, width=8, batch=2, steps=2, dtype="float32"),
-    "generator": replace(GAN, warm_steps=1, map_steps=1, steps=1),
+    "readout": readout.ReadoutConfig(width=8, batch=2, steps=2, pool=4),
+    "identity": identity.IdentityConfig(stages=STAGES, embed_dim=8, people=4, photos=2, batch=2, steps=2),
+    "encoder": encoder.EncoderConfig(stages=STAGES, width=8, batch=2, steps=2, pool=4, dtype="float32"),
+    "generator": replace(GENERATOR, map_steps=1, steps=1),
     "multi": multi.config(
         steps=1,
         batch=2,
@@ -77,7 +77,11 @@ def test_the_steps_of_a_training_draw_the_same_numbers_each_time(tmp_path):
     drawn = {}
     for run in ("a", "b"):
         numbers = drawn.setdefault(run, [])
-        step = lambda i, numbers=numbers: numbers.append(torch.rand(()).item()) or {"loss": 0.0}  # noqa: E731
+
+        def step(i, generator, numbers=numbers):
+            numbers.append(torch.rand((), generator=generator).item())
+            return {"loss": 0.0}
+
         run_training("test", step, TINY["readout"], {}, tmp_path / run, steps=3)
     assert drawn["a"] == drawn["b"] and len(set(drawn["a"])) == 3
 
@@ -91,11 +95,11 @@ def test_every_setting_has_a_check_that_accepts_its_default(config):
 @pytest.mark.parametrize(
     ("config", "wrong"),
     [
-        (gan.GANConfig, {"w_dim": 16}),
-        (gan.GANConfig, {"channels": ()}),
-        (gan.GANConfig, {"mixing": 1.5}),
+        (generator.GeneratorConfig, {"w_dim": 16}),
+        (generator.GeneratorConfig, {"channels": ()}),
+        (generator.GeneratorConfig, {"w_std": 0.0}),
         (clip.CLIPConfig, {"model": "ViT-B-32"}),
-        (clip.HeldOutConfig, {"dtype": "float8"}),
+        (clip.JudgeConfig, {"dtype": "float8"}),
         (readout.ReadoutConfig, {"steps": 0}),
         (identity.IdentityConfig, {"stages": ((16, 16),)}),
         (encoder.EncoderConfig, {"stages": [[16, 16, 0]]}),
@@ -109,18 +113,40 @@ def test_a_setting_that_cannot_work_is_named(config, wrong):
 
 
 def test_generator_training_passes_its_phases_and_resumes(tmp_path, monkeypatch):
-    whole = gan.train(GAN, tmp_path / "whole")
+    whole = generator.train(GENERATOR, tmp_path / "whole")
     monkeypatch.setattr("cfclip.toonfaces.train.run.CHECKPOINT_EVERY", 2)
-    for stop in ("1-regression-000004", "2-mapping-000003", "3-adversarial-000002"):
+    for stop in ("1-drawing-000004", "2-mapping-000003"):
         with monkeypatch.context() as stopping, pytest.raises(InterruptedError):
-            stopping.setattr(gan, "save_grid", partial(stop_at, stop))
-            gan.train(GAN, tmp_path / "cut", preview_every=1)
-    assert same(whole, gan.train(GAN, tmp_path / "cut"))
+            stopping.setattr(generator, "save_grid", partial(stop_at, stop))
+            generator.train(GENERATOR, tmp_path / "cut", preview_every=1)
+    assert same(whole, generator.train(GENERATOR, tmp_path / "cut"))
     with pytest.raises(ValueError, match="another steps, seed"):
-        gan.train(replace(GAN, steps=2, seed=1), tmp_path / "cut")
-    errors = [row["error"] for row in read_rows(tmp_path / "whole" / "1-regression" / "log.jsonl")]
+        generator.train(replace(GENERATOR, steps=2, seed=1), tmp_path / "cut")
+    errors = [row["error"] for row in read_rows(tmp_path / "whole" / "1-drawing" / "log.jsonl")]
     assert np.isfinite(errors).all()
-    assert (tmp_path / "whole" / "samples" / "3-adversarial-000004.png").exists()
+    assert (tmp_path / "whole" / "samples" / "2-mapping-000003.png").exists()
+
+
+def test_a_pool_paints_what_the_renderer_draws():
+    pool = Pool((9,), 6, 2, "both")
+    shapes, colours = torch.tensor([0, 3, 7]), torch.tensor([5, 3, 1])
+    faces = [pool.painted(*pair) for pair in zip(shapes.tolist(), colours.tolist(), strict=True)]
+    drawn = to_tensor([render_image(face) for face in faces])
+    assert ((pool.paint(shapes, colours) - drawn).abs() * 127.5).max() < 1.5  # rounded once, not twice
+    masks = torch.from_numpy(np.stack([render(face).masks for face in faces]))
+    torch.testing.assert_close(part_masks(pool.covered(shapes)), masks)
+    erased = torch.tensor([[False, True, False]] * 3)
+    without = to_tensor([render(face, without=["eyes"]).image for face in faces])
+    painted = picture(pool.covered(shapes, erased), pool.palettes[colours])
+    assert ((painted - without).abs() * 127.5).max() < 1.5
+
+
+def test_layers_that_colour_are_taught_the_colours_of_another_face():
+    training = generator.GeneratorTraining(GENERATOR, torch.device("cpu"))
+    shapes, colours = torch.zeros(2, 80), torch.ones(2, 80)
+    mixed = training._mixed(shapes, colours)
+    assert (mixed[:, :4] == 0).all() and (mixed[:, 4:] == 1).all()
+    assert training.w.std() == pytest.approx(GENERATOR.w_std, rel=0.2)
 
 
 def test_a_network_is_stored_with_its_settings_and_its_training_can_be_repeated(tmp_path):
@@ -155,27 +181,3 @@ def test_a_training_for_networks_that_changed_is_not_resumed(name, toonfaces, tm
         with pytest.raises(ValueError, match="holds a run with another generator;"):
             cards.train(name, tmp_path / "run", tmp_path, **settings)
     assert (tmp_path / f"{name}.safetensors").read_bytes() == first
-
-
-def test_a_halo_leaves_its_part_unchanged():
-    rng = np.random.default_rng(0)
-    changed = 0
-    for k in range(20):
-        face = sample_face((5, k), "both")
-        drawn, haloed = render(face), augment.with_halo(face, rng)
-        for part in ("eyebrows", "lipstick", "eyes"):
-            inside = drawn.masks[MASKS.index(part)] == 1
-            assert (haloed[inside] == drawn.image[inside]).all()
-        changed += (haloed != drawn.image).any()
-    assert changed > 15
-
-
-def test_augmentations_draw_from_torchs_random_numbers_and_keep_shapes():
-    images = torch.rand(3, 3, 32, 32) * 2 - 1
-    for change in (augment.degrade, partial(augment.random_warp, share=0.5)):
-        with seeded(1):
-            first = change(images)
-        with seeded(1):
-            assert torch.equal(first, change(images))
-        assert first.shape == images.shape
-    assert torch.equal(augment.random_warp(images, share=0.0), images)

@@ -1,65 +1,158 @@
-"""Augmentation of training pictures: perspectives, blur, noise, tints, halos."""
+"""Bad pictures for CLIP's training, on any device: smears, tints, blur, noise, perspectives.
 
-import numpy as np
+CLIP must know what optimisers make, or they cheat it with that. Every random number is from a generator of
+the device of the pictures. Pictures: [N, 3, R, R] in [-1, 1].
+"""
+
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from cfclip.toonfaces.factors import PARTS, Face, colours
-from cfclip.toonfaces.render import MASKS, render
+from cfclip.toonfaces.factors import HELD_OUT, PARTS, colours
+from cfclip.toonfaces.render import MASKS
+
+PAINTS: tuple[tuple[str, str], ...] = tuple(
+    (part, name) for part in PARTS for name in colours(part) if (part, name) not in HELD_OUT
+)
+"""The colours that are smeared: none that is held out from CLIP."""
+
+SMEARED = {
+    "skin": 1, "hair": 2, "eyebrows": 4, "eyes": 4, "lipstick": 4, "beard": 2, "glasses": 1, "shirt": 2,
+}  # fmt: skip
+"""How often a part is smeared: small ones more often, as CLIP confuses them easily."""
+SMALL = ("eyebrows", "eyes", "lipstick", "beard", "glasses")
+"""Parts that a halo leaves as they are."""
+HIDDEN, PAINTED = 0.12, 0.9
+"""How much of a part must be covered until its colour is unknown, and until it has the new one."""
 
 
-def random_warp(images: Tensor, share: float, strength: float = 0.5) -> Tensor:
-    """Random perspectives of a random ``share`` of the images, mid-grey outside. [N, 3, R, R] in [-1, 1]."""
-    n = len(images)
-    corners = torch.tensor([[-1.0, -1], [1, -1], [1, 1], [-1, 1]])
-    moved = corners * (1 - strength * torch.rand(n, 4, 2))
-    x, y = corners[:, 0].expand(n, 4), corners[:, 1].expand(n, 4)
-    u, v = moved.unbind(-1)
-    o, z = torch.ones_like(u), torch.zeros_like(u)
-    rows = [[u, v, o, z, z, z, -x * u, -x * v], [z, z, z, u, v, o, -y * u, -y * v]]
-    rows = torch.cat([torch.stack(row, -1) for row in rows], 1)
-    h = torch.linalg.solve(rows, torch.cat([x, y], 1))  # output point -> input point
-    h = torch.cat([h, torch.ones(n, 1)], 1).reshape(n, 3, 3)
-    r = images.shape[-1]
-    axis = (torch.arange(r) + 0.5) * 2 / r - 1
-    grid = torch.stack([*torch.meshgrid(axis, axis, indexing="xy"), torch.ones(r, r)], -1)
-    p = torch.einsum("nij,hwj->nhwi", h, grid)
-    warped = F.grid_sample(images, p[..., :2] / p[..., 2:], padding_mode="zeros", align_corners=False)
-    return torch.where(torch.rand(n, 1, 1, 1) < share, warped, images)
+def uniform(generator: torch.Generator, device: torch.device, *shape: int) -> Tensor:
+    """Random numbers in [0, 1)."""
+    return torch.rand(*shape, generator=generator, device=device)
 
 
-def degrade(images: Tensor) -> Tensor:
+def blur(images: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian blur of each picture [N, C, R, R] with its own ``sigma`` [N] in pixels; 0: none."""
+    x = torch.arange(images.shape[-1], device=images.device, dtype=images.dtype)
+    squared = (x[:, None] - x).square()
+    kernel = torch.exp(-0.5 * squared / sigma.clamp_min(0.05).square()[:, None, None])  # [N, R, R]
+    kernel = (kernel / kernel.sum(2, keepdim=True))[:, None]
+    return kernel @ images @ kernel.transpose(2, 3)
+
+
+@dataclass(frozen=True)
+class Smears:
+    """What :class:`Smear` did to N pictures; P parts in the order of ``PARTS``."""
+
+    images: Tensor
+    hidden: Tensor  # bool [N, P]: is the part's colour no longer known?
+    painted: Tensor  # bool [N, P]: has it got a new colour, that of number ``paint``?
+    paint: Tensor  # int64 [N], into PAINTS
+
+
+class Smear:
+    """Smears a colour over some pictures, in one of four ways.
+
+    A halo: around a part but not on small ones. If CLIP took purple lids for purple eyebrows, edits would
+    paint the lids. A spill: on another part, the background or a neighbourhood, more or less opaque. A leak:
+    a part's own colour, on all around it. A new coat: a named colour of the part, on the part.
+
+    device: of the pictures. Its tables are made once: a GPU would have to wait for them at every call.
+    """
+
+    def __init__(self, device: torch.device):
+        self.of_part = torch.tensor([MASKS.index(part) for part in PARTS], device=device)
+        self.of_small = torch.tensor([MASKS.index(part) for part in SMALL], device=device)
+        often = torch.tensor([float(SMEARED[part]) for part in PARTS])
+        self.up_to = (often.cumsum(0) / often.sum())[:-1].to(device)
+        owners = [part for part, _ in PAINTS]  # a part's paints are side by side
+        self.first = torch.tensor([owners.index(part) for part in PARTS], device=device)
+        self.count = torch.tensor([owners.count(part) for part in PARTS], device=device)
+        self.rgb = torch.tensor([colours(part)[name] for part, name in PAINTS], device=device) / 127.5 - 1
+
+    def __call__(self, images: Tensor, masks: Tensor, share: float, generator: torch.Generator) -> Smears:
+        """Smear over a random ``share`` of the pictures. masks: coverage [N, len(MASKS), R, R] in [0, 1]."""
+        n, r, device = len(images), images.shape[-1], images.device
+
+        def draw(*shape: int) -> Tensor:
+            return uniform(generator, device, *shape)
+
+        def mask_of(part: Tensor) -> Tensor:
+            """Numbers of masks [N] -> the masks [N, 1, R, R]."""
+            return masks.gather(1, part[:, None, None, None].expand(n, 1, r, r))
+
+        part = torch.searchsorted(self.up_to, draw(n), right=True)  # multinomial() waits for a GPU's checks
+        paint = self.first[part] + torch.minimum((draw(n) * self.count[part]).long(), self.count[part] - 1)
+        way = draw(n, 1, 1, 1)
+        halo, leak, coat = way < 0.35, (way >= 0.35) & (way < 0.5), way >= 0.75  # between them: a spill
+
+        mask = mask_of(self.of_part[part])
+        area = mask.sum((2, 3), keepdim=True)
+        own = (images * mask).sum((2, 3), keepdim=True) / area.clamp_min(1e-6)
+        colour = self.rgb[paint][:, :, None, None] + 0.1 * (2 * draw(n, 3, 1, 1) - 1)
+        colour = torch.where(leak, own, colour).clamp(-1, 1)
+
+        around = blur(mask, (0.015 + 0.06 * draw(n)) * r)
+        around = around / around.amax((2, 3), keepdim=True).clamp_min(1e-3)
+        small = masks[:, self.of_small].sum(1, keepdim=True)
+        anywhere = (draw(n) * len(MASKS)).long().clamp_max(len(MASKS) - 1)
+        target = torch.where(coat, mask, mask_of(anywhere))
+        near = draw(n, 1, 1, 1) < 0.4  # a spill over the neighbourhood of its part
+        soft = blur(target, 1.2 * draw(n) * (draw(n) < 0.6))
+        region = torch.where(~coat & near, (around * (1 + 2 * draw(n, 1, 1, 1))).clamp(0, 1), soft)
+        strength = draw(n, 1, 1, 1)
+        strength = torch.where(coat & (draw(n, 1, 1, 1) < 0.6), 0.92 + 0.08 * strength, strength)
+        ring = (around * (0.5 + 2 * strength)).clamp(0, 1)
+        alpha = torch.where(halo, ring * (1 - torch.maximum(mask, small).clamp(0, 1)), region * strength)
+        alpha = torch.where(leak, ring * (1 - mask), alpha)
+        # a part that is not there has no colour to smear
+        alpha = alpha * (draw(n, 1, 1, 1) < share) * (area > 4)
+
+        parts = masks[:, self.of_part]
+        covered = (parts * alpha).sum((2, 3)) / parts.sum((2, 3)).clamp_min(1e-6)
+        chosen = torch.arange(len(PARTS), device=device) == part[:, None]
+        painted = chosen & coat.flatten(1) & (strength.flatten(1) > PAINTED) & (covered > 0.75)
+        return Smears(torch.lerp(images, colour, alpha), covered > HIDDEN, painted, paint)
+
+
+def degrade(images: Tensor, generator: torch.Generator) -> Tensor:
     """Blur and tint some of the images, and add noise to all.
 
     Blur and noise: so that the network does not depend on the renderer's exact edges. Soft patches of colour:
     otherwise it takes a green glow around the mouth for green lips, and edits learn to add that glow.
     """
-    n, r = len(images), images.shape[-1]
-    small = F.interpolate(images, scale_factor=0.6, mode="bilinear", antialias=True)
-    soft = F.interpolate(small, (r, r), mode="bilinear")
-    images = torch.lerp(images, soft, torch.rand(n, 1, 1, 1) * (torch.rand(n, 1, 1, 1) < 0.5))
+    n, r, device = len(images), images.shape[-1], images.device
+
+    def draw(*shape: int) -> Tensor:
+        return uniform(generator, device, *shape)
+
+    images = blur(images, 1.2 * draw(n) * (draw(n) < 0.6))
     for cells in (4, 8):
-        tint = F.interpolate(torch.randn(n, 3, cells, cells), (r, r), mode="bicubic")
-        images = images + 0.2 * torch.rand(n, 1, 1, 1) * (torch.rand(n, 1, 1, 1) < 0.5) * tint
-    return images + 0.06 * torch.rand(n, 1, 1, 1) * torch.randn_like(images)
+        patches = torch.randn(n, 3, cells, cells, generator=generator, device=device)
+        tint = F.interpolate(patches, (r, r), mode="bicubic")
+        images = images + 0.2 * draw(n, 1, 1, 1) * (draw(n, 1, 1, 1) < 0.5) * tint
+    noise = torch.randn(images.shape, generator=generator, device=device)
+    return images + 0.06 * draw(n, 1, 1, 1) * noise
 
 
-HALOED = {"skin": 0.05, "hair": 0.1, "eyebrows": 0.35, "eyes": 0.2, "lipstick": 0.25, "beard": 0.05}
-"""How often :func:`with_halo` chooses which part: small ones more often, as CLIP confuses them easily."""
-
-
-def with_halo(face: Face, rng: np.random.Generator, resolution: int = 64) -> np.ndarray:
-    """``face`` with a colour smeared *around* one of its parts, but not on a small part; uint8 [R, R, 3].
-
-    Its captions stay true. If CLIP took purple lids for purple eyebrows, edits would paint the lids.
-    """
-    drawn, part = render(face, resolution), rng.choice(PARTS, p=[HALOED[part] for part in PARTS])
-    mask = drawn.masks[MASKS.index(part)]
-    around = gaussian_filter(mask, rng.uniform(0.015, 0.06) * resolution)
-    small = sum(drawn.masks[MASKS.index(name)] for name in ("eyebrows", "eyes", "lipstick", "beard"))
-    kept = np.maximum(mask, small)
-    alpha = (around / max(around.max(), 1e-6) * rng.uniform(0.5, 2.5)).clip(0, 1) * (1 - kept)
-    tint = np.array(list(colours(part).values())[rng.integers(len(colours(part)))])
-    return np.rint(drawn.image + alpha[..., None] * (tint - drawn.image)).astype(np.uint8)
+def random_warp(images: Tensor, share: float, generator: torch.Generator, strength: float = 0.5) -> Tensor:
+    """Random perspectives of a random ``share`` of the images, mid-grey outside."""
+    n, r, device = len(images), images.shape[-1], images.device
+    corner = torch.arange(4, device=device)  # not copied from the CPU: a GPU would wait for that
+    corners = torch.stack([(corner == 1) | (corner == 2), corner >= 2], 1) * 2.0 - 1  # clockwise
+    moved = corners * (1 - strength * uniform(generator, device, n, 4, 2))
+    x, y = corners[:, 0].expand(n, 4), corners[:, 1].expand(n, 4)
+    u, v = moved.unbind(-1)
+    o, z = torch.ones_like(u), torch.zeros_like(u)
+    rows = [[u, v, o, z, z, z, -x * u, -x * v], [z, z, z, u, v, o, -y * u, -y * v]]
+    rows = torch.cat([torch.stack(row, -1) for row in rows], 1)
+    # output point -> input point; solve() would wait for a GPU to say that it went well
+    h = torch.linalg.solve_ex(rows, torch.cat([x, y], 1)[..., None])[0][..., 0]
+    h = torch.cat([h, o[:, :1]], 1).reshape(n, 3, 3)
+    axis = (torch.arange(r, device=device) + 0.5) * 2 / r - 1
+    grid = torch.stack([*torch.meshgrid(axis, axis, indexing="xy"), torch.ones(r, r, device=device)], -1)
+    p = torch.einsum("nij,hwj->nhwi", h, grid)
+    warped = F.grid_sample(images, p[..., :2] / p[..., 2:], padding_mode="zeros", align_corners=False)
+    return torch.where(uniform(generator, device, n, 1, 1, 1) < share, warped, images)

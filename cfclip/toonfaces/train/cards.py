@@ -1,5 +1,6 @@
 """Trains, stores and measures the embedded networks; a measurement writes the card of the weight file."""
 
+import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from cfclip.toonfaces.domain import load_toonfaces, record
 from cfclip.toonfaces.factors import NATURAL, PARTS, sample_face
 from cfclip.toonfaces.readout import VISIBLE
 from cfclip.toonfaces.render import render_image
-from cfclip.toonfaces.train import clip, encoder, gan, identity, multi, readout
+from cfclip.toonfaces.train import clip, encoder, generator, identity, multi, readout
 
 
 def measure_generator(domain: Domain, path: Path) -> str:
@@ -48,7 +49,7 @@ def measure_generator(domain: Domain, path: Path) -> str:
         names = [name for name in seen.colour(part) if name is not None]
         odd = float(np.mean([name not in NATURAL[part] for name in names]))
         rows.append((f"share of samples with a counterfactual colour: {part}", odd, len(names)))
-    gan.save_grid(g, path.with_suffix(".png"))
+    generator.save_grid(g, path.with_suffix(".png"))
     note = (
         "Samples at psi = 1, seed 50000. KID with a cubic kernel on 176 pooled features of the readout's "
         f"encoder, standardised.\n\n![64 uncurated samples, psi = 1]({path.stem}.png)"
@@ -68,19 +69,34 @@ def measure_clip(domain: Domain, path: Path) -> str:
 
 
 def measure_identity(domain: Domain, path: Path) -> str:
-    """Verification of people in counterfactual make-up."""
-    note = (
-        "A natural photo against another photo, of the same person or of someone else, that has "
-        "counterfactual make-up, hair and brow colours and a new pose, smile and background. People that "
-        "training never showed. Seed 30000."
+    """Verification of people that training never showed, and what is left of one with a part repainted."""
+    table = pd.DataFrame(identity.repainting(domain.identity))
+    worst = table.loc[table.groupby("part", sort=False).identity.idxmin()]
+    worst = worst.rename(columns={"colour": "worst colour", "identity": "its identity"})
+    parts = table.groupby("part", sort=False).identity.mean().rename("mean identity").reset_index()
+    people = (
+        "A natural photo against another photo: other colours of both supports, another pose, smile and "
+        "background. auc: from anybody else; auc same colours: from another person in the very same colours. "
+        "People that training never showed. Seed 30000."
     )
-    return markdown(pd.DataFrame([identity.verification(domain.identity)]), note)
+    truth = (
+        "Identity of the exact truth: natural renders against the same with one part repainted, over all its "
+        "colours. Seed 31000."
+    )
+    found = markdown(pd.DataFrame([identity.verification(domain.identity)]), people)
+    return found + "\n" + markdown(parts.merge(worst, on="part"), truth)
 
 
 def measure_readout(domain: Domain, path: Path) -> str:
-    """Colour and presence accuracy on held-out renders."""
-    note = f"Held-out renders of both supports; colours of parts larger than {VISIBLE:g} pixels. Seed 20000."
-    return markdown(pd.DataFrame(readout.colour_accuracy(domain.truth)), note)
+    """Colour and presence accuracy on held-out renders, sharp and out of focus."""
+    sharp = pd.DataFrame(readout.colour_accuracy(domain.truth))
+    soft = pd.DataFrame(readout.colour_accuracy(domain.truth, sigma=readout.SOFT))
+    sharp.insert(2, "softened", soft.accuracy)
+    note = (
+        f"Held-out renders of both supports, as they are and {readout.SOFT:g} pixels out of focus; colours "
+        f"of parts larger than {VISIBLE:g} pixels. Seed 20000."
+    )
+    return markdown(sharp, note)
 
 
 def measure_encoder(domain: Domain, path: Path) -> str:
@@ -122,7 +138,7 @@ class Network:
 
     title: str  # of its card
     config: Callable[..., Settings]
-    train: Callable[[Any, Path], nn.Module]
+    train: Callable[[Any, Path, str], nn.Module]  # in this folder, on this device
     measure: Callable[[Domain, Path], str]  # of the weight file at this path, which is in this domain
     sizes: Callable[[Any, nn.Module], dict] = lambda config, model: model.metadata  # for the file's header
     dtype: torch.dtype = torch.float16  # of the stored tensors
@@ -156,19 +172,22 @@ NETWORKS: dict[str, Network] = {
         measure_readout,
     ),
     "identity": Network(
-        "Identity: a small ArcFace IR-SE", identity.IdentityConfig, identity.train, measure_identity
+        "Identity: a small IR-SE that knows people by their shapes",
+        identity.IdentityConfig,
+        identity.train,
+        measure_identity,
     ),
     "clip": _clip(
         "CLIP: an open_clip model with a convolutional image tower and open_clip's tokenizer", clip.CLIPConfig
     ),
+    "guide2": _clip("Second guide: a CLIP with a ConvNeXt image tower", clip.GuideConfig),
     "heldout_clip": _clip(
-        "Held-out CLIP: judges edits, and no edit is optimised for it; a ConvNeXt image tower",
-        clip.HeldOutConfig,
+        "Judge: a CLIP that no edit is optimised for; a RegNet image tower", clip.JudgeConfig
     ),
     "generator": Network(
         "Generator: a StyleGAN2 that was trained on natural colours only",
-        gan.GANConfig,
-        gan.train,
+        generator.GeneratorConfig,
+        generator.train,
         measure_generator,
         lambda c, model: model.config,
         dtype=torch.float32,
@@ -187,17 +206,27 @@ NETWORKS: dict[str, Network] = {
 }
 
 
-def train(name: str, out: Path, folder: Path = DATA / "toonfaces", **overrides: Any) -> Path:
+def train(
+    name: str, out: Path, folder: Path = DATA / "toonfaces", device: str = "cpu", **overrides: Any
+) -> Path:
     """Train network ``name``, or resume it in ``out``, and store it as ``folder/<name>.safetensors``."""
     network = NETWORKS[name]
     run = network.run() if network.run else {"network": name}
-    config = begin_run(network.config(**overrides), "cpu", out, **run)
-    model = network.train(config, out)
+    config = begin_run(network.config(**overrides), device, out, **run)
+    model = network.train(config, out, device).cpu()
     path, kind, sizes = folder / f"{name}.safetensors", network.kind or name, network.sizes(config, model)
-    card = {key: run[key] for key in ("method", "domain") if key in run} | {"training": flat(config)}
+    card = {key: run[key] for key in ("method", "domain") if key in run}
+    card |= {"training": flat(config), "device": _named(device)}
     weights.save(model, path, kind, sizes, store_as=network.dtype, **card)
     record(folder, name)
     return path
+
+
+def _named(device: str) -> str:
+    """What a card calls ``device``."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device}, {platform.machine()}"
 
 
 def write_card(name: str, folder: Path = DATA / "toonfaces") -> Path:
@@ -215,7 +244,7 @@ def write_card(name: str, folder: Path = DATA / "toonfaces") -> Path:
         f"Trained only on {network.data}. Licence: MIT, as the code.\n\n"
         f"Train again: `cfclip toonfaces train {name}`. Measure again: `cfclip toonfaces measure {name}`.\n\n"
         f"## Measured\n\n{network.measure(load_toonfaces(folder), path)}\n"
-        f"## Training\n\n{card.get('history', '')}| setting | value |\n|---|---|\n{settings}\n"
+        f"## Training\n\nOn {card['device']}.\n\n| setting | value |\n|---|---|\n{settings}\n"
     )
     record(folder, name)
     return write_text(folder / f"{name}.md", text)

@@ -12,19 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from cfclip.domain import Domain, fingerprint
 from cfclip.evaluation.stats import half_width
-from cfclip.images import to_tensor
 from cfclip.inversion.projector import InversionConfig, encode, held_out, invert, w_spread
 from cfclip.method.config import DTYPES
 from cfclip.method.loop import resolve_dtype
 from cfclip.models.perceptual import feature_distance
-from cfclip.settings import Settings, int_at_least, number, one_of, seed_number, setting
+from cfclip.settings import Settings, batch_size, int_at_least, number, one_of, seed_number, setting
 from cfclip.toonfaces.domain import load_toonfaces
 from cfclip.toonfaces.encoder import ToonEncoder
-from cfclip.toonfaces.factors import sample_face
-from cfclip.toonfaces.render import render_image
+from cfclip.toonfaces.train.pool import Pool
 from cfclip.toonfaces.train.run import run_training, seeded, stages
 
 
@@ -42,7 +41,8 @@ class EncoderConfig(Settings):
         ((16, 16, 1), (16, 32, 2), (32, 64, 2), (64, 64, 2)), stages
     )
     width: int = setting(128, int_at_least(1))
-    batch: int = setting(16, int_at_least(1))  # generator samples, and as many natural renders
+    pool: int = setting(10_000, int_at_least(1))  # natural shapes
+    batch: int = setting(16, batch_size)  # generator samples, and as many natural renders
     steps: int = setting(6000, int_at_least(1))
     lr: float = setting(2e-3, number(above=True))
     w_weight: float = setting(1.0, number())  # squared error of w on samples, in units of W's variance
@@ -66,29 +66,34 @@ def trained_for(domain: Domain) -> dict[str, str]:
     return {"generator": domain.fingerprints["generator"], "readout": fingerprint(domain.truth.readout)}
 
 
-def train(config: EncoderConfig, out: Path, domain: Domain | None = None) -> ToonEncoder:
+def train(
+    config: EncoderConfig, out: Path, device: torch.device | str = "cpu", domain: Domain | None = None
+) -> ToonEncoder:
     """Train for ``domain`` (default: toonfaces), or resume in ``out``; returns the encoder in eval mode."""
-    domain = domain or load_toonfaces()
-    dtype = getattr(torch, resolve_dtype(config.dtype, "cpu"))
+    device = torch.device(device)
+    domain = (domain or load_toonfaces()).to(device)
+    dtype = getattr(torch, resolve_dtype(config.dtype, device))
     g, spread = domain.generator, w_spread(domain.generator)
     with seeded(config.seed):
         model = ToonEncoder(g.resolution, g.num_ws, g.w_dim, config.stages, config.width).train()
     model.w_avg.copy_(g.w_avg)
     model.w_spread.fill_(spread)
-    model = model.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), config.lr)
+    model = model.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), config.lr, fused=device.type == "cuda")
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, config.steps)
     half = None if dtype == torch.float32 else dtype
     features = domain.truth.features
+    pool = Pool((config.seed, 7), config.pool, resolution=g.resolution, device=device)
 
-    def step(i: int) -> dict[str, float]:
+    def step(i: int, generator: torch.Generator) -> dict[str, Tensor]:
+        z = torch.randn(config.batch, g.z_dim, generator=generator).to(device)
         with torch.no_grad():
-            w = g.map_one(torch.randn(config.batch, g.z_dim))[:, None].expand(-1, g.num_ws, -1)
+            w = g.map_one(z)[:, None].expand(-1, g.num_ws, -1)
             samples = g.synthesis(w, dtype=half).clamp(-1, 1)
-        faces = [sample_face((config.seed, 7, i, k)) for k in range(config.batch)]
-        renders = to_tensor([render_image(face, g.resolution) for face in faces])
+        shapes, colours = (pool.draw(config.batch, generator) for _ in range(2))
+        renders = pool.paint(shapes, colours)
         photos = torch.cat([samples, renders]).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", half, enabled=half is not None):
+        with torch.autocast(device.type, half, enabled=half is not None):
             layers = unlocked_layers(config, i, g.num_ws)
             guess, offsets = (x.float() for x in model.unlocked(photos, layers))
         images = g.synthesis(guess[config.batch :], dtype=half)
@@ -102,7 +107,7 @@ def train(config: EncoderConfig, out: Path, domain: Domain | None = None) -> Too
         sum(terms.values()).backward()
         optimizer.step()
         schedule.step()
-        return {name: value.item() for name, value in terms.items()}
+        return {name: value.detach() for name, value in terms.items()}
 
     state = {"model": model, "optimizer": optimizer, "schedule": schedule}
     run_training("encoder", step, config, state, out, **trained_for(domain))

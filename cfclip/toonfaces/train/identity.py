@@ -1,5 +1,6 @@
-"""Trains the embedded identity network: a small ArcFace IR-SE that tells toon people apart."""
+"""Trains the embedded identity network: it tells people apart by their shapes, whatever colours they wear."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +11,20 @@ from torch import Tensor, nn
 
 from cfclip.images import to_tensor
 from cfclip.models.arcface import IRSE, FaceIdentity
-from cfclip.settings import Settings, int_at_least, number, seed_number, setting
-from cfclip.toonfaces.factors import Face, new_photo, sample_face
+from cfclip.settings import LARGEST_BATCH, Settings, int_at_least, number, seed_number, setting
+from cfclip.toonfaces.factors import (
+    GEOMETRY,
+    HAIR_STYLES,
+    PARTS,
+    Face,
+    colours,
+    geometry,
+    new_photo,
+    sample_face,
+)
 from cfclip.toonfaces.render import render_image
 from cfclip.toonfaces.train.augment import degrade
+from cfclip.toonfaces.train.pool import Pool, picture, repainted
 from cfclip.toonfaces.train.run import run_training, seeded, stages
 
 
@@ -21,56 +32,76 @@ from cfclip.toonfaces.train.run import run_training, seeded, stages
 class IdentityConfig(Settings):
     """How the identity network is trained."""
 
-    input_size: int = setting(64, int_at_least(16))
-    # (in, out, units) of each stage of the backbone
+    input_size: int = setting(64, int_at_least(8))
     stages: tuple[tuple[int, int, int], ...] = setting(
         ((16, 16, 1), (16, 32, 2), (32, 64, 2), (64, 128, 2)), stages
     )
     embed_dim: int = setting(128, int_at_least(1))
-    people: int = setting(2000, int_at_least(2))
-    batch: int = setting(64, int_at_least(2))
-    steps: int = setting(1500, int_at_least(1))
+    people: int = setting(8000, int_at_least(2))
+    photos: int = setting(4, int_at_least(2))  # of each person
+    batch: int = setting(256, int_at_least(2, maximum=LARGEST_BATCH))  # people, two pictures of each
+    steps: int = setting(6000, int_at_least(1))
     lr: float = setting(3e-3, number(above=True))
-    scale: float = setting(24.0, number(above=True))  # ArcFace's s
-    margin: float = setting(0.3, number())  # ArcFace's m, radians
+    temperature: float = setting(0.1, number(above=True))
+    same_photo: float = setting(0.5, number(0, 1))  # share of pairs of one photo with a part repainted
+    same_weight: float = setting(4.0, number())  # of one minus the similarity of such pairs
+    factors: float = setting(1.0, number())  # weight of the error of the person's lengths, in training only
     seed: int = setting(0, seed_number)
 
 
-def arcface_loss(features: Tensor, centres: Tensor, labels: Tensor, scale: float, margin: float) -> Tensor:
-    """ArcFace (Deng et al. 2019, eq. 3): cross entropy of ``s cos(theta + m [own class])``.
+def same_or_not(a: Tensor, b: Tensor, temperature: float) -> Tensor:
+    """Symmetric InfoNCE: rows i of the unit features a [N, D] and b are one person, all other pairs two."""
+    logits, same = a @ b.t() / temperature, torch.arange(len(a), device=a.device)
+    return (F.cross_entropy(logits, same) + F.cross_entropy(logits.t(), same)) / 2
 
-    features: unit [N, D]; centres [C, D]; labels [N].
+
+def train(config: IdentityConfig, out: Path, device: torch.device | str = "cpu") -> IRSE:
+    """Train, or resume the training in ``out``; returns the backbone in eval mode.
+
+    Two photos of a person have nothing in common but the person, and the second is in the colours of the
+    *next* person's first: who goes by colours is wrong every time.
     """
-    cosine = features @ F.normalize(centres, dim=1).t()
-    theta = cosine.gather(1, labels[:, None]).clamp(-1 + 1e-6, 1 - 1e-6).acos()
-    logits = scale * cosine.scatter(1, labels[:, None], (theta + margin).cos())
-    return F.cross_entropy(logits, labels)
-
-
-def train(config: IdentityConfig, out: Path) -> IRSE:
-    """Train, or resume the training in ``out``; returns the backbone in eval mode."""
+    device = torch.device(device)
     with seeded(config.seed):
         model = IRSE(config.input_size, config.stages, config.embed_dim)
-        head = nn.Linear(config.embed_dim, config.people, bias=False)
-    model = model.train().to(memory_format=torch.channels_last)
-    model.output_layer[1].p = 0.1  # less dropout than ArcFace's: 2000 people, not millions
-    optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], config.lr, weight_decay=0.01)
+        head = nn.Linear(config.embed_dim, len(GEOMETRY) + len(HAIR_STYLES)).to(device)
+    model = model.train().to(device, memory_format=torch.channels_last)
+    model.output_layer[1].p = 0.0  # no dropout: hardly any picture is seen twice
+    parameters = [*model.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=0.01, fused=device.type == "cuda")
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, config.steps)
+    pool = Pool((config.seed, 5), config.people, config.photos, "both", config.input_size, device)
+    firsts = pool.faces[:: config.photos]
+    lengths = torch.tensor([geometry(face) for face in firsts], device=device)
+    styles = torch.tensor([HAIR_STYLES.index(face.hair_style) for face in firsts], device=device)
 
-    def step(i: int) -> dict[str, float]:
-        rng = np.random.default_rng((config.seed, 4, i))
-        who = rng.integers(config.people, size=config.batch)
-        people = [sample_face((config.seed, 5, int(p))) for p in who]
-        photos = [new_photo(face, (config.seed, 6, i, k)) for k, face in enumerate(people)]
-        images = degrade(to_tensor([render_image(face, config.input_size) for face in photos]))
+    def step(i: int, generator: torch.Generator) -> dict[str, Tensor]:
+        n = config.batch
+        random = torch.Generator(device).manual_seed(generator.initial_seed())
+        who = torch.randperm(config.people, generator=generator)[:n].to(device)
+        one, another = (torch.rand(n, config.photos, generator=generator).topk(2).indices.to(device)).T
+        worn, strange = pool.draw(n, generator), pool.draw(n, generator)
+        part = torch.randint(len(PARTS), (n,), generator=generator).to(device)
+        same = (torch.rand(n, generator=generator) < config.same_photo).to(device)
+        first = pool.palettes[worn]
+        second = torch.where(
+            same[:, None, None], repainted(first, pool.palettes[strange], part), pool.palettes[worn.roll(-1)]
+        )
+        shapes = config.photos * who.repeat(2) + torch.cat([one, torch.where(same, one, another)])
+        images = degrade(picture(pool.covered(shapes), torch.cat([first, second])), random)
         features = model(images.contiguous(memory_format=torch.channels_last))
-        margin = config.margin * min(1.0, i / (0.3 * config.steps))
-        loss = arcface_loss(features, head.weight, torch.from_numpy(who), config.scale, margin)
+        a, b = features.chunk(2)
+        loss = same_or_not(a, b, config.temperature)
+        apart = ((1 - (a * b).sum(1)) * same).sum() / same.sum().clamp_min(1)
+        guess, style = head(10 * features).split([len(GEOMETRY), len(HAIR_STYLES)], 1)
+        wrong = F.mse_loss(guess, lengths[who].repeat(2, 1))
+        style = F.cross_entropy(style, styles[who].repeat(2))
         optimizer.zero_grad()
-        loss.backward()
+        (loss + config.same_weight * apart + config.factors * (wrong + 0.2 * style)).backward()
         optimizer.step()
         schedule.step()
-        return {"loss": loss.item()}
+        numbers = {"loss": loss, "apart": apart, "geometry": wrong, "style": style}
+        return {name: value.detach() for name, value in numbers.items()}
 
     state = {"model": model, "head": head, "optimizer": optimizer, "schedule": schedule}
     run_training("identity", step, config, state, out)
@@ -78,20 +109,43 @@ def train(config: IdentityConfig, out: Path) -> IRSE:
 
 
 @torch.no_grad()
-def verification(facenet: FaceIdentity, pairs: int = 1000, seed: int = 30_000) -> dict[str, float]:
-    """How well pairs of one person are told from pairs of two people: AUC of the cosine, and mean cosines.
+def _features(facenet: FaceIdentity, faces: Sequence[Face]) -> Tensor:
+    batches = (faces[k : k + 100] for k in range(0, len(faces), 100))
+    return torch.cat([facenet(to_tensor([render_image(face) for face in batch])) for batch in batches])
 
-    A pair is a natural photo and one with counterfactual make-up, of people that training never showed.
+
+def _auc(same: np.ndarray, other: np.ndarray) -> float:
+    return float((same[:, None] > other[None]).mean() + 0.5 * (same[:, None] == other[None]).mean())
+
+
+def verification(facenet: FaceIdentity, pairs: int = 1000, seed: int = 30_000) -> dict[str, float]:
+    """How well two photos of one person are told from photos of two: AUC of the cosine, and mean cosines.
+
+    People that training never showed, natural against a new photo of both supports. ``auc``: from anybody
+    else; ``auc_same_colours``: from another person in the very colours of the photo it is compared with.
     """
     people = [sample_face((seed, k)) for k in range(pairs)]
-    made_up = [new_photo(face, (seed, 1, k), "both") for k, face in enumerate(people)]
+    photos = [new_photo(face, (seed, 1, k)) for k, face in enumerate(people)]
+    others = photos[1:] + photos[:1]
+    doubles = [other.in_the_colours_of(face) for face, other in zip(people, others, strict=True)]
+    a, b, c = (_features(facenet, group) for group in (people, photos, doubles))
+    same, other, double = ((a * x).sum(1).numpy() for x in (b, b.roll(1, 0), c))
+    aucs = {"auc": _auc(same, other), "auc_same_colours": _auc(same, double)}
+    means = {"same_mean": same.mean(), "other_mean": other.mean(), "double_mean": double.mean()}
+    return aucs | {name: float(value) for name, value in means.items()} | {"pairs": pairs}
 
-    def features(faces: list[Face]) -> Tensor:
-        batches = (faces[k : k + 100] for k in range(0, pairs, 100))
-        return torch.cat([facenet(to_tensor([render_image(face) for face in batch])) for batch in batches])
 
-    a, b = features(people), features(made_up)
-    same, other = (a * b).sum(1).numpy(), (a * b.roll(1, 0)).sum(1).numpy()
-    auc = (same[:, None] > other[None]).mean() + 0.5 * (same[:, None] == other[None]).mean()
-    means = {"same_mean": float(same.mean()), "other_mean": float(other.mean())}
-    return {"auc": float(auc)} | means | {"pairs": pairs}
+def repainting(facenet: FaceIdentity, faces: int = 100, seed: int = 31_000) -> list[dict]:
+    """Identity of the exact truth: natural faces against themselves with one part repainted.
+
+    One row per part and colour; ``n``: faces that have the part.
+    """
+    people = [sample_face((seed, k)) for k in range(faces)]
+    before, rows = _features(facenet, people), []
+    for part in PARTS:
+        index = [i for i, face in enumerate(people) if face.has(part)]
+        for name in colours(part):
+            after = _features(facenet, [people[i].with_colour(part, name) for i in index])
+            identity = float((before[index] * after).sum(1).mean())
+            rows.append({"part": part, "colour": name, "identity": identity, "n": len(index)})
+    return rows

@@ -1,16 +1,16 @@
 """What the trainings of the embedded networks share."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cfclip.method.loop import Callback, described, run_loop, with_global_seed
+from cfclip.method.loop import Callback, Step, described, run_loop
 from cfclip.settings import Settings
 
-CHECKPOINT_EVERY = 250
+CHECKPOINT_EVERY = 1000
 """Steps between two checkpoints."""
 
 
@@ -24,7 +24,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 def run_training(
     name: str,
-    step: Callable[[int], Mapping[str, float]],
+    step: Step,
     config: Settings,
     state: Mapping[str, Any],
     out: Path,
@@ -32,14 +32,15 @@ def run_training(
     callbacks: Iterable[Callback] = (),
     **what: str,
 ) -> None:
-    """Run ``step(i)``, which draws from torch's global random numbers; resumes a training stopped in ``out``.
+    """Run ``step(i, generator)``; resumes a training that was stopped in ``out``.
 
     steps: default ``config.steps``; what: else tells runs apart, e.g. the networks that it is trained for.
     """
     options = {"state": state, "out": out, "seed": config.seed, "callbacks": callbacks, "desc": name}
     options["run"] = described(config, network=name, **what)
     steps = config.steps if steps is None else steps
-    run_loop(with_global_seed(step), steps, checkpoint_every=CHECKPOINT_EVERY, **options)
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True):  # all steps have pictures of one size
+        run_loop(step, steps, checkpoint_every=CHECKPOINT_EVERY, **options)
 
 
 def sizes(value: Any) -> str | None:

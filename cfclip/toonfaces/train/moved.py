@@ -1,0 +1,99 @@
+"""Pictures that the generator makes of randomly moved codes, and what the readout is sure of in them."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cfclip.models.stylegan2 import Generator
+from cfclip.toonfaces.captions import FACTS
+from cfclip.toonfaces.factors import HAIR_STYLES, HELD_OUT, PARTS, colours
+from cfclip.toonfaces.readout import Measurement, Readout
+
+NEAR, APART = 20.0, 8.0
+"""A colour is clear if its name is no farther than the first, and the next by the second farther (CIELAB)."""
+FAR = 35.0
+"""What is farther than this, and much farther than the nearest name, is surely not the colour."""
+COLOURING = 4
+"""From this layer on, layers colour more than they shape."""
+
+
+@torch.no_grad()
+def moved_codes(generator: Generator, n: int, random: torch.Generator) -> Tensor:
+    """W+ codes [n, L, D] at psi = 1, each moved a little or wildly.
+
+    Along noise or along the way to another code, and beyond it; in all layers alike or in each on its own;
+    in all layers, from COLOURING on, or in one layer only. ``random`` is of the generator's device.
+    """
+    device, layers = generator.w_avg.device, generator.num_ws
+
+    def draw(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=random, device=device)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random, device=device)
+
+    w, other = (generator.map_one(normal(n, generator.z_dim))[:, None] for _ in range(2))
+    spread = generator.map_one(normal(1000, generator.z_dim)).std(0)
+    noise = torch.where(draw(n, 1, 1) < 0.5, normal(n, 1, w.shape[-1]), normal(n, layers, w.shape[-1]))
+    scale = 0.1 * 30 ** draw(n, 1, 1)  # 0.1 … 3
+    direction = torch.where(draw(n, 1, 1) < 0.5, noise * spread, 0.7 * (other - w))
+    layer, kind = torch.arange(layers, device=device)[None, :, None], draw(n, 1, 1)
+    one = layer == (layers * draw(n, 1, 1)).long()
+    where = torch.where(kind < 0.4, layer >= 0, torch.where(kind < 0.8, layer >= COLOURING, one))
+    return w + where * scale * direction
+
+
+def sure_facts(measured: Measurement, held_out: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """(true, known): the facts that a measurement is sure of, bool [N, len(FACTS)] each.
+
+    Nothing is known of the smile, of man or woman, and of what is no face.
+
+    held_out: whether pairs that are held out from CLIP may be true; else their part is unknown.
+    """
+    true = np.zeros((len(measured.lab), len(FACTS)), bool)
+    known = np.zeros_like(true)
+    rows = np.arange(len(true))
+    for part in PARTS:
+        names = list(colours(part))
+        columns = np.array([FACTS.index((part, name)) for name in names])
+        far = np.stack([measured.distance(part, name) for name in names], 1)
+        has, visible = measured.has(part), ~np.isnan(far).any(1)
+        far = np.where(visible[:, None], far, np.inf)
+        nearest = far.argmin(1)
+        least, second = np.sort(far, 1)[:, :2].T
+        gap = np.where(visible, second, 0) - np.where(visible, least, 0)
+        clear = has & visible & (least <= NEAR) & (gap >= APART)
+        surely_not = far > np.maximum(np.where(visible, least, 0) + NEAR, FAR)[:, None]
+        known[:, columns] = clear[:, None] | (visible[:, None] & surely_not) | ~has[:, None]
+        true[rows[clear], columns[nearest[clear]]] = True
+        if not held_out:
+            for name in names:
+                if (part, name) in HELD_OUT:
+                    secret = clear & (nearest == names.index(name))
+                    true[np.ix_(secret, columns)] = known[np.ix_(secret, columns)] = False
+    for part in ("beard", "glasses"):
+        yes, no = (FACTS.index((f"{part}?", answer)) for answer in ("yes", "no"))
+        true[:, yes], true[:, no] = measured.has(part), ~measured.has(part)
+        known[:, [yes, no]] = True
+    styles = np.array([FACTS.index(("style", style)) for style in HAIR_STYLES])
+    sure = (measured.hair_style != HAIR_STYLES.index("bald")) == measured.has("hair")
+    true[rows[sure], styles[measured.hair_style[sure]]] = True
+    known[:, styles] = sure[:, None]
+    face = measured.is_face[:, None]
+    return true & face, known & face
+
+
+@torch.no_grad()
+def moved_samples(
+    generator: Generator, readout: Readout, n: int, seed: int, held_out: bool = False, batch: int = 256
+) -> tuple[Tensor, np.ndarray, np.ndarray]:
+    """``n`` pictures, uint8 [n, 3, R, R] on the generator's device, and their :func:`sure_facts`."""
+    random = torch.Generator(generator.w_avg.device).manual_seed(seed)
+    codes = moved_codes(generator, n, random)
+    pictures, facts = [], []
+    for w in codes.split(batch):
+        images = generator.synthesis(w).clamp(-1, 1)
+        facts.append(sure_facts(readout.measure(images), held_out))
+        pictures.append(images.mul(127.5).add(127.5).round().to(torch.uint8))
+    true, known = (np.concatenate(one) for one in zip(*facts, strict=True))
+    return torch.cat(pictures), true, known
