@@ -58,14 +58,33 @@ def measure_generator(domain: Domain, path: Path) -> str:
 
 
 def measure_clip(domain: Domain, path: Path) -> str:
-    """Zero-shot colour naming on held-out renders."""
-    note = (
-        "Share of held-out renders whose colour is named correctly among *all* colours of the part, by "
-        '"face with <colour> <part>" under the 79 templates. accuracy: counterfactual colours; natural: '
-        "natural colours; held out: (part, colour) pairs that training never showed. Seed 10000."
+    """Zero-shot naming of colours and shapes, on held-out renders and on moved samples of the generator."""
+    guides = {"heldout_clip": domain.heldout_clip, "guide2": domain.guides[-1]}
+    guide, truth = guides.get(path.stem, domain.clip), domain.truth
+    columns = (
+        "accuracy: counterfactual colours; natural: natural colours; held out: (part, colour) pairs that "
+        "training never showed; n: how many pictures each is over."
     )
-    guide = domain.heldout_clip if path.stem == "heldout_clip" else domain.clip
-    return markdown(pd.DataFrame(clip.colour_accuracy(guide)), note)
+    renders = (
+        "Share of held-out renders whose colour is named correctly among *all* colours of the part, by "
+        f'"face with <colour> <part>" under the 79 templates. {columns} Seed 10000.'
+    )
+    moved = (
+        "The same on samples of the generator whose codes were moved at random, where the readout is sure of "
+        f"the colour. {columns}"
+    )
+    shapes = "Share of held-out renders whose shape is named correctly. Seed 12000."
+    reading = (
+        "A linear reading of the text feature: part and colour of the pairs that it was not taught, see "
+        "`toonfaces.train.multi.probe`."
+    )
+    tables = [
+        (clip.colour_accuracy(guide), renders),
+        (clip.moved_accuracy(guide, domain.generator, truth.readout), moved),
+        (clip.shape_accuracy(guide), shapes),
+        (multi.probe(replace(domain, clip=guide)), reading),
+    ]
+    return "\n".join(markdown(pd.DataFrame(table), note) for table, note in tables)
 
 
 def measure_identity(domain: Domain, path: Path) -> str:
@@ -244,7 +263,8 @@ def write_card(name: str, folder: Path = DATA / "toonfaces") -> Path:
         f"Trained only on {network.data}. Licence: MIT, as the code.\n\n"
         f"Train again: `cfclip toonfaces train {name}`. Measure again: `cfclip toonfaces measure {name}`.\n\n"
         f"## Measured\n\n{network.measure(load_toonfaces(folder), path)}\n"
-        f"## Training\n\nOn {card['device']}.\n\n| setting | value |\n|---|---|\n{settings}\n"
+        f"## Training\n\nOn {card['device']}. {card.get('history', '')}\n\n"
+        f"| setting | value |\n|---|---|\n{settings}\n"
     )
     record(folder, name)
     return write_text(folder / f"{name}.md", text)
