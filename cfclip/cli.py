@@ -66,9 +66,12 @@ def toonfaces_train(
 def toonfaces_measure(
     name: Annotated[str | None, typer.Argument(help="one network; default: all")] = None,
 ) -> None:
-    """Measure the committed networks again and rewrite their cards."""
+    """Measure the committed networks again; rewrite their cards and checksums, by default of all files."""
+    from cfclip.toonfaces.domain import record
     from cfclip.toonfaces.train import cards
 
+    if name is None:
+        typer.echo(record())  # also those of mappers
     there = [known for known in cards.NETWORKS if (DATA / "toonfaces" / f"{known}.safetensors").exists()]
     for one in [name] if name else there:
         _check_name(one)

@@ -1,10 +1,13 @@
 """A domain: frozen networks that belong together, and the words that go with them."""
 
 import copy
-from collections.abc import Mapping
+import hashlib
+import warnings
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 from cfclip import latents
 from cfclip.checkpoints.latents import load_latents
 from cfclip.checkpoints.networks import find_lpips
+from cfclip.files import sha256
 from cfclip.models.arcface import FaceIdentity
 from cfclip.models.clip import ClipGuide
 from cfclip.models.mapper import PUBLISHED_SPLIT, Mapper
@@ -86,6 +90,34 @@ def null_edit(prompt: str, source_text: str) -> str:
     return f"nothing can move: the prompt {prompt!r} is the source text; ask for something else"
 
 
+def fingerprint(network: nn.Module) -> str:
+    """12 digits for the values of all tensors of ``network``, wherever they are. Computed once.
+
+    Once more if a tensor was changed, of which torch counts the times.
+    """
+    tensors = network.state_dict()
+    now = [(tensor.data_ptr(), tensor._version) for tensor in tensors.values()]
+    before, known = _FINGERPRINTS.get(network, (None, ""))
+    if before == now:
+        return known
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    _FINGERPRINTS[network] = now, digest.hexdigest()[:12]
+    return _FINGERPRINTS[network][1]
+
+
+_FINGERPRINTS: MutableMapping[nn.Module, tuple[list[tuple[int, int]], str]] = WeakKeyDictionary()
+
+
+def warn_null_edit(domain: "Domain", config: Any) -> None:
+    """A warning if all prompts of ``config`` are the source text. Every method calls this as it starts."""
+    source_text = getattr(config, "source_text", None) or domain.source_text
+    prompts = getattr(config, "prompts", None) or (config.prompt,)
+    if all(words := [null_edit(prompt, source_text) for prompt in prompts]):
+        warnings.warn(words[0], stacklevel=3)
+
+
 @dataclass(frozen=True)
 class Domain:
     """Frozen networks and the words that go with them."""
@@ -119,7 +151,8 @@ class Domain:
     @property
     def described(self) -> dict[str, Any]:
         """What tells runs in this domain apart from those in others."""
-        return {"domain": self.name} | ({} if self.label is None else {"label": self.label})
+        label = {} if self.label is None else {"label": self.label}
+        return {"domain": self.name} | label | self.fingerprints
 
     @property
     def guides(self) -> tuple[ClipGuide, ...]:
@@ -145,6 +178,16 @@ class Domain:
         w = load_latents(self.latent_files[split], self.generator)
         order = torch.randperm(len(w), generator=torch.Generator().manual_seed(seed))
         return w[order[:n]].to(self.device)
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """name -> 12 digits of each thing whose change makes a training another one."""
+        networks = {name: getattr(self, name) for name in ("generator", "clip", "identity", "perceptual")}
+        networks |= {f"guide{i}": guide for i, guide in enumerate(self.more_guides, 2)}
+        found = {name: fingerprint(network) for name, network in networks.items() if network is not None}
+        if codes := self.latent_files.get("train"):
+            found["latents"] = sha256(codes)[:12]
+        return found
 
     def group_of(self, prompt: str) -> str:
         """One of :data:`GROUPS`: what kind of edit ``prompt`` asks for."""

@@ -102,6 +102,25 @@ def read_rows(path: str | os.PathLike) -> list[dict]:
     return rows
 
 
+def append_row(path: str | os.PathLike, row: Mapping) -> None:
+    """Add a line to JSON lines. It is there even if this process is killed next.
+
+    A last line that a killed process left cut off is dropped first, with a warning: no row is glued to it.
+    """
+    line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    with Path(path).open("a+b") as file:
+        file.seek(max(0, file.tell() - 1))
+        if file.read() not in (b"", b"\n"):
+            file.seek(0)
+            whole, end, rest = file.read().rpartition(b"\n")
+            if _object(rest) is None:
+                warnings.warn(f"the last line of {path} is cut off, and is dropped", stacklevel=2)
+                file.truncate(len(whole + end))
+            else:
+                line = b"\n" + line
+        file.write(line)
+
+
 def read_object(path: str | os.PathLike) -> dict[str, Any]:
     """The JSON object in ``path``; an empty one if the file is missing or damaged, as after a crash."""
     try:

@@ -5,12 +5,16 @@ class Config(Settings):
     steps: int = setting(300, int_at_least(1))  # optimisation steps
 """
 
-import math
-import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
+LARGEST = 1e30
+"""Of a number: torch computes with float32, which ends at 3.4e38, and multiplies the setting by others."""
+LARGEST_COUNT = 10**9
+"""Of a whole number, such as steps."""
+LARGEST_BATCH = 2**16
+"""Of what is in memory at a time."""
 Check = Callable[[Any], str | None]
 """Returns what a value must be, e.g. "a whole number from 1", or None if it is that."""
 
@@ -20,29 +24,38 @@ def setting(default: Any, check: Check) -> Any:
     return field(default=default, metadata={"check": check})
 
 
-def int_at_least(minimum: int, optional: bool = False) -> Check:
-    """A whole number; with ``optional`` also None."""
+def int_at_least(minimum: int, optional: bool = False, maximum: int = LARGEST_COUNT) -> Check:
+    """A whole number from ``minimum`` to ``maximum``; with ``optional`` also None."""
 
     def check(value: Any) -> str | None:
-        fine = isinstance(value, int) and not isinstance(value, bool) and value >= minimum
-        return None if fine or (optional and value is None) else f"a whole number from {minimum}"
+        fine = isinstance(value, int) and not isinstance(value, bool)
+        if (optional and value is None) or (fine and minimum <= value <= maximum):
+            return None
+        return f"a whole number from {minimum}" + (f" to {maximum}" if fine and value > maximum else "")
 
     return check
 
 
-def number(minimum: float = 0.0, maximum: float = math.inf, above: bool = False) -> Check:
+def number(minimum: float = 0.0, maximum: float = LARGEST, above: bool = False) -> Check:
     """A finite number from ``minimum`` to ``maximum``; with ``above`` larger than ``minimum``."""
 
     def check(value: Any) -> str | None:
         fine = isinstance(value, int | float) and not isinstance(value, bool)
-        # math.isfinite raises OverflowError for a whole number that no float can hold
-        fine = fine and abs(value) <= sys.float_info.max
         if fine and minimum <= value <= maximum and not (above and value == minimum):
             return None
-        upper = "" if maximum == math.inf else f" to {maximum:g}"
-        return f"a finite number {'above' if above else 'from'} {minimum:g}{upper}"
+        lower = f"{'above' if above else 'from'} {minimum:g}"
+        upper = f" to {maximum:g}" if maximum < LARGEST or (fine and value > maximum) else ""
+        return "a finite number" + (f" {lower}{upper}" if minimum > -LARGEST or upper else "")
 
     return check
+
+
+finite = number(-LARGEST)
+"""Any finite number."""
+batch_size = int_at_least(1, maximum=LARGEST_BATCH)
+"""Of pictures or codes that are in memory at a time."""
+seed_number = int_at_least(0, maximum=2**63 - 1)
+"""What torch and numpy can start their random numbers from."""
 
 
 def flag(value: Any) -> str | None:
@@ -60,6 +73,11 @@ def optional_text(value: Any) -> str | None:
     return None if value is None else text(value)
 
 
+def in_a_list(value: Any) -> str:
+    """How a single value is written where a list is needed; "" for anything else."""
+    return f" (write it as [{value}])" if isinstance(value, str | int | float) and str(value).strip() else ""
+
+
 def one_of(known: Collection[str]) -> Check:
     """One of the names ``known``."""
     return lambda value: None if isinstance(value, str) and value in known else f"one of {', '.join(known)}"
@@ -70,9 +88,9 @@ def some_of(known: Collection[str]) -> Check:
 
     def check(value: Any) -> str | None:
         fine = isinstance(value, tuple | list) and value and len(set(map(str, value))) == len(value)
-        return (
-            None if fine and set(map(str, value)) <= set(known) else f"a list of some of {', '.join(known)}"
-        )
+        if fine and set(map(str, value)) <= set(known):
+            return None
+        return f"a list of some of {', '.join(known)}" + in_a_list(value)
 
     return check
 

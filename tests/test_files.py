@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import stat
 import warnings
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cfclip.files import atomic_write, read_object, read_rows, write_json, write_rows
+from cfclip.files import ROOT, append_row, atomic_write, read_object, read_rows, write_json, write_rows
 
 ROWS = [
     {"prompt": "green lipstick", "score": 0.5},
@@ -52,6 +53,25 @@ def test_a_last_row_that_is_cut_off_anywhere_is_left_out(tmp_path):
         assert read_rows(path) == ROWS[:2], "a row without its line end is whole"
 
 
+def test_no_row_is_glued_to_one_that_is_cut_off(tmp_path):
+    path, new = tmp_path / "rows.jsonl", {"prompt": "口红 \u2028", "new": 1}
+    append_row(path, ROWS[0])
+    append_row(path, ROWS[1])
+    assert path.read_bytes() == write_rows(tmp_path / "as written.jsonl", ROWS[:2]).read_bytes()
+    whole = path.read_bytes()
+    second = whole.index(b"\n") + 1
+    for end in (*range(1, second - 1), *range(second + 1, len(whole) - 1)):
+        path.write_bytes(whole[:end])
+        with pytest.warns(UserWarning, match=r"last line of .*rows\.jsonl is cut off, and is dropped"):
+            append_row(path, new)
+        assert read_rows(path) == [*ROWS[: end >= second], new]
+    for end, kept in ((0, 0), (second - 1, 1), (second, 1), (len(whole) - 1, 2), (len(whole), 2)):
+        path.write_bytes(whole[:end])
+        with warnings.catch_warnings(action="error"):
+            append_row(path, new)
+            assert read_rows(path) == [*ROWS[:kept], new], "a row without its line end is whole"
+
+
 @pytest.mark.parametrize("line", NO_OBJECTS)
 def test_a_damaged_row_elsewhere_is_an_error_that_names_file_and_line(line, tmp_path):
     path = tmp_path / "rows.jsonl"
@@ -67,6 +87,15 @@ def test_an_object_is_read_and_a_damaged_one_is_empty(tmp_path):
     for content in NO_OBJECTS:
         path.write_bytes(content)
         assert read_object(path) == {}
+
+
+def test_every_test_that_data_readme_names_is_there():
+    """By file and name; all else of the table is words."""
+    readme = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", readme)
+    assert len(named) > 40
+    for file, name in named:
+        assert f"\ndef {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file} has no {name}"
 
 
 def test_files_have_the_permissions_of_new_files(tmp_path):

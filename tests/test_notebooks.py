@@ -7,6 +7,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
+from cfclip.experiments import check_parameters
 from cfclip.experiments.runs import run_notebook
 from cfclip.experiments.spec import load_preset, parameters_of
 from cfclip.files import NOTEBOOKS, slug
@@ -65,11 +66,81 @@ def test_papermill_sees_the_parameters():
     assert {"prompt", "settings", "out"} <= parameters_of("02_training").keys()
 
 
-@pytest.mark.parametrize("name", ["encoder", "detect"])
-def test_the_word_false_of_a_command_line_is_not_true(name, tmp_path):
+WRONG = {
+    bool: ["false", "true", 0, None],
+    int: ["8", 8.0, True, -1, None, 10**20],
+    float: ["1.0", float("nan"), float("inf"), False, None, 1e31],
+    str: [42, 1e3, None, ["a"], True],
+    list: ["fine", 1.0, None, {}, [None], [["a"]], "[0.5, 1.0]"],
+    dict: ["fine", None, [], {1: 2}, "{steps: 3}"],
+    type(None): ["3", "cat", -1, 1.0, True, [0]],  # the default of label, a whole number
+}
+
+
+@pytest.mark.parametrize("path", BOOKS, ids=lambda p: p.stem)
+def test_a_parameter_of_a_wrong_type_is_named_at_the_first_cell(path):
+    """As papermill gives it: each parameter of each notebook, with values of all other types."""
+    cells = [cell.source for cell in code_cells(path)][:2]
+    for name, default in parameters_of(path).items():
+        for value in WRONG[type(default)]:
+            space = {"__name__": "notebook"}
+            exec(cells[0], space)
+            space[name] = value
+            with pytest.raises(ValueError, match=rf"^{name} must be .*, not ") as caught:
+                exec(cells[1], space)
+            assert repr(value) in str(caught.value) and "d" not in space
+
+
+@pytest.mark.parametrize("path", BOOKS, ids=lambda p: p.stem)
+def test_the_first_cell_checks_every_parameter_and_accepts_the_defaults(path):
+    calls = [node for node in ast.walk(ast.parse(code_cells(path)[1].source)) if isinstance(node, ast.Call)]
+    (call,) = (one for one in calls if ast.unparse(one.func) == "check_parameters")
+    assert {one.arg: ast.unparse(one.value) for one in call.keywords} == {n: n for n in parameters(path)}
+    check_parameters(**parameters_of(path))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"encoder": "false"}, r"encoder must be True or False, not 'false' \(papermill: -p encoder False\)"),
+        ({"strengths": 1.0}, r"strengths must be a list of .*papermill: -y 'strengths: \[1.0\]'"),
+        ({"prompts": "blue hair"}, r"prompts must be a list of .*papermill: -y 'prompts: \[blue hair\]'"),
+        ({"prompt": 42}, r"prompt must be a text, not 42 \(papermill: -r prompt 42\)"),
+        ({"domain": "toonface"}, "domain must be one of toonfaces, ffhq, afhq-dog, afhq-cat, not 'toonface'"),
+        ({"settings": {"levels": "fine"}}, r"settings: .*levels must be a list .*write it as \[fine\]"),
+        ({"settings": {"text_mapper": "false"}}, "settings: .*text_mapper must be True or False"),
+        ({"settings": {"stepz": 3}}, "settings: .*no setting 'stepz'"),
+        ({"settings": {"seed": "0"}}, "seed must be a whole number from 0, not '0'"),
+        ({"method": "nope"}, "unknown method 'nope'; choose one of cfclip"),
+        ({"refine": {"nada": {"lr": "60"}}}, "refine of nada: .*lr must be a finite number above 0"),
+        ({"refine": {"nope": {}}}, "refine of nope: unknown method"),
+        ({"points": [[1, 2], [3]]}, r"points must be a list of five points \[x, y\]"),
+    ],
+)
+def test_the_message_says_how_a_parameter_is_written(given, words):
+    defaults = {"method": "cfclip", "prompt": "green lipstick", "settings": {}}
+    with pytest.raises(ValueError, match=words):
+        check_parameters(**defaults | given)
+
+
+def test_the_word_false_of_a_command_line_is_not_true(tmp_path):
     """``papermill -p encoder false`` gives the text "false"; only ``False`` is read as a flag."""
-    with pytest.raises(Exception, match="encoder and detect are True or False, not 'false'"):
-        run_notebook("01_inversion", tmp_path, {name: "false"})
+    with pytest.raises(Exception, match="encoder must be True or False, not 'false'"):
+        run_notebook("01_inversion", tmp_path, {"encoder": "false"})
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"text_mapper": "false"}, r"parameter 'text_mapper': write it as -y 'settings: {text_mapper"),
+        ({"stepz": 3, "n": 2}, "no notebook has a parameter 'stepz'; this one has: domain, device, label"),
+    ],
+)
+def test_a_parameter_that_no_notebook_has_is_not_ignored(given, words, tmp_path):
+    """One of another notebook is: a preset serves many."""
+    given |= {"prompts": ["blue hair"], "inversion_steps": 3}
+    with pytest.raises(Exception, match=words):
+        run_notebook("02_training", tmp_path, given)
 
 
 def test_a_failed_notebook_keeps_the_output_of_its_cells(tmp_path):

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from cfclip.baselines.editor import Editor
 from cfclip.checkpoints.generators import load_generator
-from cfclip.domain import Domain
+from cfclip.domain import Domain, warn_null_edit
 from cfclip.method.config import GuidedConfig
 from cfclip.method.loop import begin_run, described, run_loop
 from cfclip.method.losses import directional
 from cfclip.models.stylegan2 import Generator
-from cfclip.settings import int_at_least, number, optional_text, setting, text
+from cfclip.settings import batch_size, int_at_least, number, optional_text, seed_number, setting, text
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class NADAGeneratorConfig(GuidedConfig):
     prompt: str = setting(MISSING, text)
     source_text: str | None = setting(None, optional_text)  # None: the domain's
     steps: int = setting(300, int_at_least(1))
-    batch: int = setting(2, int_at_least(1))
+    batch: int = setting(2, batch_size)
     lr: float = setting(0.002, number(above=True))  # of Adam, times 4/5 for StyleGAN2's lazy regularisation
-    train_latents: int = setting(512, int_at_least(1))
-    seed: int = setting(0, int_at_least(0))
+    train_latents: int = setting(512, int_at_least(1, maximum=10**6))
+    seed: int = setting(0, seed_number)
 
 
 class GeneratorEditor(Editor):
@@ -53,6 +53,7 @@ class GeneratorEditor(Editor):
 
     @classmethod
     def fit(cls, method: str, domain: Domain, config: Any, out: Path | None, **loop: Any) -> Editor:
+        warn_null_edit(domain, config)
         c = begin_run(config, domain.device, out, method=method, **domain.described)
         guides, source_text = domain.first_guides(c.guides), c.source_text or domain.source_text
         texts = [[guide.template_features(t) for t in (c.prompt, source_text)] for guide in guides]  # [T, E]

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cfclip.baselines.editor import Editor
-from cfclip.domain import Domain
+from cfclip.domain import Domain, warn_null_edit
 from cfclip.method.config import DTYPES, GuidedConfig
 from cfclip.method.loop import begin_run, learning_rate, run_loop
 from cfclip.method.trainer import FrozenNetworks, check_networks
-from cfclip.settings import int_at_least, number, one_of, setting, text
+from cfclip.settings import batch_size, int_at_least, number, one_of, seed_number, setting, text
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class OptimizationConfig(GuidedConfig):
     lr: float = setting(0.1, number(above=True))  # of Adam, at the top of its ramp
     lambda_id: float = setting(0.005, number())
     lambda_l2: float = setting(0.008, number())  # of the sum of squares, not of their mean
-    batch: int = setting(4, int_at_least(1))  # pictures at a time; they do not influence each other
-    seed: int = setting(0, int_at_least(0))  # nothing is random here; all methods have a seed
+    batch: int = setting(4, batch_size)  # pictures at a time; they do not influence each other
+    seed: int = setting(0, seed_number)  # nothing is random here; all methods have a seed
     dtype: str = setting("float32", one_of(DTYPES))  # of the convolutions
 
 
@@ -89,6 +89,7 @@ class OptimizationEditor(Editor):
     @classmethod
     def fit(cls, method: str, domain: Domain, config: Any, out: Path | None, **loop: Any) -> Editor:
         check_networks(domain, config)
+        warn_null_edit(domain, config)
         config = begin_run(config, domain.device, out, method=method, **domain.described)
         editor = cls(method, domain, config, nn.Module())
         editor.loop = loop

@@ -5,7 +5,6 @@ Shapes: C channels of StyleSpace without ToRGB; E the width of CLIP's embedding;
 
 import hashlib
 import json
-import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -20,13 +19,22 @@ from torch import Tensor, nn
 from cfclip.baselines.editor import Editor
 from cfclip.checkpoints import weights
 from cfclip.checkpoints.weights import WeightsError
-from cfclip.domain import Domain
+from cfclip.domain import Domain, null_edit, warn_null_edit
 from cfclip.files import locked
 from cfclip.method.config import GuidedConfig
 from cfclip.method.loop import begin_run, run_loop
 from cfclip.method.losses import direction
 from cfclip.models.stylegan2 import Generator, max_batch
-from cfclip.settings import int_at_least, number, optional_text, setting, text
+from cfclip.settings import (
+    batch_size,
+    finite,
+    int_at_least,
+    number,
+    optional_text,
+    seed_number,
+    setting,
+    text,
+)
 
 
 @dataclass(frozen=True)
@@ -35,14 +43,14 @@ class GlobalConfig(GuidedConfig):
 
     prompt: str = setting(MISSING, text)
     source_text: str | None = setting(None, optional_text)  # None: the domain's
-    alpha: float = setting(4.1, number(-math.inf))  # how far to go at strength 1
+    alpha: float = setting(4.1, finite)  # how far to go at strength 1
     beta: float = setting(0.15, number())  # channels of less relevance stay as they are
-    samples: int = setting(100, int_at_least(1))  # pictures in which each channel is tried …
+    samples: int = setting(100, batch_size)  # pictures in which each channel is tried …
     sigmas: float = setting(
         5.0, number(above=True)
     )  # … this many standard deviations below and above its mean
     style_samples: int = setting(100_000, int_at_least(2))  # latents behind that mean and standard deviation
-    seed: int = setting(0, int_at_least(0))
+    seed: int = setting(0, seed_number)
 
 
 class Channels(nn.Module):
@@ -148,20 +156,10 @@ def _measure_channels(
 
 def _key(domain: Domain, config: GlobalConfig) -> str:
     """12 digits for all that channel statistics depend on: a file with the same key may be used."""
-    digest = hashlib.sha256(
-        json.dumps([
-            *domain.described.values(),
-            domain.truncation,
-            config.samples,
-            config.sigmas,
-            config.style_samples,
-            config.seed,
-        ]).encode()
-    )
-    for network in (domain.generator, domain.clip):
-        for name, tensor in network.state_dict().items():
-            digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:12]
+    networks = [domain.fingerprints[name] for name in ("generator", "clip")]
+    settings = [config.samples, config.sigmas, config.style_samples, config.seed]
+    what = json.dumps([domain.name, domain.label, domain.truncation, *settings, *networks])
+    return hashlib.sha256(what.encode()).hexdigest()[:12]
 
 
 def global_direction(domain: Domain, config: GlobalConfig, *channels: Channels) -> Direction:
@@ -179,7 +177,7 @@ def global_direction(domain: Domain, config: GlobalConfig, *channels: Channels) 
         )
         relevance = relevance + share * seen.relevance(target - source)
     most = relevance.abs().max()
-    if config.prompt == described:
+    if null_edit(config.prompt, described):
         return Direction(torch.zeros_like(relevance), relevance)
     if most == 0 or most < config.beta:
         raise ValueError(
@@ -208,6 +206,7 @@ class GlobalEditor(Editor):
 
     @classmethod
     def fit(cls, method: str, domain: Domain, config: Any, out: Path | None, **loop: Any) -> Editor:
+        warn_null_edit(domain, config)
         config = begin_run(config, domain.device, out, method=method, **domain.described)
         shared = None if out is None else out.resolve().parent  # all prompts can use the statistics
         each = [

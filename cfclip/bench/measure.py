@@ -1,11 +1,10 @@
 """How to measure: seconds, peak memory, arithmetic and memory traffic."""
 
-import json
 import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,12 +16,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from cfclip.models.ops import fast_dtype, name_of
-
-
-def append_row(file: Path, row: Mapping[str, Any]) -> None:
-    """Add a line to the JSON lines of ``file``, so that it is there even if this process is killed next."""
-    with file.open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def stats(seconds: Sequence[float]) -> dict[str, Any]:

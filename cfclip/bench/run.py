@@ -19,10 +19,10 @@ import torch
 from tqdm.auto import tqdm
 
 from cfclip.bench import machine, report, tables
-from cfclip.bench.measure import append_row, dtypes
+from cfclip.bench.measure import dtypes
 from cfclip.experiments import runs
 from cfclip.experiments.executors import cores
-from cfclip.files import read_rows, writable, write_rows
+from cfclip.files import append_row, read_rows, writable, write_rows
 from cfclip.models.ops import name_of
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ import torch
 
 from cfclip.bench import parts
 from cfclip.bench.explorer import explorer
-from cfclip.bench.measure import append_row
+from cfclip.files import append_row
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,11 @@
-"""Sweeps: grids of notebook runs: spec (what to run), runs (what a run is), executors, sweep (driving)."""
+"""Sweeps: grids of notebook runs.
 
+spec (what to run), parameters (of notebooks), runs (what a run is), executors, sweep (driving).
+"""
+
+from cfclip.experiments.parameters import check_parameters
 from cfclip.experiments.runs import gather, records
 from cfclip.experiments.spec import load_preset, load_spec
 from cfclip.experiments.sweep import plan, sweep
 
-__all__ = ["gather", "load_preset", "load_spec", "plan", "records", "sweep"]
+__all__ = ["check_parameters", "gather", "load_preset", "load_spec", "plan", "records", "sweep"]

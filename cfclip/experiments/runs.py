@@ -80,7 +80,8 @@ def code_hash(ignored: tuple[str, ...] = NOT_HASHED) -> str:
 def weights_hash(domain: str, known: dict[str, list]) -> str:
     """Of all files that ``domain`` loads. ``known``: path -> [size, mtime, sha256], read and updated."""
     folder = DATA / domain
-    found = [p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".md", ".png", ".part")]
+    beside = (".md", ".png", ".part", ".json")  # cards, and checksums of the weights
+    found = [p for p in folder.rglob("*") if p.is_file() and p.suffix not in beside]
     files = {path.relative_to(DATA): path for path in found}
     files |= {Path("downloads", one.name): DOWNLOADS / one.name for one in SOURCES if domain in one.domains}
     hashes = []
@@ -125,7 +126,7 @@ def run_notebook(
         papermill.execute_notebook(*literal, dict(parameters), **kernel, **quiet)
     finally:
         for name in KERNEL_ENVIRONMENT:
-            os.environ.pop(name)
+            os.environ.pop(name, None)  # another thread may have done so
             if name in before:
                 os.environ[name] = before[name]
     return path

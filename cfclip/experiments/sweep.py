@@ -6,7 +6,6 @@ So a sweep that is started again, after a crash or an edit, does only what is mi
 
 import itertools
 import logging
-import math
 import os
 import sys
 from collections import Counter
@@ -20,9 +19,8 @@ from typing import Any
 from tabulate import tabulate
 from tqdm.auto import tqdm
 
-from cfclip import baselines
-from cfclip.evaluation import ablation
 from cfclip.experiments.executors import LocalExecutor
+from cfclip.experiments.parameters import CHECKS, check_settings
 from cfclip.experiments.runs import (
     OUTPUT_PARAMS,
     Outcome,
@@ -37,7 +35,7 @@ from cfclip.experiments.runs import (
 )
 from cfclip.experiments.spec import Spec, cells, find_notebook, named, parameters_of, points
 from cfclip.files import NOTEBOOKS, read_object, writable, write_json
-from cfclip.settings import Check, check_known, int_at_least, number, text
+from cfclip.settings import check_known, finite
 
 logger = logging.getLogger(__name__)
 
@@ -48,48 +46,6 @@ MAX_ATTEMPTS = 3
 
 
 # ---- planning ----
-
-
-def _finite(value: Any) -> str | None:
-    return None if number(-math.inf)(value) is None else "a finite number"
-
-
-def _list_of(check: Check, what: str, minimum: int = 0) -> Check:
-    """A list of at least ``minimum`` values that pass ``check``."""
-
-    def checked(values: Any) -> str | None:
-        fine = isinstance(values, list) and len(values) >= minimum
-        return None if fine and not any(map(check, values)) else f"a list of {what}"
-
-    return checked
-
-
-CHECKS: dict[str, Check] = {
-    "prompt": text,
-    "prompts": _list_of(text, "texts"),
-    "seed": int_at_least(0),
-    "seeds": _list_of(int_at_least(0), "whole numbers from 0, at least one", 1),
-    "n": int_at_least(1),
-    "inversion_steps": int_at_least(1),
-    "label": int_at_least(0),
-    "strengths": _list_of(_finite, "finite numbers, at least one", 1),
-}
-"""What these parameters must be in every notebook that has them."""
-
-
-def _check_settings(values: Mapping[str, Any], notebook: str) -> None:
-    """ValueError unless a training in ``notebook`` can have these settings; its run would say so later."""
-    if not {"prompt", "settings"} <= values.keys() or not {"method", "rows"} & values.keys():
-        return
-    given = {"seed": values.get("seed", 0)} | values["settings"]
-    try:
-        if twice := {"method", "prompt"} & given.keys():
-            raise ValueError(f"{', '.join(sorted(twice))} is a parameter, not one of the settings")
-        for row in ablation.choose(values["rows"]) if "rows" in values else [""]:
-            changes = ablation.ROWS.get(row, {})
-            baselines.configure(values.get("method", "cfclip"), values["prompt"], **(given | changes))
-    except (ValueError, TypeError, OverflowError) as error:
-        raise ValueError(f"settings of {notebook}: {error}") from None
 
 
 def _parameters(notebook: Path, spec: Spec, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,13 +68,12 @@ def _parameters(notebook: Path, spec: Spec, given: Mapping[str, Any]) -> dict[st
             raise ValueError(f"{what} must be of type {type(default).__name__}, not {value!r}{hint}")
         if isinstance(value, dict):
             named(value, what)
-        check = CHECKS.get(name, _finite if isinstance(value, float) else None)
-        if (
-            check and value != default and (wanted := check(value))
-        ):  # a notebook may have "" for "none" itself
+        check = CHECKS.get(name, finite if isinstance(value, float) else None)
+        # a notebook of someone else may mean something else by the name
+        if check and not check(default) and (wanted := check(value)):
             raise ValueError(f"{what} must be {wanted}, not {value!r}")
         values[name] = value
-    _check_settings(values, notebook.stem)
+    check_settings(values, f"settings of {notebook.stem}")
     return values
 
 

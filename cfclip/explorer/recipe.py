@@ -5,7 +5,6 @@ Shapes: N faces, L layers of W+, D = w_dim, R = resolution.
 
 import dataclasses
 import json
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from cfclip.baselines.library import load_editor, mapper_for, open_mapper
 from cfclip.checkpoints.latents import load_latents
 from cfclip.domain import Domain, null_edit
 from cfclip.models.mapper import level_slices
-from cfclip.settings import Settings, check_known, int_at_least, number, setting, text
+from cfclip.settings import Settings, check_known, finite, int_at_least, number, setting, text
 
 MIN_STRENGTH, MAX_STRENGTH = -1.5, 2.0
 MAX_FACES = 16
@@ -39,7 +38,7 @@ def any_text(value: Any) -> str | None:
 
 def some_factors(value: Any) -> str | None:
     """A tuple of finite numbers."""
-    fine = isinstance(value, tuple) and len(value) <= MAX_LAYERS and not any(map(number(-math.inf), value))
+    fine = isinstance(value, tuple) and len(value) <= MAX_LAYERS and not any(map(finite, value))
     return None if fine else f"finite numbers, one per layer (at most {MAX_LAYERS})"
 
 

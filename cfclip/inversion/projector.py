@@ -20,7 +20,7 @@ from cfclip.checkpoints.networks import ALEXNET_URL
 from cfclip.domain import Domain
 from cfclip.method.loop import learning_rate, run_loop
 from cfclip.models.stylegan2 import Generator
-from cfclip.settings import Settings, flag, int_at_least, number, one_of, setting
+from cfclip.settings import Settings, flag, int_at_least, number, one_of, seed_number, setting
 
 SPACES = ("w", "w_plus")
 PERCEPTUAL_SIZE = 256
@@ -44,7 +44,7 @@ class InversionConfig(Settings):
     perceptual: float = setting(1.0, number())  # a
     mse: float = setting(5.0, number())  # b; the default makes it about as large as the perceptual term
     w_centre: float = setting(0.0, number())  # c: a higher value edits better and reconstructs worse
-    seed: int = setting(0, int_at_least(0))
+    seed: int = setting(0, seed_number)
 
 
 @dataclass(frozen=True)

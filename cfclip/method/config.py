@@ -8,6 +8,7 @@ from cfclip.method.objectives import CLIPNCE, OBJECTIVES, Objective
 from cfclip.models.mapper import LEVELS, NORM_AXES
 from cfclip.settings import (
     Settings,
+    batch_size,
     check_known,
     defaults,
     flag,
@@ -15,6 +16,7 @@ from cfclip.settings import (
     number,
     one_of,
     optional_text,
+    seed_number,
     setting,
     some_of,
     text,
@@ -62,7 +64,7 @@ class TrainingConfig(GuidedConfig):
 
     source_text: str | None = setting(None, optional_text)  # None: the domain's
     steps: int = setting(50_000, int_at_least(1))
-    batch: int = setting(2, int_at_least(1))
+    batch: int = setting(2, batch_size)
     # pictures of a batch that are in memory at a time; None: all. The step is the same
     micro_batch: int | None = setting(None, int_at_least(1, optional=True))
     lr: float = setting(0.5, number(above=True))  # of Ranger
@@ -72,15 +74,15 @@ class TrainingConfig(GuidedConfig):
     lambda_l2: float = setting(0.8, number())
     lambda_perc: float = setting(0.0, number())  # VGG19; the paper's dogs and cats: 0.02, with lambda_id 0
     num_views: int = setting(
-        8, int_at_least(0)
+        8, int_at_least(0, maximum=1000)
     )  # perspective views of each edited image; 0: the image itself
     text_mapper: bool = setting(True, flag)  # False: StyleCLIP's mapper, which is not conditioned on text
     levels: tuple[str, ...] = setting(LEVELS, some_of(LEVELS))  # layer groups of W+ that are edited
     norm_axis: str = setting(
         "layer", one_of(NORM_AXES)
     )  # "layer" as published: only the signs of the text pass
-    train_latents: int = setting(512, int_at_least(1))
-    seed: int = setting(0, int_at_least(0))
+    train_latents: int = setting(512, int_at_least(1, maximum=10**6))
+    seed: int = setting(0, seed_number)
     dtype: str = setting(
         "float32", one_of(DTYPES)
     )  # of convolutions; "auto": bfloat16 where it is clearly faster

@@ -19,7 +19,7 @@ import torch
 from tqdm.auto import tqdm
 
 from cfclip.checkpoints.reading import read_plain
-from cfclip.files import atomic_write, locked, read_object, write_json, write_rows
+from cfclip.files import append_row, atomic_write, locked, read_object, write_json, write_rows
 from cfclip.method.config import DTYPES, flat
 from cfclip.models.ops import fast_dtype, name_of
 from cfclip.settings import Settings
@@ -162,8 +162,7 @@ def _run(step, steps, state, out, run, seed, callbacks, log_every, checkpoint_ev
             rows.append({"step": done, "seconds": round(before + time.perf_counter() - start, 2)} | means)
             bar.set_postfix({name: f"{value:.3g}" for name, value in means.items()}, refresh=False)
             if out is not None:
-                with (out / LOG).open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(rows[-1]) + "\n")
+                append_row(out / LOG, rows[-1])
             sums, count = {}, 0
         if (due or last) and (wrong := _not_finite(state)):
             raise ValueError(_stopped(f"{wrong} is not finite", done, steps, desc, out))

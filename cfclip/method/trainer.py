@@ -5,7 +5,6 @@ embedding width. Several guides' unit vectors lie side by side in one of the sum
 """
 
 import os
-import warnings
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +15,7 @@ from pytorch_optimizer import Ranger
 from torch import Tensor
 
 from cfclip.checkpoints.mappers import save_mapper
-from cfclip.domain import Domain, null_edit
+from cfclip.domain import Domain, warn_null_edit
 from cfclip.method.config import GuidedConfig, TrainingConfig, flat
 from cfclip.method.loop import begin_run, described, learning_rate, resolve_dtype, run_loop
 from cfclip.method.losses import identity_loss_from_features, latent_l2, perceptual_loss
@@ -81,6 +80,7 @@ class MapperTrainer:
     def __init__(self, domain: Domain, config: TrainingConfig):
         self.domain, self.config, c = domain, config, config
         check_networks(domain, c)
+        warn_null_edit(domain, c)
         guides, g = domain.first_guides(c.guides), domain.generator
         self.widths = [guide.embed_dim for guide in guides]
         self.prompt_text = [guide.encode_text(c.prompts) for guide in guides]  # [P, E] of each guide, raw
@@ -90,10 +90,7 @@ class MapperTrainer:
             return torch.cat([guide.template_features(text) for guide in guides], -1)
 
         self.target_text = torch.stack([under_templates(prompt) for prompt in c.prompts])  # [P, T, E]
-        source_text = c.source_text or domain.source_text
-        if all(words := [null_edit(prompt, source_text) for prompt in c.prompts]):
-            warnings.warn(words[0], stacklevel=2)
-        self.source_text = under_templates(source_text)  # [T, E]
+        self.source_text = under_templates(c.source_text or domain.source_text)  # [T, E]
         text_dim = domain.clip.embed_dim if c.text_mapper else None
         sizes = MapperConfig(g.num_ws, g.w_dim, text_dim, c.levels, c.norm_axis, domain.level_split)
         self.mapper = Mapper.initialised(sizes, torch.Generator().manual_seed(c.seed)).to(domain.device)

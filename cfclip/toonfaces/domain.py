@@ -14,7 +14,7 @@ from cfclip.checkpoints.mappers import load_mapper
 from cfclip.checkpoints.reading import about, build
 from cfclip.checkpoints.sources import Row, Source
 from cfclip.domain import Domain
-from cfclip.files import DATA
+from cfclip.files import DATA, read_object, sha256, write_json
 from cfclip.models.arcface import IRSE, FaceIdentity
 from cfclip.models.clip import ClipGuide
 from cfclip.toonfaces import clip
@@ -36,6 +36,9 @@ NETWORKS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
 }
 """File name without its ending -> the network of a header's configuration; the others: generator, mappers."""
 REQUIRED = ("generator", "clip", "identity", "readout")
+CHECKSUMS = "checksums.json"
+"""File of a folder of networks: path in the folder -> sha256."""
+RECORD = "if you made this file yourself, run 'cfclip toonfaces measure', which records it"
 HOW = "install cfclip again, or let CFCLIP_DATA name a folder with toonfaces/, as the repository's data/ is"
 
 
@@ -52,16 +55,32 @@ def _load(path: Path) -> nn.Module:
         return weights.load_into(make(), tensors, path)
 
 
+def record(folder: Path = DATA / "toonfaces", *names: str) -> Path:
+    """Write the checksums of the networks ``names`` in ``folder``, or of all files, for :func:`check`."""
+    paths = [folder / f"{name}.safetensors" for name in names] or sorted(folder.rglob("*.safetensors"))
+    new = {path.relative_to(folder).as_posix(): sha256(path) for path in paths}
+    known = read_object(folder / CHECKSUMS) if names else {}
+    return write_json(folder / CHECKSUMS, dict(sorted((known | new).items())))
+
+
 def check(folder: Path = DATA / "toonfaces") -> list[Row]:
-    """One row per file of ``folder``, which is opened, and one per file that is missing."""
+    """One row per file of ``folder``, which is opened and compared with its checksum, or is missing."""
     paths = {path.stem: path for path in sorted(folder.rglob("*.safetensors"))}
+    known = read_object(folder / CHECKSUMS)
     rows = []
     for name in {"generator": None, **NETWORKS, "multi": None, **paths}:
         path = paths.get(name, folder / f"{name}.safetensors")
         what = Source(path.name, name, "embedded", ("toonfaces",), required=name in REQUIRED)
-        status, detail = "unverified", "opens; no checksum is kept of it"
+        status, detail = "unverified", f"opens; {folder / CHECKSUMS} has no checksum of it: {RECORD}"
         try:
             _load(path)
+            if digest := known.get(path.relative_to(folder).as_posix()):
+                status, detail = "valid", f"sha256 as in {CHECKSUMS}"
+                if digest != sha256(path):
+                    status, detail = (
+                        "corrupt",
+                        f"not as it was written, see {folder / CHECKSUMS}: {HOW}; {RECORD}",
+                    )
         except weights.WeightsError as error:
             status = "corrupt" if path.exists() else "missing"
             detail = HOW if status == "missing" else f"{error}; {HOW}"

@@ -80,9 +80,11 @@ def test_there_and_back(method, domain):
 
 @every
 def test_a_null_edit_asks_for_nothing(method, domain):
-    """The prompt is the source text: no direction to go in, and nothing that is not a number."""
+    """The prompt is the source text: no direction to go in, and nothing that is not a number. It says so."""
     changes = {name: value for name, value in {"steps": 3, "beta": 0.15}.items() if name in settings(method)}
-    editor = quick(method, domain, prompt="face", **changes)
+    with pytest.warns(UserWarning, match="nothing can move: the prompt ' Face' is the source text") as said:
+        editor = quick(method, domain, prompt=" Face", **changes)
+    assert len(said) == 1
     w = latents.sample(domain.generator, 2, "test")
     assert editor.edit(w).isfinite().all() and all(
         math.isfinite(value) for row in editor.rows for value in row.values()

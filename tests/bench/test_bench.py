@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from cfclip.bench import machine, run, tables, worker
-from cfclip.bench.measure import append_row, work_of
+from cfclip.bench.measure import work_of
 from cfclip.bench.networks import random_domain
 from cfclip.bench.published import NAMES, PlainGenerator, Published, Wastes
 from cfclip.bench.run import PARTS, bench
 from cfclip.experiments import runs
-from cfclip.files import read_rows
+from cfclip.files import append_row, read_rows
 from cfclip.method.config import CFCLIPConfig
 from cfclip.method.loop import generator_for
 from cfclip.method.trainer import MapperTrainer

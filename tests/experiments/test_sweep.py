@@ -340,6 +340,17 @@ ROWS = "grid: [{notebook: 03_ablation_directions, %s}]"
         (TRAINING % "strengths: [[1.0, .inf]]", "must be a list of finite numbers"),
         (TRAINING % "strengths: [[fine]]", "must be a list of finite numbers"),
         (TRAINING % "settings: {steps: 3}", r"as one value .* in a list: `settings: \[{…}\]`"),
+        (TRAINING % "domain: toonface", "domain of 02_training must be one of toonfaces, ffhq, .*'toonface'"),
+        (
+            "grid: [{notebook: 02_training}]\nparameters: {domain: atlantis}",
+            "domain of 02_training must be one",
+        ),
+        (
+            "grid: [{notebook: 02_training}]\nthen: [{notebook: 07_tuning, domain: x}]",
+            "domain of 07_tuning must be one",
+        ),
+        (TRAINING % "preview: 0", "preview of 02_training must be a whole number from 1, not 0"),
+        (TRAINING % "settings: [{lr: 1.0e+39}]", r"lr must be a finite number above 0 to 1e\+30, not 1e\+39"),
         (TRAINING % "label: cat", "label of 02_training must be a whole number from 0, not 'cat'"),
         (TRAINING % "label: -1", "label of 02_training must be a whole number from 0, not -1"),
         (TRAINING % "n: 0", "n of 02_training must be a whole number from 1, not 0"),

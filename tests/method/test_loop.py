@@ -4,12 +4,14 @@ import multiprocessing
 import random
 import time
 import warnings
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
 
-from cfclip.files import FolderInUse, atomic_write, locked
+from cfclip.checkpoints.weights import read_header
+from cfclip.files import FolderInUse, atomic_write, locked, read_rows
 from cfclip.method.config import CFCLIPConfig
 from cfclip.method.loop import Callback, begin_run, load_checkpoint, run_loop
 from cfclip.method.objectives import CLIPNCE, ClipDistance
@@ -326,8 +328,66 @@ def test_another_run_in_the_same_folder_is_refused_by_name(left, domain, tmp_pat
         assert {path: path.read_bytes() for path in out.glob("*.*")} == before, "nothing is changed"
 
 
+def test_the_weights_of_a_run_are_never_filed_under_another_prompt(domain, tmp_path):
+    small = {"steps": 2, "batch": 1, "train_latents": 2, "num_views": 1, "lr": 60.0}
+    first, _ = train_mapper(domain, CFCLIPConfig("green lipstick", **small), out=tmp_path, progress=False)
+    with pytest.raises(ValueError, match="holds a run with another prompt"):
+        train_mapper(domain, CFCLIPConfig("blue hair", **small), out=tmp_path, progress=False)
+    assert read_header(tmp_path / "mapper.safetensors").card["training"]["prompt"] == "green lipstick"
+    other = {"out": tmp_path / "other", "progress": False}
+    second, _ = train_mapper(domain, CFCLIPConfig("blue hair", **small), **other)
+    pairs = zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    assert not all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("every", [1, 500])
+@pytest.mark.parametrize("damage", ["log", "checkpoint"])
+def test_a_training_goes_on_from_files_that_a_kill_has_torn(damage, every, domain, tmp_path):
+    config = CFCLIPConfig("green lipstick", steps=2, batch=1, train_latents=2, num_views=1)
+    given = {"out": tmp_path, "progress": False, "checkpoint_every": every}
+    first, rows = train_mapper(domain, config, **given)
+    log, checkpoint = tmp_path / "log.jsonl", tmp_path / "checkpoint.pt"
+    if damage == "log":
+        log.write_bytes(log.read_bytes() + b'{"step": 2, "sec')
+    else:
+        checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    if damage == "checkpoint" and every == 500:
+        with pytest.raises(ValueError, match=r"checkpoint\.pt: damaged.*delete .* to train anew"):
+            train_mapper(domain, config, **given)
+        return
+    with warnings.catch_warnings(action="ignore"):
+        again, rows2 = train_mapper(domain, config, **given)
+    same = zip(first.state_dict().values(), again.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in same) and losses(rows) == losses(rows2)
+    assert [row["step"] for row in read_rows(log)] == [2]
+
+
+NETWORKS = ("generator", "clip", "identity")
+
+
+@pytest.mark.parametrize("changed", [*NETWORKS, NETWORKS])
+def test_a_run_is_refused_by_name_after_its_domains_networks_changed(changed, domain, tmp_path):
+    """A weight that moves by the last digit is another network: the rest of the run would be another's."""
+    out, changed = tmp_path / "run", [changed] if isinstance(changed, str) else changed
+    first, other = train(domain, out), deepcopy(domain)
+    for name in changed:
+        with torch.no_grad():
+            next(getattr(other, name).parameters()).view(-1)[0].mul_(1 + 1e-6)
+    before = {path: path.read_bytes() for path in out.glob("*.*")}
+    for left in ("all", "only the checkpoint"):
+        if left == "only the checkpoint":
+            (out / "settings.json").unlink()
+        with pytest.raises(ValueError, match=f"holds a run with another {', '.join(changed)};.*delete this"):
+            train(other, out)
+    (out / "settings.json").write_bytes(before[out / "settings.json"])
+    assert {path: path.read_bytes() for path in out.glob("*.*")} == before
+    again = train(deepcopy(domain), out)
+    assert all(torch.equal(first[name], again[name]) for name in first), "equal networks are the same"
+    train(other, tmp_path / "another folder")
+
+
 def begin_run_of(domain, out, method="cfclip", **changes):
-    begin_run(replace(CONFIG, **changes), domain.device, out, method=method, domain=domain.name)
+    begin_run(replace(CONFIG, **changes), domain.device, out, method=method, **domain.described)
 
 
 @pytest.mark.parametrize(

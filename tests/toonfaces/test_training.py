@@ -1,5 +1,6 @@
 """The trainings of the embedded networks, at tiny sizes."""
 
+import copy
 from dataclasses import fields, replace
 from functools import partial
 
@@ -8,8 +9,9 @@ import pytest
 import torch
 
 from cfclip.checkpoints import weights
-from cfclip.files import read_rows
+from cfclip.files import read_object, read_rows, sha256
 from cfclip.images import to_tensor
+from cfclip.toonfaces.domain import CHECKSUMS
 from cfclip.toonfaces.render import render, render_image
 from cfclip.toonfaces.train import cards, clip, encoder, generator, identity, multi, readout
 from cfclip.toonfaces.train.pool import Pool, part_masks, picture
@@ -151,6 +153,7 @@ def test_a_network_is_stored_with_its_settings_and_its_training_can_be_repeated(
     settings = {one.name: getattr(TINY["identity"], one.name) for one in fields(TINY["identity"])}
     path = cards.train("identity", tmp_path / "run", tmp_path, **settings)
     first, sizes, card = weights.read(path, "identity")
+    assert read_object(tmp_path / CHECKSUMS) == {path.name: sha256(path)}, "written with the weights"
     assert sizes["stages"] == [list(one) for one in STAGES] and card["training"]["people"] == 4
     again, _, _ = weights.read(cards.train("identity", tmp_path / "run", tmp_path, **settings), "identity")
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -158,3 +161,23 @@ def test_a_network_is_stored_with_its_settings_and_its_training_can_be_repeated(
         (tmp_path / "run" / "settings.json").unlink(missing_ok=True)  # the checkpoint knows as well
         with pytest.raises(ValueError, match=f"another {name};"):
             cards.train("identity", tmp_path / "run", tmp_path, **settings | {name: value})
+
+
+@pytest.mark.parametrize("name", ["multi", "encoder"])
+def test_a_training_for_networks_that_changed_is_not_resumed(name, toonfaces, tmp_path, monkeypatch):
+    """Those beside the file that is trained: a generator, and what the losses use."""
+    settings = {one.name: getattr(TINY[name], one.name) for one in fields(TINY[name])}
+    domain = toonfaces
+    for module in (cards, multi, encoder):
+        monkeypatch.setattr(module, "load_toonfaces", lambda *folder: domain)
+    first = cards.train(name, tmp_path / "run", tmp_path, **settings).read_bytes()
+    assert cards.train(name, tmp_path / "run", tmp_path, **settings).read_bytes() == first
+    domain = replace(toonfaces, generator=copy.deepcopy(toonfaces.generator))
+    with torch.no_grad():
+        domain.generator.const[0, 0, 0] += 1e-4
+    for left in ("settings.json", "only the checkpoint"):
+        if left == "only the checkpoint":
+            (tmp_path / "run" / "settings.json").unlink()
+        with pytest.raises(ValueError, match="holds a run with another generator;"):
+            cards.train(name, tmp_path / "run", tmp_path, **settings)
+    assert (tmp_path / f"{name}.safetensors").read_bytes() == first

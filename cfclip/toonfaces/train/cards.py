@@ -21,7 +21,7 @@ from cfclip.images import to_tensor
 from cfclip.method.config import flat
 from cfclip.method.loop import begin_run
 from cfclip.settings import Settings
-from cfclip.toonfaces.domain import load_toonfaces
+from cfclip.toonfaces.domain import load_toonfaces, record
 from cfclip.toonfaces.factors import NATURAL, PARTS, sample_face
 from cfclip.toonfaces.readout import VISIBLE
 from cfclip.toonfaces.render import render_image
@@ -163,17 +163,24 @@ class Network:
     dtype: torch.dtype = torch.float16  # of the stored tensors
     kind: str | None = None  # of its file; default: its name
     data: str = "toonfaces renders"  # what it is trained on
-    run: Mapping[str, str] | None = None  # distinguishes its run from others; default: its name
+    run: Callable[[], Mapping[str, str]] | None = None  # what tells its run from others; default: its name
 
 
 def _clip(title: str, config: type[clip.CLIPConfig]) -> Network:
     return Network(title, config, clip.train, measure_clip, lambda c, model: {"model": c.model})
 
 
+def _mapper_run() -> dict[str, str]:
+    return {"method": "cfclip", **load_toonfaces().described}
+
+
+def _encoder_run() -> dict[str, str]:
+    return {"network": "encoder", **encoder.trained_for(load_toonfaces())}
+
+
 def _mapper(title: str, config: Callable[..., Settings]) -> Network:
-    run = {"method": "cfclip", "domain": "toonfaces"}
     data = "samples of the generator beside it"
-    return Network(title, config, multi.train, measure_multi, kind="mapper", data=data, run=run)
+    return Network(title, config, multi.train, measure_multi, kind="mapper", data=data, run=_mapper_run)
 
 
 NETWORKS: dict[str, Network] = {
@@ -209,6 +216,7 @@ NETWORKS: dict[str, Network] = {
         encoder.EncoderConfig,
         encoder.train,
         measure_encoder,
+        run=_encoder_run,
     ),
     "multi": _mapper("Mapper for every prompt: CF-CLIP with prompts drawn at each step", multi.config),
     "heldout_multi": _mapper(
@@ -222,11 +230,15 @@ def train(
 ) -> Path:
     """Train network ``name``, or resume it in ``out``, and store it as ``folder/<name>.safetensors``."""
     network = NETWORKS[name]
-    config = begin_run(network.config(**overrides), device, out, **network.run or {"network": name})
+    run = network.run() if network.run else {"network": name}
+    config = begin_run(network.config(**overrides), device, out, **run)
     model = network.train(config, out, device).cpu()
     path, kind, sizes = folder / f"{name}.safetensors", network.kind or name, network.sizes(config, model)
-    card = {**(network.run or {}), "training": flat(config), "device": _named(device)}
-    return weights.save(model, path, kind, sizes, store_as=network.dtype, **card)
+    card = {key: run[key] for key in ("method", "domain") if key in run}
+    card |= {"training": flat(config), "device": _named(device)}
+    weights.save(model, path, kind, sizes, store_as=network.dtype, **card)
+    record(folder, name)
+    return path
 
 
 def _named(device: str) -> str:
@@ -237,7 +249,10 @@ def _named(device: str) -> str:
 
 
 def write_card(name: str, folder: Path = DATA / "toonfaces") -> Path:
-    """Measure ``folder/<name>.safetensors``; write the result and how it was trained to ``<name>.md``."""
+    """Measure ``folder/<name>.safetensors``; write the result and how it was trained to ``<name>.md``.
+
+    Its checksum is recorded as well.
+    """
     path, network = folder / f"{name}.safetensors", NETWORKS[name]
     tensors, _, card = weights.read(path, network.kind or name)
     values, megabytes = sum(t.numel() for t in tensors.values()), path.stat().st_size / 1e6
@@ -251,4 +266,5 @@ def write_card(name: str, folder: Path = DATA / "toonfaces") -> Path:
         f"## Training\n\nOn {card['device']}. {card.get('history', '')}\n\n"
         f"| setting | value |\n|---|---|\n{settings}\n"
     )
+    record(folder, name)
     return write_text(folder / f"{name}.md", text)

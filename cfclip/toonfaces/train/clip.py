@@ -25,7 +25,7 @@ from cfclip.method.config import DTYPES
 from cfclip.method.loop import described, resolve_dtype, run_loop
 from cfclip.models.clip import ClipGuide
 from cfclip.models.stylegan2 import Generator
-from cfclip.settings import Settings, int_at_least, number, one_of, setting
+from cfclip.settings import LARGEST_BATCH, Settings, int_at_least, number, one_of, seed_number, setting
 from cfclip.toonfaces.captions import (
     COLOUR_NAMES,
     FACTS,
@@ -55,7 +55,7 @@ class CLIPConfig(Settings):
     """How the CLIP is trained."""
 
     model: str = setting("toonfaces-rn", one_of(MODELS))
-    batch: int = setting(512, int_at_least(2))
+    batch: int = setting(512, int_at_least(2, maximum=LARGEST_BATCH))
     steps: int = setting(4000, int_at_least(1))
     pool: int = setting(30_000, int_at_least(1))  # shapes, rendered once and painted in any colours
     captions: int = setting(200_000, int_at_least(1))  # of painted shapes, written once; used in random order
@@ -71,7 +71,7 @@ class CLIPConfig(Settings):
     fact_weight: float = setting(1.0, number())  # of the auxiliary loss, see FactHead
     mention_weight: float = setting(1.0, number())  # of the auxiliary loss, see MentionHead
     ema: float = setting(0.999, number(0, 1))  # decay of the averaged weights per step, which are the result
-    seed: int = setting(0, int_at_least(0))
+    seed: int = setting(0, seed_number)
     dtype: str = setting("auto", one_of(DTYPES))  # autocast of the image and text towers
 
 
@@ -80,7 +80,7 @@ class GuideConfig(CLIPConfig):
     """How the second guide is trained: another architecture, other faces and other captions."""
 
     model: str = setting("toonfaces-convnext", one_of(MODELS))
-    seed: int = setting(1, int_at_least(0))
+    seed: int = setting(1, seed_number)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class JudgeConfig(CLIPConfig):
     """How the CLIP that only judges is trained: with a third architecture, other faces and captions."""
 
     model: str = setting("toonfaces-regnet", one_of(MODELS))
-    seed: int = setting(2, int_at_least(0))
+    seed: int = setting(2, seed_number)
 
 
 # ---- losses ----

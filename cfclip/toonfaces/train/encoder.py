@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cfclip.domain import Domain
+from cfclip.domain import Domain, fingerprint
 from cfclip.evaluation.stats import half_width
 from cfclip.inversion.projector import InversionConfig, encode, held_out, invert, w_spread
 from cfclip.method.config import DTYPES
 from cfclip.method.loop import resolve_dtype
 from cfclip.models.perceptual import feature_distance
-from cfclip.settings import Settings, int_at_least, number, one_of, setting
+from cfclip.settings import Settings, batch_size, int_at_least, number, one_of, seed_number, setting
 from cfclip.toonfaces.domain import load_toonfaces
 from cfclip.toonfaces.encoder import ToonEncoder
 from cfclip.toonfaces.train.pool import Pool
@@ -42,7 +42,7 @@ class EncoderConfig(Settings):
     )
     width: int = setting(128, int_at_least(1))
     pool: int = setting(10_000, int_at_least(1))  # natural shapes
-    batch: int = setting(16, int_at_least(1))  # generator samples, and as many natural renders
+    batch: int = setting(16, batch_size)  # generator samples, and as many natural renders
     steps: int = setting(6000, int_at_least(1))
     lr: float = setting(2e-3, number(above=True))
     w_weight: float = setting(1.0, number())  # squared error of w on samples, in units of W's variance
@@ -51,7 +51,7 @@ class EncoderConfig(Settings):
     delta_weight: float = setting(0.02, number())  # of the squared offsets
     # the offsets of the layers are unlocked one by one between these shares of the steps
     unlock: tuple[float, float] = setting((0.2, 0.5), shares)
-    seed: int = setting(0, int_at_least(0))
+    seed: int = setting(0, seed_number)
     dtype: str = setting("auto", one_of(DTYPES))  # of the encoder's and the generator's convolutions
 
 
@@ -59,6 +59,11 @@ def unlocked_layers(config: EncoderConfig, step: int, num_ws: int) -> int:
     """How many layers are unlocked at ``step``, 1 … ``num_ws``; the first one never has an offset."""
     first, last = (share * config.steps for share in config.unlock)
     return 1 + int(np.clip((step - first) / max(last - first, 1), 0, 1) * (num_ws - 1))
+
+
+def trained_for(domain: Domain) -> dict[str, str]:
+    """What an encoder is trained for, beside its settings: another generator needs another encoder."""
+    return {"generator": domain.fingerprints["generator"], "readout": fingerprint(domain.truth.readout)}
 
 
 def train(
@@ -105,7 +110,7 @@ def train(
         return {name: value.detach() for name, value in terms.items()}
 
     state = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    run_training("encoder", step, config, state, out)
+    run_training("encoder", step, config, state, out, **trained_for(domain))
     return model.eval()
 
 

@@ -22,7 +22,7 @@ from cfclip.images import to_uint8
 from cfclip.method.config import DTYPES
 from cfclip.method.loop import CHECKPOINT, Callback, load_checkpoint, resolve_dtype
 from cfclip.models.stylegan2 import Generator, pixel_norm
-from cfclip.settings import Settings, int_at_least, number, one_of, setting
+from cfclip.settings import Settings, batch_size, int_at_least, number, one_of, seed_number, setting
 from cfclip.toonfaces.factors import LATENT_DRAWS, LatentDraws, colour_array, sample_face, shape_vector
 from cfclip.toonfaces.render import MASKS
 from cfclip.toonfaces.train.pool import Pool, on_all_cores, part_masks, picture
@@ -41,15 +41,15 @@ class GeneratorConfig(Settings):
     colouring: int = setting(4, int_at_least(1))  # the first layer that colours; those before it draw
     pool: int = setting(12_000, int_at_least(1))  # shapes, in independent natural colours
     steps: int = setting(2800, int_at_least(1))  # of GeneratorTraining.draw_step
-    batch: int = setting(64, int_at_least(1))
+    batch: int = setting(64, batch_size)
     lr: float = setting(0.05, number(above=True))  # at 0.01 it took three times as long, at 0.16 it diverged
     small_parts: float = setting(6.0, number())  # weight of a pixel of SMALL_PARTS in the error; others: 1
     codes: int = setting(340_000, int_at_least(2))  # of faces; with 40 000 the mapping learned them by heart
     map_steps: int = setting(16_000, int_at_least(1))  # of GeneratorTraining.map_step
-    map_batch: int = setting(512, int_at_least(1))
+    map_batch: int = setting(512, batch_size)
     map_lr: float = setting(10.0, number(above=True))  # high, because the mapping network's lr_mul is 0.01
     ema_images: int = setting(20_000, int_at_least(1))  # half-life of the averaged generator
-    seed: int = setting(0, int_at_least(0))
+    seed: int = setting(0, seed_number)
     dtype: str = setting("auto", one_of(DTYPES))  # of the convolutions; the RGB sums stay float32
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cfclip.images import to_tensor
 from cfclip.models.arcface import IRSE, FaceIdentity
-from cfclip.settings import Settings, int_at_least, number, setting
+from cfclip.settings import LARGEST_BATCH, Settings, int_at_least, number, seed_number, setting
 from cfclip.toonfaces.factors import (
     GEOMETRY,
     HAIR_STYLES,
@@ -39,14 +39,14 @@ class IdentityConfig(Settings):
     embed_dim: int = setting(128, int_at_least(1))
     people: int = setting(8000, int_at_least(2))
     photos: int = setting(4, int_at_least(2))  # of each person
-    batch: int = setting(256, int_at_least(2))  # people, two pictures of each
+    batch: int = setting(256, int_at_least(2, maximum=LARGEST_BATCH))  # people, two pictures of each
     steps: int = setting(6000, int_at_least(1))
     lr: float = setting(3e-3, number(above=True))
     temperature: float = setting(0.1, number(above=True))
     same_photo: float = setting(0.5, number(0, 1))  # share of pairs of one photo with a part repainted
     same_weight: float = setting(4.0, number())  # of one minus the similarity of such pairs
     factors: float = setting(1.0, number())  # weight of the error of the person's lengths, in training only
-    seed: int = setting(0, int_at_least(0))
+    seed: int = setting(0, seed_number)
 
 
 def same_or_not(a: Tensor, b: Tensor, temperature: float) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cfclip.images import to_tensor
-from cfclip.settings import Settings, int_at_least, number, setting
+from cfclip.settings import Settings, batch_size, int_at_least, number, seed_number, setting
 from cfclip.toonfaces.factors import HAIR_STYLES, PARTS, Face, sample_face
 from cfclip.toonfaces.readout import VISIBLE, Readout, soften
 from cfclip.toonfaces.render import ERASABLE, MASKS, render
@@ -25,13 +25,13 @@ class ReadoutConfig(Settings):
 
     width: int = setting(16, int_at_least(1))
     pool: int = setting(20_000, int_at_least(1))  # shapes
-    batch: int = setting(128, int_at_least(1))
+    batch: int = setting(128, batch_size)
     steps: int = setting(5000, int_at_least(1))
     lr: float = setting(3e-3, number(above=True))
     blur: float = setting(1.2, number())  # the most, in pixels; half of the pictures are sharp
     erased: float = setting(0.06, number(0, 1))  # share of pictures without a part of ERASABLE, for each
     small_parts: float = setting(3.0, number())  # weight of a pixel of SMALL_PARTS; others: 1
-    seed: int = setting(0, int_at_least(0))
+    seed: int = setting(0, seed_number)
 
 
 SMALL_PARTS = ("eyebrows", "eye_white", "eyes", "pupil", "lipstick", "glasses")

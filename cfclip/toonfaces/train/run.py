@@ -30,13 +30,14 @@ def run_training(
     out: Path,
     steps: int | None = None,
     callbacks: Iterable[Callback] = (),
+    **what: str,
 ) -> None:
     """Run ``step(i, generator)``; resumes a training that was stopped in ``out``.
 
-    steps: default ``config.steps``.
+    steps: default ``config.steps``; what: else tells runs apart, e.g. the networks that it is trained for.
     """
     options = {"state": state, "out": out, "seed": config.seed, "callbacks": callbacks, "desc": name}
-    options["run"] = described(config, network=name)
+    options["run"] = described(config, network=name, **what)
     steps = config.steps if steps is None else steps
     with torch.backends.cudnn.flags(enabled=True, benchmark=True):  # all steps have pictures of one size
         run_loop(step, steps, checkpoint_every=CHECKPOINT_EVERY, **options)

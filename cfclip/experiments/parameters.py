@@ -1,0 +1,137 @@
+"""The parameters of the notebooks: what each name may be, whether papermill, a preset or a person sets it."""
+
+import ast
+from collections.abc import Mapping
+from typing import Any
+
+from IPython import get_ipython
+
+from cfclip import baselines
+from cfclip.domains import DOMAINS
+from cfclip.evaluation import ablation
+from cfclip.inversion.projector import SPACES
+from cfclip.settings import Check, finite, flag, in_a_list, int_at_least, number, one_of, seed_number, text
+
+
+def any_text(value: Any) -> str | None:
+    """A text, perhaps an empty one."""
+    return None if isinstance(value, str) else "a text"
+
+
+def mapping(value: Any) -> str | None:
+    """A mapping whose keys are texts."""
+    fine = isinstance(value, dict) and all(isinstance(name, str) for name in value)
+    return None if fine else "a mapping of names to values, such as {steps: 9}"
+
+
+def settings_of_methods(value: Any) -> str | None:
+    """method -> a mapping of its settings."""
+    fine = not mapping(value) and not any(map(mapping, value.values()))
+    return None if fine else "a mapping of methods to their settings, such as {cfclip: {steps: 9}}"
+
+
+def list_of(check: Check, what: str, minimum: int = 0) -> Check:
+    """A list of at least ``minimum`` values that pass ``check``."""
+
+    def checked(values: Any) -> str | None:
+        fine = isinstance(values, list | tuple) and len(values) >= minimum
+        return None if fine and not any(map(check, values)) else f"a list of {what}{in_a_list(values)}"
+
+    return checked
+
+
+def point(value: Any) -> str | None:
+    """[x, y]."""
+    fine = isinstance(value, list | tuple) and len(value) == 2 and not any(map(finite, value))
+    return None if fine else "[x, y]"
+
+
+count = int_at_least(1)
+CHECKS: dict[str, Check] = {
+    "domain": one_of(DOMAINS),
+    "device": text,
+    "label": int_at_least(0, optional=True),
+    "method": text,
+    "prompt": text,
+    "prompts": list_of(text, "texts"),
+    "settings": mapping,
+    "refine": settings_of_methods,
+    "rows": list_of(text, "texts"),
+    "seed": seed_number,
+    "seeds": list_of(seed_number, "whole numbers from 0, at least one", 1),
+    "n": count,
+    "preview": count,
+    "faces": count,
+    "ceiling": int_at_least(0),
+    "strength": finite,
+    "strengths": list_of(finite, "finite numbers, at least one", 1),
+    "identity_at": number(-1, 1),
+    "success_at": number(0, 1),
+    "photo": any_text,
+    "points": list_of(point, "five points [x, y]"),
+    "detect": flag,
+    "encoder": flag,
+    "space": one_of(SPACES),
+    "inversion_steps": count,
+    "photo_steps": count,
+    "w_centre": number(),
+    "curve_steps": list_of(count, "whole numbers from 1, at least one", 1),
+    "curve_centres": list_of(number(), "finite numbers from 0, at least one", 1),
+    "pictures": list_of(text, "texts"),
+    "command": any_text,
+    **dict.fromkeys(("out", "runs", "reports", "heldout", "alone"), any_text),
+}
+"""What these parameters must be in every notebook of cfclip that has them."""
+
+
+def check_parameters(**values: Any) -> None:
+    """ValueError names the first parameter of a notebook that cannot work, also among ``settings``.
+
+    On papermill's command line ``-p encoder false`` gives the text "false", and ``-p prompt 42`` a number. A
+    name that no notebook knows is an error too; one of another notebook is not, as presets serve many.
+    """
+    if unknown := [name for name in injected() if name not in CHECKS]:
+        known = set().union(*map(baselines.settings, baselines.METHODS))
+        hint = f": write it as -y 'settings: {{{unknown[0]}: …}}'" if unknown[0] in known else ""
+        names = ", ".join(map(repr, unknown))
+        raise ValueError(f"no notebook has a parameter {names}{hint}; this one has: {', '.join(values)}")
+    for name, value in values.items():
+        if wanted := CHECKS[name](value):
+            raise ValueError(f"{name} must be {wanted}, not {value!r}{_papermill(name, value, wanted)}")
+    check_settings(values)
+    for method, given in values.get("refine", {}).items():
+        check_settings({"method": method, "prompt": "a prompt", "settings": given}, f"refine of {method}")
+
+
+def injected() -> list[str]:
+    """The names that papermill set in this kernel; none anywhere else."""
+    shell = get_ipython()
+    cells = [
+        cell for cell in (shell.user_ns.get("In", []) if shell else []) if cell.startswith("# Parameters\n")
+    ]
+    assigned = [node for cell in cells for node in ast.parse(cell).body if isinstance(node, ast.Assign)]
+    return [node.targets[0].id for node in assigned]
+
+
+def _papermill(name: str, value: Any, wanted: str) -> str:
+    """How papermill is told."""
+    if wanted == flag(None) and str(value).lower() in ("true", "false"):
+        return f" (papermill: -p {name} {str(value).capitalize()})"
+    if wanted == text(None) and isinstance(value, int | float):
+        return f" (papermill: -r {name} {value})"
+    return f" (papermill: -y '{name}: [{value}]')" if in_a_list(value) and in_a_list(value) in wanted else ""
+
+
+def check_settings(values: Mapping[str, Any], what: str = "settings") -> None:
+    """ValueError unless a training with these parameters of a notebook can have its settings."""
+    if not {"prompt", "settings"} <= values.keys() or not {"method", "rows"} & values.keys():
+        return
+    given = {"seed": values.get("seed", 0)} | values["settings"]
+    try:
+        if twice := {"method", "prompt"} & given.keys():
+            raise ValueError(f"{', '.join(sorted(twice))} is a parameter, not one of the settings")
+        for row in ablation.choose(values["rows"]) if "rows" in values else [""]:
+            changes = ablation.ROWS.get(row, {})
+            baselines.configure(values.get("method", "cfclip"), values["prompt"], **(given | changes))
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"{what}: {error}") from None
