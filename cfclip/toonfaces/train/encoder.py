@@ -43,7 +43,7 @@ class EncoderConfig(Settings):
     width: int = setting(128, int_at_least(1))
     pool: int = setting(10_000, int_at_least(1))  # natural shapes
     batch: int = setting(16, batch_size)  # generator samples, and as many natural renders
-    steps: int = setting(6000, int_at_least(1))
+    steps: int = setting(2000, int_at_least(1))
     lr: float = setting(2e-3, number(above=True))
     w_weight: float = setting(1.0, number())  # squared error of w on samples, in units of W's variance
     pixel_weight: float = setting(5.0, number())  # squared error of the pictures, on renders
