@@ -47,13 +47,13 @@ def split() -> tuple[tuple[str, ...], tuple[str, ...]]:
 def config(**overrides: Any) -> MultiPromptConfig:
     """How the domain's own mapper is trained: with every prompt."""
     seen, unseen = split()
-    return heldout_config(**{"prompts": seen + unseen, "steps": 6000, "lambda_l2": 0.05} | overrides)
+    return heldout_config(**{"prompts": seen + unseen, "steps": 2500} | overrides)
 
 
 def heldout_config(**overrides: Any) -> MultiPromptConfig:
     """How a mapper is trained that sees only the seen prompts."""
     settings: dict[str, Any] = {"prompts": split()[0], "prompts_at_once": 8, "steps": 4000, "batch": 8}
-    settings |= {"lr": 60.0, "ramp_down": 0.75, "lambda_l2": 0.1, "levels": ("fine",)}
+    settings |= {"lr": 40.0, "ramp_down": 0.5, "lambda_l2": 0.1, "levels": ("fine",)}
     settings |= {"train_latents": 256, "dtype": "auto"}
     return MultiPromptConfig(**settings | overrides)
 
