@@ -136,7 +136,8 @@ def test_a_saved_mapper_has_half_floats_and_its_card(tmp_path):
     m = Mapper(official.SMALL_MAPPER).eval()
     card = {"method": "cfclip", "domain": "tiny", "training": {"prompt": "green lipstick", "steps": 2}}
     path = save_mapper(m, tmp_path / "m.safetensors", **card)
-    assert weights.read_header(path) == ("mapper", m.metadata | {"levels": list(m.config.levels)}, card)
+    lists = {"levels": list(m.config.levels), "split": list(m.config.split)}  # as JSON has them
+    assert weights.read_header(path) == ("mapper", m.metadata | lists, card)
     assert path.stat().st_size < 2.5 * sum(p.numel() for p in m.parameters()) + 8192
     assert_same(load_mapper(path), m.half().float())
 

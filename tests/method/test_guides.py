@@ -1,5 +1,6 @@
 """Several CLIP guides: each has a loss of its own features, and the weighted mean counts."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -105,6 +106,15 @@ def test_a_run_with_two_guides_is_resumed_and_its_file_says_so(two_guides, tmp_p
     assert (training["guides"], training["guide_weights"]) == (2, [2.0, 1.0])
     given = {name: value for name, value in training.items() if name != "prompt"}
     assert with_settings(CFCLIPConfig(PROMPT), given) == config
+
+
+def test_a_run_is_refused_by_name_after_its_second_guide_changed(two_guides, tmp_path):
+    train_mapper(two_guides, replace(CONFIG, steps=1), tmp_path, progress=False)
+    other = deepcopy(two_guides)
+    with torch.no_grad():
+        next(other.more_guides[0].parameters()).view(-1)[0].add_(1e-3)
+    with pytest.raises(ValueError, match="holds a run with another guide2;"):
+        train_mapper(other, replace(CONFIG, steps=1), tmp_path, progress=False)
 
 
 def test_more_guides_than_there_are(domain, two_guides, tmp_path):
