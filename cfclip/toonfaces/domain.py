@@ -42,7 +42,8 @@ RECORD = "if you made this file yourself, run 'cfclip toonfaces measure', which 
 HOW = "install cfclip again, or let CFCLIP_DATA name a folder with toonfaces/, as the repository's data/ is"
 
 
-def _load(path: Path) -> nn.Module:
+def load_network(path: Path) -> nn.Module:
+    """The network in the weight file ``path``, told by its name. Raises WeightsError."""
     if path.stem not in NETWORKS:
         return load_generator(path) if path.stem == "generator" else load_mapper(path)
     tensors, config, _ = weights.read(path, path.stem)
@@ -73,7 +74,7 @@ def check(folder: Path = DATA / "toonfaces") -> list[Row]:
         what = Source(path.name, name, "embedded", ("toonfaces",), required=name in REQUIRED)
         status, detail = "unverified", f"opens; {folder / CHECKSUMS} has no checksum of it: {RECORD}"
         try:
-            _load(path)
+            load_network(path)
             if digest := known.get(path.relative_to(folder).as_posix()):
                 status, detail = "valid", f"sha256 as in {CHECKSUMS}"
                 if digest != sha256(path):
@@ -98,7 +99,7 @@ def load_toonfaces(folder: Path = DATA / "toonfaces") -> Domain:
         return folder / f"{name}.safetensors"
 
     def load(name: str) -> nn.Module:
-        return _load(path_of(name))
+        return load_network(path_of(name))
 
     def checked(name: str, network: nn.Module, fits: bool) -> nn.Module | None:
         if fits:

@@ -21,7 +21,7 @@ from cfclip.toonfaces.factors import HELD_OUT, PARTS, sample_face
 from cfclip.toonfaces.readout import Readout
 from cfclip.toonfaces.render import MASKS
 from cfclip.toonfaces.train import augment, clip, moved
-from cfclip.toonfaces.train.pool import Pool
+from cfclip.toonfaces.train.pool import Pool, part_masks
 from cfclip.toonfaces.train.run import seeded
 
 SIZES = {"resolution": 16, "channels": (8, 8, 8), "z_dim": 8, "w_dim": 8, "mapping_layers": 1}
@@ -149,7 +149,7 @@ def test_a_smeared_part_is_unknown_and_a_new_coat_is_its_colour(training):
 def test_smears_hide_what_they_cover_and_halos_leave_small_parts_alone():
     pool = Pool((5,), 40, support="known")
     rows = torch.arange(40)
-    images, masks = pool.paint(rows), pool.masks(rows)
+    images, masks = pool.paint(rows), part_masks(pool.covered(rows))
     smear = augment.Smear(torch.device("cpu"))
     done = smear(images, masks, 1.0, generator_of(0))
     again = smear(images, masks, 1.0, generator_of(0))
@@ -239,7 +239,7 @@ def test_training_on_moved_samples_resumes_and_leaves_the_callers_random_state(f
             raise InterruptedError
         return step(self, i, generator)
 
-    monkeypatch.setattr(clip, "CHECKPOINT_EVERY", 1)
+    monkeypatch.setattr("cfclip.toonfaces.train.run.CHECKPOINT_EVERY", 1)
     monkeypatch.setattr(clip.CLIPTraining, "step", stopping)
     with pytest.raises(InterruptedError):
         clip.train(TINY, folder / "cut", folder=folder)

@@ -3,6 +3,7 @@
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,8 @@ class Network:
 
 
 def _clip(title: str, config: type[clip.CLIPConfig]) -> Network:
-    return Network(title, config, clip.train, measure_clip, lambda c, model: {"model": c.model})
+    run = partial(clip.run_of, config().model)
+    return Network(title, config, clip.train, measure_clip, lambda c, model: {"model": c.model}, run=run)
 
 
 def _mapper_run() -> dict[str, str]:

@@ -18,11 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from cfclip.checkpoints import weights
 from cfclip.files import DATA, sha256
 from cfclip.images import to_tensor
 from cfclip.method.config import DTYPES
-from cfclip.method.loop import described, resolve_dtype, run_loop
+from cfclip.method.loop import resolve_dtype
 from cfclip.models.clip import ClipGuide
 from cfclip.models.stylegan2 import Generator
 from cfclip.settings import LARGEST_BATCH, Settings, int_at_least, number, one_of, seed_number, setting
@@ -40,14 +39,14 @@ from cfclip.toonfaces.captions import (
     shape_facts,
 )
 from cfclip.toonfaces.clip import MODELS, build
-from cfclip.toonfaces.domain import NETWORKS
+from cfclip.toonfaces.domain import load_network
 from cfclip.toonfaces.factors import HAIR_STYLES, HELD_OUT, NATURAL, PARTS, Face, colours, sample_face
 from cfclip.toonfaces.readout import Readout
 from cfclip.toonfaces.render import render_image
 from cfclip.toonfaces.train.augment import PAINTS, Smear, degrade, random_warp
 from cfclip.toonfaces.train.moved import moved_samples
 from cfclip.toonfaces.train.pool import Pool, part_masks, picture
-from cfclip.toonfaces.train.run import CHECKPOINT_EVERY, seeded
+from cfclip.toonfaces.train.run import run_training, seeded
 
 
 @dataclass(frozen=True)
@@ -288,11 +287,11 @@ class Moved:
 # ---- training ----
 
 
-def _load(folder: Path, name: str) -> nn.Module:
-    path = folder / f"{name}.safetensors"
-    tensors, sizes, _ = weights.read(path, name)
-    with seeded(0):  # the numbers that the weights replace are drawn too
-        return weights.load_into(NETWORKS[name](sizes), tensors, path)
+def run_of(model: str, folder: Path = DATA / "toonfaces") -> dict[str, str]:
+    """What tells the training of ``model`` from others: also the generator and the readout of ``folder``."""
+    files = {name: folder / f"{name}.safetensors" for name in ("generator", "readout")}
+    digests = {name: sha256(path) for name, path in files.items() if path.exists()}
+    return {"network": model} | digests
 
 
 class CLIPTraining:
@@ -413,24 +412,15 @@ def train(
 
     folder: of the generator and the readout. Without a generator it trains on renders alone, and warns.
     """
-    device, networks, what = torch.device(device), {}, {"network": "clip"}
-    path = folder / "generator.safetensors"
+    device, networks, path = torch.device(device), {}, folder / "generator.safetensors"
     if config.moved and path.exists():
-        networks = {name: _load(folder, name).to(device) for name in ("generator", "readout")}
-        what |= {name: sha256(folder / f"{name}.safetensors") for name in networks}
+        files = {name: folder / f"{name}.safetensors" for name in ("generator", "readout")}
+        networks = {name: load_network(file).to(device) for name, file in files.items()}
     elif config.moved:
         warnings.warn(f"{path} does not exist: this CLIP sees renders only, no moved samples", stacklevel=2)
     training = CLIPTraining(config, device, **networks)
-    run_loop(
-        training.step,
-        config.steps,
-        state=training.state,
-        out=out,
-        run=described(config, **what),
-        seed=config.seed,
-        checkpoint_every=CHECKPOINT_EVERY,
-        desc=config.model,
-    )
+    run = run_of(config.model, folder)
+    run_training(run.pop("network"), training.step, config, training.state, out, **run)
     return training.average
 
 
