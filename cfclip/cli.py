@@ -111,10 +111,7 @@ def toonfaces_ceiling(
 def toonfaces_gap(
     prompts: Prompts = None,
     n: Annotated[int, typer.Option(min=1, help="faces per prompt")] = 6,
-    guides: Annotated[
-        int,
-        typer.Option(min=1, max=2, help="CLIPs that are optimised: the domain's, or the held-out one too"),
-    ] = 1,
+    guides: Annotated[int, typer.Option(min=1, help="how many of the domain's CLIPs are optimised")] = 1,
     steps: Annotated[
         int, typer.Option(min=1, help="of Adam on W+, for the source and for the right edit")
     ] = 150,
