@@ -104,7 +104,7 @@ def test_only_the_prompts_of_the_list_are_encoded(domain, monkeypatch):
 
     monkeypatch.setattr(domain.clip, "encode_text", reading)
     train_mapper(domain, configured(steps=2), progress=False)
-    for prompt in ("cyan skin", "purple eyebrows"):
+    for prompt in ("purple skin", "purple eyebrows"):
         assert not any(prompt in text for text in read)
     assert all(any(prompt in text for text in read) for prompt in PROMPTS)
 
@@ -151,8 +151,8 @@ def compared(domain, monkeypatch) -> pd.DataFrame:
     g = domain.generator
     config = MapperConfig(g.num_ws, g.w_dim, domain.clip.embed_dim, norm_axis="channel")
     many = {("some", 0): Mapper(config), ("some", 1): Mapper(config), ("all", 0): Mapper(config)}
-    alone = {("cyan skin", 0): Mapper(config), ("red eyes", 0): Mapper(config)}
-    return pd.DataFrame(compare(domain, many, alone, ("blue hair", "cyan skin"), n=3))
+    alone = {("purple skin", 0): Mapper(config), ("red eyes", 0): Mapper(config)}
+    return pd.DataFrame(compare(domain, many, alone, ("blue hair", "purple skin"), n=3))
 
 
 def test_mappers_are_compared_face_by_face(compared):
@@ -160,12 +160,12 @@ def test_mappers_are_compared_face_by_face(compared):
     labels = ["prompt", "trained_on", "seed", "strength", "index"]
     assert compared.columns[:5].tolist() == labels
     assert {"success_after", "leakage", "identity"} <= set(compared)
-    assert compared[compared["trained_on"] == "this prompt"]["prompt"].unique().tolist() == ["cyan skin"]
+    assert compared[compared["trained_on"] == "this prompt"]["prompt"].unique().tolist() == ["purple skin"]
     assert not compared["identity"].eq(1).any()
 
 
 def test_the_interval_of_many_prompts_is_over_trainings(compared):
-    compared["success_after"] = compared["seed"] + compared["prompt"].eq("cyan skin") * 0.5
+    compared["success_after"] = compared["seed"] + compared["prompt"].eq("purple skin") * 0.5
     lines = summarise(compared.assign(group="all of them"), "group").set_index("trained on")
     assert lines.index.tolist() == ["some", "all", "this prompt"], "in the order of the rows"
     assert lines.loc["some", "success % ↑"] == plus_minus(0.75, half_width([0.25, 1.25]), 100)
@@ -199,7 +199,8 @@ def test_each_part_and_each_colour_has_seen_prompts_and_each_part_has_unseen_one
     # every word is known, only the pair is not
     assert {claims[p][1] for p in unseen} <= {claims[p][1] for p in seen}
     assert {claims[p] for p in unseen} >= HELD_OUT
-    assert sum(claims[p][1] in NATURAL[claims[p][0]] for p in unseen) <= 2
+    natural = [p for p in unseen if claims[p][1] in NATURAL[claims[p][0]] and claims[p][0] != "shirt"]
+    assert len(natural) <= 2  # every colour of a shirt is natural
     assert (seen, unseen) == multi.split()
     assert multi.heldout_config().prompts == seen and multi.config().prompts == seen + unseen
 
@@ -214,12 +215,12 @@ def folder(tmp_path):
 
 def test_the_stored_mapper_is_the_domains(folder, monkeypatch):
     assert load_toonfaces(folder).mapper is None
-    monkeypatch.setattr(multi, "split", lambda: (PROMPTS, ("cyan skin",)))
+    monkeypatch.setattr(multi, "split", lambda: (PROMPTS, ("purple skin",)))
     short = {"steps": 2, "batch": 2, "prompts_at_once": 2, "train_latents": 2, "seed": 3, "prompts": PROMPTS}
     path = cards.train("multi", folder / "run", folder, **short)
     domain, stored = load_toonfaces(folder), load_mapper(path)
     assert stored.config.norm_axis == "channel" and stored.config.levels == ("fine",)
-    text, w = domain.clip.encode_text(["blue hair", "cyan skin"]), domain.latents(2, "test")
+    text, w = domain.clip.encode_text(["blue hair", "purple skin"]), domain.latents(2, "test")
     assert torch.equal(domain.mapper.edit(w, text), stored.edit(w, text))
     assert not torch.equal(stored.edit(w, text[:1]), stored.edit(w, text[1:]))
     training = weights.read(path, "mapper")[2]["training"]
@@ -228,7 +229,7 @@ def test_the_stored_mapper_is_the_domains(folder, monkeypatch):
     card = cards.write_card("multi", folder).read_text(encoding="utf-8")
     for words in (
         "counterfactual, held out from CLIP",
-        "cyan skin",
+        "purple skin",
         "success after",
         "train multi",
         "ramp_down",

@@ -173,7 +173,7 @@ def test_a_row_has_all_columns_that_the_domain_allows(method, domain):
     [
         ("green lipstick", "counterfactual"),
         ("a man with a blue beard", "counterfactual"),
-        ("cyan skin", "counterfactual, held out from CLIP"),
+        ("purple skin", "counterfactual, held out from CLIP"),
         ("red lipstick", "in the domain"),
         ("blonde hair", "in the domain"),
         ("face", "null edit"),

@@ -52,7 +52,7 @@ def test_means_and_intervals_by_hand():
     each = each_of(
         rows("nada", "green lipstick", (0.2, 0.4, 0.6)),
         rows("nada", "blue hair", (0.4, 0.6, 0.8)),
-        rows("cfclip", "cyan skin", (1, 1, 1)),
+        rows("cfclip", "purple skin", (1, 1, 1)),
     )
     long = tables.over_seeds(each).set_index(["group", "method", "metric"])
     line = long.loc["counterfactual", "nada", "success_after"]
