@@ -25,6 +25,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "views: 1": {"num_views": 1},
     "no text mapper": {"text_mapper": False},
     "PixelNorm over channels": {"norm_axis": "channel"},
+    "two guides": {"guides": 2},
     "loss: StyleCLIP": {"objective": "clip", "lambda_nce": 1.0},
     "loss: directional": {"objective": "directional", "lambda_nce": 1.0},
 }
