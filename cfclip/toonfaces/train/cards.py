@@ -140,7 +140,7 @@ def measure_multi(domain: Domain, path: Path) -> str:
     note = (
         "Edits of test faces at strength 1. seen: the mapper was trained on the prompt; n: prompts x faces. "
         "Success and leakage are measured by the readout; a face without the part, for instance a bald one "
-        "if the prompt names hair, cannot succeed. Test latents, seed 0."
+        "if the prompt names hair, neither succeeds nor fails. Test latents, seed 0."
     )
     return markdown(groups, note) + ("\n" + markdown(unseen, "Every unseen prompt.") if len(unseen) else "")
 
