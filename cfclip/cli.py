@@ -30,7 +30,9 @@ def _plain_errors() -> Iterator[None]:
 
 Name = Annotated[
     str,
-    typer.Argument(help="generator, clip, heldout_clip, identity, readout, encoder, multi or heldout_multi"),
+    typer.Argument(
+        help="generator, clip, guide2, heldout_clip, identity, readout, encoder, multi or heldout_multi"
+    ),
 ]
 
 

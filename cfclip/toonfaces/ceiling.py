@@ -17,12 +17,9 @@ from cfclip.files import DATA, write_text
 from cfclip.images import to_tensor
 from cfclip.models.ops import fast_dtype
 from cfclip.toonfaces.captions import claim_of, phrase
-from cfclip.toonfaces.domain import load_toonfaces
+from cfclip.toonfaces.domain import COLOURING, load_toonfaces
 from cfclip.toonfaces.factors import PARTS, Face, sample_face
 from cfclip.toonfaces.render import MASKS, render
-
-FIRST_LAYER = 4
-"""The layers of W+ from this one on colour; those before it shape."""
 
 _TWO_COLOURS = {
     "skin": ("green", "blue"),
@@ -58,7 +55,7 @@ def starts(
     steps: int = 150,
     lr: float = 0.05,
     seed: int = 60_000,
-    first_layer: int = FIRST_LAYER,
+    first_layer: int = COLOURING,
 ) -> Iterator[Start]:
     """One :class:`Start` per prompt, of ``n`` natural faces that have its part.
 
@@ -137,7 +134,7 @@ def ceiling(
     steps: int = 150,
     lr: float = 0.05,
     seed: int = 60_000,
-    first_layer: int = FIRST_LAYER,
+    first_layer: int = COLOURING,
 ) -> list[dict]:
     """Metrics of the closest picture to the true counterfactual, means over ``n`` faces; a row per prompt.
 
@@ -163,7 +160,7 @@ def write_ceiling(
     n: int = 12,
     steps: int = 150,
     seed: int = 60_000,
-    first_layer: int = FIRST_LAYER,
+    first_layer: int = COLOURING,
     folder: Path = DATA / "toonfaces",
 ) -> Path:
     """Write the :func:`ceiling` of the networks of ``folder`` as a Markdown table, with their mean below."""

@@ -22,8 +22,10 @@ from cfclip.toonfaces.encoder import ToonEncoder
 from cfclip.toonfaces.readout import Readout
 from cfclip.toonfaces.truth import ToonTruth
 
-LEVEL_SPLIT = (2, 4)
-"""By what the ten layers do: the first four draw, those from 4 on colour (``GeneratorConfig.colouring``)."""
+COLOURING = 4
+"""The first layer of W+ that colours; those before it draw (``GeneratorConfig.colouring``)."""
+LEVEL_SPLIT = (2, COLOURING)
+"""By what the ten layers do: fine are those that colour."""
 PROMPTS = ("green lipstick", "purple eyebrows", "blue hair", "blue skin", "red lipstick", "blonde hair")
 
 NETWORKS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {

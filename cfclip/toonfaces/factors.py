@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.special import ndtr
 from skimage.color import rgb2lab
 
@@ -198,20 +199,21 @@ def _any_hue(rng: np.random.Generator, saturation: tuple[float, float]) -> RGB:
     return (float(r), float(g), float(b))
 
 
-def _lab(rgb: np.ndarray) -> np.ndarray:
+def to_lab(rgb: ArrayLike) -> np.ndarray:
+    """sRGB 0 … 255 [..., 3] -> CIELAB (D65) [..., 3]."""
     return rgb2lab(np.asarray(rgb) / 255)
 
 
 @lru_cache
-def _palette(part: str) -> tuple[tuple[str, ...], np.ndarray]:
+def lab_palette(part: str) -> tuple[tuple[str, ...], np.ndarray]:
     """Names of all colours of ``part`` and their CIELAB."""
-    return tuple(colours(part)), _lab(np.array(list(colours(part).values())))
+    return tuple(colours(part)), to_lab(list(colours(part).values()))
 
 
 def nearest_colour(part: str, rgb: RGB) -> str:
     """The named colour of ``part`` that is nearest to ``rgb`` in CIELAB."""
-    names, palette = _palette(part)
-    return names[np.linalg.norm(palette - _lab(np.array(rgb)), axis=1).argmin()]
+    names, palette = lab_palette(part)
+    return names[np.linalg.norm(palette - to_lab(rgb), axis=1).argmin()]
 
 
 def independent_colours(face: Face, rng: np.random.Generator, tint: float = 12.0) -> Face:

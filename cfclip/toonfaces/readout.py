@@ -5,11 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import ArrayLike
-from skimage.color import rgb2lab
 from torch import Tensor, nn
 
-from cfclip.toonfaces.factors import HAIR_STYLES, PARTS, colours
+from cfclip.toonfaces.factors import HAIR_STYLES, PARTS, colours, lab_palette, to_lab
 from cfclip.toonfaces.render import MASKS
 
 VISIBLE = 12.0
@@ -24,11 +22,6 @@ def _block(in_ch: int, out_ch: int, stride: int = 1) -> nn.Sequential:
     for channels, step in ((in_ch, stride), (out_ch, 1)):
         layers += [nn.Conv2d(channels, out_ch, 3, step, 1, bias=False), nn.BatchNorm2d(out_ch), nn.ReLU()]
     return nn.Sequential(*layers)
-
-
-def _lab(rgb: ArrayLike) -> np.ndarray:
-    """sRGB 0 … 255 [..., 3] -> CIELAB (D65) [..., 3]."""
-    return rgb2lab(np.asarray(rgb) / 255)
 
 
 @dataclass(frozen=True)
@@ -47,12 +40,11 @@ class Measurement:
 
     def distance(self, part: str, colour: str) -> np.ndarray:
         """CIELAB distance [N] of ``part`` from its named ``colour``; NaN where the part is not visible."""
-        return np.linalg.norm(self.lab[:, MASKS.index(part)] - _lab(colours(part)[colour]), axis=-1)
+        return np.linalg.norm(self.lab[:, MASKS.index(part)] - to_lab(colours(part)[colour]), axis=-1)
 
     def colour(self, part: str) -> list[str | None]:
         """The nearest named colour of ``part`` (in CIELAB) in each picture; None where it is not visible."""
-        names = list(colours(part))
-        palette = _lab(list(colours(part).values()))
+        names, palette = lab_palette(part)
         lab = self.lab[:, MASKS.index(part)]
         nearest = np.linalg.norm(np.nan_to_num(lab)[:, None] - palette, axis=-1).argmin(1)
         return [None if np.isnan(row).any() else names[i] for row, i in zip(lab, nearest, strict=True)]
@@ -103,7 +95,7 @@ class Readout(nn.Module):
         pairs = zip(batches, masks.split(64), strict=True)
         rgb = torch.cat([unmix(batch * 127.5 + 127.5, parts) for batch, parts in pairs]).clamp(0, 255)
         area = masks.mean((2, 3)) * 64 * 64
-        lab = torch.from_numpy(_lab(rgb.cpu().numpy())).to(masks)
+        lab = torch.from_numpy(to_lab(rgb.cpu().numpy())).to(masks)
         lab = lab.masked_fill((area < VISIBLE)[..., None], float("nan"))
         style, flags = presence.split([len(HAIR_STYLES), len(FLAGS)], 1)
         return Measurement(*(x.cpu().numpy() for x in (masks, area, lab, style.argmax(1), flags > 0)))

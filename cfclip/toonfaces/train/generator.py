@@ -23,6 +23,7 @@ from cfclip.method.config import DTYPES
 from cfclip.method.loop import CHECKPOINT, Callback, load_checkpoint, resolve_dtype
 from cfclip.models.stylegan2 import Generator, pixel_norm
 from cfclip.settings import Settings, batch_size, int_at_least, number, one_of, seed_number, setting
+from cfclip.toonfaces.domain import COLOURING
 from cfclip.toonfaces.factors import LATENT_DRAWS, LatentDraws, colour_array, sample_face, shape_vector
 from cfclip.toonfaces.render import MASKS
 from cfclip.toonfaces.train.pool import Pool, on_all_cores, part_masks, picture
@@ -38,7 +39,7 @@ class GeneratorConfig(Settings):
     w_dim: int = setting(128, int_at_least(LATENT_DRAWS))  # = z_dim; one number of z per factor of a face
     mapping_layers: int = setting(8, int_at_least(1))
     w_std: float = setting(0.25, number(above=True))  # of W; at 1 a young generator sees only noise in it
-    colouring: int = setting(4, int_at_least(1))  # the first layer that colours; those before it draw
+    colouring: int = setting(COLOURING, int_at_least(1))  # the first layer that colours; those before it draw
     pool: int = setting(12_000, int_at_least(1))  # shapes, in independent natural colours
     steps: int = setting(2800, int_at_least(1))  # of GeneratorTraining.draw_step
     batch: int = setting(64, batch_size)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from cfclip.models.stylegan2 import Generator
 from cfclip.toonfaces.captions import FACTS
+from cfclip.toonfaces.domain import COLOURING
 from cfclip.toonfaces.factors import HAIR_STYLES, HELD_OUT, PARTS, colours
 from cfclip.toonfaces.readout import Measurement, Readout
 
@@ -13,8 +14,6 @@ NEAR, APART = 20.0, 8.0
 """A colour is clear if its name is no farther than the first, and the next by the second farther (CIELAB)."""
 FAR = 35.0
 """What is farther than this, and much farther than the nearest name, is surely not the colour."""
-COLOURING = 4
-"""From this layer on, layers colour more than they shape."""
 
 
 @torch.no_grad()
