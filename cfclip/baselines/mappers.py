@@ -24,13 +24,13 @@ class MapperEditor(Editor):
 
     @torch.no_grad()
     def edit(self, w: Tensor, strength: float = 1.0) -> Tensor:
-        text = self.domain.clip.encode_text(self.config.prompt)
+        text = self.module.read(self.domain.clip, self.config.prompt)
         return self.domain.generator.synthesis(self.module.edit(w, text, strength))
 
     @torch.no_grad()
     def round_trip(self, w: Tensor, strength: float = 1.0) -> Tensor:
         """``G(w' - strength * 0.1 * delta(w', t))``: the residual at w' differs from that at w."""
-        text = self.domain.clip.encode_text(self.config.prompt)
+        text = self.module.read(self.domain.clip, self.config.prompt)
         edited = self.module.edit(w, text, strength)
         return self.domain.generator.synthesis(self.module.edit(edited, text, -strength))
 

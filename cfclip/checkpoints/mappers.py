@@ -40,7 +40,7 @@ def load_mapper(path: str | os.PathLike) -> Mapper:
         else:
             tree = read_torch(path)
             config, tensors = _official_mapper(tree)
-        return build(lambda: Mapper(config), tensors, "mapper")
+        return build(lambda: Mapper.of(config), tensors, "mapper")
 
 
 def save_mapper(

@@ -31,7 +31,7 @@ def tradeoff(
     :func:`cfclip.evaluation.evaluate` (the edit against the inversion; there the perceptual column is
     ``moved``).
     """
-    text, rows = domain.clip.encode_text(prompt), []
+    text, rows = mapper.read(domain.clip, prompt), []
     for label, config in configs:
         inverted = invert(domain, photos, config, start, progress)
         with torch.no_grad():

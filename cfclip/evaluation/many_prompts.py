@@ -34,12 +34,12 @@ def compare(
     parts = domain.latents(n, "test").split(max_batch(domain.generator))
     source = metrics.Pictures(domain, torch.cat([draw(w) for w in parts]))
     for prompt in prompts:
-        text = domain.clip.encode_text(prompt)
         mappers = dict(many)
         mappers |= {
             ("this prompt", seed): mapper for (other, seed), mapper in alone.items() if other == prompt
         }
         for (trained_on, seed), mapper in mappers.items():
+            text = mapper.read(domain.clip, prompt)
             edited = torch.cat([draw(mapper.edit(w, text, strength)) for w in parts])
             edit = metrics.Edit(domain, prompt, source, edited)
             labels = {"prompt": prompt, "trained_on": trained_on, "seed": seed, "strength": strength}

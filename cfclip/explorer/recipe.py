@@ -138,7 +138,7 @@ class Recipe(Settings):
                 "    edited = w",
                 f"    for prompt in {self.prompts!r}:",
                 f"        mapper = {mapper}",
-                f"        edited = mapper.edit(edited, domain.clip.encode_text(prompt), {strength})",
+                f"        edited = mapper.edit(edited, mapper.read(domain.clip, prompt), {strength})",
                 "    images = domain.generator.synthesis(edited)",
             ]
         if self.region:
@@ -213,9 +213,9 @@ def render(domain: Domain, recipe: Recipe, source: Faces | None = None) -> Tenso
         if recipe.layers:
             strength = strength * torch.tensor(recipe.layers)[:, None].to(edited)
         for prompt in recipe.prompts:
-            text = domain.clip.encode_text(prompt)  # first: an unreadable prompt needs no mapper
+            domain.clip.tokenize(prompt)  # first: an unreadable prompt needs no mapper
             mapper = open_mapper(recipe.mapper, domain) if recipe.mapper else mapper_for(domain, prompt)
-            edited = mapper.edit(edited, text, strength)
+            edited = mapper.edit(edited, mapper.read(domain.clip, prompt), strength)
         images = domain.generator.synthesis(edited)
     return blend(domain, source.images, images, recipe.region) if recipe.region else images
 

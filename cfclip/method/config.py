@@ -5,7 +5,7 @@ from dataclasses import MISSING, dataclass, replace
 from typing import Any, ClassVar
 
 from cfclip.method.objectives import CLIPNCE, OBJECTIVES, Objective
-from cfclip.models.mapper import LEVELS, NORM_AXES
+from cfclip.models.mapper import LEVELS, NORM_AXES, TEXTS
 from cfclip.settings import (
     Settings,
     batch_size,
@@ -19,8 +19,8 @@ from cfclip.settings import (
     seed_number,
     setting,
     some_of,
-    text,
 )
+from cfclip.settings import text as any_text
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -67,7 +67,8 @@ class TrainingConfig(GuidedConfig):
     batch: int = setting(2, batch_size)
     # pictures of a batch that are in memory at a time; None: all. The step is the same
     micro_batch: int | None = setting(None, int_at_least(1, optional=True))
-    lr: float = setting(0.5, number(above=True))  # of Ranger
+    optimizer: str = setting("ranger", one_of(("ranger", "adam")))
+    lr: float = setting(0.5, number(above=True))
     objective: Objective = setting(CLIPNCE(), objective_or_error)
     lambda_nce: float = setting(0.3, number())  # weight of the objective, whichever it is
     lambda_id: float = setting(0.2, number())
@@ -77,6 +78,8 @@ class TrainingConfig(GuidedConfig):
         8, int_at_least(0, maximum=1000)
     )  # perspective views of each edited image; 0: the image itself
     text_mapper: bool = setting(True, flag)  # False: StyleCLIP's mapper, which is not conditioned on text
+    # what the mapper reads: CLIP's feature of the prompt, as published, or the states of its words
+    text: str = setting("pooled", one_of(TEXTS))
     levels: tuple[str, ...] = setting(LEVELS, some_of(LEVELS))  # layer groups of W+ that are edited
     norm_axis: str = setting(
         "layer", one_of(NORM_AXES)
@@ -92,8 +95,9 @@ class TrainingConfig(GuidedConfig):
 class CFCLIPConfig(TrainingConfig):
     """CF-CLIP for one prompt. All defaults are the paper's but ``train_latents``, where it has 30 000."""
 
-    prompt: str = setting(MISSING, text)  # target text, e.g. "green lipstick"
+    prompt: str = setting(MISSING, any_text)  # target text, e.g. "green lipstick"
 
+    shapes: ClassVar[tuple[str, ...]] = ()
     prompts_at_once: ClassVar[int] = 1
     ramp_down: ClassVar[float] = 0.0
 
@@ -108,6 +112,8 @@ class MultiPromptConfig(TrainingConfig):
     """Many prompts. PixelNorm is over channels: over layers only the signs of a text feature pass."""
 
     prompts: tuple[str, ...] = setting(MISSING, lambda value: None)
+    # those that ask for shapes: they move only the coarse and medium layers, the others those of ``levels``
+    shapes: tuple[str, ...] = setting((), lambda value: None)
     prompts_at_once: int = setting(
         1, int_at_least(1)
     )  # different prompts in a step; they share its batch equally
@@ -124,6 +130,8 @@ class MultiPromptConfig(TrainingConfig):
             or len(set(self.prompts)) < len(self.prompts)
         ):
             raise ValueError(f"prompts must be different texts, at least one, not {self.prompts!r}")
+        if not isinstance(self.shapes, tuple) or not set(self.shapes) <= set(self.prompts):
+            raise ValueError(f"shapes must be some of the prompts, not {self.shapes!r}")
         if self.prompts_at_once > len(self.prompts) or self.batch % self.prompts_at_once:
             raise ValueError(
                 f"prompts_at_once must divide the batch of {self.batch} and be at most the "

@@ -7,6 +7,7 @@ embedding width. Several guides' unit vectors lie side by side in one of the sum
 import os
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +22,13 @@ from cfclip.method.loop import begin_run, described, learning_rate, resolve_dtyp
 from cfclip.method.losses import identity_loss_from_features, latent_l2, perceptual_loss
 from cfclip.method.objectives import Features
 from cfclip.method.views import each_view
-from cfclip.models.mapper import Mapper, MapperConfig
+from cfclip.models.mapper import LEVELS, SHAPE_LEVELS, Mapper, MapperConfig, level_slices, text_width
 from cfclip.models.stylegan2 import max_batch
+
+OPTIMIZERS = {
+    "ranger": partial(Ranger, betas=(0.95, 0.999), eps=1e-5, k=6, alpha=0.5, degenerated_to_sgd=True),
+    "adam": partial(torch.optim.Adam, betas=(0.9, 0.99)),
+}
 
 
 def check_networks(domain: Domain, config: GuidedConfig) -> None:
@@ -84,25 +90,19 @@ class MapperTrainer:
         guides, g = domain.first_guides(c.guides), domain.generator
         self.widths = [guide.embed_dim for guide in guides]
         self.prompt_text = [guide.encode_text(c.prompts) for guide in guides]  # [P, E] of each guide, raw
-        self.text_feature = self.prompt_text[0]  # what the mapper reads
 
         def under_templates(text: str) -> Tensor:  # [T, E]
             return torch.cat([guide.template_features(text) for guide in guides], -1)
 
         self.target_text = torch.stack([under_templates(prompt) for prompt in c.prompts])  # [P, T, E]
         self.source_text = under_templates(c.source_text or domain.source_text)  # [T, E]
-        text_dim = domain.clip.embed_dim if c.text_mapper else None
-        sizes = MapperConfig(g.num_ws, g.w_dim, text_dim, c.levels, c.norm_axis, domain.level_split)
+        text_dim = text_width(domain.clip, c.text) if c.text_mapper else None
+        levels = tuple(name for name in LEVELS if name in c.levels or (c.shapes and name in SHAPE_LEVELS))
+        sizes = MapperConfig(g.num_ws, g.w_dim, text_dim, levels, c.norm_axis, domain.level_split, c.text)
+        self.free = self._free_layers() if c.shapes else None
         self.mapper = Mapper.initialised(sizes, torch.Generator().manual_seed(c.seed)).to(domain.device)
-        self.optimizer = Ranger(
-            self.mapper.parameters(),
-            lr=c.lr,
-            betas=(0.95, 0.999),
-            eps=1e-5,
-            k=6,
-            alpha=0.5,
-            degenerated_to_sgd=True,
-        )
+        self.text_feature = self.mapper.read(domain.clip, c.prompts)
+        self.optimizer = OPTIMIZERS[c.optimizer](self.mapper.parameters(), lr=c.lr)
         self.networks = FrozenNetworks(domain, c.dtype, c.guides)
         self.w = domain.latents(c.train_latents, "train", c.seed)
         self.source_clip, self.source_id = self._encode_sources()
@@ -116,6 +116,15 @@ class MapperTrainer:
             if self.domain.identity is not None:
                 identity.append(self.domain.identity(images))
         return torch.cat(clip), torch.cat(identity) if identity else None
+
+    def _free_layers(self) -> Tensor:
+        """bool [P, L, 1]: may a prompt move a layer of the picture? What it moves else only pays L_2."""
+        layers, c = level_slices(self.domain.level_split), self.config
+        free = torch.zeros(len(c.prompts), self.domain.generator.num_ws, 1, dtype=torch.bool)
+        for row, prompt in zip(free, c.prompts, strict=True):
+            for name in SHAPE_LEVELS if prompt in c.shapes else c.levels:
+                row[layers[name]] = True
+        return free.to(self.domain.device)
 
     def choose_prompts(self, generator: torch.Generator) -> list[int]:
         """The prompts of a step, ``prompts_at_once`` different ones. For one prompt nothing is drawn."""
@@ -148,7 +157,8 @@ class MapperTrainer:
         """
         c, w = self.config, self.w[index]
         w_edited = self.mapper.edit(w, self.text_feature[prompts])
-        edited = self.networks.synthesise(w_edited)
+        free = w_edited if self.free is None else torch.where(self.free[prompts], w_edited, w)
+        edited = self.networks.synthesise(free)
         views = self.networks.clip(edited, c.num_views, generator).unflatten(0, (-1, len(index)))  # [V, B, E]
         pull = torch.zeros((), device=w.device)
         for prompt, s_0 in first.items():

@@ -9,6 +9,7 @@ import reprlib
 import warnings
 from collections.abc import Sequence
 from difflib import get_close_matches
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,11 @@ class ClipGuide(nn.Module):
     def embed_dim(self) -> int:
         """D."""
         return self.model.text_projection.shape[1]
+
+    @property
+    def word_dim(self) -> int:
+        """The width of a row of :meth:`encode_words`."""
+        return 2 * self.model.token_embedding.weight.shape[1]
 
     def preprocess(self, images: Tensor) -> Tensor:
         """[N, 3, H, W] in [-1, 1] -> CLIP's input [N, 3, S, S]: bicubic resizing, to [0, 1], mean and std.
@@ -130,6 +136,25 @@ class ClipGuide(nn.Module):
         self.tokenize(prompt)  # the error should quote the prompt, not a template
         self._warn_of_unknown([prompt])  # and so should the warning
         return F.normalize(self._encode([template(prompt) for template in TEMPLATES]), dim=-1)
+
+    @torch.no_grad()
+    def encode_words(self, texts: str | Sequence[str]) -> Tensor:
+        """What each token of text(s) means, and what is said of it -> [N, T, word_dim].
+
+        The first half of a row is the token's embedding e_t, the second half c_t = e_t + c_(t-1) / 2, so that
+        the words just before a noun, such as its colour, count most. Both halves have mean 0 and variance 1.
+        A text with fewer tokens than the longest ends in zeros. Warns as :meth:`encode_text`.
+        """
+        texts = [texts] if isinstance(texts, str) else texts
+        self._warn_of_unknown(texts)
+        rows = []
+        for text in texts:
+            tokens = self.tokenize(text).to(self.mean.device)
+            words = self.model.token_embedding(tokens[:, 1 : int(tokens.argmax())])[0].float()
+            said = list(accumulate(words, lambda before, word: word + before / 2))
+            halves = [F.layer_norm(half, half.shape[1:]) for half in (words, torch.stack(said))]
+            rows.append(torch.cat(halves, -1))
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     def unknown_words(self, text: str) -> list[str]:
         """The words of ``text``, in lower case, that this CLIP cannot tell from other words it never saw.

@@ -3,18 +3,22 @@
 Shapes: N latents, L layers of W+, D = w_dim, E = width of the CLIP embedding (E = D = 512 in the paper).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from cfclip.models.clip import ClipGuide
 from cfclip.models.stylegan2 import EqualLinear, pixel_norm
 from cfclip.settings import Settings, int_at_least, one_of, setting, some_of
 
 LEVELS = ("coarse", "medium", "fine")
 """Layer groups of W+, each with its own residual mapper."""
+
+SHAPE_LEVELS = ("coarse", "medium")
+"""Those that draw, where the generator colours in its fine layers."""
 
 PUBLISHED_SPLIT = (4, 8)
 """The first layers of medium and of fine. Published for 18 layers: 4² and 8², 16² and 32², 64² and more."""
@@ -33,6 +37,9 @@ def split_or_error(value: Any) -> str | None:
     return None if fine else "two whole numbers from 1 that rise, the first layers of medium and of fine"
 
 
+TEXTS = ("pooled", "tokens")
+"""What a mapper reads of a prompt: CLIP's feature of all of it, as published, or of each of its words."""
+
 NORM_AXES = {"layer": 1, "channel": -1}
 """The dim of [N, L', D] that PixelNorm averages over."""
 
@@ -46,16 +53,24 @@ class MapperConfig(Settings):
 
     num_ws: int = setting(18, int_at_least(1))  # L
     w_dim: int = setting(512, int_at_least(1))  # D
-    # E; None: not conditioned on text (StyleCLIP's mapper)
+    # E, or the width of a word's state; None: not conditioned on text (StyleCLIP's mapper)
     text_dim: int | None = setting(512, int_at_least(1, optional=True))
     levels: tuple[str, ...] = setting(LEVELS, some_of(LEVELS))
     norm_axis: str = setting("layer", one_of(NORM_AXES))  # see PixelNormMLP
     split: tuple[int, int] = setting(PUBLISHED_SPLIT, split_or_error)  # the domain's, see level_slices
+    text: str = setting("pooled", one_of(TEXTS))
+    slots: int = setting(16, int_at_least(1))  # K and r of WordMapper
+    rank: int = setting(4, int_at_least(1))
 
-    def fits(self, generator: nn.Module, clip: nn.Module) -> bool:
+    def fits(self, generator: nn.Module, clip: ClipGuide) -> bool:
         """Whether the sizes are those of this generator and this CLIP."""
-        sizes = self.num_ws, self.w_dim
-        return sizes == (generator.num_ws, generator.w_dim) and self.text_dim in (None, clip.embed_dim)
+        sizes, read = (self.num_ws, self.w_dim), text_width(clip, self.text)
+        return sizes == (generator.num_ws, generator.w_dim) and self.text_dim in (None, read)
+
+
+def text_width(clip: ClipGuide, text: str) -> int:
+    """E of what a mapper with this ``text``, one of :data:`TEXTS`, reads."""
+    return clip.word_dim if text == "tokens" else clip.embed_dim
 
 
 class PixelNormMLP(nn.Module):
@@ -92,21 +107,33 @@ class Mapper(nn.Module):
             self.fuse = EqualLinear(2 * d, d, lr_mul=0.01, activate=True)
         self.levels = nn.ModuleDict({name: PixelNormMLP(d, d, norm) for name in config.levels})
 
-    @classmethod
-    def initialised(cls, config: MapperConfig, generator: torch.Generator) -> "Mapper":
+    @staticmethod
+    def of(config: MapperConfig) -> "Mapper":
+        """The mapper of ``config``, without weights that mean anything."""
+        return WordMapper(config) if config.text == "tokens" else Mapper(config)
+
+    @staticmethod
+    def initialised(config: MapperConfig, generator: torch.Generator) -> "Mapper":
         """An untrained mapper on the CPU, its weights drawn from ``generator`` alone."""
         with torch.device("meta"):
-            mapper = cls(config)
-        mapper.to_empty(device="cpu")
-        for layer in mapper.modules():
+            mapper = Mapper.of(config)
+        mapper.to_empty(device="cpu").reset(generator)
+        return mapper
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Draw all weights from ``generator``."""
+        for layer in self.modules():
             if isinstance(layer, EqualLinear):
                 layer.reset(generator)
-        return mapper
 
     @property
     def metadata(self) -> dict:
         """The configuration, for a file's header."""
         return asdict(self.config)
+
+    def read(self, clip: ClipGuide, texts: str | Sequence[str]) -> Tensor:
+        """What the mapper takes as ``text_feature`` for P prompts: CLIP's raw features [P, E]."""
+        return clip.encode_text(texts)
 
     def embed_text(self, text_feature: Tensor) -> Tensor:
         """TEM: raw CLIP feature of the plain prompt [1 or N, E] -> t [1 or N, L, D]. Raises ValueError."""
@@ -117,18 +144,22 @@ class Mapper(nn.Module):
             )
         return torch.cat([mlp(text_feature[:, None]) for mlp in self.text], 1)
 
-    def residual(self, w: Tensor, text_feature: Tensor | None = None) -> Tensor:
-        """delta [N, L, D], before it is scaled by 0.1. Raises ValueError for a wrong shape."""
+    def check(self, w: Tensor, text_feature: Tensor | None) -> None:
+        """ValueError if ``w`` is of another generator, or if a text is missing."""
         num_ws, w_dim = self.config.num_ws, self.config.w_dim
         if w.ndim != 3 or w.shape[1:] != (num_ws, w_dim):
             raise ValueError(
                 f"this mapper takes w of shape [N, {num_ws}, {w_dim}], not {list(w.shape)}: "
                 "it belongs to a generator of another size"
             )
+        if self.config.text_dim is not None and text_feature is None:
+            raise ValueError("this mapper needs text_feature: what its read(clip, prompt) returns")
+
+    def residual(self, w: Tensor, text_feature: Tensor | None = None) -> Tensor:
+        """delta [N, L, D], before it is scaled by 0.1. Raises ValueError for a wrong shape."""
+        self.check(w, text_feature)
         x = w
         if self.config.text_dim is not None:
-            if text_feature is None:
-                raise ValueError("this mapper needs text_feature, the raw CLIP feature of the prompt")
             t = self.embed_text(text_feature).expand(len(w), -1, -1)
             x = self.fuse(torch.cat([w, t], -1))
         deltas = [
@@ -138,5 +169,70 @@ class Mapper(nn.Module):
         return torch.cat(deltas, 1)
 
     def edit(self, w: Tensor, text_feature: Tensor | None = None, strength: float = 1.0) -> Tensor:
-        """``w' = w + strength * 0.1 * delta(w, text)``. w: [N, L, D]; text_feature: [1, E] or [N, E]."""
+        """``w' = w + strength * 0.1 * delta(w, text)``. w: [N, L, D]; text_feature: of 1 or N prompts."""
         return w + (strength * RESIDUAL_SCALE) * self.residual(w, text_feature)
+
+
+class WordMapper(Mapper):
+    """A mapper that reads word by word, so that it can do what no single prompt of its training said.
+
+    Of each word there is e_t, what it means, and c_t, what is said of it: :meth:`.ClipGuide.encode_words`. K
+    slots, which learn to be parts, share the words out, and each moves what it has learned to move:
+
+        delta = sum_t sum_k a_tk [B c_t - C_k w, 1] U_k,    a_t = softmax(S e_t) over the slots and "none",
+
+    where B c_t [r] is where the part should go, C_k w [r] where it is, and U_k [r + 1, D of all edited
+    layers] how it moves. A colour learned with one part serves all; two claims in a sentence add up.
+    """
+
+    RATES: ClassVar[Mapping[str, float]] = {"share": 0.1, "target": 0.1, "place": 0.1, "move": 1.0}
+    """How fast each weight learns: it is stored divided by this."""
+
+    def __init__(self, config: MapperConfig):
+        nn.Module.__init__(self)
+        self.config = config
+        k, r, width = config.slots, config.rank, config.text_dim // 2
+        of = level_slices(config.split)
+        self.layers = [layer for name in config.levels for layer in range(config.num_ws)[of[name]]]
+        n = len(self.layers) * config.w_dim
+        self.share = nn.Parameter(torch.zeros(width, k + 1))  # S
+        self.target = nn.Parameter(torch.zeros(width, r))  # B
+        self.place = nn.Parameter(torch.zeros(n, k, r))  # C
+        self.move = nn.Parameter(torch.zeros(k, r + 1, n))  # U
+
+    def reset(self, generator: torch.Generator) -> None:
+        scales = {"share": 1.5 / len(self.share) ** 0.5, "target": 1 / len(self.target) ** 0.5}
+        scales |= {"place": 0.2 / len(self.place) ** 0.5, "move": 0.1}
+        for name, scale in scales.items():
+            weight = getattr(self, name)
+            with torch.no_grad():
+                weight.copy_(torch.randn(weight.shape, generator=generator) * (scale / self.RATES[name]))
+
+    def read(self, clip: ClipGuide, texts: str | Sequence[str]) -> Tensor:
+        """The words [P, T, E] of P prompts."""
+        return clip.encode_words(texts)
+
+    def shares(self, words: Tensor) -> Tensor:
+        """words [N, T, E] -> a [N, T, K]: how much of a word goes to each slot. Raises ValueError."""
+        if words.ndim != 3 or words.shape[2] != self.config.text_dim:
+            raise ValueError(
+                f"this mapper takes words of shape [N, T, {self.config.text_dim}], not {list(words.shape)}: "
+                "read them by its read(clip, prompt), with the CLIP that it was trained with"
+            )
+        shares = torch.softmax(words.chunk(2, -1)[0] @ self._weight("share"), -1)[..., :-1]
+        return shares * (words != 0).any(-1, keepdim=True)  # zeros are no word
+
+    def residual(self, w: Tensor, text_feature: Tensor | None = None) -> Tensor:
+        self.check(w, text_feature)
+        a = self.shares(text_feature)
+        said = torch.einsum("ntk,ntr->nkr", a, text_feature.chunk(2, -1)[1] @ self._weight("target"))
+        here = torch.einsum("nd,dkr->nkr", w[:, self.layers].flatten(1), self._weight("place"))
+        amount = a.sum(1)[..., None]
+        way = torch.cat([said - amount * here, amount.expand(len(w), -1, 1)], -1)
+        moved = torch.einsum("nkr,krd->nd", way, self._weight("move"))
+        delta = torch.zeros_like(w)
+        delta[:, self.layers] = moved.unflatten(1, (len(self.layers), -1))
+        return delta
+
+    def _weight(self, name: str) -> Tensor:
+        return self.RATES[name] * getattr(self, name)

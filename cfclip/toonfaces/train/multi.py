@@ -3,10 +3,11 @@
 The second kind shows what a mapper can do with prompts that it was not trained on.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,31 @@ UNSEEN: dict[str, tuple[str, ...]] = {
 """part -> colours that no seen prompt combines with it: a quarter of the pairs, with all of HELD_OUT."""
 
 
+SHAPES: dict[tuple[str, str], tuple[str, ...]] = {
+    ("smile", "yes"): ("smiling", "a smile", "a smiling face"),
+    ("smile", "no"): ("not smiling", "no smile"),
+    ("glasses?", "yes"): ("glasses", "wearing glasses", "spectacles"),
+    ("glasses?", "no"): ("no glasses", "without glasses"),
+    ("beard?", "yes"): ("beard", "a moustache", "bearded"),
+    ("beard?", "no"): ("no beard", "clean-shaven", "without a beard"),
+    ("style", "bald"): ("bald", "a bald head", "no hair"),
+    ("style", "long"): ("long hair", "a face with long hair"),
+    ("style", "short"): ("short hair", "a face with short hair"),
+    ("style", "curly"): ("curly hair", "curls"),
+    ("style", "bob"): ("a bob", "a bob haircut"),
+}
+"""What a prompt can ask of shapes, and how it is said."""
+
+
+def worded(pairs: Iterable[tuple[str, str]], wordings: int = 2) -> tuple[str, ...]:
+    """Prompts for the colours of parts, each said in ``wordings`` ways: plainly, then with other words."""
+    rng, said = np.random.default_rng(0), []
+    for pair in pairs:
+        others = (phrase(*pair, rng) for _ in range(20))
+        said += list(dict.fromkeys([phrase(*pair), *others]))[:wordings]
+    return tuple(said)
+
+
 def split() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(seen, unseen) prompts, such as "green lipstick": together every colour of every part.
 
@@ -45,17 +71,22 @@ def split() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def config(**overrides: Any) -> MultiPromptConfig:
-    """How the domain's own mapper is trained: with every prompt."""
-    seen, unseen = split()
-    return heldout_config(**{"prompts": seen + unseen, "steps": 2500} | overrides)
+    """How the domain's own mapper is trained: with every colour of every part."""
+    return heldout_config(**{"prompts": _all_prompts(sum(split(), ()))} | overrides)
 
 
 def heldout_config(**overrides: Any) -> MultiPromptConfig:
-    """How a mapper is trained that sees only the seen prompts."""
-    settings: dict[str, Any] = {"prompts": split()[0], "prompts_at_once": 8, "steps": 4000, "batch": 8}
-    settings |= {"lr": 40.0, "ramp_down": 0.5, "lambda_l2": 0.1, "levels": ("fine",)}
+    """How a mapper is trained that does not know the unseen pairs, in whichever words."""
+    shapes = sum(SHAPES.values(), ())
+    settings: dict[str, Any] = {"prompts": _all_prompts(split()[0]), "shapes": shapes, "text": "tokens"}
+    settings |= {"prompts_at_once": 8, "batch": 8, "steps": 2000, "num_views": 4, "levels": ("fine",)}
+    settings |= {"optimizer": "adam", "lr": 0.02, "ramp_down": 0.5, "lambda_l2": 0.1}
     settings |= {"train_latents": 256, "dtype": "auto"}
     return MultiPromptConfig(**settings | overrides)
+
+
+def _all_prompts(pairs: Iterable[str]) -> tuple[str, ...]:
+    return worded(map(claim_of, pairs)) + sum(SHAPES.values(), ())
 
 
 def train(
