@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -45,6 +46,45 @@ def compare(
             labels = {"prompt": prompt, "trained_on": trained_on, "seed": seed, "strength": strength}
             rows += metrics.rows(metrics.ground_truth(edit) | metrics.identity(edit), **labels)
     return rows
+
+
+SENTENCES = (
+    "green lipstick", "blue hair", "blue lipstick", "purple eyebrows", "orange beard", "white eyebrows",
+    "red hair", "pink hair", "yellow eyes", "smiling", "glasses", "bald", "blue skin",
+    "green lips and blue hair", "a woman with long purple hair", "no beard", "black lipstick", "green eyes",
+    "cyan skin", "a man with a red moustache", "pale skin", "grey hair", "blond eyebrows", "orange lips",
+    "purple glasses",
+)  # fmt: skip
+"""What people type."""
+
+
+@torch.no_grad()
+def typed(
+    domain: Domain, mapper: Mapper, sentences: Iterable[str] = SENTENCES, n: int = 32, strength: float = 1.0
+) -> pd.DataFrame:
+    """Edits of ``n`` test faces by ``sentences``, as :meth:`.GroundTruth.done` judges them.
+
+    One row per sentence and claim: ``done``, the share of the ``n_judged`` faces where there was something to
+    do, and the mean ``identity`` of all. A claim that cannot be measured, such as a smile, has neither.
+    """
+    rows, w = [], domain.latents(n, "test")
+    source = metrics.Pictures(domain, domain.generator.synthesis(w))
+    for sentence in sentences:
+        edited = domain.generator.synthesis(mapper.edit(w, mapper.read(domain.clip, sentence), strength))
+        edit = metrics.Edit(domain, sentence, source, edited)
+        line = {
+            "sentence": sentence,
+            "claim": "",
+            "identity": float(metrics.identity(edit)["identity"].mean()),
+        }
+        done = domain.truth.done(sentence, edit.before.seen, edit.after.seen)
+        for claim, hits in done.items():
+            judged = hits[~np.isnan(hits)]
+            share = float(judged.mean()) if len(judged) else np.nan
+            rows.append(line | {"claim": claim, "done": share, "n_judged": len(judged)})
+        if not done:
+            rows.append(line)
+    return pd.DataFrame(rows)
 
 
 def summarise(table: pd.DataFrame, by: str) -> pd.DataFrame:

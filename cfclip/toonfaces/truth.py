@@ -4,13 +4,14 @@ import copy
 from functools import lru_cache
 from itertools import count, islice
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cfclip.domain import GROUPS, Claim
 from cfclip.images import to_tensor
-from cfclip.toonfaces.captions import claim_of, phrase
-from cfclip.toonfaces.factors import HELD_OUT, NATURAL, PARTS, Face, colours, sample_face
+from cfclip.toonfaces.captions import claim_of, claims_of, phrase
+from cfclip.toonfaces.factors import HAIR_STYLES, HELD_OUT, NATURAL, PARTS, Face, colours, sample_face
 from cfclip.toonfaces.readout import VISIBLE, Measurement, Readout
 from cfclip.toonfaces.render import MASKS, render, render_image
 
@@ -43,6 +44,20 @@ class ToonTruth:
 
     def measure(self, images: Tensor) -> Measurement:
         return self.readout.measure(images)
+
+    def done(self, prompt: str, before: Measurement, after: Measurement) -> dict[str, np.ndarray]:
+        found = {}
+        for key, value in sorted(claims_of(prompt)):
+            if key in PARTS:
+                hits = np.array([name == value for name in after.colour(key)])
+                found[phrase(key, value)] = np.where(before.has(key), hits, np.nan)
+            elif key == "style":
+                was, now = (seen.hair_style == HAIR_STYLES.index(value) for seen in (before, after))
+                found[value] = np.where(was, np.nan, now)
+            elif (part := key.removesuffix("?")) in PARTS:
+                was, now = (seen.has(part) == (value == "yes") for seen in (before, after))
+                found[part if value == "yes" else f"no {part}"] = np.where(was, np.nan, now)
+        return found
 
     def masks(self, images: Tensor) -> Tensor:
         return self.readout(images.clamp(-1, 1))[0].softmax(1)
