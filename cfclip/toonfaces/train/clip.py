@@ -55,12 +55,12 @@ class CLIPConfig(Settings):
 
     model: str = setting("toonfaces-rn", one_of(MODELS))
     batch: int = setting(512, int_at_least(2, maximum=LARGEST_BATCH))
-    steps: int = setting(4000, int_at_least(1))
-    pool: int = setting(30_000, int_at_least(1))  # shapes, rendered once and painted in any colours
-    captions: int = setting(200_000, int_at_least(1))  # of painted shapes, written once; used in random order
+    steps: int = setting(2600, int_at_least(1))
+    pool: int = setting(10_000, int_at_least(1))  # shapes, rendered once and painted in any colours
+    captions: int = setting(120_000, int_at_least(1))  # of painted shapes, written once; used in random order
     moved: float = setting(0.3, number(0, 1))  # share of moved samples of the generator in a batch
-    moved_pool: int = setting(30_000, int_at_least(1))  # moved samples, drawn once
-    moved_captions: int = setting(4, int_at_least(1))  # of each moved sample
+    moved_pool: int = setting(24_000, int_at_least(1))  # moved samples, drawn once
+    moved_captions: int = setting(2, int_at_least(1))  # of each moved sample
     lr: float = setting(2e-3, number(above=True))
     warmup: int = setting(200, int_at_least(1))  # steps
     weight_decay: float = setting(0.02, number())
@@ -79,6 +79,7 @@ class GuideConfig(CLIPConfig):
     """How the second guide is trained: another architecture, other faces and other captions."""
 
     model: str = setting("toonfaces-convnext", one_of(MODELS))
+    steps: int = setting(1300, int_at_least(1))
     seed: int = setting(1, seed_number)
 
 
@@ -87,6 +88,7 @@ class JudgeConfig(CLIPConfig):
     """How the CLIP that only judges is trained: with a third architecture, other faces and captions."""
 
     model: str = setting("toonfaces-regnet", one_of(MODELS))
+    steps: int = setting(2500, int_at_least(1))
     seed: int = setting(2, seed_number)
 
 

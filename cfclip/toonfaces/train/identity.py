@@ -37,10 +37,10 @@ class IdentityConfig(Settings):
         ((16, 16, 1), (16, 32, 2), (32, 64, 2), (64, 128, 2)), stages
     )
     embed_dim: int = setting(128, int_at_least(1))
-    people: int = setting(8000, int_at_least(2))
+    people: int = setting(3000, int_at_least(2))
     photos: int = setting(4, int_at_least(2))  # of each person
     batch: int = setting(256, int_at_least(2, maximum=LARGEST_BATCH))  # people, two pictures of each
-    steps: int = setting(6000, int_at_least(1))
+    steps: int = setting(1700, int_at_least(1))
     lr: float = setting(3e-3, number(above=True))
     temperature: float = setting(0.1, number(above=True))
     same_photo: float = setting(0.5, number(0, 1))  # share of pairs of one photo with a part repainted

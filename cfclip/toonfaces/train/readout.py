@@ -24,9 +24,9 @@ class ReadoutConfig(Settings):
     """How the readout is trained."""
 
     width: int = setting(16, int_at_least(1))
-    pool: int = setting(20_000, int_at_least(1))  # shapes
+    pool: int = setting(10_000, int_at_least(1))  # shapes
     batch: int = setting(128, batch_size)
-    steps: int = setting(5000, int_at_least(1))
+    steps: int = setting(3000, int_at_least(1))
     lr: float = setting(3e-3, number(above=True))
     blur: float = setting(1.2, number())  # the most, in pixels; half of the pictures are sharp
     erased: float = setting(0.06, number(0, 1))  # share of pictures without a part of ERASABLE, for each
