@@ -40,6 +40,8 @@ NETWORKS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
 REQUIRED = ("generator", "clip", "identity", "readout")
 CHECKSUMS = "checksums.json"
 """File of a folder of networks: path in the folder -> sha256."""
+CONFIDENCE = "confidence.json"
+"""File of a folder of networks: how sure its mapper may be, see ``train.multi.calibration``."""
 RECORD = "if you made this file yourself, run 'cfclip toonfaces measure', which records it"
 HOW = "install cfclip again, or let CFCLIP_DATA name a folder with toonfaces/, as the repository's data/ is"
 
@@ -117,6 +119,7 @@ def load_toonfaces(folder: Path = DATA / "toonfaces") -> Domain:
         raise weights.WeightsError(f"{folder} does not have the embedded {', '.join(missing)}: {HOW}")
     generator, guide = load("generator"), ClipGuide(load("clip"))
     encoder = mapper = None
+    known = read_object(folder / CONFIDENCE)
     if path_of("encoder").exists():
         encoder = load("encoder")
         encoder = checked("encoder", encoder, encoder.fits(generator))
@@ -136,4 +139,5 @@ def load_toonfaces(folder: Path = DATA / "toonfaces") -> Domain:
         more_guides=(ClipGuide(load("guide2")),) if path_of("guide2").exists() else (),
         heldout_clip=ClipGuide(load("heldout_clip")) if path_of("heldout_clip").exists() else None,
         mapper=mapper,
+        confidence=(known["intercept"], known["slope"]) if mapper and known else None,
     )

@@ -17,12 +17,12 @@ from cfclip.checkpoints.mappers import load_mapper
 from cfclip.domain import Domain
 from cfclip.evaluation.kid import kid, kid_features
 from cfclip.evaluation.report import markdown
-from cfclip.files import DATA, write_text
+from cfclip.files import DATA, write_json, write_text
 from cfclip.images import to_tensor
 from cfclip.method.config import flat
 from cfclip.method.loop import begin_run
 from cfclip.settings import Settings
-from cfclip.toonfaces.domain import load_toonfaces, record
+from cfclip.toonfaces.domain import CONFIDENCE, load_toonfaces, record
 from cfclip.toonfaces.factors import NATURAL, PARTS, sample_face
 from cfclip.toonfaces.readout import VISIBLE
 from cfclip.toonfaces.render import render_image
@@ -142,7 +142,17 @@ def measure_multi(domain: Domain, path: Path) -> str:
         "Success and leakage are measured by the readout; a face without the part, for instance a bald one "
         "if the prompt names hair, neither succeeds nor fails. Test latents, seed 0."
     )
-    return markdown(groups, note) + ("\n" + markdown(unseen, "Every unseen prompt.") if len(unseen) else "")
+    page = markdown(groups, note) + ("\n" + markdown(unseen, "Every unseen prompt.") if len(unseen) else "")
+    if path.stem == "multi":
+        known = multi.calibration(domain)
+        write_json(path.with_name(CONFIDENCE), known)
+        page += (
+            f"\nConfidence ([{CONFIDENCE}]({CONFIDENCE})): the success that is predicted for a prompt, before "
+            f"anybody has measured it, is {known['error']:.2f} from the measured one on average; if it were the "
+            f"same for all prompts, {known['error_of_the_mean']:.2f}. Half of the prompts were fitted and the "
+            f"others tried, n = {known['n']} training faces each.\n"
+        )
+    return page
 
 
 def _unfit(path: Path) -> weights.WeightsError:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cfclip.domain import GROUPS, Domain
+from cfclip.evaluation.confidence import agreement, calibrate
 from cfclip.evaluation.many_prompts import compare
 from cfclip.method.config import MultiPromptConfig
 from cfclip.method.trainer import train_mapper
@@ -113,6 +114,33 @@ def measure(domain: Domain, trained_on: Collection[str], n: int = 32) -> tuple[p
         return grouped.mean(numeric_only=True).drop(columns="index").assign(n=grouped.size()).reset_index()
 
     return means(table, ["seen", "group"]), means(table[table["seen"] == "no"], ["prompt", "group"])
+
+
+def calibration(domain: Domain, n: int = 32) -> dict[str, float]:
+    """How the success of ``domain.mapper`` on training faces follows from what the judge makes of its edits.
+
+    Fitted on the first of every two prompts of :func:`split`. ``intercept`` and ``slope``, see
+    :func:`.confidence.calibrate`; ``error``: the mean distance of predicted and measured success on the other
+    half of the prompts, ``error_of_the_mean``: that of a prediction which is the same for all of them.
+    """
+    prompts, truth = sum(split(), ()), domain.truth
+    w = domain.latents(n, "train", 1)
+    with torch.no_grad():
+        before = truth.measure(domain.generator.synthesis(w))
+        pictures = (
+            domain.generator.synthesis(domain.mapper.edit(w, domain.mapper.read(domain.clip, prompt)))
+            for prompt in prompts
+        )
+        shares = [
+            np.nanmean([*truth.done(prompt, before, truth.measure(images)).values()])
+            for prompt, images in zip(prompts, pictures, strict=True)
+        ]
+    agreements = [agreement(domain, domain.mapper, prompt) for prompt in prompts]
+    x, y = np.array(agreements), np.array(shares)
+    a, b = calibrate(x[::2], y[::2])
+    guesses = {"error": 1 / (1 + np.exp(-(a + b * x[1::2]))), "error_of_the_mean": y[::2].mean()}
+    errors = {name: float(np.abs(guess - y[1::2]).mean()) for name, guess in guesses.items()}
+    return {"intercept": a, "slope": b, "n": n} | errors
 
 
 def probe(domain: Domain, ridge: float = 1.0) -> pd.DataFrame:

@@ -1,0 +1,55 @@
+"""How likely is it that a prompt's edit does what it says? Asked before anybody has measured the edit."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.optimize import minimize
+
+from cfclip.domain import Domain
+from cfclip.models.mapper import Mapper
+
+FACES = 8
+"""Training faces that a prompt is tried on."""
+
+
+@torch.no_grad()
+def agreement(domain: Domain, mapper: Mapper, prompt: str) -> float:
+    """Mean cosine, in [-1, 1], of how the pictures moved and of how the text did, as the judge sees both.
+
+    Directional CLIP similarity of :data:`FACES` training faces by ``domain.heldout_clip``, which no mapper
+    was trained with; by the first guide where there is no judge.
+    """
+    judge, w = domain.heldout_clip or domain.clip, domain.latents(FACES)
+    codes = w, mapper.edit(w, mapper.read(domain.clip, prompt))
+    before, after = (F.normalize(judge.encode_image(domain.generator.synthesis(x)), dim=-1) for x in codes)
+    texts = (judge.template_features(text) for text in (prompt, domain.source_text))
+    target, source = (features.mean(0) for features in texts)
+    return float(F.cosine_similarity(after - before, (target - source)[None]).mean())
+
+
+def calibrate(agreements: Sequence[float], successes: Sequence[float]) -> tuple[float, float]:
+    """(a, b) of ``success = 1 / (1 + exp(-(a + b agreement)))``, by maximum likelihood over prompts.
+
+    successes: the share of faces, in [0, 1], on which each prompt's edit succeeded.
+    """
+    x, y = np.asarray(agreements), np.asarray(successes)
+
+    def loss(ab: np.ndarray) -> float:
+        z = ab[0] + ab[1] * x
+        return float(np.mean(np.logaddexp(0, z) - y * z) + 1e-4 * ab @ ab)  # finite where y is all 0 or all 1
+
+    a, b = minimize(loss, np.zeros(2)).x
+    return float(a), float(b)
+
+
+def predicted_success(domain: Domain, prompt: str) -> float | None:
+    """The share of faces, in [0, 1], on which ``domain.mapper`` is expected to do what ``prompt`` says.
+
+    None where the domain has no such mapper, or its agreement was never calibrated.
+    """
+    if domain.mapper is None or domain.confidence is None:
+        return None
+    a, b = domain.confidence
+    return float(1 / (1 + np.exp(-(a + b * agreement(domain, domain.mapper, prompt)))))
