@@ -141,19 +141,18 @@ class ClipGuide(nn.Module):
     def encode_words(self, texts: str | Sequence[str]) -> Tensor:
         """What each token of text(s) means, and what is said of it -> [N, T, word_dim].
 
-        The first half of a row is the token's embedding e_t, the second half c_t = e_t + c_(t-1) / 2, so that
-        the words just before a noun, such as its colour, count most. Both halves have mean 0 and variance 1.
-        A text with fewer tokens than the longest ends in zeros. Warns as :meth:`encode_text`.
+        The first half of a row is the token's embedding e_t, the second half c_t = e_(t-1) + c_(t-1) / 2, so
+        that the word just before a noun, such as its colour, counts most. The unit is the spread of all
+        embeddings. A text with fewer tokens than the longest ends in zeros. Warns as :meth:`encode_text`.
         """
         texts = [texts] if isinstance(texts, str) else texts
         self._warn_of_unknown(texts)
-        rows = []
+        rows, spread = [], self.model.token_embedding.weight.float().std()
         for text in texts:
             tokens = self.tokenize(text).to(self.mean.device)
-            words = self.model.token_embedding(tokens[:, 1 : int(tokens.argmax())])[0].float()
-            said = list(accumulate(words, lambda before, word: word + before / 2))
-            halves = [F.layer_norm(half, half.shape[1:]) for half in (words, torch.stack(said))]
-            rows.append(torch.cat(halves, -1))
+            words = self.model.token_embedding(tokens[:, 1 : int(tokens.argmax())])[0].float() / spread
+            said = [torch.zeros_like(words[0]), *accumulate(words[:-1], lambda said, word: word + said / 2)]
+            rows.append(torch.cat([words, torch.stack(said)], -1))
         return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     def unknown_words(self, text: str) -> list[str]:
