@@ -25,6 +25,8 @@ from cfclip.method.views import each_view
 from cfclip.models.mapper import LEVELS, SHAPE_LEVELS, Mapper, MapperConfig, level_slices, text_width
 from cfclip.models.stylegan2 import max_batch
 
+SILENCE = 1.0
+"""Weight of the squared moves of layers that a prompt should leave alone."""
 OPTIMIZERS = {
     "ranger": partial(Ranger, betas=(0.95, 0.999), eps=1e-5, k=6, alpha=0.5, degenerated_to_sgd=True),
     "adam": partial(torch.optim.Adam, betas=(0.9, 0.99)),
@@ -118,7 +120,7 @@ class MapperTrainer:
         return torch.cat(clip), torch.cat(identity) if identity else None
 
     def _free_layers(self) -> Tensor:
-        """bool [P, L, 1]: may a prompt move a layer of the picture? What it moves else only pays L_2."""
+        """bool [P, L, 1]: may a prompt move a layer? What it moves else is not seen, and unlearned."""
         layers, c = level_slices(self.domain.level_split), self.config
         free = torch.zeros(len(c.prompts), self.domain.generator.num_ws, 1, dtype=torch.bool)
         for row, prompt in zip(free, c.prompts, strict=True):
@@ -167,8 +169,11 @@ class MapperTrainer:
                     prompt, views[:, mine].flatten(0, 1), self.source_clip[index][mine], s_0
                 )
                 pull = pull + mine.float().mean() * self.pull(compared)
-        terms = {c.objective.name: pull, "l2": latent_l2(w_edited, w)}
+        terms = {c.objective.name: pull, "l2": latent_l2(free, w)}
         loss = c.lambda_nce * pull + c.lambda_l2 * terms["l2"]
+        if self.free is not None:
+            terms["silence"] = latent_l2(w_edited, free)
+            loss = loss + SILENCE * terms["silence"]
         if c.lambda_id:
             terms["id"] = identity_loss_from_features(self.domain.identity(edited), self.source_id[index])
             loss = loss + c.lambda_id * terms["id"]

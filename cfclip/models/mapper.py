@@ -173,27 +173,15 @@ class Mapper(nn.Module):
         return w + (strength * RESIDUAL_SCALE) * self.residual(w, text_feature)
 
 
-class WordMapper(Mapper):
-    """A mapper that reads word by word, so that it can do what no single prompt of its training said.
-
-    Of each word there is e_t, what it means, and c_t, what is said of it: :meth:`.ClipGuide.encode_words`. K
-    slots, which learn to be parts, share the words out, and each moves what it has learned to move:
-
-        delta = sum_t sum_k a_tk [B c_t - C_k w, 1] U_k,    a_t = softmax(S e_t) over the slots and "none",
-
-    where B c_t [r] is where the part should go, C_k w [r] where it is, and U_k [r + 1, D of all edited
-    layers] how it moves. A colour learned with one part serves all; two claims in a sentence add up.
-    """
+class Slots(nn.Module):
+    """K slots that move some ``layers`` of W+, see :class:`WordMapper`."""
 
     RATES: ClassVar[Mapping[str, float]] = {"share": 0.1, "target": 0.1, "place": 0.1, "move": 1.0}
     """How fast each weight learns: it is stored divided by this."""
 
-    def __init__(self, config: MapperConfig):
-        nn.Module.__init__(self)
-        self.config = config
-        k, r, width = config.slots, config.rank, config.text_dim // 2
-        of = level_slices(config.split)
-        self.layers = [layer for name in config.levels for layer in range(config.num_ws)[of[name]]]
+    def __init__(self, config: MapperConfig, layers: Sequence[int]):
+        super().__init__()
+        self.layers, k, r, width = list(layers), config.slots, config.rank, config.text_dim // 2
         n = len(self.layers) * config.w_dim
         self.share = nn.Parameter(torch.zeros(width, k + 1))  # S
         self.target = nn.Parameter(torch.zeros(width, r))  # B
@@ -208,31 +196,65 @@ class WordMapper(Mapper):
             with torch.no_grad():
                 weight.copy_(torch.randn(weight.shape, generator=generator) * (scale / self.RATES[name]))
 
-    def read(self, clip: ClipGuide, texts: str | Sequence[str]) -> Tensor:
-        """The words [P, T, E] of P prompts."""
-        return clip.encode_words(texts)
-
     def shares(self, words: Tensor) -> Tensor:
-        """words [N, T, E] -> a [N, T, K]: how much of a word goes to each slot. Raises ValueError."""
-        if words.ndim != 3 or words.shape[2] != self.config.text_dim:
-            raise ValueError(
-                f"this mapper takes words of shape [N, T, {self.config.text_dim}], not {list(words.shape)}: "
-                "read them by its read(clip, prompt), with the CLIP that it was trained with"
-            )
+        """words [N, T, E] -> a [N, T, K]: how much of a word goes to each slot."""
         shares = torch.softmax(words.chunk(2, -1)[0] @ self._weight("share"), -1)[..., :-1]
         return shares * (words != 0).any(-1, keepdim=True)  # zeros are no word
 
-    def residual(self, w: Tensor, text_feature: Tensor | None = None) -> Tensor:
-        self.check(w, text_feature)
-        a = self.shares(text_feature)
-        said = torch.einsum("ntk,ntr->nkr", a, text_feature.chunk(2, -1)[1] @ self._weight("target"))
+    def forward(self, w: Tensor, words: Tensor) -> Tensor:
+        """w [N, L, D], words [1 or N, T, E] -> how ``layers`` move [N, L', D]."""
+        a = self.shares(words)
+        said = torch.einsum("ntk,ntr->nkr", a, words.chunk(2, -1)[1] @ self._weight("target"))
         here = torch.einsum("nd,dkr->nkr", w[:, self.layers].flatten(1), self._weight("place"))
         amount = a.sum(1)[..., None]
         way = torch.cat([said - amount * here, amount.expand(len(w), -1, 1)], -1)
         moved = torch.einsum("nkr,krd->nd", way, self._weight("move"))
-        delta = torch.zeros_like(w)
-        delta[:, self.layers] = moved.unflatten(1, (len(self.layers), -1))
-        return delta
+        return moved.unflatten(1, (len(self.layers), -1))
 
     def _weight(self, name: str) -> Tensor:
         return self.RATES[name] * getattr(self, name)
+
+
+class WordMapper(Mapper):
+    """A mapper that reads word by word, so that it can do what no single prompt of its training said.
+
+    Of each word there is e_t, what it means, and c_t, what was said before it: :meth:`.ClipGuide.encode_words`.
+    K slots, which learn to be parts, share the words out, and each moves what it has learned to move:
+
+        delta = sum_t sum_k a_tk [B c_t - C_k w, 1] U_k,    a_t = softmax(S e_t) over the slots and "none",
+
+    where B c_t [r] is where the part should go, C_k w [r] where it is, and U_k [r + 1, D of the layers] how it
+    moves. A colour learned with one part serves all; two claims in a sentence add up. The fine level has slots
+    of its own, and so have coarse and medium together.
+    """
+
+    def __init__(self, config: MapperConfig):
+        nn.Module.__init__(self)
+        self.config = config
+        of, every = level_slices(config.split), range(config.num_ws)
+        groups = [
+            [name for name in config.levels if (name in SHAPE_LEVELS) == shapes] for shapes in (True, False)
+        ]
+        layers = [[layer for name in names for layer in every[of[name]]] for names in groups if names]
+        self.groups = nn.ModuleList(Slots(config, some) for some in layers)
+
+    def reset(self, generator: torch.Generator) -> None:
+        for group in self.groups:
+            group.reset(generator)
+
+    def read(self, clip: ClipGuide, texts: str | Sequence[str]) -> Tensor:
+        """The words [P, T, E] of P prompts."""
+        return clip.encode_words(texts)
+
+    def residual(self, w: Tensor, text_feature: Tensor | None = None) -> Tensor:
+        self.check(w, text_feature)
+        if text_feature.ndim != 3 or text_feature.shape[2] != self.config.text_dim:
+            raise ValueError(
+                f"this mapper takes words of shape [N, T, {self.config.text_dim}], "
+                f"not {list(text_feature.shape)}: read them by its read(clip, prompt), with the CLIP that it "
+                "was trained with"
+            )
+        delta = torch.zeros_like(w)
+        for group in self.groups:
+            delta[:, group.layers] = group(w, text_feature)
+        return delta

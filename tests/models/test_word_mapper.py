@@ -22,8 +22,9 @@ def mapper():
 
 def test_its_residual_is_the_equation_of_its_docstring(mapper):
     w, words = numbers(2, 10, 16), numbers(2, 3, 24, seed=1)
+    (slots,) = mapper.groups
     s, b, c, u = (
-        mapper.RATES[name] * getattr(mapper, name).double() for name in ("share", "target", "place", "move")
+        slots.RATES[name] * getattr(slots, name).double() for name in ("share", "target", "place", "move")
     )
     expected = torch.zeros(2, 10, 16).double()
     for n in range(2):

@@ -147,10 +147,10 @@ def measure_multi(domain: Domain, path: Path) -> str:
         known = multi.calibration(domain)
         write_json(path.with_name(CONFIDENCE), known)
         page += (
-            f"\nConfidence ([{CONFIDENCE}]({CONFIDENCE})): the success that is predicted for a prompt, before "
-            f"anybody has measured it, is {known['error']:.2f} from the measured one on average; if it were the "
-            f"same for all prompts, {known['error_of_the_mean']:.2f}. Half of the prompts were fitted and the "
-            f"others tried, n = {known['n']} training faces each.\n"
+            f"\nConfidence ([{CONFIDENCE}]({CONFIDENCE})): the success that is predicted for a prompt is "
+            f"{known['error']:.2f} from the measured one on average; if the same were predicted for all prompts, "
+            f"{known['error_of_the_mean']:.2f}. Half of the prompts were fitted and the others tried, "
+            f"n = {known['n']} training faces each.\n"
         )
     return page
 
