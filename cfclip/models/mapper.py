@@ -218,24 +218,24 @@ class Slots(nn.Module):
 class WordMapper(Mapper):
     """A mapper that reads word by word, so that it can do what no single prompt of its training said.
 
-    Of each word there is e_t, what it means, and c_t, what was said before it: :meth:`.ClipGuide.encode_words`.
-    K slots, which learn to be parts, share the words out, and each moves what it has learned to move:
+    Of each word there is e_t, what it means, and c_t, what was said before it, see
+    :meth:`.ClipGuide.encode_words`. K slots, which learn to be parts, share the words out, and each moves
+    what it has learned to move:
 
         delta = sum_t sum_k a_tk [B c_t - C_k w, 1] U_k,    a_t = softmax(S e_t) over the slots and "none",
 
-    where B c_t [r] is where the part should go, C_k w [r] where it is, and U_k [r + 1, D of the layers] how it
-    moves. A colour learned with one part serves all; two claims in a sentence add up. The fine level has slots
-    of its own, and so have coarse and medium together.
+    where B c_t [r] is where the part should go, C_k w [r] where it is, and U_k [r + 1, D of the layers] how
+    it moves. A colour learned with one part serves all; two claims in a sentence add up. The fine level has
+    slots of its own, and so have coarse and medium together.
     """
 
     def __init__(self, config: MapperConfig):
         nn.Module.__init__(self)
         self.config = config
         of, every = level_slices(config.split), range(config.num_ws)
-        groups = [
-            [name for name in config.levels if (name in SHAPE_LEVELS) == shapes] for shapes in (True, False)
-        ]
-        layers = [[layer for name in names for layer in every[of[name]]] for names in groups if names]
+        drawing = [name for name in config.levels if name in SHAPE_LEVELS]
+        colouring = [name for name in config.levels if name not in SHAPE_LEVELS]
+        layers = [[i for name in some for i in every[of[name]]] for some in (drawing, colouring) if some]
         self.groups = nn.ModuleList(Slots(config, some) for some in layers)
 
     def reset(self, generator: torch.Generator) -> None:

@@ -148,7 +148,7 @@ def measure_multi(domain: Domain, path: Path) -> str:
         write_json(path.with_name(CONFIDENCE), known)
         page += (
             f"\nConfidence ([{CONFIDENCE}]({CONFIDENCE})): the success that is predicted for a prompt is "
-            f"{known['error']:.2f} from the measured one on average; if the same were predicted for all prompts, "
+            f"{known['error']:.2f} from the measured one on average; if the same were predicted for all, "
             f"{known['error_of_the_mean']:.2f}. Half of the prompts were fitted and the others tried, "
             f"n = {known['n']} training faces each.\n"
         )
