@@ -60,7 +60,7 @@ class MapperConfig(Settings):
     split: tuple[int, int] = setting(PUBLISHED_SPLIT, split_or_error)  # the domain's, see level_slices
     text: str = setting("pooled", one_of(TEXTS))
     slots: int = setting(16, int_at_least(1))  # K and r of WordMapper
-    rank: int = setting(4, int_at_least(1))
+    rank: int = setting(6, int_at_least(1))
 
     def fits(self, generator: nn.Module, clip: ClipGuide) -> bool:
         """Whether the sizes are those of this generator and this CLIP."""
