@@ -235,8 +235,8 @@ class WordMapper(Mapper):
         of, every = level_slices(config.split), range(config.num_ws)
         drawing = [name for name in config.levels if name in SHAPE_LEVELS]
         colouring = [name for name in config.levels if name not in SHAPE_LEVELS]
-        layers = [[i for name in some for i in every[of[name]]] for some in (drawing, colouring) if some]
-        self.groups = nn.ModuleList(Slots(config, some) for some in layers)
+        layers = [[i for name in some for i in every[of[name]]] for some in (drawing, colouring)]
+        self.groups = nn.ModuleList(Slots(config, some) for some in layers if some)
 
     def reset(self, generator: torch.Generator) -> None:
         for group in self.groups:

@@ -1,7 +1,9 @@
 """One mapper for many prompts: its step, its comparison with mappers of one prompt, and toonfaces' own."""
 
 import dataclasses
+import json
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 
 import pandas as pd
@@ -21,7 +23,7 @@ from cfclip.method.losses import clip_nce, identity_loss, latent_l2
 from cfclip.method.trainer import MapperTrainer, train_mapper
 from cfclip.method.views import perspective_views
 from cfclip.models.mapper import Mapper, MapperConfig
-from cfclip.toonfaces.captions import claim_of
+from cfclip.toonfaces.captions import claim_of, claims_of
 from cfclip.toonfaces.domain import load_toonfaces
 from cfclip.toonfaces.factors import HELD_OUT, NATURAL, PARTS, colours
 from cfclip.toonfaces.train import cards, multi
@@ -84,6 +86,38 @@ def test_the_step_is_the_losses_of_its_prompts(domain):
     assert logs["nce"] == pytest.approx(nce.item(), rel=1e-5)
     loss = 0.3 * nce + 0.2 * identity_loss(domain.identity, edited, source) + 0.8 * latent_l2(w_edited, w)
     assert logs["loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_a_shape_moves_the_layers_that_draw_and_a_colour_those_that_colour(domain):
+    """What a prompt should leave alone is not seen, and costs one for each squared move."""
+    config = configured(
+        prompts=("blue hair", "smiling"), shapes=("smiling",), batch=2, prompts_at_once=2, levels=("fine",)
+    )
+    domain = dataclasses.replace(domain, level_split=(1, 3))
+    run = MapperTrainer(domain, dataclasses.replace(config, text="tokens"))
+    fine = domain.level_split[1]
+    assert run.mapper.config.levels == ("coarse", "medium", "fine")
+    drawn = []
+    synthesise, run.networks.synthesise = run.networks.synthesise, lambda w: drawn.append(w) or synthesise(w)
+    index, prompts = torch.tensor([0, 1]), torch.tensor([0, 1])
+    first = dict.fromkeys((0, 1), run.source_clip[:1])
+    logs = run.losses(index, prompts, first, generator_for(0, 0))
+    w = run.w[index]
+    edited = run.mapper.edit(w, run.text_feature[prompts])
+    expected = torch.stack([
+        torch.cat([w[0, :fine], edited[0, fine:]]),
+        torch.cat([edited[1, :fine], w[1, fine:]]),
+    ])
+    assert torch.equal(drawn[0], expected) and not torch.equal(expected, edited)
+    silence = latent_l2(edited, expected)
+    assert logs["silence"].item() == pytest.approx(silence.item()) and silence > 0
+    terms = 0.3 * logs["nce"] + 0.2 * logs["id"] + 0.8 * latent_l2(expected, w) + silence
+    assert logs["loss"].item() == pytest.approx(terms.item(), rel=1e-5)
+
+
+def test_a_shape_must_be_a_prompt():
+    with pytest.raises(ValueError, match="shapes must be some of the prompts"):
+        configured(shapes=("smiling",))
 
 
 def test_the_prompts_of_steps_cover_the_list(domain):
@@ -202,7 +236,11 @@ def test_each_part_and_each_colour_has_seen_prompts_and_each_part_has_unseen_one
     natural = [p for p in unseen if claims[p][1] in NATURAL[claims[p][0]] and claims[p][0] != "shirt"]
     assert len(natural) <= 2  # every colour of a shirt is natural
     assert (seen, unseen) == multi.split()
-    assert multi.heldout_config().prompts == seen and multi.config().prompts == seen + unseen
+    whole = multi.config()
+    assert multi.heldout_config().prompts == seen and whole.prompts == seen + unseen + whole.shapes
+    assert {frozenset(claims_of(prompt)) for prompt in whole.shapes} == {
+        frozenset([fact]) for fact in multi.SHAPES
+    }
 
 
 @pytest.fixture
@@ -216,17 +254,22 @@ def folder(tmp_path):
 def test_the_stored_mapper_is_the_domains(folder, monkeypatch):
     assert load_toonfaces(folder).mapper is None
     monkeypatch.setattr(multi, "split", lambda: (PROMPTS, ("purple skin",)))
-    short = {"steps": 2, "batch": 2, "prompts_at_once": 2, "train_latents": 2, "seed": 3, "prompts": PROMPTS}
+    short = {"steps": 2, "batch": 2, "prompts_at_once": 2, "train_latents": 2, "seed": 3}
+    short |= {"prompts": PROMPTS, "shapes": ()}
     path = cards.train("multi", folder / "run", folder, **short)
     domain, stored = load_toonfaces(folder), load_mapper(path)
-    assert stored.config.norm_axis == "channel" and stored.config.levels == ("fine",)
-    text, w = domain.clip.encode_text(["blue hair", "purple skin"]), domain.latents(2, "test")
+    assert stored.config.text == "tokens" and stored.config.levels == ("fine",)
+    text, w = stored.read(domain.clip, ["blue hair", "purple skin"]), domain.latents(2, "test")
     assert torch.equal(domain.mapper.edit(w, text), stored.edit(w, text))
     assert not torch.equal(stored.edit(w, text[:1]), stored.edit(w, text[1:]))
     training = weights.read(path, "mapper")[2]["training"]
     assert tuple(training["prompts"]) == PROMPTS and (training["seed"], training["steps"]) == (3, 2)
     monkeypatch.setattr(multi, "compare", lambda *given: compare(*given[:-1], 2))  # two faces, not 32
+    monkeypatch.setattr(multi, "calibration", partial(multi.calibration, n=2))
+    assert domain.confidence is None
     card = cards.write_card("multi", folder).read_text(encoding="utf-8")
+    known = json.loads((folder / "confidence.json").read_text(encoding="utf-8"))
+    assert load_toonfaces(folder).confidence == (known["intercept"], known["slope"])
     for words in (
         "counterfactual, held out from CLIP",
         "purple skin",
