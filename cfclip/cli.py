@@ -31,7 +31,7 @@ def _plain_errors() -> Iterator[None]:
 Name = Annotated[
     str,
     typer.Argument(
-        help="generator, clip, guide2, heldout_clip, identity, readout, encoder, multi or heldout_multi"
+        help="generator, clip, guide2, heldout_clip, identity, readout, encoder, multi, heldout_multi or heldout_pooled"
     ),
 ]
 

@@ -231,8 +231,10 @@ NETWORKS: dict[str, Network] = {
         run=_encoder_run,
     ),
     "multi": _mapper("Mapper for every prompt: CF-CLIP with prompts drawn at each step", multi.config),
-    "heldout_multi": _mapper(
-        "Mapper for many prompts: CF-CLIP trained without some of them", multi.heldout_config
+    "heldout_multi": _mapper("Mapper for many prompts, trained without some of them", multi.heldout_config),
+    "heldout_pooled": _mapper(
+        "Mapper for many prompts, trained without some of them, that reads each prompt as a whole",
+        multi.pooled_config,
     ),
 }
 

@@ -77,6 +77,12 @@ def heldout_config(**overrides: Any) -> MultiPromptConfig:
     return MultiPromptConfig(**settings | overrides)
 
 
+def pooled_config(**overrides: Any) -> MultiPromptConfig:
+    """The same for a mapper that reads CLIP's feature of the whole prompt, as published."""
+    settings: dict[str, Any] = {"text": "pooled", "optimizer": "ranger", "lr": 40.0}
+    return heldout_config(**settings | {"steps": 1500, "num_views": 8} | overrides)
+
+
 def train(
     config: MultiPromptConfig, out: Path, device: torch.device | str = "cpu", domain: Domain | None = None
 ) -> Mapper:
