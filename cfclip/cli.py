@@ -31,7 +31,8 @@ def _plain_errors() -> Iterator[None]:
 Name = Annotated[
     str,
     typer.Argument(
-        help="generator, clip, guide2, heldout_clip, identity, readout, encoder, multi, heldout_multi or heldout_pooled"
+        help="generator, clip, guide2, heldout_clip, identity, readout, encoder, multi, heldout_multi, "
+        "or heldout_pooled"
     ),
 ]
 

@@ -21,7 +21,7 @@ from cfclip.cli import app
 from typer.testing import CliRunner
 
 domain = cfclip.load_domain("toonfaces")
-edited = domain.mapper.edit(domain.latents(1, "test"), domain.clip.encode_text(["green lipstick"]))
+edited = domain.mapper.edit(domain.latents(1, "test"), domain.mapper.read(domain.clip, "green lipstick"))
 said = {"file": cfclip.__file__, "edited": edited, "image": domain.generator.synthesis(edited)}
 for command in (["check", "toonfaces"], ["sweep", "nowhere.yaml"]):
     result = CliRunner().invoke(app, command)
@@ -61,7 +61,7 @@ def test_an_installed_package_edits_a_face_as_the_source_tree_does(installed, tm
     said = torch.load(tmp_path / "said.pt", weights_only=True)
     assert Path(said["file"]).is_relative_to(installed)
     domain = cfclip.load_domain("toonfaces")
-    edited = domain.mapper.edit(domain.latents(1, "test"), domain.clip.encode_text(["green lipstick"]))
+    edited = domain.mapper.edit(domain.latents(1, "test"), domain.mapper.read(domain.clip, "green lipstick"))
     torch.testing.assert_close(said["edited"], edited)
     torch.testing.assert_close(said["image"], domain.generator.synthesis(edited))
     status, text = said["check"]
