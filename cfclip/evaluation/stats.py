@@ -142,7 +142,7 @@ def plan(
     claims: int,
     difference: float = 0.1,
     wanted: float = 0.9,
-    most: tuple[int, int] = (24, 32),
+    most: tuple[int, int] = (64, 16),
 ) -> pd.DataFrame:
     """For each number of prompts the fewest seeds with the power ``wanted`` in each of the ``pilots``.
 

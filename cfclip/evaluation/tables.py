@@ -25,6 +25,8 @@ LOWEST_IDENTITY = 0.6
 """Where :func:`area` begins: below it a face is another person's."""
 HEADLINE = ("area", "clean", "success_after", "progress", "identity", "leakage", "leakage_beyond")
 """The columns of :func:`headline`."""
+VARIANTS = ("first guide", "second guide", "both guides", "published budget")
+"""Of the main comparison, see :func:`variant`."""
 
 
 def columns_of(table: pd.DataFrame) -> list[str]:
@@ -248,14 +250,29 @@ def _edges(settings: Mapping[str, Any], tried: Sequence[Mapping[str, Any]], vari
     """Which of the ``varied`` settings are the smallest or the largest of those ``tried``, in words."""
     found = []
     for name in varied:
-        values = [one.get(name) for one in tried]
-        if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
-            continue
-        if settings[name] == max(values):
-            found.append(f"{name} {settings[name]:g} is the largest tried")
-        elif settings[name] == min(values) and settings[name] != 0:
-            found.append(f"{name} {settings[name]:g} is the smallest tried")
+        value = settings[name]
+        numbers = [one.get(name) for one in tried if _is_number(one.get(name))]
+        if _is_number(value) and value == max(numbers):
+            found.append(f"{name} {value:g} is the largest tried")
+        elif _is_number(value) and value == min(numbers) and value != 0:
+            found.append(f"{name} {value:g} is the smallest tried")
     return "; ".join(found)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def variant(settings: Mapping[str, Any]) -> str:
+    """Which of :data:`VARIANTS` a run with these settings belongs to; a table has one of them only.
+
+    A guide whose weight is less than a hundredth of another's is as good as none.
+    """
+    if settings.get("steps", 0) >= 50_000:
+        return VARIANTS[3]
+    weights = settings.get("guide_weights") or [1.0] * settings.get("guides", 1)
+    counting = [k for k, weight in enumerate(weights) if weight > max(weights) / 100]
+    return VARIANTS[counting[0] if len(counting) == 1 else 2]
 
 
 def budget(table: pd.DataFrame, records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:

@@ -19,6 +19,7 @@ from cfclip.baselines.offset import OffsetTrainer
 from cfclip.baselines.stylespace import (
     GlobalConfig,
     GlobalEditor,
+    automatic_beta,
     channel_statistics,
     convolutions,
     global_direction,
@@ -333,6 +334,15 @@ def test_the_right_channel_is_relevant(toy):
     )
 
 
+@pytest.mark.parametrize(
+    ("channels", "expected"),
+    [({0.205: 21, 0.12: 99}, 0.2), ({0.205: 20, 0.155: 1}, 0.15), ({0.5: 30}, 0.29), ({0.5: 20}, 0.1)],
+)
+def test_the_authors_own_beta_leaves_more_than_twenty_channels(channels, expected):
+    relevance = torch.cat([torch.full((count,), value) for value, count in channels.items()])
+    assert automatic_beta(-relevance) == expected
+
+
 def test_relevance_by_hand(toy):
     """One picture, one channel: the published formula in numpy."""
     config = GlobalConfig("target", samples=1, style_samples=50, sigmas=2.0)
@@ -384,6 +394,14 @@ def test_a_run_waits_for_the_channel_statistics_of_another(domain, tmp_path):
         steps = [one.result().module.step for one in fits]
     assert torch.equal(*steps) and len(list(tmp_path.glob("channels-*"))) == 1
     assert sorted(len(one.result().rows) > 0 for one in fits) == [False, True], "they are measured once"
+
+
+def test_no_beta_is_the_authors_own(toy):
+    config = GlobalConfig("target", samples=2, style_samples=50, beta=None)
+    channels, _ = channel_statistics(toy, config, progress=False)
+    same = dataclasses.replace(config, beta=0.1)  # fewer than twenty channels in all
+    steps = [global_direction(toy, one, channels).step for one in (config, same)]
+    assert torch.equal(*steps) and steps[0].any()
 
 
 def test_a_threshold_that_nothing_reaches(domain):

@@ -368,7 +368,24 @@ def test_a_winner_at_an_edge_of_its_grid_is_told():
 
     assert edge_of((3, 0.1)) == "" and edge_of((3, 0)) == "", "nothing is below 0"
     assert edge_of((9, 0.1)) == "lr 9 is the largest tried"
+    named = [("nada", {"beta": beta}, 0.2) for beta in (None, 0.1, 0.2)]
+    assert searched(*named).query("chosen").edge.tolist() == [""], "None is no number"
     assert edge_of((1, 0.2)) == "lr 1 is the smallest tried; l2 0.2 is the largest tried"
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, "first guide"),
+        ({"guides": 2}, "both guides"),
+        ({"guides": 2, "guide_weights": [1.0, 0.5]}, "both guides"),
+        ({"guides": 2, "guide_weights": [1e-6, 1.0]}, "second guide"),
+        ({"steps": 300}, "first guide"),
+        ({"steps": 50_000}, "published budget"),
+    ],
+)
+def test_a_run_belongs_to_one_variant_of_the_comparison(settings, expected):
+    assert tables.variant(settings) == expected and expected in tables.VARIANTS
 
 
 def test_figures_are_written_and_the_same_twice(tmp_path):
@@ -377,6 +394,9 @@ def test_figures_are_written_and_the_same_twice(tmp_path):
     for folder in ("a", "b"):
         drawn = {"curves": figures.curves(each), "claims": claims.figure(judged)}
         drawn["tradeoff"] = figures.tradeoff(each, marks=(0.8, 0.5))
+        both = [tables.headline(each).assign(variant=name) for name in tables.VARIANTS[:2]]
+        drawn["guides"] = figures.guides_figure(pd.concat(both))
+        drawn["search"] = figures.search_figure(searched(*(("nada", {"lr": k}, 0.1 * k) for k in (1, 2))))
         report.write(tmp_path / folder, {"claims.csv": judged} | drawn)
     names = {path.name for path in (tmp_path / "a").iterdir()}
     assert names == {"claims.csv"} | {f"{name}.{kind}" for name in drawn for kind in ("png", "pdf")}
@@ -412,12 +432,23 @@ def test_the_example_has_runs_of_both_notebooks_and_their_pictures(domain, tmp_p
 
 def test_names_in_the_papers_sweep_tell_its_runs_apart():
     spec = load_spec(NOTEBOOKS / "presets" / "paper-toonfaces.yaml")
-    runs = [(cell, name) for block in spec.grid for cell, name in cells(block)]
-    names = [name for _, name in runs]
-    assert len(set(names)) == len(names)
-    ablated = [cell for cell, _ in runs if cell["notebook"] == "03_ablation_directions"]
+    blocks = [list(cells(block)) for block in spec.grid]
+    for block in blocks:
+        assert len({name for _, name in block}) == len(block)
+    every = [cell for block in blocks for cell, _ in block]
+    ablated = [cell for cell in every if cell["notebook"] == "03_ablation_directions"]
     assert {cell["rows"][0] for cell in ablated} == set(ablation.ROWS)
     assert {len(cell["rows"]) for cell in ablated} == {len(cell["seeds"]) for cell in ablated} == {1}
+    methods = [cell for cell in every if cell["notebook"] == "02_training"]
+    assert {cell["method"] for cell in methods} == set(METHODS)
+    tuned = load_spec(NOTEBOOKS / "presets" / "paper-toonfaces-tuning.yaml")
+    trials = [cell for block in tuned.grid for cell, _ in cells(block)]
+    assert not {cell["prompt"] for cell in trials} & {cell["prompt"] for cell in every}
+    assert not {cell["seed"] for cell in trials} & {cell["seed"] for cell in methods}
+    sizes = (
+        pd.DataFrame(trials).groupby("method").settings.agg(lambda given: len({str(one) for one in given}))
+    )
+    assert sizes.to_dict() == dict.fromkeys(METHODS, 15), "the same number of trials for every method"
 
 
 SWEEP = """
