@@ -2,7 +2,7 @@
 
 StyleCLIP (Patashnik et al. 2021) as a mapper, as an optimisation per picture and as a global direction of
 StyleSpace; StyleGAN-NADA (Gal et al. 2021) on a mapper and on the generator. All see pictures through the
-domain's CLIP, or through several of its guides.
+domain's CLIP, or through several of its guides. And CF-CLIP's objective without a mapper, as one offset.
 """
 
 import os
@@ -15,6 +15,7 @@ from typing import Any
 from cfclip.baselines.editor import Editor
 from cfclip.baselines.mappers import MapperEditor
 from cfclip.baselines.nada import GeneratorEditor, NADAGeneratorConfig
+from cfclip.baselines.offset import OffsetEditor
 from cfclip.baselines.optimization import OptimizationConfig, OptimizationEditor
 from cfclip.baselines.stylespace import GlobalConfig, GlobalEditor
 from cfclip.domain import Domain
@@ -45,6 +46,7 @@ METHODS: dict[str, Method] = {
     "styleclip-global": Method(GlobalConfig, GlobalEditor),
     "nada": Method(partial(CFCLIPConfig, objective=Directional(), **_STYLECLIP), MapperEditor, _WHAT_IT_IS),
     "nada-generator": Method(NADAGeneratorConfig, GeneratorEditor),
+    "offset": Method(partial(CFCLIPConfig, text_mapper=False), OffsetEditor, ("text_mapper", "norm_axis")),
 }
 
 

@@ -37,14 +37,23 @@ from cfclip.settings import (
 )
 
 
+def number_or_none(value: Any) -> str | None:
+    """The check of beta."""
+    return None if value is None or number()(value) is None else "None, or a finite number from 0"
+
+
 @dataclass(frozen=True)
 class GlobalConfig(GuidedConfig):
-    """StyleCLIP's global direction in StyleSpace; alpha and beta are the published demo's."""
+    """StyleCLIP's global direction in StyleSpace; alpha and beta are the published demo's.
+
+    The demo offers alpha from -10 to 10 and beta from 0.08 to 0.3. How relevant a channel is differs between
+    prompts, and so do the channels that a beta leaves; None is one choice for all (:func:`automatic_beta`).
+    """
 
     prompt: str = setting(MISSING, text)
     source_text: str | None = setting(None, optional_text)  # None: the domain's
     alpha: float = setting(4.1, finite)  # how far to go at strength 1
-    beta: float = setting(0.15, number())  # channels of less relevance stay as they are
+    beta: float | None = setting(0.15, number_or_none)  # channels of less relevance stay as they are
     samples: int = setting(100, batch_size)  # pictures in which each channel is tried …
     sigmas: float = setting(
         5.0, number(above=True)
@@ -179,13 +188,23 @@ def global_direction(domain: Domain, config: GlobalConfig, *channels: Channels) 
     most = relevance.abs().max()
     if null_edit(config.prompt, described):
         return Direction(torch.zeros_like(relevance), relevance)
-    if most == 0 or most < config.beta:
+    beta = automatic_beta(relevance) if config.beta is None else config.beta
+    if most == 0 or most < beta:
         raise ValueError(
-            f"no channel of {domain.name} has a relevance of beta = {config.beta:g} for {config.prompt!r}, "
+            f"no channel of {domain.name} has a relevance of beta = {beta:g} for {config.prompt!r}, "
             f"the most is {most:.3f}: set beta lower"
         )
-    step = config.alpha * channels[0].std * torch.where(relevance.abs() < config.beta, 0.0, relevance) / most
+    step = config.alpha * channels[0].std * torch.where(relevance.abs() < beta, 0.0, relevance) / most
     return Direction(step, relevance)
+
+
+def automatic_beta(relevance: Tensor, channels: int = 20) -> float:
+    """As the authors' program chooses it: the most of 0.10, 0.11, … 0.29 that leaves more than ``channels``.
+
+    0.1 if none does. relevance: [C].
+    """
+    steps = [k / 100 for k in range(10, 30)]
+    return max((beta for beta in steps if (relevance.abs() >= beta).sum() > channels), default=steps[0])
 
 
 class GlobalEditor(Editor):

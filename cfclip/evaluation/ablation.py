@@ -9,6 +9,7 @@ import pandas as pd
 from cfclip.baselines.methods import fit
 from cfclip.domain import Domain
 from cfclip.evaluation.metrics import over_strengths
+from cfclip.models.mapper import LEVELS
 
 ROWS: dict[str, dict[str, Any]] = {
     "CF-CLIP": {},
@@ -25,11 +26,15 @@ ROWS: dict[str, dict[str, Any]] = {
     "views: 1": {"num_views": 1},
     "no text mapper": {"text_mapper": False},
     "PixelNorm over channels": {"norm_axis": "channel"},
+    "levels: all": {"levels": LEVELS},
     "two guides": {"guides": 2},
     "loss: StyleCLIP": {"objective": "clip", "lambda_nce": 1.0},
     "loss: directional": {"objective": "directional", "lambda_nce": 1.0},
 }
-"""Row -> the settings of CFCLIPConfig that it changes. The other losses have the weights of their papers."""
+"""Row -> the settings of CFCLIPConfig that it changes. The other losses have the weights of their papers.
+
+All levels are the paper's; on toonfaces the preset has only the fine ones, which colour.
+"""
 
 
 def choose(rows: Sequence[str] = ()) -> list[str]:

@@ -271,6 +271,40 @@ def ablation_figure(each: pd.DataFrame, names: Sequence[str] = ()) -> Figure:
     return figure
 
 
+def guides_figure(best: pd.DataFrame) -> Figure:
+    """The area of each method by each variant: is the order of methods a fact, or a property of one CLIP?
+
+    best: :func:`cfclip.evaluation.tables.headline` of the same prompts and seeds for each ``variant``, a
+    column; means over prompts and seeds, with 95 % intervals over seeds.
+    """
+    figure, axes = panels(1, 1, (6.5, 3.6))
+    keys, styles = ["variant", "method", "seed"], _styles(best).values()
+    per_seed = best.groupby(keys, observed=True, sort=False).area.mean().reset_index()
+    looks = {"markers": [one["marker"] for one in styles], "palette": [one["color"] for one in styles]}
+    looks |= {"errorbar": interval, "dodge": 0.3, "capsize": 0.05, "err_kws": {"linewidth": 1.2}}
+    sns.pointplot(per_seed, x="variant", y="area", hue="method", ax=axes[0, 0], legend=False, **looks)
+    axes[0, 0].set(xlabel="", ylabel=label("area").replace(" %", ""))
+    return _with_legend(figure, best)
+
+
+def search_figure(trials: pd.DataFrame) -> Figure:
+    """The area of each trial of :func:`cfclip.evaluation.tables.search`, with its interval; chosen: red."""
+    method = trials.trial.str.split(":").str[0]
+    sizes = method.value_counts(sort=False)
+    ratios = [count + 1.5 for count in sizes]
+    drawn, axes = panels(len(sizes), 1, (7.5, 0.19 * sum(ratios) + 0.5), sharex=True, height_ratios=ratios)
+    for axis, name in zip(axes[:, 0], sizes.index, strict=True):
+        for line in trials[method == name].iloc[::-1].itertuples(index=False):
+            bar = {"xerr": 0 if np.isnan(line.half) else line.half, "capsize": 2, "markersize": 4}
+            setting = line.trial.removeprefix(f"{name}: ")
+            axis.errorbar(line.mean, setting, marker="o", color="C3" if line.chosen else "0.5", **bar)
+        axis.set_title(name, fontsize=9, loc="left")
+        axis.tick_params(labelsize=7)
+        axis.margins(y=0.04)
+    axes[-1, 0].set_xlabel(label("area").replace(" %", ""))
+    return drawn
+
+
 def _styles(each: pd.DataFrame) -> dict[str, dict[str, str]]:
     """method -> its colour and marker."""
     methods = enumerate(each.method.cat.categories)

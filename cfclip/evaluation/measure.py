@@ -74,20 +74,24 @@ def round_trip(editor: Editor, w: Tensor, strength: float, source: Pictures) -> 
     return {f"round_trip_{name}": values for name, values in (identity(back) | perceptual(back)).items()}
 
 
-def measure(editor: Editor, w: Tensor, strengths: Sequence[float]) -> list[dict]:
+def measure(
+    editor: Editor, w: Tensor, strengths: Sequence[float], whole: Sequence[float] | None = (1.0,)
+) -> list[dict]:
     """One row per strength and picture, with the columns for which the domain has the networks:
 
-    - edits of w [N, L, D]: :func:`.metrics.evaluate`, ``leakage_<part>`` and :func:`round_trip`;
-    - the set of edits: :func:`.kid.kid_to_renders`, the same number in each row;
-    - N edited inversions: :meth:`TrueEdits.columns`. Row i has the i-th render, not the i-th face.
+    - edits of w [N, L, D]: :func:`.metrics.evaluate` and ``leakage_<part>``;
+    - and at the strengths that are in ``whole`` (None: at all), because that takes most of the time:
+      :func:`round_trip`; of the set of edits :func:`.kid.kid_to_renders`, the same number in each row; of N
+      edited inversions :meth:`TrueEdits.columns`, where row i has the i-th render, not the i-th face.
     """
     domain, prompt, lines = editor.domain, editor.config.prompt, []
     true_edits = TrueEdits.of(domain, prompt, len(w))
     for strength, edit in edits(domain, prompt, editor.edit, w, strengths):
         columns = evaluate(edit)
         columns |= {f"leakage_{part}": values for part, values in leakage_by_part(edit).items()}
-        columns |= {name: np.full(len(w), value) for name, value in kid_to_renders(edit).items()}
-        columns |= round_trip(editor, w, strength, edit.before)
-        columns |= true_edits.columns(editor, strength) if true_edits else {}
+        if whole is None or strength in whole:
+            columns |= {name: np.full(len(w), value) for name, value in kid_to_renders(edit).items()}
+            columns |= round_trip(editor, w, strength, edit.before)
+            columns |= true_edits.columns(editor, strength) if true_edits else {}
         lines += rows(columns, strength=strength)
     return lines

@@ -20,6 +20,8 @@ from cfclip.models.stylegan2 import max_batch
 Columns = dict[str, np.ndarray]
 """Name of a column -> its values [N]."""
 METRIC_DIRECTIONS: dict[str, str] = {
+    "area": "↑",
+    "clean": "↑",
     "success_before": "",
     "success_after": "↑",
     "success_inverted": "↑",
@@ -27,6 +29,7 @@ METRIC_DIRECTIONS: dict[str, str] = {
     "truth_distance": "↓",
     "truth_floor": "",
     "leakage": "↓",
+    "leakage_beyond": "↓",
     "identity": "↑",
     "lpips_*": "↓",
     "clip_before": "",
@@ -40,8 +43,8 @@ METRIC_DIRECTIONS: dict[str, str] = {
     "round_trip_*": "",
 }
 """Column (or pattern) -> which way is better, "" for neither; in the order in which tables show them."""
-PERCENT = ("success_before", "success_after", "success_inverted")
-"""Columns that are shares of pictures."""
+PERCENT = ("area", "clean", "success_before", "success_after", "success_inverted")
+"""Columns that are shares of pictures, or a mean of such shares (:func:`.tables.area`)."""
 MAIN = (
     "prompt",
     "group",
@@ -63,6 +66,11 @@ MAIN = (
     "round_trip_identity",
 )
 """The columns of a report's page, in order; its files have all columns."""
+CLEAN_IDENTITY, CLEAN_LEAKAGE = 0.85, 0.25
+"""A clean success keeps this identity and leaks this much at most: a quarter of the way to another person.
+
+The mean leakage of the generator's best possible edits is 0.18 (``cfclip toonfaces ceiling``).
+"""
 LEAST_SPREAD = 10.0
 """CIELAB distance that counts as another person's where all people are alike, as in the white of an eye."""
 
@@ -228,6 +236,21 @@ def _towards(before: Measurement, after: Measurement, claim: Claim) -> Columns:
         "success_before": np.where(has, first, np.nan),
         "success_after": np.where(has, last, np.nan),
         "progress": progress,
+    }
+
+
+@metric
+def clean(edit: Edit) -> Columns:
+    """1 where success, identity and leakage are good on the same face, else 0; NaN where success is.
+
+    Identity is at least :data:`CLEAN_IDENTITY`, leakage at most :data:`CLEAN_LEAKAGE`.
+    """
+    scores = ground_truth(edit) | identity(edit)
+    if not {"success_after", "identity"} <= scores.keys():
+        return {}
+    success, kept = scores["success_after"], scores["identity"] >= CLEAN_IDENTITY
+    return {
+        "clean": np.where(np.isnan(success), np.nan, success * (kept & (scores["leakage"] <= CLEAN_LEAKAGE)))
     }
 
 

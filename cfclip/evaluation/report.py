@@ -22,7 +22,7 @@ from cfclip.models.ops import fast_dtype, name_of
 def _cell(column: str, value: float) -> str:
     if np.isnan(value):
         return "–"
-    if column.startswith("success"):
+    if column in PERCENT or column.startswith("success"):
         return f"{100 * value:.1f} %"
     if column == "n_with_part":
         return f"{value:.0f}"

@@ -1,8 +1,9 @@
 """From the rows of a sweep to tidy tables, and from those to tables for people.
 
-A row of :func:`cfclip.experiments.gather` is one picture at one strength. A *training* is one method, prompt
-and seed; its number is the mean over its pictures. Intervals are 95 % (Student's t) over seeds, because the
-pictures of one training share its luck and prompts are not drawn at random.
+A row of :func:`cfclip.experiments.gather` is one picture at one strength. A *training* is one method,
+prompt and seed; its number is the mean over its pictures. In tables intervals are 95 % (Student's t) over
+seeds, because the pictures of one training share its luck; :mod:`.claims` compares methods over prompts and
+seeds.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,10 +16,17 @@ import pandas as pd
 from cfclip.baselines.methods import METHODS
 from cfclip.domain import GROUPS
 from cfclip.evaluation.ablation import ROWS
+from cfclip.evaluation.frames import FRAMES
 from cfclip.evaluation.metrics import METRIC_DIRECTIONS, PERCENT
-from cfclip.evaluation.stats import half_width, plus_minus
+from cfclip.evaluation.stats import crossed, half_width, plus_minus
 
 KEYS = ["method", "group", "prompt", "seed", "strength"]
+LOWEST_IDENTITY = 0.6
+"""Where :func:`area` begins: below it a face is another person's."""
+HEADLINE = ("area", "clean", "success_after", "progress", "identity", "leakage", "leakage_beyond")
+"""The columns of :func:`headline`."""
+VARIANTS = ("first guide", "second guide", "both guides", "published budget")
+"""Of the main comparison, see :func:`variant`."""
 
 
 def columns_of(table: pd.DataFrame) -> list[str]:
@@ -60,17 +68,21 @@ def means(table: pd.DataFrame, by: str | list[str] = "prompt") -> pd.DataFrame:
 def trainings(table: pd.DataFrame, group_of: Callable[[str], str], by: str = "method") -> pd.DataFrame:
     """:data:`KEYS` and metrics, one line per training and strength.
 
-    ``by="row"`` takes the rows of the ablation as methods. ``group_of`` is the domain's. Raises ValueError if
-    two runs of one training differ in other settings, or if a face is there twice: the mean would be
-    meaningless.
+    Means are over the faces that have the part that the prompt asks for; a training without any is left
+    out. The mean over all faces where the prompt asks for none, as in a null edit. ``by="row"`` takes the
+    rows of the ablation as methods. ``group_of`` is the domain's. Raises ValueError if two runs of one
+    training differ in other settings, or if a face is there twice: the mean would be meaningless.
     """
     table = table[table[by].notna()] if by in table else table.iloc[:0]
+    group = table.prompt.map(group_of) if len(table) else None
+    if "success_after" in table and len(table):
+        table = table[~group.isin(GROUPS[:3]) | table.success_after.notna()]
     names = columns_of(table)
     if table.empty:
         return pd.DataFrame(columns=[*KEYS, *names])
     table = table.assign(
-        method=ordered(table[by], [*METHODS, *ROWS]),
-        group=ordered(table.prompt.map(group_of), GROUPS),
+        method=ordered(table[by], [*METHODS, *ROWS, *FRAMES]),
+        group=ordered(group[table.index], GROUPS),
         seed=table.seed.astype(int),
     )
     if "run" in table:
@@ -133,70 +145,134 @@ def best_where(x: np.ndarray, y: np.ndarray, at: float) -> float:
     return float(max(values)) if values else float("nan")
 
 
-def matched(each: pd.DataFrame, hold: str, at: float, gain: str) -> pd.DataFrame:
-    """The most of ``gain`` that each training has at any strength where its mean ``hold`` is at least ``at``.
+def area(identity: np.ndarray, success: np.ndarray, lowest: float = LOWEST_IDENTITY) -> float:
+    """The headline: the area under *success over identity*, of one training.
 
-    Methods differ in what strength 1 is, so each is read off its own curve (:func:`whole_curve`), linearly
-    between measured strengths and never beyond them. Column ``open``: 1 where ``hold`` is still at least
-    ``at`` at the largest strength, so that a larger one might have had more.
+    ``1 / (1 - lowest)  integral from lowest to 1 of S(i) di``, where S(i) is the most success at any
+    strength at which identity is at least i (:func:`best_where`): what the method gives to whoever insists
+    on an identity of i, averaged over what one may insist on. In [0, 1]; 0 for whoever does nothing, 1 for
+    whoever always succeeds at an identity of 1.
+
+    identity, success: means over the faces that have the part, at growing strength, from the source on
+    (identity 1): [K], see :func:`whole_curve`. Between two strengths the curve is a line; beyond the
+    largest, S stays.
     """
-    needed = {hold, gain, _before(hold), _before(gain)}
-    if each.empty or not needed <= set(columns_of(each)):
-        return each[KEYS[:-1]].drop_duplicates().assign(**{gain: np.nan, "open": np.nan})
+    kinks = identity[(identity > lowest) & (identity < 1)]
+    at = np.unique([*np.linspace(lowest, 1, 41), *kinks, *(kinks + 1e-9).clip(max=1)])
+    return float(np.trapezoid([best_where(identity, success, i) for i in at], at) / (1 - lowest))
+
+
+def headline(each: pd.DataFrame) -> pd.DataFrame:
+    """One line per training: :func:`area`, and every metric at the training's own best strength.
+
+    each: :func:`trainings`, also of the :mod:`.frames`. The best strength is the one with the most clean
+    success (:func:`.metrics.clean`), of equals the one with the most progress; 1, or the nearest to it,
+    where success is undefined. Strength 1 is not the same edit for two methods.
+
+    More columns: ``leakage_beyond``, the leakage above that of the frame "ceiling" at the same prompt;
+    ``open``, 1 where a larger strength might add to the area: at the largest one identity is still above
+    :data:`LOWEST_IDENTITY`, and success is complete at none.
+    """
+    if each.empty:
+        return each
     rows = []
-    for key, training in each.groupby(KEYS[:-1], observed=True):
-        x, y = whole_curve(training, hold, gain)
-        rows.append((*key, best_where(x, y, at), float(x[-1] >= at)))
-    table = pd.DataFrame(rows, columns=[*KEYS[:-1], gain, "open"])
-    return table.astype({name: each[name].dtype for name in ("method", "group")})
+    for _, training in each.groupby(KEYS[:-1], observed=True):
+        scores, curve = {"area": np.nan, "open": np.nan}, ("identity", "success_after")
+        if set(curve) <= set(each) and training[[*curve]].notna().all(axis=None):
+            identity, success = whole_curve(training, *curve)
+            larger = identity[-1] > LOWEST_IDENTITY and success.max() < 1
+            scores = {"area": area(identity, success), "open": float(larger)}
+        rows.append(_at_best(training) | scores)
+    best = pd.DataFrame(rows).astype({name: each[name].dtype for name in ("method", "group")})
+    if "leakage" in best:
+        limit = best[best.method == "ceiling"].groupby("prompt").leakage.mean()
+        best["leakage_beyond"] = best.leakage - best.prompt.map(limit)
+    return best
 
 
-def fair(each: pd.DataFrame, identity_at: float, success_at: float) -> pd.DataFrame:
-    """Methods at equal cost and at equal gain (:func:`matched`), for people.
+def _at_best(training: pd.DataFrame) -> dict[str, Any]:
+    """The line of ``training`` at its best strength, see :func:`headline`."""
+    if "clean" in training and training.clean.notna().any():
+        order = training.sort_values(["clean", "progress", "strength"], ascending=[False, False, True])
+    else:
+        order = training.iloc[(training.strength - 1).abs().argsort(kind="stable")]
+    return order.iloc[0].to_dict()
 
-    "open %": trainings whose identity is still at least ``identity_at`` at the largest strength. "reached %":
-    trainings that come to ``success_at`` at any strength; the mean identity is theirs.
+
+def headline_table(best: pd.DataFrame) -> pd.DataFrame:
+    """:func:`headline` for people: a line per group and method, those with the largest area first.
+
+    "open %": trainings to whose area a larger strength might add.
     """
     by = ["group", "method"]
-    gained = matched(each, "identity", identity_at, "success_after")
-    kept = matched(each, "success_after", success_at, "identity")
-    long = pd.concat([over_seeds(gained), over_seeds(kept)], ignore_index=True)
-    long = long[long.group.isin(gained.group[gained.success_after.notna()])]  # elsewhere success is undefined
-    if long.empty:
-        return pd.DataFrame()
-    table = wide(long.astype({name: each[name].dtype for name in by}), by).set_index(by)
-    shares = gained[by].assign(**{"open %": 100 * gained.open, "reached %": 100.0 * kept.identity.notna()})
-    shares = shares[gained.success_after.notna()]  # of trainings some of whose faces have the part
-    table = table.join(shares.groupby(by, observed=True).mean().round(0).astype(int)).reset_index()
-    at_identity = f"success % at identity ≥ {identity_at:g}"
-    at_success = f"identity at success ≥ {100 * success_at:g} %"
-    return table.rename(columns={label("success_after"): at_identity, label("identity"): at_success})
+    shown = [*KEYS[:4], *(name for name in HEADLINE if name in best)]
+    table = wide(over_seeds(best[shown]), by).set_index(by)
+    rank = best.groupby(by, observed=True)
+    table["open %"] = [
+        plus_minus(100 * share, np.nan, form=".0f") for share in rank.open.mean().reindex(table.index)
+    ]
+    order = rank.area.mean().reindex(table.index).fillna(-1).reset_index()
+    order = order.sort_values(["group", "area"], ascending=[True, False], kind="stable")
+    return table.loc[pd.MultiIndex.from_frame(order[by])].reset_index()
 
 
-def search(table: pd.DataFrame, identity_at: float) -> pd.DataFrame:
+def search(table: pd.DataFrame, group_of: Callable[[str], str]) -> pd.DataFrame:
     """The trials of a search, one line per method and settings, named by the settings that vary.
 
-    Columns: the mean over the prompts of the success at ``identity_at`` (:func:`matched`), each prompt's, and
-    ``chosen``: the best of its method, the first of equals.
+    Columns: ``mean``, the mean :func:`area` over prompts and seeds, and ``half`` of its 95 % interval
+    (:func:`.stats.crossed`); each prompt's area; ``chosen``: the best of its method, the first of equals;
+    ``edge``: which settings of the chosen one are the smallest or the largest that were tried, so that the
+    best may lie beyond; "" if none is. Zero is no edge: nothing is below it.
     """
-    given = table.settings.map(lambda settings: {name: str(value) for name, value in settings.items()})
+    tried = table.groupby("method").settings.agg(list)
     varied = {
-        method: [name for name in trials.iloc[0] if len({one.get(name) for one in trials}) > 1]
-        for method, trials in given.groupby(table.method)
+        method: [name for name in trials[0] if len({str(one.get(name)) for one in trials}) > 1]
+        for method, trials in tried.items()
     }
     trial = [
         f"{method}: " + ", ".join(f"{name} {one.get(name)}" for name in varied[method])
-        for method, one in zip(table.method, given, strict=True)
+        for method, one in zip(table.method, table.settings, strict=True)
     ]
-    each = trainings(table.assign(trial=trial), lambda prompt: GROUPS[-1], by="trial")
-    gained = matched(each, "identity", identity_at, "success_after").astype({"method": str})
-    scores = gained.pivot_table("success_after", "method", "prompt", aggfunc="mean", sort=False)
-    scores = scores.reindex(dict.fromkeys(trial))
-    scores.insert(0, "mean", scores.mean(axis=1))
-    method = [name.split(":")[0] for name in scores.index]
-    best = scores["mean"].groupby(method).idxmax()
-    chosen = [name == best[one] for name, one in zip(scores.index, method, strict=True)]
-    return scores.assign(chosen=chosen).rename_axis("trial", columns=None).reset_index()
+    known = dict(zip(trial, zip(table.method, table.settings, strict=True), strict=True))
+    best = headline(trainings(table.assign(trial=trial), group_of, by="trial")).astype({"method": str})
+    rows = []
+    for name, (method, settings) in known.items():
+        areas = best[best.method == name].pivot(index="prompt", columns="seed", values="area")
+        over = crossed(areas)
+        row = {"trial": name, "method": method, "mean": over.mean, "half": over.half, **areas.mean(axis=1)}
+        rows.append(row | {"edge": _edges(settings, tried[method], varied[method])})
+    scores = pd.DataFrame(rows)
+    chosen = scores.index.isin(scores.fillna({"mean": -1.0}).groupby("method")["mean"].idxmax())
+    return scores.assign(chosen=chosen, edge=scores.edge.where(chosen, "")).drop(columns="method")
+
+
+def _edges(settings: Mapping[str, Any], tried: Sequence[Mapping[str, Any]], varied: Sequence[str]) -> str:
+    """Which of the ``varied`` settings are the smallest or the largest of those ``tried``, in words."""
+    found = []
+    for name in varied:
+        value = settings[name]
+        numbers = [one.get(name) for one in tried if _is_number(one.get(name))]
+        if _is_number(value) and value == max(numbers):
+            found.append(f"{name} {value:g} is the largest tried")
+        elif _is_number(value) and value == min(numbers) and value != 0:
+            found.append(f"{name} {value:g} is the smallest tried")
+    return "; ".join(found)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def variant(settings: Mapping[str, Any]) -> str:
+    """Which of :data:`VARIANTS` a run with these settings belongs to; a table has one of them only.
+
+    A guide whose weight is less than a hundredth of another's is as good as none.
+    """
+    if settings.get("steps", 0) >= 50_000:
+        return VARIANTS[3]
+    weights = settings.get("guide_weights") or [1.0] * settings.get("guides", 1)
+    counting = [k for k, weight in enumerate(weights) if weight > max(weights) / 100]
+    return VARIANTS[counting[0] if len(counting) == 1 else 2]
 
 
 def budget(table: pd.DataFrame, records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:

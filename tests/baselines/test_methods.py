@@ -15,9 +15,11 @@ from cfclip import latents
 from cfclip.baselines.library import find_mappers, load_editor
 from cfclip.baselines.mappers import MapperEditor
 from cfclip.baselines.methods import METHODS, configure, fit, settings
+from cfclip.baselines.offset import OffsetTrainer
 from cfclip.baselines.stylespace import (
     GlobalConfig,
     GlobalEditor,
+    automatic_beta,
     channel_statistics,
     convolutions,
     global_direction,
@@ -29,7 +31,7 @@ from cfclip.method.losses import clip_distance, clip_nce, directional
 from cfclip.method.trainer import MapperTrainer, train_mapper
 
 SMALL = {"steps": 6, "batch": 2, "train_latents": 6, "samples": 3, "style_samples": 40, "beta": 0.0}
-TRAINED = ["cfclip", "styleclip-mapper", "nada", "nada-generator"]
+TRAINED = ["cfclip", "styleclip-mapper", "nada", "nada-generator", "offset"]
 every = pytest.mark.parametrize("method", METHODS)
 
 
@@ -140,6 +142,7 @@ def plain(domain):
         ("styleclip-mapper", lambda e, s, d: clip_distance(e, plain(d))),
         ("nada", lambda e, s, d: directional(e, s, *texts(d))),
         ("nada-generator", lambda e, s, d: directional(e, s, *texts(d))),
+        ("offset", lambda e, s, d: clip_nce(e, s, *texts(d))),
     ],
 )
 def test_training_lowers_its_own_objective(method, loss, domain):
@@ -331,6 +334,15 @@ def test_the_right_channel_is_relevant(toy):
     )
 
 
+@pytest.mark.parametrize(
+    ("channels", "expected"),
+    [({0.205: 21, 0.12: 99}, 0.2), ({0.205: 20, 0.155: 1}, 0.15), ({0.5: 30}, 0.29), ({0.5: 20}, 0.1)],
+)
+def test_the_authors_own_beta_leaves_more_than_twenty_channels(channels, expected):
+    relevance = torch.cat([torch.full((count,), value) for value, count in channels.items()])
+    assert automatic_beta(-relevance) == expected
+
+
 def test_relevance_by_hand(toy):
     """One picture, one channel: the published formula in numpy."""
     config = GlobalConfig("target", samples=1, style_samples=50, sigmas=2.0)
@@ -384,12 +396,59 @@ def test_a_run_waits_for_the_channel_statistics_of_another(domain, tmp_path):
     assert sorted(len(one.result().rows) > 0 for one in fits) == [False, True], "they are measured once"
 
 
+def test_no_beta_is_the_authors_own(toy):
+    config = GlobalConfig("target", samples=2, style_samples=50, beta=None)
+    channels, _ = channel_statistics(toy, config, progress=False)
+    same = dataclasses.replace(config, beta=0.1)  # fewer than twenty channels in all
+    steps = [global_direction(toy, one, channels).step for one in (config, same)]
+    assert torch.equal(*steps) and steps[0].any()
+
+
 def test_a_threshold_that_nothing_reaches(domain):
     with pytest.raises(ValueError, match=r"beta = 1\.5 for 'green lipstick', the most is 0\."):
         quick("styleclip-global", domain, beta=1.5)
 
 
+# --- one offset
+
+
+def test_an_offset_is_one_step_for_all_faces_in_the_layers_that_are_edited(domain):
+    editor = quick("offset", domain, levels=["medium"], lr=5.0)
+    w = latents.sample(domain.generator, 3, "test")
+    moved = editor.module.edit(w, strength=2.0) - w
+    assert torch.allclose(moved, moved[:1].expand_as(moved), atol=1e-6)
+    first = domain.level_split[0]
+    assert (moved[:, :first] == 0).all() and (moved[:, first:] != 0).any()
+    torch.testing.assert_close(moved, 0.2 * editor.module.delta * editor.module.edited + 0 * w)
+
+
+def test_an_offsets_loss_is_cfclips(domain):
+    """The logged loss of the first step is that of a mapper that gives the same residual."""
+    config = configure("offset", "green lipstick", train_latents=6)
+    run, mapper = OffsetTrainer(domain, config), MapperTrainer(domain, config)
+    mapper.mapper = run.mapper
+    terms = [trainer.step(0, generator_for(0, 5)) for trainer in (mapper, run)]
+    assert terms[0] == pytest.approx(terms[1], rel=1e-6) and {"loss", "nce", "l2", "id"} <= terms[1].keys()
+    assert run.optimizer.param_groups[0]["lr"] == 0.5 and len(run.optimizer.param_groups) == 1
+
+
 # --- StyleGAN-NADA's generator
+
+
+def test_the_layers_are_chosen_whose_codes_move_most(domain):
+    """One step of gradient descent on the CLIP loss, written out; only these layers are then trained."""
+    g, clip = domain.generator, domain.clip
+    w = domain.latents(6, "train")[torch.randint(6, (8,), generator=generator_for(0, 0))]
+    moved = w.clone().requires_grad_()
+    images = g.synthesis(moved)
+    (1 - F.cosine_similarity(clip.encode_image(images), clip.encode_text("green lipstick"))).sum().backward()
+    after = w - 0.01 * moved.grad
+    order = (after - w).abs().mean((0, 2))[: len(g.convs)].argsort(descending=True)[:2].tolist()
+    tuned = quick("nada-generator", domain, steps=1, layers=2).module
+    changed = [k for k, conv in enumerate(tuned.convs) if not torch.equal(conv.weight, g.convs[k].weight)]
+    assert changed == sorted(order) and torch.equal(tuned.const, g.const)
+    with pytest.raises(ValueError, match=r"layers is 99, but this generator has 5: set it to that or less"):
+        quick("nada-generator", domain, layers=99)
 
 
 def test_only_synthesis_is_tuned_and_its_file_is_a_generator(domain, tmp_path):

@@ -153,7 +153,8 @@ def test_a_row_has_all_columns_that_the_domain_allows(method, domain):
     short = {"steps": 2, "train_latents": 4, "samples": 2, "style_samples": 20, "beta": 0.0}
     given = {name: value for name, value in short.items() if name in settings(method)}
     editor = fit(method, domain, "blue skin", progress=False, **given)
-    rows = measure(editor, domain.latents(2, "test"), [0.0, 1.0])
+    w = domain.latents(2, "test")
+    rows = measure(editor, w, [0.0, 1.0], whole=None)
     assert [(row["strength"], row["index"]) for row in rows] == [(0.0, 0), (0.0, 1), (1.0, 0), (1.0, 1)]
     distance = domain.distance().name
     wanted = {"clip_after", "heldout_clip_after", "heldout_direction", "identity", "truth_distance"}
@@ -166,6 +167,10 @@ def test_a_row_has_all_columns_that_the_domain_allows(method, domain):
     assert rows[0]["truth_floor"] == rows[2]["truth_floor"]
     for name in ("identity", "round_trip_identity"):
         assert rows[0].get(name, 1) == pytest.approx(1, abs=1e-5)
+    lean = measure(editor, w, [0.0, 1.0])
+    assert lean[2:] == rows[2:], "at strength 1 all is measured"
+    left = {"truth_distance", "truth_floor", "success_inverted", "kid_natural", "kid_counterfactual"} | back
+    assert lean[:2] == [{name: row[name] for name in row if name not in left} for row in rows[:2]]
 
 
 @pytest.mark.parametrize(

@@ -114,3 +114,24 @@ def test_a_null_edit_has_neither_success_nor_progress():
     truth = Truth([RED], [GREEN], np.array([True]))
     assert set(score(truth, "face")) == {"leakage"}
     assert score(truth, "happy") == {}
+
+
+def test_clean_is_success_identity_and_leakage_on_the_same_face():
+    """Faces 0 to 5: clean, fails, another person, leaks, at both bounds, without the part."""
+    n = 6
+    cosines = np.array([0.9, 0.9, 0.8, 0.9, metrics.CLEAN_IDENTITY, 0.9])
+    has = np.array([True] * 5 + [False])
+    # leakage is half of how far the skin's colour moved, in units of 40
+    skin = 80 * np.array([0.1, 0.1, 0.1, 0.9, metrics.CLEAN_LEAKAGE, 0.1])
+    truth = Truth([RED] * n, [GREEN, RED, GREEN, GREEN, GREEN, GREEN], has, skin=skin)
+
+    def identity(images):
+        index = images[:, 0, 0, 0].long()
+        cosine = torch.cat([torch.ones(n, dtype=torch.float64), torch.tensor(cosines)])[index]
+        return torch.stack([cosine, (1 - cosine.square()).sqrt()], 1)
+
+    domain = SimpleNamespace(truth=truth, source_text="face", identity=identity)
+    edit = metrics.Edit(domain, "green lips", truth.pictures(0, n), truth.pictures(n, 2 * n))
+    np.testing.assert_array_equal(metrics.clean(edit)["clean"], [1, 0, 0, 0, 1, np.nan])
+    domain.identity = None
+    assert metrics.clean(edit) == {}, "it cannot be said without an identity network"

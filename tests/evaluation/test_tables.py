@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from cfclip.baselines.library import load_editor
+from cfclip.baselines.methods import METHODS
 from cfclip.evaluation import ablation, claims, figures, report, tables
-from cfclip.evaluation.stats import half_width
+from cfclip.evaluation.stats import crossed, half_width, plan
 from cfclip.experiments import gather, load_spec, records, sweep
 from cfclip.experiments.example import example
 from cfclip.experiments.spec import cells
@@ -107,12 +108,14 @@ def test_the_null_edit_has_no_success():
     assert (
         table.loc["null edit", "success % ↑"] == "–" and table.loc["null edit", "identity ↑"] == "0.9 ± 0.25"
     )
-    assert set(tables.fair(each, 0.8, 0.5).group) == {"counterfactual"}
+    best = tables.headline(each).set_index(["group", "seed"])
+    assert best.area["null edit"].isna().all() and best.area["counterfactual"].notna().all()
+    assert tables.headline_table(best.reset_index())["area % ↑"].tolist()[1] == "–"
     figures.curves(each), figures.tradeoff(each)
 
 
 def test_success_is_that_of_the_faces_that_have_the_part():
-    """Of four faces two have none: they count in the other means only."""
+    """Of four faces two have none, and are left out of the mean of a training."""
     part = {"success_before": [0.0, 0.0, None, None], "success_after": [1.0, 0.0, None, None]}
     beards = pd.DataFrame({
         "method": "cfclip",
@@ -130,37 +133,24 @@ def test_success_is_that_of_the_faces_that_have_the_part():
     assert means.loc["blue beard", ["success_after", "progress", "identity"]].tolist() == [0.5, 0.5, 0.75]
     assert "n_with_part" not in tables.means(lips), "where every face has the part"
     each = tables.trainings(beards, group_of)
-    assert each.loc[0, ["success_after", "progress", "identity"]].tolist() == [0.5, 0.5, 0.75]
+    assert each.loc[0, ["success_after", "progress", "identity"]].tolist() == [0.5, 0.5, 1.0]
     table = tables.wide(tables.over_seeds(each), ["method"])
     assert list(table)[1:] == ["success before %", "success % ↑", "progress ↑", "identity ↑"]
     assert table.loc[0, "success % ↑"] == "50" and table.loc[0, "progress ↑"] == "0.5"
 
 
-def test_a_training_whose_faces_all_lack_the_part_is_left_out_of_success():
+def test_a_training_whose_faces_all_lack_the_part_is_left_out():
     bare = [row | {"success_before": np.nan, "success_after": np.nan} for row in rows("cfclip", "blue beard")]
     each = each_of(bare, rows("cfclip", "green lipstick"), rows("nada", "blue beard"))
-    means = tables.over_seeds(each, ["method"]).set_index(["method", "metric"])["mean"]
-    assert means["cfclip", "success_after"] == pytest.approx(0.5)
-    gained = tables.matched(each, "identity", 0.8, "success_after").query("method == 'cfclip'")
-    assert gained.groupby("prompt").success_after.count().tolist() == [0, 3]
-    judged = claims.compare(each, "cfclip", "nada", "success_after")
-    assert judged["why"] == "no prompt and seed at which both are defined"
-    reached = tables.fair(each, 0.8, 0.5).set_index("method")["reached %"]
-    assert reached["cfclip"] == 100, "of those that could"
-    figures.curves(each), figures.tradeoff(each)
+    assert each[each.method == "cfclip"].prompt.unique().tolist() == ["green lipstick"]
+    (line,) = claims.judge(tables.headline(each)).query("claim == 'CF-CLIP edits better than nada'").why
+    assert line == "no prompt and seed at which both are defined"
 
 
-def test_one_seed_has_no_interval():
-    each = each_of(rows("cfclip")).query("seed == 0")
+def test_one_seed_has_no_interval_and_no_verdict():
+    each = each_of(rows("cfclip"), rows("nada", success=(0.1,) * 3)).query("seed == 0")
     assert tables.over_seeds(each).half.isna().all()
-    assert claims.decide(pd.Series([0.3]))[0] == claims.UNDECIDED
-
-
-def test_what_no_training_reaches_is_not_compared():
-    each = each_of(rows("cfclip"), rows("nada"))
-    judged = claims.panel(each, each.iloc[:0], success_at=0.9).set_index(["claim", "measure"])
-    line = judged.loc["CF-CLIP keeps identity better than nada", "identity at success ≥ 90 %"]
-    assert (line.verdict, line.why) == (claims.UNTESTED, "undefined in every training")
+    assert verdict_of(tables.headline(each)).verdict == claims.UNDECIDED
 
 
 def test_two_settings_of_one_training_are_refused():
@@ -182,43 +172,142 @@ def test_the_best_on_a_curve_by_hand():
     ), "a curve may come back"
 
 
-def test_matched_success_and_identity():
-    steps = [(0.5, (0.4,) * 3, (0.9,) * 3), (1.0, (0.8,) * 3, (0.7,) * 3)]
-    each = each_of(*(rows("cfclip", success=s, identity=i, strength=strength) for strength, s, i in steps))
-    gained = tables.matched(each, "identity", 0.8, "success_after")
-    assert gained.success_after.tolist() == pytest.approx([0.6] * 3) and not gained.open.any()
-    assert tables.matched(each, "identity", 0.6, "success_after").open.all()
-    (line,) = tables.fair(each, 0.8, 0.6).to_dict("records")
-    assert line == {
-        "group": "counterfactual",
-        "method": "cfclip",
-        "success % at identity ≥ 0.8": "60 ± 0",
-        "identity at success ≥ 60 %": "0.8 ± 0",
-        "open %": 0,
-        "reached %": 100,
-    }
-    without = tables.matched(each.drop(columns="identity"), "identity", 0.8, "success_after")
-    assert without.success_after.isna().all()
+def curve(*points):
+    """(identity, success) at growing strength, from the source on."""
+    return (np.array(values, float) for values in zip((1, 0), *points, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [
+        ([(1, 0)], 0),  # does nothing
+        ([(1, 1)], 1),  # succeeds, and it is the same person
+        ([(0.6, 1)], 0.5),  # a straight line: a triangle
+        ([(0.9, 1), (0.2, 1)], 0.875),  # (0.3 + 0.1 / 2) / 0.4
+        ([(0.8, 0.5)], 0.375),  # never beyond the largest strength: (0.2 * 0.5 + 0.2 * 0.5 / 2) / 0.4
+        ([(0.2, 1)], 0.25),  # half of success at 0.6: 0.4 * 0.5 / 2 / 0.4
+        ([(0.8, 1), (0.7, 0.2)], 0.75),  # a larger strength that fails costs nothing
+        ([(0.8, 0), (0.8, 1)], 0.5),  # a jump
+        ([(0.5, 0), (0.4, 1)], 0),  # succeeds only as another person
+        # a curve may come back, above the way there: (0.1 * 0.8 + 0.2 * 0.6 + 0.1 * 0.8 / 6) / 0.4
+        ([(0.7, 0.8), (0.9, 0.4)], 0.53333333),
+    ],
+)
+def test_the_area_under_success_over_identity_by_hand(points, expected):
+    assert tables.area(*curve(*points)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_an_area_is_read_at_each_trainings_own_best_strength():
+    """The most clean success, of equals the most progress; leakage is told above the ceiling's."""
+    steps = [
+        (0.5, 0.4, 0.0, 0.3, 0.1),
+        (1.0, 0.8, 0.6, 0.7, 0.2),
+        (1.5, 0.9, 0.6, 0.9, 0.25),
+        (2.0, 1, 0.1, 1, 2),
+    ]
+    scored = [
+        rows("cfclip", success=(s,), identity=(1 - 0.1 * at,), strength=at, clean=c, progress=p, leakage=leak)
+        for at, s, c, p, leak in steps
+    ]
+    limit = rows("ceiling", success=(1,), identity=(0.98,), clean=1.0, progress=1.0, leakage=0.15)
+    best = tables.headline(each_of(*scored, limit)).set_index("method")
+    line = best.loc["cfclip"]
+    assert (line.strength, line.clean, line.progress) == (1.5, 0.6, 0.9)
+    assert line.leakage_beyond == pytest.approx(0.1) and best.leakage_beyond["ceiling"] == 0
+    assert best.area["ceiling"] == pytest.approx((0.38 + 0.01) / 0.4)
+    assert line.open == 0, "it succeeds at strength 2"
+
+
+def test_a_curve_that_could_go_on_is_open():
+    def is_open(identity, success):
+        return tables.headline(each_of(rows("cfclip", success=(success,), identity=(identity,)))).open.iloc[0]
+
+    assert is_open(0.7, 0.5) == 1 and is_open(0.6, 0.5) == 0 and is_open(0.7, 1.0) == 0
+
+
+def test_the_table_begins_with_the_largest_area():
+    each = each_of(
+        rows("cfclip", success=(0.2,) * 3),
+        rows("nada", success=(0.9,) * 3),
+        rows("do nothing", success=(0,) * 3),
+    )
+    table = tables.headline_table(tables.headline(each))
+    assert table.method.tolist() == ["nada", "cfclip", "do nothing"]
+    # identity 0.9, success 0.9: (0.3 * 0.9 + 0.1 * 0.9 / 2) / 0.4
+    assert table["area % ↑"].tolist() == ["78.8 ± 0", "17.5 ± 0", "0 ± 0"]
+    assert table["open %"].tolist() == ["100", "100", "100"]
+
+
+def verdict_of(best, claim="CF-CLIP edits better than nada"):
+    return claims.judge(best).set_index("claim").loc[claim]
+
+
+PROMPTS = ("green lipstick", "blue hair", "purple eyebrows", "green skin")
+
+
+def compared(theirs, ours=0.5, identity=0.9):
+    """Headlines of CF-CLIP and of nada, whose success is ``theirs`` [prompt][seed]."""
+    parts = []
+    for prompt, success in zip(PROMPTS, theirs, strict=False):
+        same = {"prompt": prompt, "identity": (identity,) * len(success)}
+        parts += [
+            rows("cfclip", success=(ours,) * len(success), **same),
+            rows("nada", success=success, **same),
+        ]
+    return tables.headline(each_of(*parts))
 
 
 @pytest.mark.parametrize(
     ("theirs", "verdict"),
-    [((0.1, 0.1, 0.2), claims.HOLDS), ((0.9, 0.9, 0.8), claims.FAILS), ((0.2, 0.9, 0.4), claims.UNDECIDED)],
+    [
+        ([(0.1, 0.1, 0.2), (0.1, 0.2, 0.1), (0.2, 0.1, 0.1)], claims.HOLDS),
+        ([(0.9, 0.9, 0.8), (0.9, 0.8, 0.9), (0.8, 0.9, 0.9)], claims.FAILS),
+        ([(0.5, 0.51, 0.49), (0.49, 0.5, 0.51), (0.51, 0.49, 0.5)], claims.EQUAL),
+        ([(0.2, 0.9, 0.4), (0.9, 0.1, 0.3), (0.6, 0.4, 0.9)], claims.UNDECIDED),
+        ([(0.1, 0.1, 0.1), (0.8, 0.8, 0.8)], claims.UNDECIDED),  # sharp over seeds, and not over prompts
+    ],
 )
 def test_a_verdict_follows_the_numbers(theirs, verdict):
-    each = each_of(rows("cfclip"), rows("nada", success=theirs))
-    judged = claims.panel(each, each.iloc[:0])
-    claim = "CF-CLIP edits counterfactual prompts better than nada"
-    line = judged.set_index(["claim", "measure"]).loc[claim, "success at strength 1"]
-    differences = 0.5 - np.array(theirs)
-    assert line.verdict == verdict and line.difference == pytest.approx(differences.mean())
-    assert line.half == pytest.approx(half_width(differences))
-    assert f"50 % against {100 * np.mean(theirs):.3g} %" in line.why and "of 1 prompts; 3 seeds" in line.why
-    assert (judged.verdict[judged.claim.str.contains("styleclip-global")] == claims.UNTESTED).all()
-    assert "no runs of styleclip-global" in set(judged.why)
-    assert (judged.verdict[judged.claim.isin(claims.PARTS.values())] == claims.UNTESTED).all()
-    assert set(judged.verdict[judged.measure.isin(["user study", "the paper's tables"])]) == {claims.UNTESTED}
-    claims.figure(judged)
+    best = compared(theirs)
+    line = verdict_of(best)
+    # at identity 0.9 an area is 0.875 of the success
+    expected = crossed(0.875 * (0.5 - pd.DataFrame(theirs)))
+    assert line.verdict == verdict
+    assert [line.difference, line.half, line.p] == pytest.approx([expected.mean, expected.half, expected.p])
+    assert f"43.8 against {87.5 * np.mean(theirs):.3g}: " in line.why and "3 seeds" in line.why
+    others = claims.judge(best).set_index("claim").drop(line.name)
+    assert set(others.verdict) == {claims.UNTESTED}
+    assert others.why["CF-CLIP edits better than styleclip-global"] == "no runs of styleclip-global"
+    assert others.why["negatives contribute"] == "no runs of CF-CLIP and negatives: none"
+    claims.figure(claims.judge(best))
+
+
+def test_holm_takes_back_what_one_of_several_comparisons_finds():
+    alone = compared([(0.3, 0.35, 0.35), (0.2, 0.2, 0.3), (0.35, 0.3, 0.4)])
+    sharp = verdict_of(alone)
+    assert sharp.verdict == claims.HOLDS and 0.05 / 6 < sharp.p < 0.05
+    text = alone.astype({"method": str})
+    others = [name for name in METHODS if name not in ("cfclip", "nada")]
+    area = [0.1, 0.9, 0.4, 0.9, 0.1, 0.3, 0.6, 0.4, 0.9]
+    noise = [text[text.method == "nada"].assign(method=name, area=area) for name in others]
+    among = verdict_of(pd.concat([text, *noise]))
+    assert among.p == pytest.approx((1 + len(others)) * sharp.p) and among.verdict == claims.UNDECIDED
+    assert (among.difference, among.half) == (sharp.difference, sharp.half)
+
+
+def test_a_pilot_says_how_many_prompts_and_seeds_are_needed():
+    best = compared([(0.1, 0.3, 0.2), (0.2, 0.2, 0.1), (0.3, 0.1, 0.1)])
+    planned = claims.planned(best)
+    spread = crossed(claims.differences(best, "cfclip", "nada")).spread
+    assert planned.to_dict() == plan([spread], len(claims.CLAIMS)).to_dict() and len(planned)
+    with pytest.raises(ValueError, match="run it with more of both"):
+        claims.planned(best[best.seed == 0])
+
+
+def test_there_are_at_most_a_dozen_claims_of_what_can_be_run():
+    assert len(claims.CLAIMS) <= 12
+    known = {*METHODS, *ablation.ROWS}
+    assert all({one.ours, one.other} <= known for one in claims.CLAIMS)
 
 
 def test_pairs_are_of_the_same_prompt_and_seed():
@@ -227,25 +316,11 @@ def test_pairs_are_of_the_same_prompt_and_seed():
     theirs = (
         rows("nada", success=(0.1, 0.4, 0.7)),
         rows("nada", "blue hair", (0.6, 0.3, 0.2)),
-        rows("nada", "red lipstick", (1, 1, 1)),
+        rows("nada", "red lipstick", (1, 1, 1)),  # in the domain: no claim is about it
     )
-    result = claims.compare(each_of(*ours, *theirs), "cfclip", "nada", "success_after")
-    assert result["verdict"] == claims.HOLDS and result["difference"] == pytest.approx(0.1)
-    assert "ahead on 2 of 2 prompts" in result["why"]
-
-
-def test_rankings_agree_or_not():
-    methods = enumerate(("cfclip", "nada", "styleclip-global"))
-    scored = [rows(method, clip_after=20 + i, heldout_clip_after=20 + i) for i, method in methods]
-    alike = each_of(*scored)
-    opposite = alike.assign(heldout_clip_after=-alike.heldout_clip_after)
-    clips = "clip_after", "heldout_clip_after"
-    assert claims.agreement(alike, *clips)["verdict"] == claims.HOLDS
-    result = claims.agreement(opposite, *clips)
-    assert (result["verdict"], result["difference"], result["half"]) == (claims.FAILS, -1, 0)
-    missing = claims.agreement(alike, "clip_after", "nothing")
-    assert missing == {"verdict": claims.UNTESTED, "why": "no metric nothing"}
-    assert claims.agreement(alike.query("method != 'nada'"), *clips)["verdict"] == claims.UNTESTED
+    line = verdict_of(tables.headline(each_of(*ours, *theirs)))
+    assert line.verdict == claims.HOLDS and line.difference == pytest.approx(0.0875)
+    assert "ahead on 2 of 2 prompts" in line.why
 
 
 def test_ablation_rows_are_kept_apart_from_methods():
@@ -259,42 +334,69 @@ def test_ablation_rows_are_kept_apart_from_methods():
     assert list(ablated.method.cat.categories) == ["CF-CLIP", "negatives: none"]
     shown = tables.wide(tables.over_seeds(ablated, ["method"]), ["method"])
     assert shown.method.tolist() == ["CF-CLIP", "negatives: none"]
-    judged = claims.panel(each, ablated).set_index(["claim", "measure"])
-    assert judged.verdict["negatives contribute", "success at strength 1"] == claims.HOLDS
-    assert judged.why["the text mapper contributes", "success at strength 1"] == "no runs of no text mapper"
+    judged = claims.judge(tables.headline(ablated)).set_index("claim")
+    assert judged.difference["negatives contribute"] == pytest.approx(0.875 * 0.6)
+    assert judged.verdict["negatives contribute"] == claims.UNDECIDED, "one prompt"
+    assert judged.why["the text mapper contributes"] == "no runs of no text mapper"
     seconds = [{"run": run, "seconds": 2.0} for run in table.run.unique()]
     assert tables.budget(table, seconds).method.tolist() == ["ablation", "cfclip"]
 
 
-def test_a_strength_that_could_have_been_larger_is_told():
-    steps = [rows(method, strength=strength) for method in ("cfclip", "nada") for strength in (0.5, 1.0)]
-    gained = tables.matched(each_of(*steps), "identity", 0.85, "success_after")
-    why = claims.compare(gained, "cfclip", "nada", "success_after")["why"]
-    assert why.endswith(
-        "identity was still above the threshold at the largest strength in 100 % of ours and 100 % of the "
-        "other's trainings"
-    )
+def searched(*tried):
+    """The trials (method, settings, success) of one prompt and one seed."""
+    trials = [rows(name, success=[s], identity=[0.9], settings=given) for name, given, s in tried]
+    return tables.search(pd.DataFrame([*itertools.chain(*trials)]), group_of)
 
 
 def test_the_best_trial_of_a_search_is_the_first_of_equals():
     tried = [("cfclip", 1, 0.5), ("cfclip", 2, 0.5), ("nada", 1, 0.2), ("nada", 4, 0.3)]
-    trials = [
-        rows(method, success=[success], identity=[0.9], settings={"lr": lr, "steps": 9})
-        for method, lr, success in tried
-    ]
-    result = tables.search(pd.DataFrame([*itertools.chain(*trials)]), 0.9)
+    result = searched(*((method, {"lr": lr, "steps": 9}, success) for method, lr, success in tried))
     assert result.trial.tolist() == ["cfclip: lr 1", "cfclip: lr 2", "nada: lr 1", "nada: lr 4"]
     assert result.chosen.tolist() == [True, False, False, True]
-    assert result["mean"].tolist() == pytest.approx([0.5, 0.5, 0.2, 0.3])
+    assert result["mean"].tolist() == pytest.approx([0.4375, 0.4375, 0.175, 0.2625])
     assert result["green lipstick"].tolist() == result["mean"].tolist()
+
+
+def test_a_winner_at_an_edge_of_its_grid_is_told():
+    grid = [(lr, l2) for lr in (1, 3, 9) for l2 in (0, 0.1, 0.2)]
+
+    def edge_of(winner):
+        tried = [("nada", {"lr": lr, "l2": l2, "levels": ["fine"]}, 0.1) for lr, l2 in grid]
+        tried[grid.index(winner)] = (*tried[grid.index(winner)][:2], 0.9)
+        (line,) = searched(*tried).query("chosen").edge
+        return line
+
+    assert edge_of((3, 0.1)) == "" and edge_of((3, 0)) == "", "nothing is below 0"
+    assert edge_of((9, 0.1)) == "lr 9 is the largest tried"
+    named = [("nada", {"beta": beta}, 0.2) for beta in (None, 0.1, 0.2)]
+    assert searched(*named).query("chosen").edge.tolist() == [""], "None is no number"
+    assert edge_of((1, 0.2)) == "lr 1 is the smallest tried; l2 0.2 is the largest tried"
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, "first guide"),
+        ({"guides": 2}, "both guides"),
+        ({"guides": 2, "guide_weights": [1.0, 0.5]}, "both guides"),
+        ({"guides": 2, "guide_weights": [1e-6, 1.0]}, "second guide"),
+        ({"steps": 300}, "first guide"),
+        ({"steps": 50_000}, "published budget"),
+    ],
+)
+def test_a_run_belongs_to_one_variant_of_the_comparison(settings, expected):
+    assert tables.variant(settings) == expected and expected in tables.VARIANTS
 
 
 def test_figures_are_written_and_the_same_twice(tmp_path):
     each = each_of(rows("cfclip"), rows("nada", success=(0.1, 0.2, 0.3)))
-    judged = claims.panel(each, each.iloc[:0])
+    judged = claims.judge(tables.headline(each))
     for folder in ("a", "b"):
         drawn = {"curves": figures.curves(each), "claims": claims.figure(judged)}
         drawn["tradeoff"] = figures.tradeoff(each, marks=(0.8, 0.5))
+        both = [tables.headline(each).assign(variant=name) for name in tables.VARIANTS[:2]]
+        drawn["guides"] = figures.guides_figure(pd.concat(both))
+        drawn["search"] = figures.search_figure(searched(*(("nada", {"lr": k}, 0.1 * k) for k in (1, 2))))
         report.write(tmp_path / folder, {"claims.csv": judged} | drawn)
     names = {path.name for path in (tmp_path / "a").iterdir()}
     assert names == {"claims.csv"} | {f"{name}.{kind}" for name in drawn for kind in ("png", "pdf")}
@@ -330,14 +432,23 @@ def test_the_example_has_runs_of_both_notebooks_and_their_pictures(domain, tmp_p
 
 def test_names_in_the_papers_sweep_tell_its_runs_apart():
     spec = load_spec(NOTEBOOKS / "presets" / "paper-toonfaces.yaml")
-    runs = [(cell, name) for block in spec.grid for cell, name in cells(block)]
-    names = [name for _, name in runs]
-    assert len(set(names)) == len(names)
-    assert "03_ablation_directions-purple-eyebrows-positive-text-direction-only-2" in names
-    ablated = [cell for cell, _ in runs if cell["notebook"] == "03_ablation_directions"]
-    assert {"CF-CLIP", *claims.PARTS} <= set(ablation.ROWS)
-    assert [cell["rows"] for cell in ablated] == [[row] for row in ablation.ROWS for _ in range(3)]
-    assert {cell["seeds"][0] for cell in ablated} == {0, 1, 2}
+    blocks = [list(cells(block)) for block in spec.grid]
+    for block in blocks:
+        assert len({name for _, name in block}) == len(block)
+    every = [cell for block in blocks for cell, _ in block]
+    ablated = [cell for cell in every if cell["notebook"] == "03_ablation_directions"]
+    assert {cell["rows"][0] for cell in ablated} == set(ablation.ROWS)
+    assert {len(cell["rows"]) for cell in ablated} == {len(cell["seeds"]) for cell in ablated} == {1}
+    methods = [cell for cell in every if cell["notebook"] == "02_training"]
+    assert {cell["method"] for cell in methods} == set(METHODS)
+    tuned = load_spec(NOTEBOOKS / "presets" / "paper-toonfaces-tuning.yaml")
+    trials = [cell for block in tuned.grid for cell, _ in cells(block)]
+    assert not {cell["prompt"] for cell in trials} & {cell["prompt"] for cell in every}
+    assert not {cell["seed"] for cell in trials} & {cell["seed"] for cell in methods}
+    sizes = (
+        pd.DataFrame(trials).groupby("method").settings.agg(lambda given: len({str(one) for one in given}))
+    )
+    assert sizes.to_dict() == dict.fromkeys(METHODS, 15), "the same number of trials for every method"
 
 
 SWEEP = """

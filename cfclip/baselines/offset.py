@@ -1,0 +1,72 @@
+"""One offset in W+ for all faces: what CF-CLIP's objective gives without a mapper that sees the face."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cfclip.baselines.editor import Editor
+from cfclip.baselines.mappers import MapperEditor
+from cfclip.checkpoints import weights
+from cfclip.domain import Domain
+from cfclip.method.config import TrainingConfig
+from cfclip.method.loop import begin_run, described, run_loop
+from cfclip.method.trainer import MapperTrainer, check_networks
+from cfclip.models.mapper import RESIDUAL_SCALE, level_slices
+
+
+class Offset(nn.Module):
+    """A mapper whose residual ``delta`` [L, D] is the same for every face and every text."""
+
+    def __init__(self, num_ws: int, w_dim: int):
+        super().__init__()
+        self.delta = nn.Parameter(torch.zeros(num_ws, w_dim))
+        self.register_buffer("edited", torch.ones(num_ws, 1))  # 0 for the layers that stay as they are
+
+    def residual(self, w: Tensor, text_feature: Tensor | None = None) -> Tensor:
+        """delta [N, L, D], before it is scaled by 0.1."""
+        return (self.delta * self.edited).expand_as(w)
+
+    def edit(self, w: Tensor, text_feature: Tensor | None = None, strength: float = 1.0) -> Tensor:
+        """``w' = w + strength * 0.1 * delta``. w: [N, L, D]."""
+        return w + (strength * RESIDUAL_SCALE) * self.residual(w)
+
+
+class OffsetTrainer(MapperTrainer):
+    """CF-CLIP's step with an :class:`Offset` in the mapper's place: same losses, same optimiser."""
+
+    def __init__(self, domain: Domain, config: TrainingConfig):
+        super().__init__(domain, config)
+        g, draw = domain.generator, torch.Generator().manual_seed(config.seed)
+        offset = Offset(g.num_ws, g.w_dim)
+        offset.delta.data.normal_(0, 0.01, generator=draw)  # at 0 a change of the picture has no direction
+        for level, layers in level_slices(domain.level_split).items():
+            offset.edited[layers] = float(level in config.levels)
+        self.mapper = offset.to(domain.device)
+        self.optimizer.param_groups.clear()
+        self.optimizer.add_param_group({"params": list(self.mapper.parameters())})
+
+
+class OffsetEditor(MapperEditor):
+    """``x' = G(w + strength * 0.1 * delta)``."""
+
+    KIND = "offset"
+    module: Offset
+    save = Editor.save
+
+    @classmethod
+    def fit(cls, method: str, domain: Domain, config: Any, out: Path | None, **loop: Any) -> Editor:
+        check_networks(domain, config)
+        c = begin_run(config, domain.device, out, method=method, **domain.described)
+        run = OffsetTrainer(domain, c)
+        loop = {"checkpoint_every": 500, "desc": c.prompt} | loop
+        loop |= {"out": out, "run": described(c, method=method, **domain.described)}
+        state = {"offset": run.mapper, "optimizer": run.optimizer}
+        rows = run_loop(run.step, c.steps, state=state, seed=c.seed, **loop)
+        return cls(method, domain, c, run.mapper.requires_grad_(False), rows)
+
+    @classmethod
+    def open(cls, path: Path, domain: Domain) -> nn.Module:
+        blank = Offset(domain.generator.num_ws, domain.generator.w_dim)
+        return weights.load_into(blank, weights.read(path, cls.KIND)[0], path).to(domain.device)

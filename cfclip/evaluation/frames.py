@@ -1,0 +1,60 @@
+"""What frames a table: editors that no method can be worse or better than, on the same faces."""
+
+from collections.abc import Iterable, Sequence
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from cfclip.domain import Claim, Domain, GroundTruth
+from cfclip.evaluation.metrics import over_strengths
+
+FRAMES = ("do nothing", "composite", "ceiling")
+"""The source; the source with its part recoloured; the generator's closest picture to the truth."""
+
+
+@torch.no_grad()
+def recolour(truth: GroundTruth, images: Tensor, claim: Claim, n: int = 64) -> Tensor:
+    """``images`` [N, 3, R, R] with their part moved to the colour of ``claim``: no generator, no CLIP.
+
+    ``x' = x + m (c - c_x)``: m are the shares of the part in each pixel, as the ground truth segments it,
+    c_x is the part's mean colour in this picture and c that in ``n`` renders that show the claim; shades
+    stay. A picture without the part stays as it is.
+    """
+    part = truth.parts.index(claim[0])
+
+    def seen(pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Shares [N, 1, R, R], and by their squares: sums [N, 1, 1, 1], sums of colours [N, 3, 1, 1]."""
+        shares = torch.cat([truth.masks(batch)[:, [part]] for batch in pictures.split(64)])
+        pure = shares.square()
+        return shares, pure.sum((2, 3), keepdim=True), (pure * pictures).sum((2, 3), keepdim=True)
+
+    _, much, sums = seen(truth.renders(n, claim))
+    wanted = sums.sum(0) / much.sum(0)
+    shares, much, sums = seen(images)
+    return (images + shares * (wanted - sums / much.clamp_min(1e-6)) * (much > 1)).clamp(-1, 1)
+
+
+def frames(
+    domain: Domain, prompts: Iterable[str], seeds: Sequence[int], n: int, ceiling: Sequence[dict] = ()
+) -> pd.DataFrame:
+    """Rows of the :data:`FRAMES`, as those of :func:`cfclip.experiments.gather`, at strength 1.
+
+    The first two are measured on the ``n`` test faces of each of ``seeds``, those that the methods edit;
+    prompts that do not name the colour of a part have no composite. ``ceiling``: rows of the world's own
+    ceiling (of toonfaces: :func:`cfclip.toonfaces.ceiling.ceiling`), a line per prompt, on renders.
+    """
+    rows, g = [], domain.generator
+    for prompt in prompts:
+        claim = domain.truth and domain.truth.claim(prompt)
+        editors = {"do nothing": lambda w, strength: g.synthesis(w)}
+        if claim:
+            editors["composite"] = lambda w, strength, claim=claim: recolour(
+                domain.truth, g.synthesis(w), claim
+            )
+        for method, edit in editors.items():
+            for seed in seeds:
+                measured = over_strengths(domain, prompt, edit, domain.latents(n, "test", seed), [1.0])
+                rows += [{"method": method, "prompt": prompt, "seed": seed} | row for row in measured]
+    limits = [{"method": "ceiling", "seed": 0, "index": 0, "strength": 1.0} | row for row in ceiling]
+    return pd.DataFrame(rows + limits)
