@@ -55,6 +55,8 @@ CHECKS: dict[str, Check] = {
     "prompt": text,
     "prompts": list_of(text, "texts"),
     "settings": mapping,
+    "compared": list_of(text, "texts"),
+    "snapshots": list_of(int_at_least(0), "whole numbers from 0, at least one", 1),
     "refine": settings_of_methods,
     "rows": list_of(text, "texts"),
     "seed": seed_number,
