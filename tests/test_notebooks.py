@@ -123,6 +123,11 @@ def test_the_smoke_preset_makes_every_training_a_short_one(path):
     assert long <= smoke.keys()
 
 
+def test_a_training_of_ones_own_begins_with_the_worlds_recipe():
+    recipe = load_preset(NOTEBOOKS / "presets" / "toonfaces.yaml")["settings"]
+    assert parameters_of("02_training")["settings"] == recipe
+
+
 def test_papermill_sees_the_parameters():
     assert {"prompt", "settings", "out"} <= parameters_of("02_training").keys()
 

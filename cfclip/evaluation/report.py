@@ -2,6 +2,8 @@
 
 import os
 import platform
+import shutil
+import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +20,7 @@ from cfclip.evaluation.ablation import ROWS
 from cfclip.evaluation.figures import save_figure
 from cfclip.evaluation.metrics import MAIN, PERCENT
 from cfclip.evaluation.tables import label, means, ordered, over_seeds, wide
-from cfclip.files import writable, write_csv, write_rows, write_text
+from cfclip.files import ROOT, writable, write_csv, write_rows, write_text
 from cfclip.models.ops import fast_dtype, name_of
 
 HEADLINE = (
@@ -87,6 +89,14 @@ def other_pages(folder: Path) -> str:
     return "\n".join(["## Other pages", "", *links]) if links else ""
 
 
+def commit() -> str:
+    """The commit of this working tree, with "-dirty" if it has changed; "" where it is none."""
+    if shutil.which("git") is None:
+        return ""
+    described = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
+    return subprocess.run(described, capture_output=True, text=True, encoding="utf-8").stdout.strip()
+
+
 def evaluation_page(folder: Path, summary: pd.DataFrame, drawn: Iterable[str], note: str, how: str) -> str:
     """``reports/README.md``: the figures first, success and leakage, then every number.
 
@@ -127,7 +137,9 @@ def write_evaluation(
     """
     folder, figures = writable(folder), {name: figure for name, figure in drawn.items() if figure}
     by_strength = means(curves, by=["prompt", "group", "strength"]).drop(columns="n")
-    text = evaluation_page(folder, summary, figures, note, f"`make reproduce`, {machine()}: {made_with()}")
+    text = evaluation_page(
+        folder, summary, figures, note, f"`make reproduce` at commit {commit()} on {machine()}: {made_with()}"
+    )
     files = {"table.csv": table, "metrics.jsonl": summary, "strengths.csv": by_strength, "README.md": text}
     return write(folder, files | {f"{name}.png": figure for name, figure in figures.items()})
 
