@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test long lab lint format bench
+.PHONY: help reproduce test long lab notebooks lint format bench
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -25,7 +25,7 @@ help:           ## list the targets
 reproduce: .venv/installed$(LOCKED)  ## train the prompts, evaluate, rewrite reports/ (4 to 15 minutes on two cores, after the install)
 	$(BIN)/cfclip sweep notebooks/presets/paper-toonfaces.yaml --quick
 
-test: .venv/installed       ## unit tests, and the notebooks at their smoke defaults; one thread per process; a notebook stays in one process
+test: .venv/installed       ## unit tests, and the notebooks at the settings of presets/smoke.yaml; one thread per process; a notebook stays in one process
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 long: .venv/installed       ## the tests that take half a minute each
@@ -34,14 +34,18 @@ long: .venv/installed       ## the tests that take half a minute each
 lab: .venv/installed        ## JupyterLab on the notebooks, with the explorer open
 	$(BIN)/jupyter lab notebooks/05_explorer.ipynb
 
+notebooks: .venv/installed$(LOCKED)  ## execute the committed notebooks (half an hour of one core); make notebooks NAMES="00_tour 02_training"
+	$(BIN)/cfclip notebooks $(NAMES)
+
 lint: .venv/installed       ## style, and who may import whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 
-format: .venv/installed     ## mend the style
+format: .venv/installed     ## mend the style, and the line numbers of links to code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/cfclip notebooks --links
 
 bench: .venv/installed      ## speed and memory against the published recipe's work, into reports/bench/MACHINE (an hour of a quiet machine)
 	$(BIN)/cfclip bench

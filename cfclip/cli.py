@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cfclip.files import DATA, DOWNLOADS
+from cfclip.files import DATA, DOWNLOADS, ROOT
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -169,6 +169,26 @@ def run_sweep(
         with cluster_executor(scheduler) if scheduler else LocalExecutor(workers) as executor:
             runs = sweep(what, out, reports, executor)
     typer.echo(f"{len(runs)} runs are finished in {out}")
+
+
+@app.command("notebooks")
+def run_notebooks(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="such as 00_tour, as they are in notebooks/; default: all")
+    ] = None,
+    links: Annotated[
+        bool, typer.Option("--links", help="only renew the line numbers of links to code, also in README.md")
+    ] = False,
+) -> None:
+    """Execute the committed notebooks at their own parameters, and put them in place with their outputs."""
+    from cfclip.experiments import notebooks
+
+    with _plain_errors():
+        for path in notebooks.find(names or ()):
+            notebooks.renew_links(path)
+            if not links:
+                typer.echo(notebooks.execute(path))
+        notebooks.renew_links(ROOT / "README.md")
 
 
 @app.command("bench")

@@ -1,20 +1,30 @@
-"""House rules of the notebooks; pytest also runs each of them at its defaults, a smoke run (nbval)."""
+"""House rules of the notebooks; pytest also runs each at presets/smoke.yaml (notebooks/conftest.py)."""
 
 import ast
+import base64
+import io
+import re
 from pathlib import Path
 
 import nbformat
+import numpy as np
+import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
+from PIL import Image
 
-from cfclip.experiments import check_parameters
-from cfclip.experiments.runs import run_notebook
+from cfclip.domains import load_domain
+from cfclip.evaluation import claims, report, tables
+from cfclip.experiments import check_parameters, gather, notebooks
+from cfclip.experiments.example import example
+from cfclip.experiments.runs import notebook_hash, run_notebook
 from cfclip.experiments.spec import load_preset, parameters_of
-from cfclip.files import NOTEBOOKS, slug
+from cfclip.files import NOTEBOOKS, ROOT, slug
 
 BOOKS = sorted(NOTEBOOKS.glob("*.ipynb"))
 PRESETS = sorted((NOTEBOOKS / "presets").glob("*.yaml"))
 PRESETS = [path for path in PRESETS if not path.name.startswith("paper-")]  # those are sweeps
+MACHINE = re.compile(rf"/(?:home|root|tmp|Users|mnt|usr|opt|var)/|[A-Z]:\\\\|{re.escape(str(ROOT))}")
 
 
 def code_cells(path: Path) -> list:
@@ -27,13 +37,64 @@ def parameters(path: Path) -> dict[str, ast.expr]:
 
 
 @pytest.mark.parametrize("path", BOOKS, ids=lambda p: p.stem)
-def test_a_notebook_is_stripped_defines_nothing_and_checks_itself(path):
+def test_a_notebook_defines_nothing_and_checks_itself(path):
     definitions = (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)
     for cell in code_cells(path):
-        stripped = not cell.outputs and cell.execution_count is None
-        assert stripped, "commit notebooks stripped: nbstripout notebooks/*.ipynb"
         assert not any(isinstance(node, definitions) for node in ast.walk(ast.parse(cell.source)))
     assert any("assert " in cell.source for cell in code_cells(path))
+
+
+@pytest.mark.parametrize("path", BOOKS, ids=lambda p: p.stem)
+def test_a_notebook_is_committed_with_the_outputs_of_its_code(path):
+    """And with nothing of the machine that made them. ``make notebooks NAMES=…`` mends it."""
+    book = nbformat.read(path, as_version=4)
+    cells = [cell for cell in book.cells if cell.cell_type == "code"]
+    assert book.metadata.get(notebooks.EXECUTED) == notebook_hash(path), "its code is not what was executed"
+    assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert outputs and all(output.output_type != "error" for output in outputs)
+    texts = [
+        str(output.get("text", "")) + str(output.get("data", {}).get("text/html", "")) for output in outputs
+    ]
+    texts += [str(output.get("data", {}).get("text/plain", "")) for output in outputs]
+    assert not [found for text in texts for found in MACHINE.findall(text)], "a path of a machine"
+    assert {*book.metadata} == {"kernelspec", "language_info", notebooks.EXECUTED}
+    assert path.stat().st_size <= 1_500_000, "larger than 1.5 MB: fewer or smaller pictures"
+
+
+@pytest.mark.parametrize("path", [*BOOKS, ROOT / "README.md"], ids=lambda p: p.stem)
+def test_links_to_code_lead_to_its_line(path):
+    """``make format`` mends them."""
+    text = path.read_text(encoding="utf-8")
+    assert notebooks.linked(text, path.parent) == text
+
+
+def test_a_link_follows_its_code_and_one_to_nothing_is_named(tmp_path):
+    (tmp_path / "a.py").write_text("import os\n\nclass A:\n    def b(self): ...\n", encoding="utf-8")
+    assert notebooks.linked("see [`A.b`](a.py#L1) there", tmp_path) == "see [`A.b`](a.py#L4) there"
+    with pytest.raises(ValueError, match=r"names A.c, which is not in .*a\.py"):
+        notebooks.linked("[`A.c`](a.py)", tmp_path)
+    with pytest.raises(ValueError, match=r"names .*b\.py, which does not exist"):
+        notebooks.linked("[`A`](b.py#L3)", tmp_path)
+
+
+def test_executing_a_notebook_keeps_what_it_shows_and_nothing_of_the_machine(tmp_path):
+    shows = "import tqdm.auto as t, sys; print('seen', file=sys.stderr); list(t.tqdm([1])); print('shown')"
+    draws = "from PIL import Image; Image.linear_gradient('L')"
+    cells = [
+        new_code_cell("n = 1", metadata={"tags": ["parameters"]}),
+        new_code_cell(shows),
+        new_code_cell(draws),
+    ]
+    nbformat.write(new_notebook(cells=cells), path := tmp_path / "a.ipynb")
+    first = notebooks.execute(path).read_bytes()
+    book = nbformat.reads(first.decode(), as_version=4)
+    assert [output.get("text") for output in book.cells[1].outputs] == ["shown\n"]
+    drawn = Image.open(io.BytesIO(base64.b64decode(book.cells[2].outputs[0].data["image/png"])))
+    exact = np.asarray(Image.linear_gradient("L"), dtype=int)
+    assert np.abs(np.asarray(drawn.convert("L"), dtype=int) - exact).max() <= 2
+    assert book.metadata[notebooks.EXECUTED] == notebook_hash(path)
+    assert notebooks.execute(path).read_bytes() == first
 
 
 @pytest.mark.parametrize("path", BOOKS, ids=lambda p: p.stem)
@@ -52,14 +113,19 @@ def test_every_key_of_a_preset_is_a_parameter_of_its_type(path):
             assert type(default) is type(value), f"{key}: {value!r} is not of the type it has in {name}"
 
 
-def test_the_smoke_preset_is_the_notebooks_defaults():
+@pytest.mark.parametrize("path", BOOKS, ids=lambda p: p.stem)
+def test_the_smoke_preset_makes_every_training_a_short_one(path):
+    """The notebooks' own settings take minutes; pytest replaces them as notebooks/conftest.py says."""
     smoke = load_preset(NOTEBOOKS / "presets" / "smoke.yaml")
-    # 04_evaluation measures all prompts; the explorer's settings are one dict per method
-    exceptions = {("04_evaluation", "prompts")}
-    for book in BOOKS:
-        for key, value in parameters(book).items():
-            if key in smoke and (book.stem, key) not in exceptions:
-                assert ast.literal_eval(value) == smoke[key], f"{key} of {book.stem}"
+    long = {"settings", "inversion_steps", "curve_steps", "snapshots", "rows", "seeds"} & parameters_of(
+        path
+    ).keys()
+    assert long <= smoke.keys()
+
+
+def test_a_training_of_ones_own_begins_with_the_worlds_recipe():
+    recipe = load_preset(NOTEBOOKS / "presets" / "toonfaces.yaml")["settings"]
+    assert parameters_of("02_training")["settings"] == recipe
 
 
 def test_papermill_sees_the_parameters():
@@ -141,6 +207,20 @@ def test_a_parameter_that_no_notebook_has_is_not_ignored(given, words, tmp_path)
     given |= {"prompts": ["blue hair"], "inversion_steps": 3}
     with pytest.raises(Exception, match=words):
         run_notebook("02_training", tmp_path, given)
+
+
+@pytest.mark.parametrize("book", ["06_paper_tables", "07_tuning"])
+def test_the_tables_are_those_of_a_sweep_and_their_rows_can_be_opened_again(book, tmp_path):
+    domain = load_domain("toonfaces")
+    runs = example(domain, tmp_path / "runs")
+    run_notebook(book, tmp_path / "out", {"runs": str(runs), "reports": str(tmp_path)})
+    folder = tmp_path / {"06_paper_tables": "paper", "07_tuning": "tuning"}[book]
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert "12 runs" in text and "styleclip-mapper" in text
+    if book == "06_paper_tables":
+        each = tables.trainings(gather(runs), domain.group_of)
+        pd.testing.assert_frame_equal(report.read(folder / "curves.csv"), each, rtol=1e-5)
+        assert claims.UNTESTED in set(pd.read_csv(folder / "claims.csv").verdict)
 
 
 def test_a_failed_notebook_keeps_the_output_of_its_cells(tmp_path):

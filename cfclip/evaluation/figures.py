@@ -76,6 +76,47 @@ def image_grid(
     return figure
 
 
+def scored_picture(image: Tensor, scores: pd.Series, title: str = "") -> Figure:
+    """A picture [3, R, R] in [-1, 1] beside a bar for each of its scores, the largest on top."""
+    figure, axes = panels(1, 2, (8, 3), gridspec_kw={"width_ratios": [1, 1.6]})
+    picture, bars = axes[0]
+    picture.imshow(to_uint8(image[None])[0], interpolation="lanczos")
+    picture.axis("off")
+    sorted_scores = scores.sort_values()
+    bars.barh(sorted_scores.index, sorted_scores, color=["0.75"] * (len(scores) - 1) + ["C0"])
+    bars.bar_label(bars.containers[0], fmt="%.1f", padding=3, fontsize=8)
+    bars.margins(x=0.15)
+    bars.set_title(title, fontsize=11, loc="left")
+    bars.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def readings(images: Tensor, measured: pd.DataFrame, truth: pd.DataFrame) -> Figure:
+    """Pictures [N, 3, R, R], and under each what was measured in it: N rows, a column per part.
+
+    What differs from ``truth`` is red, with the truth after it; an en dash is a part that is not there.
+    """
+    measured, truth = (table.astype(object).fillna("–") for table in (measured, truth))
+    parts, n = list(measured.columns), len(measured)
+    figure, axes = panels(2, n, (1.3 * n + 0.8, 1.3 + 0.22 * len(parts)), gridspec_kw={
+        "height_ratios": [1.2, 0.22 * len(parts)]
+    })  # fmt: skip
+    for i, (picture, texts) in enumerate(zip(*axes, strict=True)):
+        picture.imshow(to_uint8(images[i : i + 1])[0], interpolation="lanczos")
+        texts.set(xlim=(0, 1), ylim=(len(parts) - 0.5, -0.5))
+        for row, part in enumerate(parts):
+            seen, true = measured[part].iloc[i], truth[part].iloc[i]
+            wrong = {"color": "C3", "weight": "bold"} if seen != true else {}
+            texts.text(
+                0.5, row, seen if seen == true else f"{seen} ({true})", ha="center", va="center", **wrong
+            )
+            if i == 0:
+                texts.text(-0.05, row, part, ha="right", va="center", color="0.4")
+        for axis in (picture, texts):
+            axis.axis("off")
+    return figure
+
+
 def pictures_by_method(
     table: pd.DataFrame,
     runs: str | os.PathLike,
@@ -174,7 +215,7 @@ def strength_curves(table: pd.DataFrame) -> Figure:
 
 
 def leakage_matrix(table: pd.DataFrame) -> Figure:
-    """Prompts [rows] x parts [columns]: how far each part moved."""
+    """Prompts [rows] x parts [columns]: how far each part moved; NaN (the part asked for) is blank."""
     figure, axes = panels(1, 1, (0.75 * len(table.columns) + 2, 0.45 * len(table) + 1.2))
     axis = axes[0, 0]
     sns.heatmap(table, annot=True, fmt=".2f", vmin=0, vmax=1, cmap="rocket_r", linewidths=0.5, ax=axis)

@@ -2,6 +2,8 @@
 
 import os
 import platform
+import shutil
+import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -12,11 +14,26 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
+from cfclip.baselines.methods import METHODS
+from cfclip.domain import GROUPS
+from cfclip.evaluation.ablation import ROWS
 from cfclip.evaluation.figures import save_figure
-from cfclip.evaluation.metrics import PERCENT
-from cfclip.evaluation.tables import label, over_seeds, wide
-from cfclip.files import writable, write_csv, write_rows, write_text
+from cfclip.evaluation.metrics import MAIN, PERCENT
+from cfclip.evaluation.tables import label, means, ordered, over_seeds, wide
+from cfclip.files import ROOT, writable, write_csv, write_rows, write_text
 from cfclip.models.ops import fast_dtype, name_of
+
+HEADLINE = (
+    "prompt",
+    "n",
+    "n_with_part",
+    "success_before",
+    "success_after",
+    "progress",
+    "leakage",
+    "identity",
+)
+"""The columns of the first table of 04_evaluation."""
 
 
 def _cell(column: str, value: float) -> str:
@@ -29,13 +46,18 @@ def _cell(column: str, value: float) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
 
-def markdown(table: pd.DataFrame, note: str = "") -> str:
-    """A Markdown table: success in per cent, counts whole, other floats with three decimals, "–" for NaN."""
+def markdown(table: pd.DataFrame, note: str = "", across: str = "") -> str:
+    """A Markdown table: success in per cent, counts whole, other floats with three decimals, "–" for NaN.
+
+    ``across``: the column whose values become the header; a table of many columns is easier to read so.
+    """
     shown = table.copy()
     for column in shown.columns:
         if shown[column].dtype.kind == "f" or (column in PERCENT and shown[column].dtype.kind == "i"):
             shown[column] = [_cell(str(column), value) for value in shown[column]]
     shown = shown.rename(columns=lambda column: str(column).replace("_", " "))
+    if across:
+        shown = shown.set_index(across).T.rename_axis("", axis=0).reset_index()
     text = shown.to_markdown(index=False, disable_numparse=True)
     return text + "\n" + (f"\n{note}\n" if note else "")
 
@@ -54,6 +76,72 @@ def pictures(names: Iterable[str], pdf: bool = True) -> str:
 def page(title: str, *blocks: str) -> str:
     """A Markdown page of the blocks that are not empty."""
     return "\n\n".join(block.strip("\n") for block in (f"# {title}", *blocks) if block) + "\n"
+
+
+def other_pages(folder: Path) -> str:
+    """A block of :func:`page`: links to the other pages of results in ``folder``, by their titles."""
+    found = sorted({*folder.glob("*.md"), *folder.glob("*/README.md")} - {folder / "README.md"})
+    lines = [path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ") for path in found]
+    links = [
+        f"- [{title}]({path.relative_to(folder).as_posix()})"
+        for title, path in zip(lines, found, strict=True)
+    ]
+    return "\n".join(["## Other pages", "", *links]) if links else ""
+
+
+def commit() -> str:
+    """The commit of this working tree, with "-dirty" if it has changed; "" where it is none."""
+    if shutil.which("git") is None:
+        return ""
+    described = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
+    return subprocess.run(described, capture_output=True, text=True, encoding="utf-8").stdout.strip()
+
+
+def evaluation_page(folder: Path, summary: pd.DataFrame, drawn: Iterable[str], note: str, how: str) -> str:
+    """``reports/README.md``: the figures first, success and leakage, then every number.
+
+    summary: a line per prompt; drawn: the figures that are in ``folder``; note: what the numbers are over;
+    how: what they were made with.
+    """
+    main = [name for name in MAIN if name in summary and name != "group"]
+    return page(
+        "Results",
+        "What CF-CLIP does on faces that no training saw, written by `make reproduce`.",
+        pictures([name for name in drawn if name == "grid"], pdf=False),
+        "## Success and leakage",
+        markdown(summary[[name for name in HEADLINE if name in summary]], note),
+        "## More strength, and where it leaks",
+        pictures([name for name in drawn if name not in ("grid", "distributions")], pdf=False),
+        "## Every number",
+        markdown(summary[main], across="prompt"),
+        pictures([name for name in drawn if name == "distributions"], pdf=False),
+        "What the rows mean: [04_evaluation](../notebooks/04_evaluation.ipynb). `table.csv` has a line per "
+        "face, `strengths.csv` one per strength, `metrics.jsonl` the means with all digits.",
+        "## How it was made",
+        how,
+        other_pages(folder),
+    )
+
+
+def write_evaluation(
+    folder: str | os.PathLike,
+    curves: pd.DataFrame,
+    table: pd.DataFrame,
+    summary: pd.DataFrame,
+    note: str,
+    drawn: Mapping[str, Figure | None],
+) -> Path:
+    """The tables, figures and the page of 04_evaluation.
+
+    curves: a row per face and strength; table: those at one strength; summary: their means.
+    """
+    folder, figures = writable(folder), {name: figure for name, figure in drawn.items() if figure}
+    by_strength = means(curves, by=["prompt", "group", "strength"]).drop(columns="n")
+    text = evaluation_page(
+        folder, summary, figures, note, f"`make reproduce` at commit {commit()} on {machine()}: {made_with()}"
+    )
+    files = {"table.csv": table, "metrics.jsonl": summary, "strengths.csv": by_strength, "README.md": text}
+    return write(folder, files | {f"{name}.png": figure for name, figure in figures.items()})
 
 
 def by_prompt(each: pd.DataFrame) -> str:
@@ -89,6 +177,17 @@ def write(folder: str | os.PathLike, files: Mapping[str, pd.DataFrame | str | Fi
         else:
             write_csv(path, content)
     return folder
+
+
+def read(path: Path) -> pd.DataFrame:
+    """A table that :func:`write` wrote as CSV, with methods and groups in order; empty without the file."""
+    if not path.exists():
+        return pd.DataFrame()
+    table = pd.read_csv(path)
+    orders = {"method": [*METHODS, *ROWS], "group": GROUPS}
+    return table.assign(**{
+        name: ordered(table[name], order) for name, order in orders.items() if name in table
+    })
 
 
 def versions(device: str = "cpu") -> dict[str, str]:

@@ -56,6 +56,8 @@ CHECKS: dict[str, Check] = {
     "prompts": list_of(text, "texts"),
     "sentences": list_of(text, "texts"),
     "settings": mapping,
+    "compared": list_of(text, "texts"),
+    "snapshots": list_of(int_at_least(0), "whole numbers from 0, at least one", 1),
     "refine": settings_of_methods,
     "rows": list_of(text, "texts"),
     "seed": seed_number,

@@ -41,7 +41,9 @@ KERNEL_ENVIRONMENT = {
 }
 OUTPUT_PARAMS = ("out", "runs", "reports")
 """Parameters that the sweep sets; they are not part of a run's content."""
-_PRESENTATION = tuple(f"evaluation/{name}.py" for name in ("claims", "figures", "report", "tables"))
+_PRESENTATION = tuple(
+    f"evaluation/{name}.py" for name in ("claims", "explain", "figures", "report", "tables")
+)
 NOT_HASHED = ("cli.py", "bench/", "experiments/", "explorer/", *_PRESENTATION)
 """Code of the package that no run's numbers depend on: to change it makes no run outdated."""
 

@@ -1,0 +1,178 @@
+"""The method's own pictures, for ``notebooks/00b_method.ipynb``: what each step of CF-CLIP passes on.
+
+Shapes: P prompts, E = CLIP's embedding width, L layers of W+, D = w_dim, N views of edited pictures.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from cfclip.evaluation.figures import panels
+from cfclip.method.loop import Callback, generator_for, run_loop
+from cfclip.method.losses import Directions, identity_loss, latent_l2
+from cfclip.method.trainer import MapperTrainer
+from cfclip.models.mapper import Mapper, level_slices
+
+COLOURS = {"q": "C0", "p1": "C3", "p2": "C2", "n_k": "0.6"}
+LABELS = {"q": "$q$", "p1": "$p_1$", "p2": "$p_2$", "n_k": "$n_k$"}
+"""Of the directions that CLIP-NCE compares; the same in each picture."""
+
+
+def text_features(stages: Mapping[str, Tensor], prompts: Sequence[str]) -> Figure:
+    """A strip per prompt and a panel per stage: title -> [P, E]; red is positive, blue negative."""
+    figure, axes = panels(len(stages), 1, (11, 0.5 + len(stages) * (0.5 + 0.24 * len(prompts))))
+    for axis, (title, values) in zip(axes[:, 0], stages.items(), strict=True):
+        _signed(axis, values)
+        for row in range(1, len(prompts)):
+            axis.axhline(row - 0.5, color="white", linewidth=2)
+        axis.set_yticks(range(len(prompts)), prompts)
+        axis.set_title(title, fontsize=11, loc="left")
+        axis.set_xticks([])
+    axes[-1, 0].set_xlabel(f"the {next(iter(stages.values())).shape[1]} numbers of the feature")
+    return figure
+
+
+def w_plus_maps(stages: Mapping[str, Tensor], split: Sequence[int]) -> Figure:
+    """A panel per stage of an edit, title -> [L, D], with the levels of W+ marked. Colours fit each panel."""
+    figure, axes = panels(1, len(stages), (2.5 * len(stages) + 0.5, 2.6), sharey=True)
+    levels = level_slices(split)
+    for axis, (title, values) in zip(axes[0], stages.items(), strict=True):
+        _signed(axis, values)
+        axis.set_title(title, fontsize=11)
+        axis.set_xlabel(f"{values.shape[1]} channels")
+        axis.set_xticks([])
+        for layers in [*levels.values()][1:]:
+            axis.axhline(layers.start - 0.5, color="black", linewidth=1)
+    middles = [np.arange(len(values))[layers].mean() for layers in levels.values()]
+    axes[0, 0].set_yticks(middles, levels)
+    axes[0, 0].tick_params(axis="y", length=0)
+    return figure
+
+
+def _signed(axis, values: Tensor) -> None:
+    limit = values.abs().quantile(0.99).item() or 1.0
+    look = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit, "aspect": "auto", "interpolation": "nearest"}
+    axis.imshow(values.detach().cpu(), **look)
+
+
+def cosines(directions: Directions) -> pd.DataFrame:
+    """How far each query points along each other direction: columns ``with`` and ``cosine``, tidy."""
+    q, p1, p2, n_k = directions
+    pairs = {"p1": (q * p1).sum(-1), "p2": (q * p2).sum(-1), "n_k": (q @ n_k.T).flatten()}
+    return pd.concat([pd.DataFrame({"with": name, "cosine": values}) for name, values in pairs.items()])
+
+
+def compass(stages: Mapping[str, Directions]) -> Figure:
+    """Above, the directions as arrows on two axes; below, the queries' cosines. A column per stage.
+
+    The axes are the two principal ones of all stages' arrows, in which q, p1, p2 and n_k count equally
+    however many there are: an arrow that seems short leaves the plane. Negatives must be the batch's.
+    """
+    kinds = [kind / len(kind) ** 0.5 for directions in stages.values() for kind in directions]
+    axes_of_all = torch.linalg.svd(torch.cat(kinds), full_matrices=False).Vh[:2]
+    size, shares = (4.2 * len(stages), 6), {"height_ratios": [2.6, 1]}
+    figure, axes = panels(2, len(stages), size, gridspec_kw=shares, sharey="row")
+    for (above, below), (title, directions) in zip(axes.T, stages.items(), strict=True):
+        for name in ("n_k", "p2", "q", "p1"):
+            x, y = (getattr(directions, name) @ axes_of_all.T).T.cpu()
+            width = 0.009 if name == "p1" else 0.004
+            arrows = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": width}
+            above.quiver(0 * x, 0 * y, x, y, color=COLOURS[name], alpha=0.8, **arrows)
+            far = int(x.square().add(y.square()).argmax())
+            tip = 1.12 * x[far], 1.12 * y[far]
+            above.text(*tip, LABELS[name], color=COLOURS[name], ha="center", va="center", fontsize=13)
+        above.set(xlim=(-0.7, 1.2), ylim=(-0.9, 1), aspect="equal", title=title, xticks=[], yticks=[])
+        above.plot(0, 0, "o", color="black", markersize=4)
+        look = {"palette": COLOURS, "hue": "with", "legend": False, "size": 3, "alpha": 0.5, "ax": below}
+        sns.stripplot(cosines(directions), x="cosine", y="with", **look)
+        below.axvline(0, color="0.5", linewidth=0.8)
+        below.set(xlim=(-1, 1), xticks=(-1, 0, 1), xlabel="cosine with a query", ylabel="")
+        below.set_yticks(range(3), [LABELS[name] for name in ("p1", "p2", "n_k")])
+    return figure
+
+
+class Pulls(NamedTuple):
+    """Each term of the loss, weighted, and the change that would lower it fastest: its negative gradient."""
+
+    edited: Tensor  # the edited pictures x' [N, 3, R, R]
+    loss: dict[str, float]
+    on_picture: dict[str, Tensor]  # [N, 3, R, R], of the terms that look at the picture
+    on_code: dict[str, Tensor]  # for w' [N, L, D]
+
+
+def pulls(run: MapperTrainer, mapper: Mapper, w: Tensor, num_views: int, prompt: int = 0) -> Pulls:
+    """The loss of ``run`` where ``mapper`` edits w [N, L, D], seen in ``num_views`` perspectives."""
+    c, networks = run.config, run.networks
+    with torch.no_grad():
+        source = networks.synthesise(w)
+        source_clip = networks.clip(source)
+        w_edited = mapper.edit(w, run.text_feature[[prompt]])
+    w_edited = w_edited.requires_grad_()
+    edited = networks.synthesise(w_edited)
+    views = networks.clip(edited, num_views, generator_for(c.seed, 0))
+    terms = {"CLIP-NCE": c.lambda_nce * run.pull(run.features(prompt, views, source_clip, source_clip[:1]))}
+    if c.lambda_id:
+        terms["identity"] = c.lambda_id * identity_loss(run.domain.identity, edited, source)
+    terms["latent L2"] = c.lambda_l2 * latent_l2(w_edited, w)
+    on_picture, on_code = {}, {}
+    for name, term in terms.items():
+        of_code, of_picture = torch.autograd.grad(
+            term, (w_edited, edited), retain_graph=True, allow_unused=True
+        )
+        on_code[name] = -of_code
+        if of_picture is not None:
+            on_picture[name] = -of_picture
+    loss = {name: term.item() for name, term in terms.items()}
+    return Pulls(edited.detach(), loss, on_picture, on_code)
+
+
+def as_pictures(pull: Tensor) -> Tensor:
+    """Changes of pictures [N, 3, R, R] as pictures in [-1, 1], each at a scale of its own; grey: none."""
+    limit = pull.abs().flatten(1).quantile(0.998, dim=1).clamp(min=1e-20)
+    return (pull / limit[:, None, None, None]).clamp(-1, 1)
+
+
+def pull_by_layer(on_code: Mapping[str, Tensor]) -> Figure:
+    """How strongly each term pulls on each layer of W+: :class:`Pulls`' ``on_code``."""
+    figure, axes = panels(1, 1, (8, 2.4))
+    lines = [
+        {"term": name, "layer": layer, "pull": size}
+        for name, pull in on_code.items()
+        for layer, size in enumerate(pull.norm(dim=-1).mean(0).tolist())
+    ]
+    sns.barplot(pd.DataFrame(lines), x="layer", y="pull", hue="term", ax=axes[0, 0])
+    axes[0, 0].set(yscale="log", xlabel="layer of W+", ylabel="length of the pull")
+    sns.move_legend(axes[0, 0], "center left", bbox_to_anchor=(1, 0.5), title="", frameon=False)
+    return figure
+
+
+def along(pull: Tensor, layers: slice, length: float) -> Tensor:
+    """``pull`` [N, L, D] in ``layers`` alone, scaled to ``length``."""
+    kept = torch.zeros_like(pull)
+    kept[:, layers] = pull[:, layers]
+    return length * kept / kept.flatten(1).norm(dim=1)[:, None, None]
+
+
+def film(
+    run: MapperTrainer, w: Tensor, at: Sequence[int], prompt: int = 0
+) -> tuple[dict[int, Tensor], list[dict[str, float]]]:
+    """Train ``run`` to its end: (step -> its edits of ``w`` after so many steps, the logged rows).
+
+    w: [N, L, D]; at: numbers of steps, 0 for the mapper as it is drawn at random.
+    """
+    pictures: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def take(step: int) -> None:
+        if step in at:
+            pictures[step] = run.domain.generator.synthesis(run.mapper.edit(w, run.text_feature[[prompt]]))
+
+    take(0)
+    options = {"seed": run.config.seed, "callbacks": [Callback(1, take)], "log_every": 10, "progress": False}
+    return pictures, run_loop(run.step, run.config.steps, state={}, **options)

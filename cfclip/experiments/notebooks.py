@@ -1,0 +1,99 @@
+"""The committed notebooks: executed in place, without what differs from run to run and machine to machine."""
+
+import ast
+import base64
+import io
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import nbformat
+from PIL import Image
+
+from cfclip.experiments.runs import notebook_hash, run_notebook
+from cfclip.experiments.spec import find_notebook
+from cfclip.files import NOTEBOOKS, write_text
+
+EXECUTED = "executed"
+"""The key of a notebook's metadata that holds the hash of the code its outputs are of."""
+WIDGET = "application/vnd.jupyter.widget-view+json"
+LINK = re.compile(r"\[`(?P<name>[\w.]+)`\]\((?P<path>[\w./]+\.py)(?:#L\d+)?\)")
+"""A link of a Markdown text to a thing in a file of code: [`Class.method`](../file.py#L12)."""
+
+
+def find(names: Sequence[str] = ()) -> list[Path]:
+    """These notebooks, or all of ``notebooks/``. ValueError for one that does not exist."""
+    return [find_notebook(name) for name in names] or sorted(NOTEBOOKS.glob("*.ipynb"))
+
+
+def execute(path: Path) -> Path:
+    """Execute a notebook at its own parameters, and put it in place with its outputs."""
+    with tempfile.TemporaryDirectory() as folder:
+        book = nbformat.read(run_notebook(path, folder, {}), as_version=4)
+    clean(book)
+    book.metadata[EXECUTED] = notebook_hash(path)
+    return write_text(path, nbformat.writes(book) + "\n")
+
+
+def clean(book: nbformat.NotebookNode) -> None:
+    """Leave out times, versions, progress bars and widgets, and make the pictures' files smaller."""
+    kernel = {name: book.metadata.kernelspec[name] for name in ("display_name", "language", "name")}
+    book.metadata = nbformat.from_dict({"kernelspec": kernel, "language_info": {"name": "python"}})
+    for cell in book.cells:
+        cell.metadata = nbformat.from_dict({"tags": tags} if (tags := cell.metadata.get("tags")) else {})
+        if cell.cell_type != "code":
+            continue
+        cell.outputs = [
+            output
+            for output in cell.outputs
+            if output.get("name") != "stderr" and WIDGET not in output.get("data", {})
+        ]
+        for output in cell.outputs:
+            if "image/png" in output.get("data", {}):
+                output.data["image/png"] = _smaller(output.data["image/png"])
+                output.metadata = nbformat.from_dict({})
+
+
+def _smaller(picture: str) -> str:
+    """A PNG in base64 with 64 levels a channel, at most 2 of 255 away: half the size, and no eye sees it."""
+    image = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")
+    file = io.BytesIO()
+    image.point([round(round(value / 255 * 63) * 255 / 63) for value in range(256)] * 3).save(
+        file, "PNG", optimize=True
+    )
+    return min(picture, base64.b64encode(file.getvalue()).decode(), key=len)
+
+
+def renew_links(path: Path) -> None:
+    """Renew the line of each :data:`LINK` of a notebook or a Markdown file, in place.
+
+    Raises ValueError for one to a file or a name that does not exist.
+    """
+    before = path.read_text(encoding="utf-8")
+    after = linked(before, path.parent)
+    if after != before:
+        write_text(path, after)
+
+
+def linked(text: str, folder: Path) -> str:
+    """``text`` with the line of each :data:`LINK` as it is in the code now; paths start at ``folder``."""
+
+    def renewed(link: re.Match) -> str:
+        line = line_of(folder / link["path"], link["name"])
+        return f"[`{link['name']}`]({link['path']}#L{line})"
+
+    return LINK.sub(renewed, text)
+
+
+def line_of(path: Path, name: str) -> int:
+    """Where ``name``, such as ``function`` or ``Class.method``, is defined in the Python file ``path``."""
+    if not path.is_file():
+        raise ValueError(f"a link names {path}, which does not exist")
+    node = ast.parse(path.read_text(encoding="utf-8"))
+    for part in name.split("."):
+        found = [one for one in node.body if getattr(one, "name", None) == part]
+        if not found:
+            raise ValueError(f"a link names {name}, which is not in {path}")
+        node = found[-1]
+    return node.lineno
