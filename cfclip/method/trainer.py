@@ -40,6 +40,12 @@ def check_networks(domain: Domain, config: GuidedConfig) -> None:
             )
 
 
+def mapper_sizes(domain: Domain, config: TrainingConfig) -> MapperConfig:
+    """What the mapper of such a training is made of."""
+    g, text_dim = domain.generator, domain.clip.embed_dim if config.text_mapper else None
+    return MapperConfig(g.num_ws, g.w_dim, text_dim, config.levels, config.norm_axis, domain.level_split)
+
+
 class FrozenNetworks:
     """A domain's generator and first ``guides`` CLIPs, convolving in ``dtype``; they return float32."""
 
@@ -83,7 +89,7 @@ class MapperTrainer:
         self.domain, self.config, c = domain, config, config
         check_networks(domain, c)
         warn_null_edit(domain, c)
-        guides, g = domain.first_guides(c.guides), domain.generator
+        guides = domain.first_guides(c.guides)
         self.widths = [guide.embed_dim for guide in guides]
         self.prompt_text = [guide.encode_text(c.prompts) for guide in guides]  # [P, E] of each guide, raw
         self.text_feature = self.prompt_text[0]  # what the mapper reads
@@ -93,8 +99,7 @@ class MapperTrainer:
 
         self.target_text = torch.stack([under_templates(prompt) for prompt in c.prompts])  # [P, T, E]
         self.source_text = under_templates(c.source_text or domain.source_text)  # [T, E]
-        text_dim = domain.clip.embed_dim if c.text_mapper else None
-        sizes = MapperConfig(g.num_ws, g.w_dim, text_dim, c.levels, c.norm_axis, domain.level_split)
+        sizes = mapper_sizes(domain, c)
         if start is None:
             self.mapper = Mapper.initialised(sizes, torch.Generator().manual_seed(c.seed)).to(domain.device)
         elif start.config == sizes:
@@ -214,7 +219,7 @@ def train_mapper(
 ) -> tuple[Mapper, list[dict[str, float]]]:
     """Train a mapper for the prompt(s) of ``config``; returns it (frozen, eval mode) and the logged rows.
 
-    It begins with the weights of ``start``, such as the domain's mapper of many prompts, else with random ones.
+    It begins with the weights of ``start``, such as the domain's mapper of many prompts, else random ones.
 
     With ``out`` the folder gets ``log.jsonl``, a checkpoint from which a stopped run is resumed, and finally
     ``mapper.safetensors``, which says that ``method`` made it. ``loop``: more arguments of :func:`run_loop`,
