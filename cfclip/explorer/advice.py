@@ -31,7 +31,9 @@ def unclear(domain: Domain, recipe: Recipe, working: Collection[str]) -> str:
 
 
 def outcome(domain: Domain, frame: Frame) -> str:
-    """What a measured edit did to the faces, in one line."""
+    """What a measured edit did to the faces, in one line; "" before it is measured."""
+    if not frame.notes:
+        return ""
     claim = domain.truth and domain.truth.claim(" and ".join(frame.recipe.prompts))
     if not claim:
         still = frame.notes.count("not changed")

@@ -89,12 +89,13 @@ function render({ model, el: root }) {
       if (!face) return
       const words = face.tip || (fixed ? face.title : "keep this face when new ones are drawn")
       const lock = button("cfx-face" + (face.locked ? " cfx-on" : ""), (face.locked ? "🔒 " : "") + face.title, words,
-        () => model.send({ event: "lock", face: i }))
+        () => { model.send({ event: "lock", face: i }); root.focus() })
       lock.disabled = fixed
       lock.setAttribute("aria-pressed", face.locked)
       head.replaceChildren(lock)
       if (face.photo) {
-        head.append(button("cfx-remove", "×", `remove ${face.title}`, () => model.send({ event: "remove", face: i })))
+        const remove = () => { model.send({ event: "remove", face: i }); root.focus() }
+        head.append(button("cfx-remove", "×", `remove ${face.title}`, remove))
       }
     })
   }

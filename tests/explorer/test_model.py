@@ -28,6 +28,7 @@ from cfclip.domains import DOMAINS
 from cfclip.explorer.frames import SHOWS, edit_label
 from cfclip.explorer.model import HISTORY_LENGTH, MERGE_SECONDS, Explorer
 from cfclip.explorer.recipe import MAX_SEED, Recipe, draw_faces, render
+from cfclip.explorer.view import View
 from cfclip.explorer.workers import CHECK_STEPS, LONGEST_LINE, PATIENCE, LatestJobThread
 from cfclip.images import to_uint8
 from cfclip.method import train_mapper
@@ -477,21 +478,47 @@ def resident() -> float:
     return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * resource.getpagesize() / 1e6
 
 
-def test_any_two_hundred_interactions(domain, folder):
-    sizes = []
+HOSTILE_VALUES = (
+    None,
+    -1,
+    10**30,
+    1e308,
+    float("nan"),
+    "",
+    "x" * 5000,
+    "\ud800\0",
+    "../..",
+    b"\xff",
+    [],
+    {},
+    [[1]],
+    {"a": {}},
+)
+HOSTILE_EVENTS = ("ping", "lock", "remove", "key", "photo", "recipe", "refused", "", None, 5)
+
+
+def test_any_five_hundred_interactions(domain, folder):
+    """With hostile values, from the browser too: the panel works on, and keeps neither memory nor threads."""
+    sizes, threads = [], threading.active_count()
+    hostile = st.sampled_from(HOSTILE_VALUES)
 
     class Interactions(RuleBasedStateMachine):
         def __init__(self):
             super().__init__()
             self.explorer, self.count = started(domain, folder), 0
+            self.view = View(self.explorer)
 
         @rule(prompt=st.sampled_from((*PROMPTS, "", "green lipstick + blue hair", "word " * 40, "é🙂")))
         def prompt(self, prompt):
-            self.explorer.set_prompt(prompt)
+            self.view.prompt.value = prompt
 
         @rule(strength=st.floats(-3, 3))
         def strength(self, strength):
             self.explorer.change(strength=strength)
+
+        @rule(by=st.floats(-9, 9))
+        def stronger(self, by):
+            self.explorer.stronger(by)
 
         @rule(level=st.sampled_from(("coarse", "medium", "fine")), on=st.booleans())
         def level(self, level, on):
@@ -509,14 +536,6 @@ def test_any_two_hundred_interactions(domain, folder):
         def show(self, show):
             self.explorer.set_show(show)
 
-        @rule(face=st.integers(0, 5), on=st.booleans())
-        def lock(self, face, on):
-            self.explorer.lock(face, on)
-
-        @rule()
-        def new_faces(self):
-            self.explorer.new_faces()
-
         @rule(which=st.integers(0, 2))
         def mapper(self, which):
             self.explorer.set_mapper(["", *self.explorer.mappers][which])
@@ -525,9 +544,46 @@ def test_any_two_hundred_interactions(domain, folder):
         def go(self, to):
             self.explorer.go(to)
 
-        @rule(back=st.booleans())
-        def undo(self, back):
-            self.explorer.undo() if back else self.explorer.redo()
+        @rule(name=st.sampled_from([one.name for one in fields(Recipe)]), value=hostile)
+        def wrong_field(self, name, value):
+            self.explorer.change(**{name: value})
+
+        @rule(
+            call=st.sampled_from((
+                "set_prompt",
+                "set_mapper",
+                "set_seeds",
+                "set_show",
+                "go",
+                "open",
+                "refine",
+                "remove",
+            )),
+            value=hostile,
+        )
+        def wrong_call(self, call, value):
+            getattr(self.explorer, call)(value)
+
+        @rule(event=st.sampled_from(HOSTILE_EVENTS), face=hostile | st.integers(-1, 4), value=hostile)
+        def from_the_browser(self, event, face, value):
+            content = {
+                "event": event,
+                "face": face,
+                "points": value,
+                "name": value,
+                "text": value,
+                "why": value,
+            }
+            self.view._heard(content, [b"not a picture"])
+
+        @rule(key=st.sampled_from(("ArrowUp", "ArrowDown", "z", "y", "n")))
+        def key(self, key):
+            self.view._heard({"event": "key", "key": key}, [])
+
+        @rule()
+        def train_a_little(self):
+            self.explorer.refine()
+            self.explorer.cancel()
 
         @rule()
         def look(self):
@@ -536,24 +592,28 @@ def test_any_two_hundred_interactions(domain, folder):
         @invariant()
         def history_holds_the_recipe(self):
             self.count += 1
-            if self.count in (60, 200):
+            if self.count in (80, 240):
                 self.explorer.wait()
                 sizes.append(resident())
-            assert (
-                self.explorer.history[self.explorer.at] == self.explorer.recipe
-                and len(self.explorer.history) <= HISTORY_LENGTH
-            )
-            assert isinstance(self.explorer.recipe, Recipe)
+            history, at, recipe = self.explorer.history, self.explorer.at, self.explorer.recipe
+            assert history[at] == recipe and len(history) <= HISTORY_LENGTH
+            assert isinstance(recipe, Recipe)
 
         def teardown(self):
+            self.explorer.set_prompt("green lipstick")
+            self.explorer.change(strength=1.0, faces=(0, 1), layers=(), region="", source_text="")
             check(self.explorer)
+            assert self.explorer.frame.recipe == self.explorer.recipe, "the panel still works"
+            training = self.explorer.training
             self.explorer.close()
+            if training is not None:
+                training.thread.join(60)
 
     run_state_machine_as_test(
         Interactions,
         settings=settings(
-            max_examples=3,
-            stateful_step_count=200,
+            max_examples=2,
+            stateful_step_count=250,
             deadline=None,
             derandomize=True,
             database=None,
@@ -563,6 +623,10 @@ def test_any_two_hundred_interactions(domain, folder):
     assert len(sizes) >= 2 and sizes[-1] < 1.05 * sizes[0], (
         f"memory grew from {sizes[0]:.0f} to {sizes[-1]:.0f} MB"
     )
+    end = time.monotonic() + 30
+    while threading.active_count() > threads and time.monotonic() < end:
+        time.sleep(0.1)
+    assert threading.active_count() <= threads, threading.enumerate()
 
 
 def test_the_picture_comes_before_its_scores(explorer):
