@@ -1,7 +1,7 @@
 """The library of trained editors: found by the headers of their files, opened once."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +15,7 @@ from cfclip.checkpoints.weights import WeightsError
 from cfclip.domain import Domain
 from cfclip.files import DATA
 from cfclip.models.mapper import Mapper
+from cfclip.settings import number
 
 KINDS = {method.editor.KIND for method in METHODS.values()}
 
@@ -28,6 +29,7 @@ class Trained:
     method: str
     domain: str  # "" if the file does not say
     training: Mapping[str, Any]  # its flat settings, with its prompt or prompts
+    success: float | None = None  # share of held-out faces on which it succeeded, if that was measured
 
     @property
     def prompt(self) -> str | None:
@@ -74,7 +76,8 @@ def read_trained(path: str | os.PathLike) -> Trained | None:
     for name, value in {"method": method, "domain": domain, "prompt": training.get("prompt", "")}.items():
         if not isinstance(value, str):
             raise WeightsError(f"{path} has a {name} in its header that is no text: fit or fetch it again")
-    return Trained(Path(path), kind, method, domain, training)
+    success = card.get("success")
+    return Trained(Path(path), kind, method, domain, training, None if number(0, 1)(success) else success)
 
 
 def scan(*places: str | os.PathLike, skip_damaged: bool = False) -> list[Trained]:
@@ -181,12 +184,22 @@ def find_by_seed(*places: str | os.PathLike) -> tuple[dict[int, Mapper], dict[tu
     return many, alone
 
 
+def plain(prompt: str) -> str:
+    """``prompt`` as CLIP reads it: in lower case, with single spaces."""
+    return " ".join(prompt.lower().split())
+
+
 def committed(domain: Domain) -> dict[str, Trained]:
-    """prompt -> the mapper that was committed with the domain for it."""
+    """:func:`plain` prompt -> the mapper that was committed with the domain for it."""
     folder = DATA / domain.name / "mappers"
-    return (
-        {one.prompt: one for one in _scan_once(folder) if one.prompt is not None} if folder.is_dir() else {}
-    )
+    found = _scan_once(folder) if folder.is_dir() else []
+    return {plain(one.prompt): one for one in found if one.prompt is not None}
+
+
+def preferred(prompt: str, found: Iterable[Trained]) -> Trained | None:
+    """The first of ``found`` for exactly this prompt: mappers before others, CF-CLIP's before others."""
+    alike = [one for one in found if one.prompt is not None and plain(one.prompt) == plain(prompt)]
+    return min(alike, key=lambda one: (one.kind != "mapper", one.method != "cfclip"), default=None)
 
 
 @lru_cache(maxsize=8)
@@ -197,8 +210,8 @@ def _scan_once(folder: Path) -> list[Trained]:
 def mapper_for(domain: Domain, prompt: str) -> Mapper:
     """The mapper committed for this prompt, else the domain's for any. ValueError if there is neither."""
     known = committed(domain)
-    if prompt in known:
-        return known[prompt].open(domain).module
+    if plain(prompt) in known:
+        return known[plain(prompt)].open(domain).module
     if domain.mapper is None:
         only = f", only for {' and '.join(map(repr, known))}" if known else ""
         raise ValueError(

@@ -5,7 +5,6 @@ Shapes: N faces, R = resolution.
 
 import hashlib
 import io
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,14 +16,18 @@ from torch import Tensor
 
 from cfclip.domain import Domain
 from cfclip.evaluation import metrics
+from cfclip.explorer.photos import find_photo
 from cfclip.explorer.recipe import Faces, Recipe, draw_faces, render
 from cfclip.files import atomic_write, first_bytes, slug, writable, write_text
 from cfclip.images import to_uint8
+from cfclip.models.mapper import level_slices
 
 SHOWS = ("edit", "difference", "strengths", "prompts × strengths", "methods")
 STRENGTHS_SHOWN = (-1.0, 0.0, 0.5, 1.0, 1.5, 2.0)
 HEAT_MAX = 0.4
 """The difference of two pictures in [-1, 1], mean over the channels, at which the heat map is brightest."""
+UNMOVED = 0.004
+"""The mean difference of two pictures in [-1, 1], about half a grey level, that nobody sees."""
 _RISING = np.linspace(0, 1, 9).tolist()
 ANIMATION = (*_RISING, *[1.0] * 4, *_RISING[::-1], *[0.0] * 2)
 """Shares of the strength in the frames of an exported animation."""
@@ -32,19 +35,25 @@ ANIMATION = (*_RISING, *[1.0] * 4, *_RISING[::-1], *[0.0] * 2)
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """A recipe's pictures: rows, label -> uint8 [N, R, R, 3], and the headers of their columns.
+    """A recipe's pictures: rows, label -> uint8 [N, R, R, 3], and the headers and tips of their columns.
 
-    source, edited: [N, 3, R, R]; scores: means over the faces, {} until they are measured.
+    source, edited: [N, 3, R, R]; moved: whether the edit can move each of the L layers of W+.
+    Until they are measured, scores and photo_scores, the means over generated faces and over photos, are {},
+    and notes, a few words on each face, are ().
     """
 
     recipe: Recipe
     show: str  # one of SHOWS
     rows: Mapping[str, np.ndarray]
     headers: tuple[str, ...]
+    tips: tuple[str, ...]  # more about each column; "" for most
     source: Tensor
     edited: Tensor
+    moved: tuple[bool, ...]
     seconds: float = 0.0  # that drawing took
     scores: Mapping[str, float] = field(default_factory=dict)
+    photo_scores: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def sheet(self) -> np.ndarray:
@@ -57,12 +66,10 @@ def strip(row: np.ndarray) -> np.ndarray:
     return np.concatenate(list(row), 1)
 
 
-def encode(row: np.ndarray, min_size: int = 128) -> bytes:
-    """The :func:`strip` of ``row`` as PNG, enlarged until pictures are at least ``min_size`` wide."""
-    picture, file = Image.fromarray(strip(row)), io.BytesIO()
-    if (times := -(-min_size // row.shape[1])) > 1:
-        picture = picture.resize([times * length for length in picture.size], Image.Resampling.BICUBIC)
-    picture.save(file, "PNG", compress_level=1)
+def encode(row: np.ndarray) -> bytes:
+    """The :func:`strip` of ``row`` as PNG."""
+    file = io.BytesIO()
+    Image.fromarray(strip(row)).save(file, "PNG", compress_level=1)
     return file.getvalue()
 
 
@@ -80,20 +87,24 @@ def draw(
     others: Mapping[str, Recipe],
     stale: Callable[[], bool] = lambda: False,
 ) -> Frame | None:
-    """The frame of ``recipe``, shown as ``show`` says; None if it becomes ``stale`` before it is done.
+    """The frame of ``recipe``, shown as ``show`` says; None if it becomes ``stale`` between two of many rows.
 
     ``others``: label -> recipe of the other rows of "methods", and of the rows of "prompts × strengths".
     """
-    edited = render(domain, recipe, faces)
+    edited, size = render(domain, recipe, faces), domain.generator.resolution
+    photos = [find_photo(face, size) if isinstance(face, str) else None for face in recipe.faces]
     first = Faces(faces.w[:1], faces.images[:1])
 
     def at_strength(one: Recipe, strength: float, faces: Faces) -> np.ndarray:
         return to_uint8(render(domain, replace(one, strength=strength), faces))
 
     def rows() -> Iterator[tuple[str, np.ndarray]]:
+        if show != "prompts × strengths" and any(photos):
+            blank = np.full((size, size, 3), 255, np.uint8)
+            yield "photo", np.stack([photo.original if photo else blank for photo in photos])
         if show in ("edit", "difference", "methods"):
             yield "source", to_uint8(faces.images)
-            yield recipe.prompt.strip() or "no prompt", to_uint8(edited)
+            yield edit_label(recipe), to_uint8(edited)
         if show == "difference":
             yield "difference", heat_map(faces.images, edited)
         if show == "methods":
@@ -108,33 +119,78 @@ def draw(
 
     drawn = {}
     for label, row in rows():
-        if stale():
-            return None
         drawn[label] = row
+        if show != "edit" and stale():
+            return None
     if show == "prompts × strengths":
         headers = tuple(f"× {strength:g}" for strength in STRENGTHS_SHOWN)
+        tips = ("",) * len(headers)
     else:
-        headers = tuple(str(face) if isinstance(face, int) else "photo" for face in recipe.faces)
-    return Frame(recipe, show, drawn, headers, faces.images, edited)
+        each = zip(recipe.faces, photos, strict=True)
+        headers = tuple(photo.name if photo else str(face) for face, photo in each)
+        tips = tuple(photo.advice if photo else "" for photo in photos)
+    return Frame(recipe, show, drawn, headers, tips, faces.images, edited, _moved(domain, recipe))
 
 
-def score(domain: Domain, frame: Frame, stale: Callable[[], bool] = lambda: False) -> dict[str, float]:
-    """Every metric of the edit, mean over its faces; {} without a prompt, or if it becomes ``stale``."""
+def edit_label(recipe: Recipe) -> str:
+    """The label of the row of edited pictures."""
+    return recipe.prompt.strip() or "no prompt"
+
+
+def _moved(domain: Domain, recipe: Recipe) -> tuple[bool, ...]:
+    layers = range(domain.generator.num_ws)
+    if recipe.uses_editor or not recipe.prompts:
+        return (True,) * len(layers)
+    moved = set()
+    for mapper in recipe.open_mappers(domain):
+        slices = level_slices(mapper.config.split)
+        moved.update(layer for level in mapper.config.levels for layer in layers[slices[level]])
+    return tuple(layer in moved for layer in layers)
+
+
+def score(domain: Domain, frame: Frame, stale: Callable[[], bool] = lambda: False) -> Frame:
+    """``frame`` with its scores and notes; without them if it has no prompt, or becomes ``stale``."""
     recipe, measured = frame.recipe, {}
     if not recipe.prompts:
-        return {}
+        return frame
     domain = replace(domain, source_text=recipe.source_text.strip() or domain.source_text)
     edit = metrics.Edit(domain, " and ".join(recipe.prompts), frame.source, frame.edited)
     for metric in metrics.METRICS.values():
         if stale():
-            return {}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # means of parts that no face shows
-            measured |= metric(edit)
-    return {name: float(np.nanmean(each)) for name, each in measured.items() if not np.isnan(each).all()}
+            return frame
+        measured |= metric(edit)
+    is_photo = np.array([isinstance(face, str) for face in recipe.faces])
+    scores, photo_scores = (
+        {
+            name: float(np.nanmean(each[which]))
+            for name, each in measured.items()
+            if not np.isnan(each[which]).all()
+        }
+        for which in (~is_photo, is_photo)
+    )
+    return replace(frame, scores=scores, photo_scores=photo_scores, notes=_notes(edit, measured))
 
 
-def export(folder: Path, domain: Domain, frame: Frame) -> list[Path]:
+def _notes(edit: metrics.Edit, measured: Mapping[str, np.ndarray]) -> tuple[str, ...]:
+    """What became of each face: "✓", its colour before and after, or why it cannot show the edit."""
+    moved = (edit.after.images - edit.before.images).abs().mean((1, 2, 3)).tolist()
+    notes = ["" if share > UNMOVED else "not changed" for share in moved]
+    if claim := edit.domain.truth and edit.domain.truth.claim(edit.prompt):
+        part, colour = claim
+        was, is_now = (pictures.seen.colour(part) for pictures in (edit.before, edit.after))
+        for i, (before, success) in enumerate(
+            zip(measured["success_before"], measured["success_after"], strict=True)
+        ):
+            if np.isnan(success):
+                notes[i] = f"no {part}"
+            elif success:
+                notes[i] = f"{colour} before" if before else "✓"
+            else:
+                notes[i] = f"{was[i]} → {is_now[i]}" if was[i] != is_now[i] else f"stays {was[i]}"
+    return tuple(notes)
+
+
+def export(folder: Path, domain: Domain, frame: Frame) -> tuple[Path, ...]:
     """Write the picture (.png), an animation of the strength (.gif), the recipe (.json), its cell (.py)."""
     recipe, text = frame.recipe, frame.recipe.to_json()
     key = hashlib.sha256((text + frame.show).encode()).hexdigest()[:6]
@@ -149,9 +205,9 @@ def export(folder: Path, domain: Domain, frame: Frame) -> list[Path]:
     first, *more = (drawn[share] for share in ANIMATION)
     sheet = Image.fromarray(frame.sheet)
     gif = {"format": "GIF", "save_all": True, "append_images": more, "duration": 70, "loop": 0}
-    return [
+    return (
         atomic_write(stem.with_suffix(".png"), lambda part: sheet.save(part, format="PNG")),
         atomic_write(stem.with_suffix(".gif"), lambda part: first.save(part, **gif)),
         write_text(stem.with_suffix(".json"), text),
         write_text(stem.with_suffix(".py"), recipe.code()),
-    ]
+    )

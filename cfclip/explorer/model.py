@@ -3,48 +3,52 @@
 Traits may change in any thread; :meth:`Explorer.wait` returns when all that was asked for is done.
 """
 
-import hashlib
-import io
+import reprlib
 import threading
 import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from traitlets import Bool, Dict, Enum, Float, HasTraits, Instance, Int, Tuple, Unicode
 
-from cfclip.baselines.library import committed, scan
+from cfclip.baselines.library import Trained, committed, plain, preferred, scan
+from cfclip.baselines.methods import configure
 from cfclip.domain import Domain
 from cfclip.domains import DOMAINS, load_domain
+from cfclip.explorer import advice, photos
 from cfclip.explorer.frames import SHOWS, Frame, draw, export, score
 from cfclip.explorer.recipe import (
+    MAX_FACES,
     MAX_SEED,
+    MAX_STRENGTH,
+    MIN_STRENGTH,
     Faces,
     Recipe,
-    advice,
     any_text,
+    brief,
     codes,
     draw_faces,
     level_layers,
     levels_on,
     render,
 )
-from cfclip.explorer.workers import LatestJobThread, Training, one_line
-from cfclip.files import ROOT, atomic_write
-from cfclip.inversion import projector
-from cfclip.inversion.align import detector_file, load_photo
-from cfclip.models.mapper import LEVELS
+from cfclip.explorer.workers import LONGEST_LINE, LatestJobThread, Training, one_line
+from cfclip.files import ROOT
+from cfclip.models.mapper import LEVELS, Mapper
 from cfclip.models.stylegan2 import max_batch
 
 MERGE_SECONDS = 0.7
 """Changes of one setting within this time, as when a slider is dragged, are one entry of the history."""
 HISTORY_LENGTH = 100
+GIVE_UP_SECONDS = 1.0
+"""A picture of many rows that takes longer is given up for one that is asked for later."""
+STEP_TO_DRAWING = 2.0
+"""Seconds of a training's step, in seconds that drawing the faces takes: a guess until a step was taken."""
 OUT = Path("reports", "runs", "explorer")
 
 
@@ -71,15 +75,18 @@ class Explorer(HasTraits):
     show = Enum(SHOWS, "edit")
     frame = Instance(Frame, allow_none=True)
     message = Unicode(help="what went wrong, in one line")
+    hint = Unicode(help="what became of the faces, and what to do about it")
     note = Unicode(help="what was done")
     busy = Bool(help="a picture is being drawn")
     locked = Tuple(help="faces that stay when new ones are drawn")
     mappers = Dict(help="path -> (label, prompt)")
     history = Tuple(help="recipes")
     at = Int(help="index of the recipe in the history")
+    exported = Tuple(help="files of the last export")
     training = Instance(Training, allow_none=True)
     progress = Float(help="of the training, from 0 to 1")
-    preview = Instance(np.ndarray, allow_none=True, help="of the training, uint8 [N, R, R, 3]")
+    refining = Unicode(help="how far the training is, or how it ended")
+    preview = Dict(help="of the training: label -> uint8 [N, R, R, 3]")
 
     def __init__(
         self,
@@ -99,6 +106,8 @@ class Explorer(HasTraits):
         runs = [runs] if isinstance(runs, str | Path) else runs
         self.runs = [self.out, *(Path(folder).resolve() for folder in runs)]
         self._domains, self._lock = {domain.name: domain}, threading.RLock()
+        self._seconds_a_step = 0.0  # of the last training
+        self._suggested: tuple[tuple, dict[str, float | None]] = ((), {})  # with their key
         self._faces: tuple[tuple, Faces] | None = None  # of the last picture, with their key
         self._last_change: tuple[frozenset, float] = (frozenset(), 0.0)  # names of fields, time
         self._drawing, self._scoring = LatestJobThread(), LatestJobThread()
@@ -106,8 +115,9 @@ class Explorer(HasTraits):
         first = {"faces": self._first_faces(domain), "label": _first_class(domain, label)}
         self.recipe = Recipe(domain.name, prompt or domain.prompts[0], **first)
         self.recipe.chosen(domain)  # fails now if there is no such class
-        self.history = (self.recipe,)
         self.find_mappers()
+        self.recipe = replace(self.recipe, mapper=self._mappers_for(self.recipe))
+        self.history = (self.recipe,)
         self.refresh()
 
     def _first_faces(self, domain: Domain) -> tuple[int, ...]:
@@ -130,12 +140,26 @@ class Explorer(HasTraits):
         return tuple(dict.fromkeys((*self._domains, *DOMAINS)))
 
     @property
-    def suggestions(self) -> tuple[str, ...]:
-        """Prompts that there is a mapper for, the domain's examples first."""
-        claims = self.domain.truth.prompts if self.domain.truth else ()
-        trained = [*sorted(committed(self.domain)), *(prompt for _, prompt in self.mappers.values())]
-        known = dict.fromkeys((*self.domain.prompts, *trained, *claims))
-        return tuple(prompt for prompt in known if self.mapper_for(prompt) is not None)
+    def suggestions(self) -> dict[str, float | None]:
+        """Prompts that work -> on which share of faces, None if nobody measured it. Examples come first."""
+        key = self.recipe.domain, tuple(self.mappers)
+        if self._suggested[0] != key:
+            domain = self.domain
+            trained = [*sorted(committed(domain)), *(prompt for _, prompt in self.mappers.values())]
+            claims = domain.truth.prompts if domain.truth else ()
+            sure = dict.fromkeys(
+                prompt for prompt in (*domain.prompts, *trained) if self.mapper_for(prompt) is not None
+            )
+            success = {prompt: self.success_of(prompt) for prompt in (*sure, *claims)}
+            works = {p: s for p, s in success.items() if (p in sure if s is None else s >= advice.WORKS)}
+            self._suggested = key, works
+        return self._suggested[1]
+
+    def success_of(self, prompt: str) -> float | None:
+        """On which share of faces the mapper for ``prompt`` succeeded; None if nobody measured it."""
+        if path := self.mapper_for(prompt):
+            return next((one.success for one in self._trained if self._place(one) == path), None)
+        return advice.predicted_success(self.domain, prompt)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -143,22 +167,33 @@ class Explorer(HasTraits):
         return self.domain.truth.regions if self.domain.truth else ()
 
     def mapper_for(self, prompt: str) -> str | None:
-        """What edits ``prompt``: "" (the domain's own mapper), one of :attr:`mappers`, or None."""
-        if self.domain.mapper is not None or prompt in committed(self.domain):
-            return ""
-        return next((path for path, (_, trained_for) in self.mappers.items() if trained_for == prompt), None)
+        """What edits ``prompt``: one of :attr:`mappers` that was trained for exactly this prompt; without one
+        "", the domain's own; None if there is none of these.
+        """
+        own = self.domain.mapper is not None or plain(prompt) in committed(self.domain)
+        among = [one for one in self._trained if one.kind == "mapper" or not own]
+        found = preferred(prompt, among)
+        return self._place(found) if found else "" if own else None
+
+    def _mappers_for(self, recipe: Recipe) -> str | tuple[str, ...]:
+        """The ``mapper`` of a recipe with this prompt: each term of a combination has its own."""
+        each = [self.mapper_for(prompt) or "" for prompt in recipe.prompts]
+        if len(each) > 1:  # the folder of an editor edits by one prompt only
+            each = ["" if Path(path).is_dir() else path for path in each]
+        return each[0] if len(set(each)) == 1 else tuple(each) if each else ""
 
     def find_mappers(self) -> None:
         """Look again which editors the folders hold."""
-        self.mappers = self._mappers_of(self.recipe.domain)
+        self._trained, self.mappers = self._mappers_of(self.recipe.domain)
 
-    def _mappers_of(self, domain: str) -> dict[str, tuple[str, str]]:
-        mappers = {}
-        for one in scan(*self.runs, skip_damaged=True):
-            if one.domain == domain and any_text(one.prompt) is None:
-                place = one.path if one.kind == "mapper" else one.path.parent
-                mappers[str(place)] = f"{one.prompt} ({one.method})", one.prompt
-        return mappers
+    @staticmethod
+    def _place(one: Trained) -> str:
+        return str(one.path if one.kind == "mapper" else one.path.parent)
+
+    def _mappers_of(self, domain: str) -> tuple[list[Trained], dict[str, tuple[str, str]]]:
+        found = scan(*self.runs, skip_damaged=True)
+        found = [one for one in found if one.domain == domain and any_text(one.prompt) is None]
+        return found, {self._place(one): (f"{one.prompt} ({one.method})", one.prompt) for one in found}
 
     # ---- changing the recipe ----
 
@@ -185,17 +220,25 @@ class Explorer(HasTraits):
 
     def _show(self, recipe: Recipe, history: tuple[Recipe, ...], at: int) -> None:
         """Make ``recipe`` the present one. Nobody is told before all of the state belongs together."""
-        mappers = self.mappers if recipe.domain == self.recipe.domain else self._mappers_of(recipe.domain)
+        mappers = self.mappers
+        if recipe.domain != self.recipe.domain:
+            self._trained, mappers = self._mappers_of(recipe.domain)
         with self.hold_trait_notifications():
             self.mappers, self.history, self.at, self.recipe = mappers, history, at, recipe
         self.refresh()
 
     def set_prompt(self, prompt: str) -> None:
         """Set the prompt; a mapper that was trained for another prompt is replaced."""
-        plain, mapper = str(prompt).strip(), self.recipe.mapper
-        _, trained_for = self.mappers.get(mapper, ("", plain))
-        keep = trained_for == plain and (mapper or self.mapper_for(plain) is None)
-        self.change(prompt=prompt, mapper=mapper if keep else self.mapper_for(plain) or "")
+        mapper = self.recipe.mapper
+        try:
+            recipe = replace(self.recipe, prompt=prompt)
+        except ValueError as error:
+            self.message = one_line(error)
+            return
+        known = self.mappers.get(mapper) if isinstance(mapper, str) else None
+        if mapper == "" or not isinstance(mapper, str) or (known and plain(known[1]) != plain(recipe.prompt)):
+            mapper = self._mappers_for(recipe)
+        self.change(prompt=prompt, mapper=mapper)
 
     def set_mapper(self, path: str) -> None:
         """One of :attr:`mappers`, with its prompt; or another mapper's file; or "", the domain's own."""
@@ -204,6 +247,11 @@ class Explorer(HasTraits):
             self.change(mapper=path, prompt=self.mappers[path][1], layers=layers)
         else:
             self.change(mapper=path)
+
+    def stronger(self, by: float) -> None:
+        """Move the strength, no further than it goes."""
+        strength = round(self.recipe.strength + by, 2)
+        self.change(strength=min(MAX_STRENGTH, max(MIN_STRENGTH, strength)))
 
     def set_levels(self, **on: bool) -> None:
         """``coarse=False``, …: switch levels of W+ off or on."""
@@ -225,18 +273,26 @@ class Explorer(HasTraits):
         """Replace all faces that are not locked by new ones."""
         seen = [face for recipe in self.history for face in recipe.faces if isinstance(face, int)]
         faces = enumerate(self.recipe.faces, 1 + max(seen, default=-1))
-        self.change(faces=tuple(face if face in self.locked else seed for seed, face in faces))
+        stay = {*self.locked, *(face for face in self.recipe.faces if isinstance(face, str))}
+        self.change(faces=tuple(face if face in stay else seed % (MAX_SEED + 1) for seed, face in faces))
 
     def set_seeds(self, text: str) -> None:
         """Choose the faces by their seeds, "3, 14, 15"; own photos stay."""
         words = str(text).replace(",", " ").split()
-        if not all(word.isdecimal() and len(word) <= len(str(MAX_SEED)) for word in words):
-            self.message = f"seeds are whole numbers from 0 to {MAX_SEED}, as in 3, 14, 15, not {text!r}"
+        if not all(word.isdecimal() and len(word) <= 10 and int(word) <= MAX_SEED for word in words):
+            not_this = reprlib.repr(text)
+            self.message = f"seeds are whole numbers from 0 to {MAX_SEED}, as in 3, 14, 15, not {not_this}"
             return
         self.change(faces=(*(face for face in self.recipe.faces if isinstance(face, str)), *map(int, words)))
 
     def lock(self, face: int | str, on: bool = True) -> None:
         self.locked = (*(f for f in self.locked if f != face), *([face] if on else []))
+
+    def remove(self, face: int | str) -> None:
+        """Take a face away, such as a photo; a new one comes in the place of the last."""
+        left = tuple(one for one in self.recipe.faces if one != face)
+        self.lock(face, False)
+        self.change(faces=left or self._first_faces(self.domain))
 
     def go(self, to: int) -> None:
         """Go to an entry of the history."""
@@ -263,50 +319,78 @@ class Explorer(HasTraits):
 
     def _draw(self, recipe: Recipe, show: str, stale: Callable[[], bool]) -> None:
         begun, frame, message = time.perf_counter(), None, ""
+
+        def give_up() -> bool:
+            return stale() and time.perf_counter() - begun > GIVE_UP_SECONDS
+
         try:
             domain = recipe.chosen(self._domains[recipe.domain])
             key = recipe.domain, domain.label, recipe.faces
             if self._faces is None or self._faces[0] != key:
                 self._faces = key, draw_faces(domain, recipe.faces)
-            frame = draw(domain, recipe, show, self._faces[1], self._others(recipe, show), stale)
-            message = advice(domain, recipe, self.suggestions)
+            frame = draw(domain, recipe, show, self._faces[1], self._others(recipe, show), give_up)
+            message = advice.unclear(domain, recipe, self.suggestions)
         except Exception as error:  # whatever it is: the panel shows it, and the thread lives on
             message = one_line(error)
         with self._lock:
+            if frame is not None:  # shown even if it is not the latest: who drags a slider sees it move
+                self.frame = frame = replace(frame, seconds=time.perf_counter() - begun)
             if stale():
                 return
-            self.message = message or self.message
-            if frame is not None:
-                self.frame = frame = replace(frame, seconds=time.perf_counter() - begun)
+            self.message = brief(message, LONGEST_LINE) or self.message
             self.busy = False
+            self.hint = self._hint(frame) if frame else ""
         if frame is not None:
             self._scoring.ask(lambda stale: self._score(frame, stale))
+
+    def _hint(self, frame: Frame) -> str:
+        """What became of the faces, what to expect of others, and what would help."""
+        recipe, domain = frame.recipe, self._domains[frame.recipe.domain]
+        if not recipe.prompts:
+            return "type a prompt, such as one of those that work"
+        if frame.show == "methods" and len(frame.rows) < 3:
+            return (
+                f"nothing else was trained for {brief(recipe.prompt, 40)!r}: train it by another method "
+                "under Refine, or give a folder with runs of 02_training as 'runs'"
+            )
+        success = [
+            self.success_of(prompt)
+            for prompt, file in zip(recipe.prompts, recipe.mappers, strict=True)
+            if not file
+        ]
+        seconds = self._seconds_a_step or STEP_TO_DRAWING * frame.seconds
+        steps = configure("cfclip", "x", **self.settings.get("cfclip", {})).steps
+        found = [advice.outcome(domain, frame), advice.prospects(success, frame, steps * seconds)]
+        return "; ".join(filter(None, found))
 
     def _others(self, recipe: Recipe, show: str) -> dict[str, Recipe]:
         """label -> recipe of the rows beside the edit."""
         others = {}
         if show == "methods":
             for path, (label, trained_for) in self.mappers.items():
-                if trained_for == recipe.prompt.strip() and path != recipe.mapper:
+                if plain(trained_for) == plain(recipe.prompt) and path != recipe.mapper:
                     layers = () if Path(path).is_dir() else recipe.layers
                     others[label] = replace(recipe, mapper=path, layers=layers)
         if show == "prompts × strengths":
-            prompts = dict.fromkeys((*recipe.prompts, *self.suggestions))
-            for prompt in list(prompts)[: max(4, len(recipe.prompts))]:
-                mapper = recipe.mapper if [prompt] == recipe.prompts else self.mapper_for(prompt) or ""
+            given = dict(zip(recipe.prompts, recipe.mappers, strict=True))
+            prompts = dict.fromkeys((*given, *self.suggestions))
+            for prompt in list(prompts)[: max(4, len(given))]:
+                mapper = given[prompt] if prompt in given else self.mapper_for(prompt) or ""
                 others[prompt] = replace(recipe, prompt=prompt, mapper=mapper)
         return others
 
     def _score(self, frame: Frame, stale: Callable[[], bool]) -> None:
-        scores = {}
         try:
             domain = frame.recipe.chosen(self._domains[frame.recipe.domain])
-            scores = score(domain, frame, lambda: stale() or self.frame is not frame)
+            scored = score(domain, frame, lambda: stale() or self.frame is not frame)
         except Exception as error:  # as in _draw
             self.message = one_line(error)
+            return
         with self._lock:
-            if self.frame is frame and scores:
-                self.frame = replace(frame, scores=scores)
+            if self.frame is frame and scored is not frame:
+                self.frame = scored
+                if scored.recipe == self.recipe:
+                    self.hint = self._hint(scored)
 
     # ---- slow tasks, one after the other ----
 
@@ -342,33 +426,24 @@ class Explorer(HasTraits):
         if name != self.recipe.domain:
             self._task(f"loading {name} …", job)
 
-    def add_photo(self, content: bytes, points: Sequence[Sequence[float]] = ()) -> None:
-        """Invert a photo and lock it in the place of the first face that is not locked.
+    def add_photo(self, content: bytes, points: Sequence[Sequence[float]] = (), name: str = "photo") -> None:
+        """Invert a photo, lock it, and put it before the other faces.
 
         Its code is written to ``out``. It is aligned as :func:`cfclip.inversion.align.load_photo` says.
         """
-        self._task("inverting the photo …", lambda: self._invert(content, points))
 
-    def _invert(self, content: bytes, points: Sequence[Sequence[float]]) -> str:
-        domain, size = self.domain, self.domain.generator.resolution
-        detect = isinstance(points, Sized) and not len(points) and size >= 256 and detector_file() is not None
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
-            photo = load_photo(io.BytesIO(content), size, points, detect=detect)
-        photo = photo.to(domain.device)
-        start = projector.encode(domain, photo) if domain.encoder is not None else None
-        config = projector.InversionConfig(steps=self.photo_steps, noise_maps=False)
-        inverted = projector.invert(domain, photo, config, start, progress=False)
-        name = hashlib.sha256(content + repr((domain.name, points)).encode()).hexdigest()[:12]
-        code = inverted.w_plus.cpu()
-        path = str(atomic_write(self.out / "faces" / f"{name}.pt", lambda part: torch.save(code, part)))
-        faces = list(self.recipe.faces)
-        if path not in faces:
-            faces[next((i for i, face in enumerate(faces) if face not in self.locked), 0)] = path
-        self.lock(path)
-        self.change(faces=tuple(faces))
-        quality = f"photo inverted, {inverted.metrics[0]['psnr']:.1f} dB;"
-        return " ".join([quality, *(str(warning.message) for warning in caught)])
+        def job() -> str:
+            folder, domain = self.out / "faces", self.domain
+            path, warned = photos.invert(domain, content, points, str(name), self.photo_steps, folder)
+            others = [face for face in self.recipe.faces if face != path]
+            if len(others) >= min(self.n, MAX_FACES):
+                others.remove(next((face for face in others[::-1] if face not in self.locked), others[-1]))
+            self.lock(path)
+            self.change(faces=(path, *others))
+            photo = photos.find_photo(path, domain.generator.resolution)
+            return "; ".join([f"{photo.name} was inverted: {photo.advice}", *warned])
+
+        self._task("inverting the photo …", job)
 
     def export(self) -> None:
         """Write the picture on show, its animation, the recipe and its cell into ``out``."""
@@ -378,7 +453,8 @@ class Explorer(HasTraits):
             if self.frame is None or self.frame.recipe != self.recipe:
                 why = f": {self.message}" if self.message else ""
                 raise ValueError(f"there is no picture of this recipe to export{why}")
-            return "written: " + ", ".join(map(str, export(self.out, self.domain, self.frame)))
+            self.exported = export(self.out, self.domain, self.frame)
+            return "exported: " + ", ".join(path.name for path in self.exported)
 
         self._task("exporting …", job)
 
@@ -407,23 +483,33 @@ class Explorer(HasTraits):
         domain, recipe = self.domain, self.recipe
         try:
             settings = self.settings.get(str(method), {})
-            w = codes(domain, recipe.faces[:4])
-            training = Training(domain, recipe, method, settings, self.out, w, self._on_training)
+            faces = draw_faces(domain, recipe.faces[:4])
+            training = Training(
+                domain, recipe, method, settings, self.out, faces, self._on_training, self._start(recipe)
+            )
         except Exception as error:  # as in _draw
             self.message = one_line(error)
             return
-        self.training, self.progress, self.preview = training, 0.0, None
+        self.training, self.progress, self.preview, self.refining = training, 0.0, {}, training.words
         training.start()
 
+    def _start(self, recipe: Recipe) -> Mapper | None:
+        """The mapper of the instant edit; None if there is none, or an editor of another kind."""
+        if recipe.uses_editor or not recipe.prompts:
+            return None
+        try:
+            return recipe.open_mappers(self.domain)[0]
+        except ValueError:
+            return None
+
     def _on_training(self, training: Training) -> None:
-        self.progress, self.preview = training.progress, training.preview
+        self.progress, self.preview, self.refining = training.progress, training.preview, training.words
         if not training.done:
             return
-        self.training, self.preview = None, None
+        self.training, self._seconds_a_step = None, training.seconds_a_step
         self.message = training.error or self.message
         if training.path is not None:
             self.find_mappers()
-            self.note = f"trained: {training.path}"
             if (self.recipe.domain, self.recipe.prompts) == (training.recipe.domain, training.recipe.prompts):
                 self.set_mapper(str(training.path))
                 self.refresh()  # even if the path is the same: the mapper in it is new
@@ -431,6 +517,11 @@ class Explorer(HasTraits):
     def cancel(self) -> None:
         if (training := self.training) is not None:
             training.cancel()
+
+    def keep(self) -> None:
+        """End the training, and edit with the mapper of the last preview."""
+        if (training := self.training) is not None:
+            training.keep()
 
     # ---- the end ----
 

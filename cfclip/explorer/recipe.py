@@ -8,7 +8,6 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ from torch import Tensor
 
 from cfclip.baselines.library import load_editor, mapper_for, open_mapper
 from cfclip.checkpoints.latents import load_latents
-from cfclip.domain import Domain, null_edit
-from cfclip.models.mapper import level_slices
+from cfclip.domain import Domain
+from cfclip.models.mapper import Mapper, level_slices
 from cfclip.settings import Settings, check_known, finite, int_at_least, number, setting, text
 
 MIN_STRENGTH, MAX_STRENGTH = -1.5, 2.0
@@ -34,6 +33,13 @@ def any_text(value: Any) -> str | None:
     """A text, perhaps an empty one, that can be written to a file and can name one."""
     fine = isinstance(value, str) and len(value) <= MAX_TEXT and not re.search("[\\0\ud800-\udfff]", value)
     return None if fine else f"a text of at most {MAX_TEXT} characters, none of them null or half of a pair"
+
+
+def a_mapper(value: Any) -> str | None:
+    """A file, or one for each single prompt."""
+    files = value if isinstance(value, tuple) and len(value) <= MAX_TEXT else (value,)
+    wrong = next(filter(None, map(any_text, files)), None)
+    return wrong and f"a file, or one for each prompt: {wrong}"
 
 
 def some_factors(value: Any) -> str | None:
@@ -51,7 +57,7 @@ def some_faces(value: Any) -> str | None:
 def _is_face(value: Any) -> bool:
     if isinstance(value, str):
         return bool(value) and any_text(value) is None
-    return int_at_least(0)(value) is None and value <= MAX_SEED
+    return int_at_least(0, maximum=MAX_SEED)(value) is None
 
 
 def a_region(value: Any) -> str | None:
@@ -78,8 +84,8 @@ class Recipe(Settings):
     # factors of the strength, one per layer of W+; (): 1 everywhere
     layers: tuple[float, ...] = setting((), some_factors)
     faces: tuple[int | str, ...] = setting(tuple(range(8)), some_faces)  # seeds; files of codes (own photos)
-    # a mapper's file, or the folder of an editor; "": the domain's own mapper
-    mapper: str = setting("", any_text)
+    # a mapper's file, or the folder of an editor; "": the domain's own mapper; a tuple: one per single prompt
+    mapper: str | tuple[str, ...] = setting("", a_mapper)
     # a part of the face, or a box (left, top, right, bottom in shares of the side); "": everywhere
     region: Region = setting("", a_region)
     # class of the faces, if the domain's generator is class-conditional; None: the domain's
@@ -91,9 +97,23 @@ class Recipe(Settings):
         return [part for text in self.prompt.split("+") if (part := " ".join(text.split()))]
 
     @property
+    def mappers(self) -> list[str]:
+        """The ``mapper`` of each of :attr:`prompts`. ValueError if there are more, or fewer."""
+        if isinstance(self.mapper, str):
+            return [self.mapper] * len(self.prompts)
+        if len(self.mapper) != len(self.prompts):
+            raise ValueError(f"there are {len(self.mapper)} mappers, but {len(self.prompts)} prompts")
+        return list(self.mapper)
+
+    @property
     def uses_editor(self) -> bool:
         """Whether ``mapper`` is the folder of an editor, which edits all layers with its own prompt."""
-        return bool(self.mapper) and Path(self.mapper).is_dir()
+        return isinstance(self.mapper, str) and bool(self.mapper) and Path(self.mapper).is_dir()
+
+    def open_mappers(self, domain: Domain) -> list[Mapper]:
+        """The mapper of each of :attr:`prompts`. Raises ValueError (or WeightsError, which is one)."""
+        pairs = zip(self.prompts, self.mappers, strict=True)
+        return [open_mapper(file, domain) if file else mapper_for(domain, prompt) for prompt, file in pairs]
 
     def chosen(self, domain: Domain) -> Domain:
         """``domain`` with the recipe's class. ValueError if it has no such class."""
@@ -133,14 +153,14 @@ class Recipe(Settings):
             if self.layers:
                 factors = f"torch.tensor({list(self.layers)!r})[:, None]      # one per layer"
                 edit, strength = [f"    strength = {strength} * {factors}"], "strength"
-            mapper = f"cfclip.load_mapper({self.mapper!r})" if self.mapper else "mapper_for(domain, prompt)"
-            edit += [
-                "    edited = w",
-                f"    for prompt in {self.prompts!r}:",
-                f"        mapper = {mapper}",
-                f"        edited = mapper.edit(edited, mapper.read(domain.clip, prompt), {strength})",
-                "    images = domain.generator.synthesis(edited)",
-            ]
+            edit.append("    edited = w")
+            for prompt, file in zip(self.prompts, self.mappers, strict=True):
+                mapper = f"cfclip.load_mapper({file!r})" if file else f"mapper_for(domain, {prompt!r})"
+                edit += [
+                    f"    mapper = {mapper}",
+                    f"    edited = mapper.edit(edited, mapper.read(domain.clip, {prompt!r}), {strength})",
+                ]
+            edit.append("    images = domain.generator.synthesis(edited)")
         if self.region:
             source = "domain.generator.synthesis(w)"
             edit += [f"    images = recipe.blend(domain, {source}, images, {self.region!r})"]
@@ -213,8 +233,8 @@ def render(domain: Domain, recipe: Recipe, source: Faces | None = None) -> Tenso
         if recipe.layers:
             strength = strength * torch.tensor(recipe.layers)[:, None].to(edited)
         for prompt in recipe.prompts:
-            domain.clip.tokenize(prompt)  # first: an unreadable prompt needs no mapper
-            mapper = open_mapper(recipe.mapper, domain) if recipe.mapper else mapper_for(domain, prompt)
+            domain.clip.tokenize(prompt)  # an unreadable one needs no mapper
+        for prompt, mapper in zip(recipe.prompts, recipe.open_mappers(domain), strict=True):
             edited = mapper.edit(edited, mapper.read(domain.clip, prompt), strength)
         images = domain.generator.synthesis(edited)
     return blend(domain, source.images, images, recipe.region) if recipe.region else images
@@ -249,19 +269,6 @@ def blend(domain: Domain, source: Tensor, edited: Tensor, region: Region) -> Ten
     return mask * edited + (1 - mask) * source
 
 
-def advice(domain: Domain, recipe: Recipe, suggestions: Sequence[str]) -> str:
-    """What the prompt cannot do, although it can be drawn; "" if nothing. Names ``suggestions`` near it."""
-    source = recipe.source_text.strip() or domain.source_text
-    clip = domain.clip
-    found = [words for one in [*recipe.prompts, source] if (words := clip.describe_unknown(one))]
-    if found:
-        known = [prompt for prompt in suggestions if not clip.unknown_words(prompt)]
-        if near := get_close_matches(recipe.prompt, known) or known[:3]:
-            found.append(f"prompts that it knows: {', '.join(near)}")
-    found += [words for one in recipe.prompts if (words := null_edit(one, source))]
-    return "; ".join(found)
-
-
 def level_layers(num_ws: int, on: Sequence[str], split: Sequence[int]) -> tuple[float, ...]:
     """Factors of the L layers that leave only the levels ``on``; () if those are all."""
     factors, slices = [0.0] * num_ws, level_slices(split)
@@ -277,10 +284,17 @@ def levels_on(layers: Sequence[float], num_ws: int, split: Sequence[int]) -> dic
     return {name: any(factors[where]) for name, where in level_slices(split).items()}
 
 
+def brief(text: str, most: int) -> str:
+    """``text`` in one line; of one with more than ``most`` characters the middle is left out."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[: 2 * most // 3]} … {text[-(most // 3) :]}"
+
+
 def describe(recipe: Recipe) -> str:
     """One line for the history."""
     region = recipe.region if isinstance(recipe.region, str) else "box"
     layers = "own layers" if recipe.layers else ""
     label = "" if recipe.label is None else f"class {recipe.label}"
-    parts = [recipe.prompt.strip() or "no prompt", f"× {recipe.strength:g}", label, layers, region]
+    prompt = brief(recipe.prompt, 60) or "no prompt"
+    parts = [prompt, f"× {recipe.strength:g}", label, layers, region]
     return " · ".join(part for part in parts if part)

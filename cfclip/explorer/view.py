@@ -2,48 +2,26 @@
 
 import html
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import ipywidgets as ipw
 from ipywidgets import Layout
 
-from cfclip.explorer.frames import SHOWS, encode
+from cfclip.explorer.frames import SHOWS, Frame, edit_label
 from cfclip.explorer.model import Explorer
-from cfclip.explorer.recipe import MAX_FACES, MAX_STRENGTH, MIN_STRENGTH, describe, levels_on
+from cfclip.explorer.photos import finds_points, is_aligned
+from cfclip.explorer.recipe import MAX_STRENGTH, MIN_STRENGTH, brief, describe, levels_on
+from cfclip.explorer.stage import Stage
 from cfclip.explorer.workers import REFINING
-from cfclip.models.mapper import LEVELS
+from cfclip.models.mapper import LEVELS, level_slices
 
-MAX_ROWS = 12
-"""The most rows of pictures."""
-
-STYLE = """<style>
-.cfx { padding: 14px 16px; border-radius: 10px; border: 1px solid var(--jp-border-color2, #ddd);
-  max-width: 1180px; }
-.cfx .widget-label, .cfx .cfx-label { color: var(--jp-ui-font-color1, #333); }
-.cfx-label { text-align: right; padding-right: 10px; line-height: 1.25; overflow-wrap: anywhere; }
-.cfx-row { overflow: hidden; align-items: center; }
-.cfx-row img { display: block; width: 100%; height: auto; margin: 0; border-radius: 6px; }
-.cfx .cfx-face { flex: 1 1 0; min-width: 0; margin: 0 2px; height: 22px; line-height: 22px; padding: 0;
-  font-size: 11px; border-radius: 11px; box-shadow: none; background: transparent;
-  color: var(--jp-ui-font-color2, #666); }
-.cfx .cfx-face.mod-active { background: var(--jp-brand-color1, #1976d2); color: white; }
-.cfx .cfx-face:disabled { opacity: 1; }
-.cfx .cfx-level { width: 74px; border-radius: 14px; box-shadow: none;
-  background: var(--jp-layout-color2, #eee); }
-.cfx .cfx-level.mod-active { background: var(--jp-brand-color1, #1976d2); color: white; }
-.cfx-scores { display: grid; grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)); gap: 8px; }
-.cfx-scores div { background: var(--jp-layout-color2, #f3f3f3); border-radius: 8px; padding: 5px 10px;
-  line-height: 1.35; }
-.cfx-scores span { display: block; font-size: 11px; color: var(--jp-ui-font-color2, #666); }
-.cfx-scores b { font-size: 14px; font-weight: 600; color: var(--jp-ui-font-color1, #222);
-  white-space: nowrap; }
-.cfx-message { background: #fdecea; color: #8a1c12; border-left: 4px solid #d93025; border-radius: 6px;
-  padding: 7px 12px; line-height: 1.4; }
-.cfx-note { color: var(--jp-ui-font-color2, #666); font-size: 12px; min-height: 18px; line-height: 18px;
-  overflow-wrap: anywhere; }
-</style>"""
+MAX_CHIPS = 8
+MAX_LABEL = 60
+TYPES = {".png": "image/png", ".gif": "image/gif", ".json": "application/json", ".py": "text/x-python"}
+"""Endings of exported files -> what a browser calls them."""
 
 SCORES = (
     ("CLIP", "clip_before", "clip_after", "{:.1f}"),
@@ -59,13 +37,16 @@ SCORES = (
 """Title of a score, its metrics before and after the edit, and its format."""
 
 
-def scores_html(scores: Mapping[str, float]) -> str:
-    """Tiles with the means over the faces."""
-    tiles = []
+def scores_html(scores: Mapping[str, float], of_photos: Mapping[str, float] | None = None) -> str:
+    """Tiles with the means over the faces, and below them those over photos."""
+    tiles, of_photos = [], of_photos or {}
     for title, before, after, form in SCORES:
-        if after in scores:
-            values = [form.format(scores[name]) for name in (before, after) if name in scores]
-            tiles.append(f"<div><span>{title}</span><b>{' → '.join(values)}</b></div>")
+        if after in scores or after in of_photos:
+            each = (scores, of_photos)
+            values = [[form.format(one[name]) for name in (before, after) if name in one] for one in each]
+            faces, photos = (" → ".join(value) for value in values)
+            photos = f"<i>photos: {photos}</i>" if photos else ""
+            tiles.append(f"<div><span>{title}</span><b>{faces or '–'}</b>{photos}</div>")
     return f'<div class="cfx-scores">{"".join(tiles)}</div>'
 
 
@@ -81,20 +62,14 @@ def _wrapped(*children: ipw.Widget) -> ipw.Box:
     return _row(*children, flex_flow="row wrap")
 
 
-def _button(text: str, icon: str, call: Callable[[], Any]) -> ipw.Button:
-    button = ipw.Button(description=text, icon=icon, layout=Layout(width="auto"))
+def _button(text: str, icon: str, call: Callable[[], Any], tip: str = "") -> ipw.Button:
+    button = ipw.Button(description=text, icon=icon, tooltip=tip, layout=Layout(width="auto"))
     button.on_click(lambda _: call())
     return button
 
 
-def _upload(text: str, accept: str, call: Callable[[bytes], Any]) -> ipw.FileUpload:
-    upload = ipw.FileUpload(accept=accept, description=text, layout=Layout(width="auto"))
-    upload.observe(lambda change: [call(bytes(file["content"])) for file in change["new"]], "value")
-    return upload
-
-
-def _label() -> ipw.HTML:
-    return ipw.HTML(layout=Layout(width="92px", flex="0 0 92px", margin="0"))
+def _box(kind: str, text: str, role: str = "status") -> str:
+    return f'<div class="{kind}" role="{role}">{html.escape(text)}</div>' if text else ""
 
 
 class View(ipw.VBox):
@@ -102,26 +77,65 @@ class View(ipw.VBox):
 
     def __init__(self, explorer: Explorer):
         self.explorer = explorer
-        self._shown_rows: Mapping | None = None  # of the frame that the images show
         self._thread = threading.local()  # the user may act while a worker's thread updates controls
-        self.message, self.note = _named(ipw.HTML(), "cfx-alert"), ipw.HTML()
+        self.stage = Stage(main=True)
+        self.stage.on_msg(lambda _, content, buffers: self._heard(content, buffers))
+        self.message, self.hint, self.note = ipw.HTML(), ipw.HTML(), ipw.HTML()
         self.scores = ipw.HTML(layout=Layout(margin="6px 0 0 0"))
         titles = ("Where", "Layers", "Faces", "History", "Refine", "Export")
         tabs = [self._where(), self._layers(), self._faces(), self._history(), self._refine(), self._export()]
-        tab = ipw.Tab(tabs, titles=titles, layout=Layout(margin="8px 0 0 0"))
-        style = ipw.HTML(STYLE, layout=Layout(height="0", margin="0"))
-        super().__init__([style, self._top(), self.message, self._pictures(), self.scores, self.note, tab])
+        self.tab = ipw.Tab(tabs, titles=titles, layout=Layout(margin="8px 0 0 0"))
+        top = self._top()
+        super().__init__([top, self.message, self.hint, self.stage, self.scores, self.note, self.tab])
         self.add_class("cfx")
         for names, show in (
             (["recipe", "mappers"], self._show_recipe),
             (["frame"], self._show_frame),
-            (["message", "note", "busy"], self._show_words),
-            (["locked"], self._show_locks),
+            (["message", "hint", "note", "busy"], self._show_words),
+            (["locked"], self._show_faces),
             (["history", "at"], self._show_history),
-            (["training", "progress", "preview"], self._show_training),
+            (["training", "progress", "preview", "refining"], self._show_training),
+            (["exported"], self._show_exported),
         ):
             explorer.observe(lambda change, show=show: show(), names)
             show()
+        for widget in self._widgets(self):  # None would be shown as "null"
+            if getattr(widget, "tooltip", "") is None:
+                widget.tooltip = ""
+
+    def _widgets(self, widget: ipw.Widget) -> Iterator[ipw.Widget]:
+        yield widget
+        for child in getattr(widget, "children", ()):
+            yield from self._widgets(child)
+
+    # ---- what is done to the pictures, and the keys ----
+
+    def _heard(self, content: Mapping[str, Any], buffers: Sequence[Any]) -> None:
+        e, faces = self.explorer, self.explorer.frame.recipe.faces if self.explorer.frame else ()
+        event, place = content.get("event"), content.get("face")
+        face = faces[place] if isinstance(place, int) and 0 <= place < len(faces) else None
+        if event == "ping":
+            self.stage.send({"pong": True})
+        elif event == "lock" and face is not None:
+            e.lock(face, face not in e.locked)
+        elif event == "remove" and face is not None:
+            e.remove(face)
+        elif event == "photo" and buffers:
+            e.add_photo(bytes(buffers[0]), content.get("points", ()), content.get("name", "photo"))
+        elif event == "recipe":
+            e.open(content.get("text", ""))
+        elif event == "refused":
+            e.message = brief(str(content.get("why")), MAX_LABEL)
+        elif event == "key" and content.get("key") in self.KEYS:
+            self.KEYS[content["key"]](e)
+
+    KEYS: ClassVar[dict[str, Callable[[Explorer], None]]] = {
+        "ArrowUp": lambda e: e.stronger(0.1),
+        "ArrowDown": lambda e: e.stronger(-0.1),
+        "z": Explorer.undo,
+        "y": Explorer.redo,
+        "n": Explorer.new_faces,
+    }
 
     # ---- the controls: the user's changes go to the model ----
 
@@ -155,6 +169,7 @@ class View(ipw.VBox):
         free = {"placeholder": "green lipstick + blue hair", "ensure_option": False}
         self.prompt = control(ipw.Combobox, "prompt", "3 1 260px", e.set_prompt, "cfx-prompt", **free)
         self.source_text = control(ipw.Text, "source", "1 1 150px", lambda text: e.change(source_text=text))
+        self.chips = _wrapped()
         limits = {"min": MIN_STRENGTH, "max": MAX_STRENGTH, "step": 0.05, "readout_format": ".2f"}
         self.strength = control(
             ipw.FloatSlider, "strength", "3 1 300px", lambda s: e.change(strength=s), "cfx-strength", **limits
@@ -167,27 +182,15 @@ class View(ipw.VBox):
         self.domain = control(ipw.Dropdown, "domain", "1 1 150px", e.choose_domain, options=e.domains)
         self.label = control(ipw.BoundedIntText, "class", "1 1 110px", lambda i: e.change(label=i), min=0)
         self.mapper = control(ipw.Dropdown, "mapper", "3 1 260px", e.set_mapper)
+        self.undo, self.redo = _button("undo", "undo", e.undo, "z"), _button("redo", "repeat", e.redo, "y")
+        new = _button("new faces", "random", e.new_faces, "n; faces that are kept stay")
         return ipw.VBox([
             _wrapped(self.prompt, self.source_text),
+            self.chips,
             _wrapped(self.strength, *self.levels.values()),
             _wrapped(self.mapper, self.domain, self.label, self.show),
+            _wrapped(self.undo, self.redo, new),
         ])
-
-    def _pictures(self) -> ipw.Widget:
-        self.locks, tip = [], "keep this face when new ones are drawn"
-        for i in range(MAX_FACES):
-            lock = _named(ipw.ToggleButton(layout=Layout(display="none"), tooltip=tip), "cfx-face")
-            self._on_user(lock, lambda on, i=i: self.explorer.lock(self.explorer.recipe.faces[i], on))
-            self.locks.append(lock)
-        self.labels = [_label() for _ in range(MAX_ROWS)]
-        self.images, self.rows, fill = [], [], {"flex": "1 1 auto", "min_width": "0"}
-        for label in self.labels:
-            image = ipw.Image(format="png", layout=Layout(width="100%", margin="0"))
-            picture = ipw.Box([image], layout=Layout(**fill))
-            self.images.append(image)
-            self.rows.append(_row(label, picture, name="cfx-row", display="none", margin="2px 0"))
-        headers = _row(_label(), _row(*self.locks, **fill), margin="8px 0 2px 0")
-        return ipw.VBox([headers, *self.rows])
 
     def _where(self) -> ipw.Widget:
         e = self.explorer
@@ -207,48 +210,66 @@ class View(ipw.VBox):
         self.explorer.change(region=(left, top, right, bottom) if is_box else self.region.value)
 
     def _layers(self) -> ipw.Widget:
-        self.layer_box = _wrapped()
-        text = "Factor of the strength per layer of W+: shapes on the left, colours on the right."
-        return ipw.VBox([ipw.HTML(text), self.layer_box])
+        self.layer_box, self.layer_words = _wrapped(), ipw.HTML()
+        return ipw.VBox([self.layer_words, self.layer_box])
 
     def _layer_slider(self, i: int) -> ipw.Widget:
         limits = {"value": 1, "min": 0, "max": 2, "step": 0.05, "readout_format": ".2g"}
-        layout = Layout(width="52px", height="130px")
-        slider = ipw.FloatSlider(description=str(i), orientation="vertical", layout=layout, **limits)
-        return self._on_user(slider, self._set_layers)
+        layout = Layout(width="56px", height="150px")
+        slider = ipw.FloatSlider(
+            description=str(i), orientation="vertical", layout=layout, tooltip="", **limits
+        )
+        return self._on_user(_named(slider, "cfx-layer"), self._set_layers)
 
     def _set_layers(self, _: Any) -> None:
         self.explorer.change(layers=tuple(slider.value for slider in self.layer_box.children))
 
     def _faces(self) -> ipw.Widget:
-        e = self.explorer
         seeds = ipw.Text(description="seeds", continuous_update=False, layout=Layout(width="260px"))
-        self.seeds = self._on_user(seeds, e.set_seeds)
-        new, photo = _button("new faces", "random", e.new_faces), _upload("own photo", "image/*", e.add_photo)
+        self.seeds = self._on_user(seeds, self.explorer.set_seeds)
         text = "Press the number above a face to keep that face. A photo is aligned, and inverted to a code."
-        return ipw.VBox([_wrapped(new, self.seeds, photo), ipw.HTML(text)])
+        return ipw.VBox([self.seeds, ipw.HTML(text)])
 
     def _history(self) -> ipw.Widget:
-        e = self.explorer
-        self.undo, self.redo = _button("undo", "undo", e.undo), _button("redo", "repeat", e.redo)
-        self.entries = self._on_user(ipw.Select(rows=5, layout=Layout(width="420px")), e.go)
-        return _row(self.entries, ipw.VBox([self.undo, self.redo]))
+        entries = ipw.Select(rows=5, layout=Layout(width="min(420px, 100%)"))
+        self.entries = self._on_user(entries, self.explorer.go)
+        return self.entries
 
     def _refine(self) -> ipw.Widget:
         e = self.explorer
         method = ipw.Dropdown(options=REFINING, description="method")
-        self.start = _button("train for this prompt", "play", lambda: e.refine(method.value))
-        self.cancel = _button("cancel", "stop", e.cancel)
+        self.start = _named(
+            _button("train for this prompt", "play", lambda: e.refine(method.value)), "cfx-refine"
+        )
+        self.cancel = _named(
+            _button("cancel", "stop", e.cancel, "end the training; keep nothing"), "cfx-cancel"
+        )
+        self.keep = _named(
+            _button("keep this one", "check", e.keep, "end the training; keep what is seen"), "cfx-keep"
+        )
         self.progress = ipw.FloatProgress(min=0, max=1, layout=Layout(width="220px"))
-        self.preview = ipw.Image(format="png", layout=Layout(width="440px", display="none"))
-        return ipw.VBox([_wrapped(method, self.start, self.cancel, self.progress), self.preview])
+        self.refining, self.preview = (
+            ipw.HTML(),
+            Stage(note_row=-1, fixed=True, layout=Layout(max_width="560px")),
+        )
+        buttons = _wrapped(method, self.start, self.keep, self.cancel, self.progress)
+        return ipw.VBox([buttons, self.refining, self.preview])
 
     def _export(self) -> ipw.Widget:
         e = self.explorer
-        write = _named(_button("export PNG, GIF, recipe", "download", e.export), "cfx-export")
+        write = _named(_button("export PNG, GIF, recipe, cell", "save", e.export), "cfx-export")
+        opened = ipw.FileUpload(
+            accept=".json", description="open a recipe", tooltip="", layout=Layout(width="auto")
+        )
+        opened.observe(lambda change: [e.open(bytes(file["content"])) for file in change["new"]], "value")
+        copy = _button("copy", "copy", lambda: self.stage.send({"copy": self.code.value}), "copy the cell")
         text = ipw.HTML("The cell below draws this picture again, identical to the bit:")
+        self.downloads = _wrapped()
         self.code = ipw.Textarea(rows=12, disabled=True, layout=Layout(width="100%"))
-        return ipw.VBox([_row(write, _upload("open a recipe", ".json", e.open), text), self.code])
+        return ipw.VBox([_wrapped(write, opened), self.downloads, _wrapped(text, copy), self.code])
+
+    def _download(self, file: Path) -> None:
+        self.stage.send({"download": file.name, "type": TYPES[file.suffix]}, [file.read_bytes()])
 
     # ---- the model's traits are shown ----
 
@@ -256,19 +277,22 @@ class View(ipw.VBox):
         e, recipe = self.explorer, self.explorer.recipe
         num_ws, split = e.domain.generator.num_ws, e.domain.level_split
         with self._updating():
-            self.prompt.options, self.prompt.value = e.suggestions, recipe.prompt
+            self.prompt.options, self.prompt.value = tuple(e.suggestions), recipe.prompt
             self.source_text.placeholder, self.source_text.value = e.domain.source_text, recipe.source_text
             self.strength.value = recipe.strength
             self.seeds.value = ", ".join(str(face) for face in recipe.faces if isinstance(face, int))
             for name, on in levels_on(recipe.layers, num_ws, split).items():
                 self.levels[name].value = on
             mappers = [("the domain's own", ""), *((label, path) for path, (label, _) in e.mappers.items())]
-            if recipe.mapper and recipe.mapper not in e.mappers:
+            if isinstance(recipe.mapper, tuple):
+                mappers.append(("each prompt its own", recipe.mapper))
+            elif recipe.mapper and recipe.mapper not in e.mappers:
                 mappers.append((recipe.mapper, recipe.mapper))
             if self.mapper.options != tuple(mappers):
                 self.mapper.options = mappers
             self.mapper.value = recipe.mapper
             self.domain.options, self.domain.value = e.domains, recipe.domain
+            self.stage.align = is_aligned(e.domain) and not finds_points(e.domain)
             self.label.layout.display = "" if e.classes else "none"
             self.label.max = max(0, e.classes - 1)
             self.label.value = e.domain.label or 0
@@ -283,44 +307,89 @@ class View(ipw.VBox):
             for slider, value in zip(self.layer_box.children, recipe.layers or (1.0,) * num_ws, strict=False):
                 slider.value = value
             self.code.value = recipe.code()
-        self._show_locks()
+        self._show_chips()
+        self._show_age()
+
+    def _show_chips(self) -> None:
+        """Prompts that work, with the share of faces that they work on."""
+        e, chips = self.explorer, list(self.explorer.suggestions.items())[:MAX_CHIPS]
+        words = tuple(prompt if share is None else f"{prompt} {share:.0%}" for prompt, share in chips)
+        if tuple(chip.description for chip in self.chips.children) != words:
+            tip = "a prompt that works; the share of faces on which its success was measured"
+            self.chips.children = [
+                _named(_button(text, "", lambda prompt=prompt: e.set_prompt(prompt), tip), "cfx-chip")
+                for text, (prompt, _) in zip(words, chips, strict=True)
+            ]
+
+    def _show_age(self) -> None:
+        """Scores that are not of the present recipe are greyed."""
+        frame = self.explorer.frame
+        old = frame is None or frame.recipe != self.explorer.recipe or not frame.notes
+        (self.scores.add_class if old else self.scores.remove_class)("cfx-scores-old")
 
     def _show_frame(self) -> None:
         if (frame := self.explorer.frame) is None:
             return
-        shown = list(frame.rows.items())
-        for i, (row, label, image) in enumerate(zip(self.rows, self.labels, self.images, strict=True)):
-            if i < len(shown):
-                label.value = f'<div class="cfx-label">{html.escape(shown[i][0])}</div>'
-                if frame.rows is not self._shown_rows:  # else only the scores are new
-                    image.value = encode(shown[i][1])
-            row.layout.display = "" if i < len(shown) else "none"
-        self._shown_rows = frame.rows
-        if frame.scores or not frame.recipe.prompts:
-            self.scores.value = scores_html(frame.scores)
-        self._show_locks()
+        rows = {brief(label, MAX_LABEL): row for label, row in frame.rows.items()}
+        labels, edited = list(frame.rows), edit_label(frame.recipe)
+        faces = frame.show != "prompts × strengths"
+        zero = f"× {0:g}"
+        before = (
+            {"row": labels.index("source" if "source" in labels else zero)}
+            if faces
+            else {"column": frame.headers.index(zero)}
+        )
+        at = labels.index(edited) if faces and edited in labels else -1
+        self.stage.show(
+            rows,
+            faces=self._heads(frame),
+            notes=list(frame.notes),
+            note_row=at,
+            before=before,
+            fixed=not faces,
+        )
+        if frame.notes:
+            self.scores.value = scores_html(frame.scores, frame.photo_scores)
+        elif not frame.recipe.prompts:
+            self.scores.value = ""
+        self._show_age()
+        self._show_moved(frame.moved)
 
-    def _show_locks(self) -> None:
-        e, frame = self.explorer, self.explorer.frame
-        headers = frame.headers if frame else ()
-        columns_are_faces = frame is not None and frame.show != "prompts × strengths"
-        faces = frame.recipe.faces if columns_are_faces else ()
-        with self._updating():
-            for i, lock in enumerate(self.locks):
-                lock.layout.display = "" if i < len(headers) else "none"
-                lock.description, lock.disabled = (
-                    headers[i] if i < len(headers) else "",
-                    not columns_are_faces,
-                )
-                lock.value = i < len(faces) and faces[i] in e.locked
-                lock.icon = "lock" if lock.value else ""
+    def _heads(self, frame: Frame) -> list[dict[str, Any]]:
+        faces = frame.recipe.faces if frame.show != "prompts × strengths" else (None,) * len(frame.headers)
+        return [
+            {
+                "title": title,
+                "tip": tip,
+                "locked": face in self.explorer.locked,
+                "photo": isinstance(face, str),
+            }
+            for face, title, tip in zip(faces, frame.headers, frame.tips, strict=True)
+        ]
+
+    def _show_faces(self) -> None:
+        if (frame := self.explorer.frame) is not None:
+            self.stage.faces = self._heads(frame)
+
+    def _show_moved(self, moved: Sequence[bool]) -> None:
+        """Grey what the mapper does not move."""
+        for name, layers in level_slices(self.explorer.domain.level_split).items():
+            level, dead = self.levels[name], not any(moved[layers])
+            level.disabled, level.tooltip = dead, "this mapper does not move these layers" if dead else ""
+        for slider, moves in zip(self.layer_box.children, moved, strict=False):
+            slider.disabled = not moves
+        dead = "" if all(moved) else " This mapper does not move the grey ones."
+        self.layer_words.value = (
+            f"Factor of the strength per layer of W+: shapes on the left, colours on the right.{dead}"
+        )
 
     def _show_words(self) -> None:
-        e, message = self.explorer, html.escape(self.explorer.message)
-        self.message.value = f'<div class="cfx-message" role="alert">{message}</div>' if message else ""
+        e = self.explorer
+        self.message.value = _box("cfx-message", e.message, "alert")
+        self.hint.value = _box("cfx-hint", "" if e.message else e.hint)
+        self.stage.busy = e.busy
         state = "drawing …" if e.busy else f"{1000 * e.frame.seconds:.0f} ms" if e.frame else ""
-        note = html.escape(" · ".join(part for part in (state, e.note) if part))
-        self.note.value = f'<div class="cfx-note">{note}</div>'
+        self.note.value = _box("cfx-note", " · ".join(part for part in (state, e.note) if part)) or "<br>"
 
     def _show_history(self) -> None:
         e = self.explorer
@@ -330,9 +399,26 @@ class View(ipw.VBox):
         self.undo.disabled, self.redo.disabled = e.at == 0, e.at >= len(e.history) - 1
 
     def _show_training(self) -> None:
-        e = self.explorer
-        self.start.disabled, self.cancel.disabled = e.training is not None, e.training is None
+        e, running = self.explorer, self.explorer.training is not None
+        self.start.disabled, self.cancel.disabled, self.keep.disabled = running, not running, not running
         self.progress.value = e.progress
-        self.preview.layout.display = "none" if e.preview is None else ""
-        if e.preview is not None:
-            self.preview.value = encode(e.preview)
+        self.refining.value = _box("cfx-hint", e.refining)
+        self.preview.layout.display = "" if e.preview else "none"
+        if e.preview:
+            faces = [{"title": "", "tip": "", "locked": False, "photo": False} for _ in e.preview["source"]]
+            self.preview.show(e.preview, faces=faces, before={"row": 0})
+
+    def _show_exported(self) -> None:
+        files = [file for file in self.explorer.exported if isinstance(file, Path)]
+        self.downloads.children = [
+            _named(
+                _button(
+                    f"download {file.suffix[1:]}",
+                    "download",
+                    lambda file=file: self._download(file),
+                    file.name,
+                ),
+                "cfx-download",
+            )
+            for file in files
+        ]

@@ -1,31 +1,44 @@
 """The explorer's threads: one that does the latest of its jobs, and one that trains a mapper."""
 
+import copy
 import hashlib
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from cfclip.baselines.mappers import MapperEditor
 from cfclip.baselines.methods import METHODS, configure
+from cfclip.checkpoints.mappers import save_mapper
 from cfclip.domain import Domain
-from cfclip.explorer.recipe import Recipe
+from cfclip.evaluation.metrics import Edit, Pictures, clip_direction, ground_truth, heldout_clip
+from cfclip.explorer.advice import in_words
+from cfclip.explorer.recipe import Faces, Recipe, brief
 from cfclip.files import first_bytes, slug, writable
 from cfclip.images import to_uint8
+from cfclip.method.config import flat
 from cfclip.method.loop import Callback, begin_run, run_loop
-from cfclip.method.trainer import MapperTrainer
+from cfclip.method.trainer import MapperTrainer, mapper_sizes
+from cfclip.models.mapper import Mapper
 
 logger = logging.getLogger(__name__)
 
 REFINING = tuple(name for name, method in METHODS.items() if method.editor is MapperEditor)
 """The methods that :class:`Training` can train."""
-PREVIEW_STEPS = 25
-"""Steps between two previews."""
-LONGEST_LINE = 1000
+PREVIEW_SECONDS = 1.5
+"""Between two previews."""
+CHECK_STEPS, PATIENCE, LEAST_RISE = 20, 4, 0.01
+"""A training ends after so many checks, so many steps apart, in which the held-out measure did not rise."""
+HELD_OUT, HELD_OUT_SEED = 12, 987_654_321
+"""Number and seed of the faces that decide when a training ends; nobody trains on them or looks at them."""
+LONGEST_LINE = 300
 """Characters of a message."""
 
 
@@ -33,11 +46,9 @@ def one_line(error: BaseException) -> str:
     """``error`` in one line, for the panel. The traceback goes to the log, at level DEBUG."""
     logger.debug("shown in the panel as one line:", exc_info=error)
     text = str(error).strip() or type(error).__name__
-    if len(text) > LONGEST_LINE:  # it quotes what is wrong, which may be a whole file
-        text = text[:LONGEST_LINE] + " …"
-    if isinstance(error, ValueError | OSError):  # ours, and written to be read
-        return text
-    return f"this did not work ({type(error).__name__}): {text.splitlines()[0]}"
+    if not isinstance(error, ValueError | OSError):  # not ours, and not written to be read
+        text = f"this did not work ({type(error).__name__}): {text.splitlines()[0]}"
+    return brief(text, LONGEST_LINE)  # it quotes what is wrong, which may be a whole file
 
 
 class LatestJobThread:
@@ -85,16 +96,30 @@ class LatestJobThread:
             self._changed.notify_all()
 
 
-class Cancelled(Exception):
-    """Raised inside the training to end it."""
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """A mapper after a step of its training, and what was measured of it on held-out faces."""
+
+    step: int
+    mapper: Mapper
+    measure: float = math.nan
+    success: float | None = None  # None where nothing can tell
+
+
+class _Ended(Exception):
+    """Raised inside the training to end it; its text says why."""
 
 
 class Training:
     """A training in a thread of its own; ``on_change(self)`` is called in that thread after every step.
 
-    w: codes [N, L, D] of the faces in :attr:`preview`, uint8 [N, R, R, 3].
-    When it is ``done``, ``path`` is the mapper's file; it is None after a cancellation or an ``error``.
-    Raises ValueError for what cannot be trained.
+    It begins with the weights of ``start``, the mapper of the instant edit, if the method trains such a one.
+    After every :data:`CHECK_STEPS` steps it is measured on faces that it does not train on: the progress of
+    the colour that the prompt names (:func:`cfclip.evaluation.metrics.ground_truth`), else the direction in
+    the held-out CLIP, else in the CLIP. It ends when that no longer rises, and keeps the best.
+
+    faces: those in :attr:`preview`, label -> uint8 [N, R, R, 3]. When it is ``done``, ``path`` is the file of
+    the mapper; None after a cancellation or an ``error``. Raises ValueError for what cannot be trained.
     """
 
     def __init__(
@@ -104,8 +129,9 @@ class Training:
         method: str,
         settings: Mapping[str, Any],
         out: Path,
-        w: Tensor,
+        faces: Faces,
         on_change: Callable[["Training"], None],
+        start: Mapper | None = None,
     ):
         if method not in REFINING:
             raise ValueError(f"'refine' trains {', '.join(REFINING)}, not {method!r}")
@@ -116,15 +142,26 @@ class Training:
         given = dict(settings)
         if source_text := recipe.source_text.strip():
             given["source_text"] = source_text
-        self.config = begin_run(configure(method, prompt, **given), domain.device)
-        self.domain, self.recipe, self.method, self.w = domain, recipe, method, w
+        self.config = configure(method, prompt, **given)
+        self.start_from = None
+        if start is not None and self.config.text_mapper:
+            same = configure(method, prompt, **{"norm_axis": start.config.norm_axis} | given)
+            if mapper_sizes(domain, same) == start.config:
+                self.config, self.start_from = same, start
+        self.config = begin_run(self.config, domain.device)
+        self.domain, self.recipe, self.method, self.faces = domain, recipe, method, faces
         # the hash tells apart what has the same slug, such as "green hat" and "Green hat!"
         what = map(str, (*domain.described.values(), prompt, source_text))
         key = hashlib.sha256("\n".join(what).encode()).hexdigest()[:8]
         self.folder = writable(out) / f"{first_bytes(slug(prompt), 100)}-{key}-{method}"
-        self.step, self.done, self.error = 0, False, ""
-        self.path, self.preview = None, None
-        self._on_change, self._stop = on_change, threading.Event()
+        self.step, self.done, self.error, self.words = 0, False, "", "preparing …"
+        self.path: Path | None = None
+        self.preview: dict[str, np.ndarray] = {}
+        self.seconds_a_step = 0.0
+        self._losses: list[float] = []
+        self._shown: Snapshot | None = None  # in the preview
+        self._best: Snapshot | None = None
+        self._on_change, self._stop, self._keep = on_change, threading.Event(), threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
 
     def start(self) -> None:
@@ -139,32 +176,104 @@ class Training:
         """Stop after the current step; no file is written."""
         self._stop.set()
 
+    def keep(self) -> None:
+        """Stop after the current step, and keep the mapper of the last preview."""
+        self._keep.set()
+
     def _run(self) -> None:
         try:
             self._train()
-        except Cancelled:
-            pass
+        except _Ended as ended:
+            self.words = str(ended)
         except Exception as error:  # whatever it is, the panel has to show it
-            self.error = one_line(error)
+            self.error = self.words = one_line(error)
         self.done = True
         self._on_change(self)
 
     def _train(self) -> None:
-        c, run = self.config, MapperTrainer(self.domain, self.config)
-        callbacks = [Callback(PREVIEW_STEPS, lambda step: self._draw(run)), Callback(1, self._after_step)]
-        run_loop(
-            run.step, c.steps, state={"mapper": run.mapper}, seed=c.seed, progress=False, callbacks=callbacks
-        )
-        mapper = run.mapper.eval().requires_grad_(False)
-        self.path = MapperEditor(self.method, self.domain, c, mapper).save(self.folder)
-
-    def _after_step(self, step: int) -> None:
-        self.step = step
+        domain = self.domain
+        self.preview = {"source": to_uint8(self.faces.images)}
+        if self.start_from is not None:
+            self.preview["before"] = self._draw(self.start_from)
         self._on_change(self)
-        if self._stop.is_set() and step < self.config.steps:
-            raise Cancelled
+        run = MapperTrainer(domain, self.config, self.start_from)
+        with torch.no_grad():
+            self._w = domain.latents(HELD_OUT, "test", HELD_OUT_SEED)
+            self._source = Pictures(domain, domain.generator.synthesis(self._w))
+        if self.start_from is not None:
+            self._best = self._measure(Snapshot(0, copy.deepcopy(self.start_from)))
+        self._begun = self._drawn = time.perf_counter()
+
+        def step(i: int, generator: torch.Generator) -> Mapping[str, float]:
+            numbers = run.step(i, generator)
+            self._losses.append(numbers["loss"])
+            return numbers
+
+        after = [Callback(1, lambda done: self._after_step(run.mapper, done))]
+        c = self.config
+        run_loop(step, c.steps, state={"mapper": run.mapper}, seed=c.seed, progress=False, callbacks=after)
+
+    def _after_step(self, mapper: Mapper, step: int) -> None:
+        self.step, now, last = step, time.perf_counter(), step == self.config.steps
+        self.seconds_a_step = (now - self._begun) / step
+        if step % CHECK_STEPS == 0 or last:
+            found = self._measure(Snapshot(step, copy.deepcopy(mapper)))
+            if self._best is None or not found.measure <= self._best.measure + LEAST_RISE:
+                self._best = found
+        if now - self._drawn > PREVIEW_SECONDS or self._shown is None or last:
+            self._shown, self._drawn = Snapshot(step, copy.deepcopy(mapper)), now
+            self.preview = self.preview | {"refined": self._draw(mapper)}
+        self.words = self._running()
+        self._on_change(self)
+        if self._stop.is_set() and not last:
+            raise _Ended(f"cancelled at step {step}: nothing was kept")
+        if self._keep.is_set() and not last:
+            self._save(self._measure(self._shown))
+            raise _Ended(f"kept as it was at step {self._shown.step}" + self._unseen(self._shown))
+        if last or (self._best and step - self._best.step >= PATIENCE * CHECK_STEPS):
+            self._save(self._best)
+            why = "after all steps" if last else "because it no longer got better"
+            kept = f"kept: step {self._best.step}{self._unseen(self._best)}"
+            raise _Ended(f"finished {why}, in {now - self._begun:.0f} s; {kept}")
 
     @torch.no_grad()
-    def _draw(self, run: MapperTrainer) -> None:
-        edited = run.mapper.edit(self.w, run.text_feature, self.recipe.strength)
-        self.preview = to_uint8(self.domain.generator.synthesis(edited))
+    def _draw(self, mapper: Mapper) -> np.ndarray:
+        text = mapper.read(self.domain.clip, self.recipe.prompts[0])
+        edited = mapper.edit(self.faces.w, text, self.recipe.strength)
+        return to_uint8(self.domain.generator.synthesis(edited))
+
+    @torch.no_grad()
+    def _measure(self, one: Snapshot) -> Snapshot:
+        text = one.mapper.read(self.domain.clip, self.recipe.prompts[0])
+        edited = self.domain.generator.synthesis(one.mapper.edit(self._w, text))
+        edit = Edit(self.domain, self.recipe.prompts[0], self._source, edited)
+        columns = ground_truth(edit) if self.domain.truth else {}
+        if "progress" not in columns or np.isnan(columns["progress"]).all():
+            direction = heldout_clip(edit) or clip_direction(edit)
+            return replace(
+                one,
+                measure=float(next(v for k, v in direction.items() if k.endswith("direction")).mean() / 100),
+            )
+        measure, success = (float(np.nanmean(columns[name])) for name in ("progress", "success_after"))
+        return replace(one, measure=measure, success=success)
+
+    def _unseen(self, one: Snapshot) -> str:
+        return (
+            ""
+            if one.success is None
+            else f"; it works on {one.success:.0%} of {HELD_OUT} faces it has not seen"
+        )
+
+    def _running(self) -> str:
+        first, now = (sum(part) / len(part) for part in (self._losses[:5], self._losses[-10:]))
+        loss = f"loss {now:.2f}, {first:.2f} at first"
+        left = in_words((self.config.steps - self.step) * self.seconds_a_step)
+        return f"step {self.step} of {self.config.steps} · {left} left at most · {loss}" + (
+            self._unseen(self._best) if self._best else ""
+        )
+
+    def _save(self, one: Snapshot) -> None:
+        card = {"method": self.method, "domain": self.domain.name, "training": flat(self.config)}
+        card |= {"step": one.step} | ({} if one.success is None else {"success": one.success})
+        mapper = one.mapper.eval().requires_grad_(False)
+        self.path = save_mapper(mapper, self.folder / "mapper.safetensors", **card)

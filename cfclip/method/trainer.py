@@ -4,6 +4,7 @@ Shapes: B pictures of a batch, L layers of W+, D = w_dim, R = resolution, T temp
 embedding width. Several guides' unit vectors lie side by side in one of the sum of their widths.
 """
 
+import copy
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from pytorch_optimizer import Ranger
 from torch import Tensor
 
 from cfclip.checkpoints.mappers import save_mapper
-from cfclip.domain import Domain, warn_null_edit
+from cfclip.domain import Domain, fingerprint, warn_null_edit
 from cfclip.method.config import GuidedConfig, TrainingConfig, flat
 from cfclip.method.loop import begin_run, described, learning_rate, resolve_dtype, run_loop
 from cfclip.method.losses import identity_loss_from_features, latent_l2, perceptual_loss
@@ -45,6 +46,14 @@ def check_networks(domain: Domain, config: GuidedConfig) -> None:
                 f"{name} is {getattr(config, name):g}, but domain {domain.name} has no {kind} network: "
                 f"set {name}=0 (notebooks/presets/ has the paper's values)"
             )
+
+
+def mapper_sizes(domain: Domain, config: TrainingConfig) -> MapperConfig:
+    """What the mapper of such a training is made of."""
+    c, g = config, domain.generator
+    text_dim = text_width(domain.clip, c.text) if c.text_mapper else None
+    levels = tuple(name for name in LEVELS if name in c.levels or (c.shapes and name in SHAPE_LEVELS))
+    return MapperConfig(g.num_ws, g.w_dim, text_dim, levels, c.norm_axis, domain.level_split, c.text)
 
 
 class FrozenNetworks:
@@ -82,14 +91,15 @@ class MapperTrainer:
     """A mapper in training: ``step`` is one optimisation step, for :func:`cfclip.method.run_loop`.
 
     Whatever stays the same is computed once: the text features, and each latent's CLIP and identity features.
-    ``config`` is a :class:`CFCLIPConfig` or a :class:`MultiPromptConfig` of P prompts.
+    ``config`` is a :class:`CFCLIPConfig` or a :class:`MultiPromptConfig` of P prompts. The mapper begins with
+    the weights of ``start``, else with random ones. Raises ValueError for a ``start`` of other settings.
     """
 
-    def __init__(self, domain: Domain, config: TrainingConfig):
+    def __init__(self, domain: Domain, config: TrainingConfig, start: Mapper | None = None):
         self.domain, self.config, c = domain, config, config
         check_networks(domain, c)
         warn_null_edit(domain, c)
-        guides, g = domain.first_guides(c.guides), domain.generator
+        guides = domain.first_guides(c.guides)
         self.widths = [guide.embed_dim for guide in guides]
         self.prompt_text = [guide.encode_text(c.prompts) for guide in guides]  # [P, E] of each guide, raw
 
@@ -98,11 +108,14 @@ class MapperTrainer:
 
         self.target_text = torch.stack([under_templates(prompt) for prompt in c.prompts])  # [P, T, E]
         self.source_text = under_templates(c.source_text or domain.source_text)  # [T, E]
-        text_dim = text_width(domain.clip, c.text) if c.text_mapper else None
-        levels = tuple(name for name in LEVELS if name in c.levels or (c.shapes and name in SHAPE_LEVELS))
-        sizes = MapperConfig(g.num_ws, g.w_dim, text_dim, levels, c.norm_axis, domain.level_split, c.text)
+        sizes = mapper_sizes(domain, c)
+        if start is None:
+            self.mapper = Mapper.initialised(sizes, torch.Generator().manual_seed(c.seed)).to(domain.device)
+        elif start.config == sizes:
+            self.mapper = copy.deepcopy(start).to(domain.device).requires_grad_().train()
+        else:
+            raise ValueError(f"the training is of {sizes}, but the mapper to start from has {start.config}")
         self.free = self._free_layers() if c.shapes else None
-        self.mapper = Mapper.initialised(sizes, torch.Generator().manual_seed(c.seed)).to(domain.device)
         self.text_feature = self.mapper.read(domain.clip, c.prompts)
         self.optimizer = OPTIMIZERS[c.optimizer](self.mapper.parameters(), lr=c.lr)
         self.networks = FrozenNetworks(domain, c.dtype, c.guides)
@@ -217,20 +230,26 @@ def train_mapper(
     config: TrainingConfig,
     out: str | os.PathLike | None = None,
     method: str = "cfclip",
+    start: Mapper | None = None,
     **loop: Any,
 ) -> tuple[Mapper, list[dict[str, float]]]:
     """Train a mapper for the prompt(s) of ``config``; returns it (frozen, eval mode) and the logged rows.
+
+    It begins with the weights of ``start``, such as the domain's mapper of many prompts, else random ones.
 
     With ``out`` the folder gets ``log.jsonl``, a checkpoint from which a stopped run is resumed, and finally
     ``mapper.safetensors``, which says that ``method`` made it. ``loop``: more arguments of :func:`run_loop`,
     such as ``progress``, ``callbacks``, ``checkpoint_every``. Raises ValueError if ``out`` holds another run.
     """
     check_networks(domain, config)  # before the folder is marked as that of a run that cannot be
-    config = begin_run(config, domain.device, out, method=method, **domain.described)
-    run = MapperTrainer(domain, config)
+    what_it_is = {"method": method, **domain.described}
+    if start is not None:
+        what_it_is["start"] = fingerprint(start)
+    config = begin_run(config, domain.device, out, **what_it_is)
+    run = MapperTrainer(domain, config, start)
     what = config.prompts[0] if len(config.prompts) == 1 else f"{len(config.prompts)} prompts"
     loop = {"checkpoint_every": 500, "desc": what} | loop
-    loop |= {"out": out, "run": described(config, method=method, **domain.described)}
+    loop |= {"out": out, "run": described(config, **what_it_is)}
     state = {"mapper": run.mapper, "optimizer": run.optimizer}
     rows = run_loop(run.step, config.steps, state=state, seed=config.seed, **loop)
     mapper = run.mapper.eval().requires_grad_(False)

@@ -6,6 +6,7 @@ import sys
 import pytest
 from panels import domain_folder, started
 
+from cfclip.explorer.frames import STRENGTHS_SHOWN
 from cfclip.explorer.view import View, scores_html
 
 
@@ -32,7 +33,7 @@ def test_controls_change_the_recipe(view):
     view.layer_box.children[-1].value = 0.25
     view.region.value = "box"
     view.across.value = (0.0, 0.5)
-    view.locks[1].value = True
+    view._heard({"event": "lock", "face": 1}, [])
     e.wait()
     assert (e.recipe.strength, e.recipe.prompt) == (0.5, "blue hair")
     assert e.recipe.layers == (0.0,) * 4 + (1.0, 0.25) and e.recipe.region == (0.0, 0.2, 0.5, 0.8)
@@ -57,16 +58,15 @@ def test_the_panel_shows_the_pictures_and_the_message(view):
     e = view.explorer
     view.show.value = "strengths"
     e.wait()
-    assert [row.layout.display for row in view.rows].count("") == 6
-    assert all(bytes(image.value).startswith(b"\x89PNG") for image in view.images[:6])
-    assert "× 0.5" in view.labels[2].value
-    picture = bytes(view.images[1].value)
+    assert [row["label"] for row in view.stage.rows] == [f"× {s:g}" for s in STRENGTHS_SHOWN]
+    assert all(row["png"].startswith(b"\x89PNG") for row in view.stage.rows)
+    picture = view.stage.rows[1]["png"]
     view.prompt.value = "word " * 40
     e.wait()
-    assert "shorten it" in view.message.value and bytes(view.images[1].value) == picture
+    assert "shorten it" in view.message.value and view.stage.rows[1]["png"] == picture
     view.prompt.value = "<b>"
     e.wait()
-    assert "<b>" not in view.labels[0].value + view.message.value
+    assert "<b>" not in view.hint.value + view.message.value
     view.prompt.value = "green lipstick"
     e.wait()
     assert view.message.value == "" and "identity" in view.scores.value

@@ -266,3 +266,17 @@ def test_a_prompt_that_is_the_source_text_is_a_warning(fields, domain):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         MapperTrainer(domain, CONFIG)
+
+
+def test_a_training_starts_from_another_mapper(domain, tmp_path):
+    """The first step is at the start's weights, which stay as they are; another start is another run."""
+    start, _ = train_mapper(domain, replace(CONFIG, prompt="blue hair"), progress=False)
+    before = [tensor.clone() for tensor in start.parameters()]
+    assert equal(MapperTrainer(domain, CONFIG, start).mapper, start)
+    mapper, _ = train_mapper(domain, CONFIG, tmp_path, start=start, progress=False)
+    assert not equal(mapper, start) and all(map(torch.equal, start.parameters(), before))
+    assert not equal(mapper, train_mapper(domain, CONFIG, progress=False)[0])
+    with pytest.raises(ValueError, match="another start"):
+        train_mapper(domain, CONFIG, tmp_path, start=mapper, progress=False)
+    with pytest.raises(ValueError, match="the mapper to start from has"):
+        MapperTrainer(domain, replace(CONFIG, levels=("fine",)), start)

@@ -1,0 +1,70 @@
+"""What a prompt can do here, and why an edit did nothing: sentences for the panel. Pure functions."""
+
+from collections.abc import Collection, Iterable
+from difflib import get_close_matches
+
+from cfclip.domain import Domain, null_edit
+from cfclip.explorer.frames import Frame
+from cfclip.explorer.recipe import Recipe
+
+WORKS = 0.5
+"""The share of faces on which a prompt has to succeed to be suggested."""
+
+
+def predicted_success(domain: Domain, prompt: str) -> float | None:
+    """On which share of faces the domain's own mapper succeeds with ``prompt``; None if that is not known."""
+    predict = getattr(domain, "predicted_success", None)
+    return None if predict is None else predict(prompt)
+
+
+def unclear(domain: Domain, recipe: Recipe, working: Collection[str]) -> str:
+    """What the words of the prompt cannot mean here; "" if nothing. Names prompts near it that work."""
+    source = recipe.source_text.strip() or domain.source_text
+    clip = domain.clip
+    found = [words for one in [*recipe.prompts, source] if (words := clip.describe_unknown(one))]
+    if found:
+        known = [prompt for prompt in working if not clip.unknown_words(prompt)]
+        if near := get_close_matches(recipe.prompt, known) or known[:3]:
+            found.append(f"prompts that work: {', '.join(near)}")
+    found += [words for one in recipe.prompts if (words := null_edit(one, source))]
+    return "; ".join(found)
+
+
+def outcome(domain: Domain, frame: Frame) -> str:
+    """What a measured edit did to the faces, in one line; "" before it is measured."""
+    if not frame.notes:
+        return ""
+    claim = domain.truth and domain.truth.claim(" and ".join(frame.recipe.prompts))
+    if not claim:
+        still = frame.notes.count("not changed")
+        return f"{_of(still, len(frame.notes))} did not change" if still else ""
+    part, colour = claim
+    without = frame.notes.count(f"no {part}")
+    have, done = len(frame.notes) - without, frame.notes.count("✓") + frame.notes.count(f"{colour} before")
+    if not have:
+        return f"no face here shows {part}: draw new faces"
+    rest = f"; {_of(without, len(frame.notes))} shows no {part}" if without else ""
+    return f"{colour} {part} on {_of(done, have)}{' that shows ' + part if without else ''}{rest}"
+
+
+def _of(count: int, all_of_them: int) -> str:
+    return f"{count} of {all_of_them} faces"
+
+
+def prospects(known: Iterable[float | None], frame: Frame, seconds: float) -> str:
+    """What to expect of other faces, and what would help; "" if the edit works.
+
+    known: success of each prompt on other faces; seconds: that a training takes.
+    """
+    least = min((share for share in known if share is not None), default=1.0)
+    here = frame.scores.get("success_after", 1.0)
+    expected = f"this prompt changes about {least:.0%} of faces" if least < WORKS else ""
+    helps = f"Refine takes {in_words(seconds)} at most" if min(least, here) < WORKS else ""
+    return ", ".join(filter(None, [expected, helps]))
+
+
+def in_words(seconds: float) -> str:
+    """A duration, as precise as an estimate is."""
+    if seconds < 90:
+        return f"about {max(5, 5 * round(seconds / 5))} s"
+    return f"about {round(seconds / 60)} minutes"
