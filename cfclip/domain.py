@@ -143,7 +143,7 @@ class Domain:
     more_guides: tuple[ClipGuide, ...] = ()  # of other makes, for trainings by several guides
     heldout_clip: ClipGuide | None = None  # judges edits; no training uses it
     mapper: Mapper | None = None  # edits by any prompt at once
-    confidence: tuple[float, float] | None = None  # of the mapper, see cfclip.evaluation.confidence
+    confidence: Mapping[str, Any] | None = None  # of the mapper, see cfclip.evaluation.confidence
     latent_files: Mapping[str, Path] = field(
         default_factory=dict
     )  # split -> codes of real photos; else sampled

@@ -1,6 +1,7 @@
 """How likely is it that a prompt's edit does what it says? Asked before anybody has measured the edit."""
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -47,9 +48,20 @@ def calibrate(agreements: Sequence[float], successes: Sequence[float]) -> tuple[
 def predicted_success(domain: Domain, prompt: str) -> float | None:
     """The share of faces, in [0, 1], on which ``domain.mapper`` is expected to do what ``prompt`` says.
 
-    None where the domain has no such mapper, or its agreement was never calibrated.
+    What was measured of the prompt, else what its :func:`agreement` foretells; computed once. None where the
+    domain has no such mapper, or nothing is known of it. ``domain.confidence``: "measured", prompt -> share;
+    "intercept" and "slope", see :func:`calibrate`.
     """
-    if domain.mapper is None or domain.confidence is None:
+    mapper, known = domain.mapper, domain.confidence
+    if mapper is None or known is None:
         return None
-    a, b = domain.confidence
-    return float(1 / (1 + np.exp(-(a + b * agreement(domain, domain.mapper, prompt)))))
+    if prompt in known["measured"]:
+        return known["measured"][prompt]
+    foretold = _FORETOLD.setdefault(mapper, {})
+    if prompt not in foretold:
+        z = known["intercept"] + known["slope"] * agreement(domain, mapper, prompt)
+        foretold[prompt] = float(1 / (1 + np.exp(-z)))
+    return foretold[prompt]
+
+
+_FORETOLD: MutableMapping[Mapper, dict[str, float]] = WeakKeyDictionary()

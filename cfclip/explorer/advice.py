@@ -11,12 +11,6 @@ WORKS = 0.5
 """The share of faces on which a prompt has to succeed to be suggested."""
 
 
-def predicted_success(domain: Domain, prompt: str) -> float | None:
-    """On which share of faces the domain's own mapper succeeds with ``prompt``; None if that is not known."""
-    predict = getattr(domain, "predicted_success", None)
-    return None if predict is None else predict(prompt)
-
-
 def unclear(domain: Domain, recipe: Recipe, working: Collection[str]) -> str:
     """What the words of the prompt cannot mean here; "" if nothing. Names prompts near it that work."""
     source = recipe.source_text.strip() or domain.source_text

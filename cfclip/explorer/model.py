@@ -20,6 +20,7 @@ from cfclip.baselines.library import Trained, committed, plain, preferred, scan
 from cfclip.baselines.methods import configure
 from cfclip.domain import Domain
 from cfclip.domains import DOMAINS, load_domain
+from cfclip.evaluation.confidence import predicted_success
 from cfclip.explorer import advice, photos
 from cfclip.explorer.frames import SHOWS, Frame, draw, export, score
 from cfclip.explorer.recipe import (
@@ -159,7 +160,7 @@ class Explorer(HasTraits):
         """On which share of faces the mapper for ``prompt`` succeeded; None if nobody measured it."""
         if path := self.mapper_for(prompt):
             return next((one.success for one in self._trained if self._place(one) == path), None)
-        return advice.predicted_success(self.domain, prompt)
+        return predicted_success(self.domain, prompt)
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -119,7 +119,6 @@ def load_toonfaces(folder: Path = DATA / "toonfaces") -> Domain:
         raise weights.WeightsError(f"{folder} does not have the embedded {', '.join(missing)}: {HOW}")
     generator, guide = load("generator"), ClipGuide(load("clip"))
     encoder = mapper = None
-    known = read_object(folder / CONFIDENCE)
     if path_of("encoder").exists():
         encoder = load("encoder")
         encoder = checked("encoder", encoder, encoder.fits(generator))
@@ -139,5 +138,5 @@ def load_toonfaces(folder: Path = DATA / "toonfaces") -> Domain:
         more_guides=(ClipGuide(load("guide2")),) if path_of("guide2").exists() else (),
         heldout_clip=ClipGuide(load("heldout_clip")) if path_of("heldout_clip").exists() else None,
         mapper=mapper,
-        confidence=(known["intercept"], known["slope"]) if mapper and known else None,
+        confidence=read_object(folder / CONFIDENCE) or None if mapper else None,
     )

@@ -34,13 +34,15 @@ def test_an_edit_and_its_reverse_agree_and_disagree_with_the_text(edited):
     assert -1 <= forwards <= 1 and forwards != agreement(edited, edited.mapper, "blue hair")
 
 
-def test_the_prediction_rises_with_the_agreement(edited):
-    sure = dataclasses.replace(edited, confidence=(0.0, 5.0))
+def test_what_was_measured_is_said_and_the_rest_foretold(edited):
+    known = {"intercept": 0.5, "slope": 5.0, "measured": {"blue hair": 0.25}}
+    sure = dataclasses.replace(edited, confidence=known)
     x = agreement(edited, edited.mapper, "green lipstick")
-    assert predicted_success(sure, "green lipstick") == pytest.approx(1 / (1 + np.exp(-5 * x)))
+    assert predicted_success(sure, "green lipstick") == pytest.approx(1 / (1 + np.exp(-0.5 - 5 * x)))
+    assert predicted_success(sure, "blue hair") == 0.25
 
 
 def test_without_a_mapper_or_a_calibration_nothing_is_predicted(edited):
     assert predicted_success(edited, "green lipstick") is None
-    unmapped = dataclasses.replace(edited, mapper=None, confidence=(0.0, 1.0))
-    assert predicted_success(unmapped, "green lipstick") is None
+    known = {"intercept": 0.0, "slope": 1.0, "measured": {}}
+    assert predicted_success(dataclasses.replace(edited, mapper=None, confidence=known), "blue hair") is None

@@ -23,7 +23,6 @@ from safetensors.torch import save_file
 
 from cfclip.baselines.library import scan
 from cfclip.checkpoints.mappers import load_mapper
-from cfclip.domain import Domain
 from cfclip.domains import DOMAINS
 from cfclip.explorer.frames import SHOWS, edit_label
 from cfclip.explorer.model import HISTORY_LENGTH, MERGE_SECONDS, Explorer
@@ -678,15 +677,9 @@ def test_each_finished_picture_is_shown_and_never_an_older_one_after_a_newer(exp
     assert while_moving >= 4 and seen == sorted(seen) and seen[-1] == 1.49
 
 
-class Knowing(Domain):
-    """A domain that knows how well its mapper does."""
-
-    def predicted_success(self, prompt):
-        return {"green lipstick": 0.9, "blue hair": 0.2, "pink hair": 0.8}.get(prompt)
-
-
 def test_suggestions_are_the_prompts_that_work_with_their_measured_success(many, tmp_path):
-    domain = Knowing(**{one.name: getattr(many, one.name) for one in fields(many)})
+    measured = {"green lipstick": 0.9, "blue hair": 0.2, "pink hair": 0.8}
+    domain = replace(many, confidence={"intercept": -9.0, "slope": 0.0, "measured": measured})
     write_mapper(domain, tmp_path / "a" / "mapper.safetensors", "yellow hat", 3)
     explorer = Explorer(domain, "blue hair", 2, tmp_path / "none", tmp_path / "a")
     assert explorer.suggestions == {"green lipstick": 0.9, "yellow hat": None, "pink hair": 0.8}

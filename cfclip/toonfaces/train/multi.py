@@ -109,12 +109,13 @@ def measure(domain: Domain, trained_on: Collection[str], n: int = 32) -> tuple[p
     return means(table, ["seen", "group"]), means(table[table["seen"] == "no"], ["prompt", "group"])
 
 
-def calibration(domain: Domain, n: int = 32) -> dict[str, float]:
-    """How the success of ``domain.mapper`` on training faces follows from what the judge makes of its edits.
+def calibration(domain: Domain, n: int = 32) -> dict[str, Any]:
+    """How well ``domain.mapper`` does what each prompt of :func:`split` says, and how the judge foretells it.
 
-    Fitted on the first of every two prompts of :func:`split`. ``intercept`` and ``slope``, see
-    :func:`.confidence.calibrate`; ``error``: the mean distance of predicted and measured success on the other
-    half of the prompts, ``error_of_the_mean``: that of a prediction which is the same for all of them.
+    ``measured``: prompt -> its success on ``n`` training faces. ``intercept`` and ``slope``, see
+    :func:`.confidence.calibrate`, are fitted on the first of every two prompts; ``error``: the mean distance
+    of predicted and measured success on the others, ``error_of_the_mean``: that of a prediction which is the
+    same for all of them.
     """
     prompts, truth = sum(split(), ()), domain.truth
     w = domain.latents(n, "train", 1)
@@ -133,7 +134,8 @@ def calibration(domain: Domain, n: int = 32) -> dict[str, float]:
     a, b = calibrate(x[::2], y[::2])
     guesses = {"error": 1 / (1 + np.exp(-(a + b * x[1::2]))), "error_of_the_mean": y[::2].mean()}
     errors = {name: float(np.abs(guess - y[1::2]).mean()) for name, guess in guesses.items()}
-    return {"intercept": a, "slope": b, "n": n} | errors
+    measured = {prompt: round(share, 3) for prompt, share in zip(prompts, y.tolist(), strict=True)}
+    return {"intercept": a, "slope": b, "n": n} | errors | {"measured": measured}
 
 
 def probe(domain: Domain, ridge: float = 1.0) -> pd.DataFrame:
