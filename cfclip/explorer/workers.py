@@ -26,7 +26,7 @@ from cfclip.images import to_uint8
 from cfclip.method.config import flat
 from cfclip.method.loop import Callback, begin_run, run_loop
 from cfclip.method.trainer import MapperTrainer, mapper_sizes
-from cfclip.models.mapper import Mapper
+from cfclip.models.mapper import Mapper, WordMapper
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,8 @@ CHECK_STEPS, PATIENCE, LEAST_RISE = 20, 4, 0.01
 """A training ends after so many checks, so many steps apart, in which the held-out measure did not rise."""
 HELD_OUT, HELD_OUT_SEED = 12, 987_654_321
 """Number and seed of the faces that decide when a training ends; nobody trains on them or looks at them."""
+WORDS = {"text": "tokens", "optimizer": "adam", "lr": 0.01}
+"""Settings of a training that goes on with a mapper that reads words; it first learned with lr 0.02."""
 LONGEST_LINE = 300
 """Characters of a message."""
 
@@ -145,6 +147,9 @@ class Training:
         self.config = configure(method, prompt, **given)
         self.start_from = None
         if start is not None and self.config.text_mapper:
+            if isinstance(start, WordMapper):
+                start = start.busiest(faces.w, start.read(domain.clip, prompt))
+                given |= WORDS | {"levels": start.config.levels}
             same = configure(method, prompt, **{"norm_axis": start.config.norm_axis} | given)
             if mapper_sizes(domain, same) == start.config:
                 self.config, self.start_from = same, start

@@ -4,7 +4,7 @@ Shapes: N latents, L layers of W+, D = w_dim, E = width of the CLIP embedding (E
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -245,6 +245,15 @@ class WordMapper(Mapper):
     def read(self, clip: ClipGuide, texts: str | Sequence[str]) -> Tensor:
         """The words [P, T, E] of P prompts."""
         return clip.encode_words(texts)
+
+    def busiest(self, w: Tensor, words: Tensor) -> "WordMapper":
+        """A mapper of those slots alone that move ``w`` most by ``words``: they draw, or they colour."""
+        group = max(self.groups, key=lambda group: float(group(w, words).square().mean()))
+        of = level_slices(self.config.split)
+        levels = tuple(name for name in self.config.levels if of[name].start in group.layers)
+        part = WordMapper(replace(self.config, levels=levels))
+        part.groups = nn.ModuleList([group])
+        return part
 
     def residual(self, w: Tensor, text_feature: Tensor | None = None) -> Tensor:
         self.check(w, text_feature)

@@ -1,5 +1,8 @@
 """The mapper that reads word by word."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -51,6 +54,20 @@ def test_one_text_serves_all_codes_and_zeros_are_no_word(mapper):
 def test_only_its_levels_move(mapper):
     moved = mapper.edit(numbers(2, 10, 16), numbers(1, 2, 24)) - numbers(2, 10, 16)
     assert not moved[:, :4].any() and moved[:, 4:].abs().amin(-1).max() > 0
+
+
+def test_the_busiest_slots_are_those_of_what_is_said(mapper):
+    whole = replace(CONFIG, levels=("coarse", "medium", "fine"))
+    both = Mapper.initialised(whole, torch.Generator().manual_seed(0)).requires_grad_(False)
+    w, words = numbers(2, 10, 16), numbers(1, 2, 24, seed=1)
+    for quiet, levels in ((0, ("fine",)), (1, ("coarse", "medium"))):
+        loud = copy.deepcopy(both)
+        loud.groups[quiet].move *= 0.1
+        part, whole = loud.busiest(w, words), loud.residual(w, words)
+        assert part.config == replace(CONFIG, levels=levels)
+        kept = part.groups[0].layers
+        assert torch.equal(part.residual(w, words)[:, kept], whole[:, kept])
+        assert part.state_dict().keys() == Mapper.of(part.config).state_dict().keys()
 
 
 def test_it_survives_a_file(mapper, tmp_path):
