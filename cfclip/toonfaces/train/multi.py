@@ -63,9 +63,14 @@ def split() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def config(**overrides: Any) -> MultiPromptConfig:
-    """How the domain's own mapper is trained: with every colour of every part, and with :data:`SHAPES`."""
+    """How the domain's own mapper is trained: with every colour of every part, and with :data:`SHAPES`.
+
+    It may move a little further than that of :func:`heldout_config`, which at 1.4 times its strength gave 76
+    instead of 40 % of the training faces the eyes that were asked for.
+    """
     shapes = sum(SHAPES.values(), ())
-    return heldout_config(**{"prompts": sum(split(), ()) + shapes, "shapes": shapes} | overrides)
+    prompts = {"prompts": sum(split(), ()) + shapes, "shapes": shapes, "lambda_l2": 0.06}
+    return heldout_config(**prompts | overrides)
 
 
 def heldout_config(**overrides: Any) -> MultiPromptConfig:
