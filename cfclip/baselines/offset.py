@@ -13,6 +13,7 @@ from cfclip.domain import Domain
 from cfclip.method.config import TrainingConfig
 from cfclip.method.loop import begin_run, described, run_loop
 from cfclip.method.trainer import MapperTrainer, check_networks
+from cfclip.models.clip import ClipGuide
 from cfclip.models.mapper import RESIDUAL_SCALE, level_slices
 
 
@@ -23,6 +24,9 @@ class Offset(nn.Module):
         super().__init__()
         self.delta = nn.Parameter(torch.zeros(num_ws, w_dim))
         self.register_buffer("edited", torch.ones(num_ws, 1))  # 0 for the layers that stay as they are
+
+    def read(self, clip: ClipGuide, texts: str) -> None:
+        """It reads no text."""
 
     def residual(self, w: Tensor, text_feature: Tensor | None = None) -> Tensor:
         """delta [N, L, D], before it is scaled by 0.1."""
