@@ -100,14 +100,15 @@ def verdict(found: Crossed, p: float) -> str:
 
 
 def _why(best: pd.DataFrame, claim: Claim, found: Crossed, table: pd.DataFrame) -> str:
-    known = table.stack().index
+    known = table.stack().dropna().index
     ours, other = (
         100 * best[best.method == name].set_index(["prompt", "seed"]).area.reindex(known).mean()
         for name in (claim.ours, claim.other)
     )
     difference = plus_minus(found.mean, found.half, 100, "+.3g")
+    over = f"{found.prompts} prompts and {found.seeds} seeds"  # without the gaps
     ahead = f"ahead on {(table.mean(axis=1) > 0).sum()} of {len(table)} prompts"
-    return f"{ours:.3g} against {other:.3g}: {difference} points; {ahead}; {found.seeds} seeds"
+    return f"{ours:.3g} against {other:.3g}: {difference} points over {over}; {ahead}"
 
 
 def planned(best: pd.DataFrame) -> pd.DataFrame:

@@ -22,7 +22,7 @@ from cfclip.evaluation.tables import columns_of, label, whole_curve
 from cfclip.files import atomic_write
 from cfclip.images import to_uint8
 
-HEADLINE = ("success_after", "truth_distance", "identity", "leakage", "heldout_clip_after", "clip_after")
+HEADLINE = ("area", "clean", "success_after", "progress", "identity", "leakage", "heldout_clip_after")
 """The metrics that figures of a sweep show."""
 MARKERS = "oXsPD^v*"
 
