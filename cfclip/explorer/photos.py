@@ -4,7 +4,7 @@ import hashlib
 import io
 import warnings
 from collections.abc import Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -85,6 +85,8 @@ def invert(
         photo = load_photo(io.BytesIO(content), size, points, detect=detect).to(domain.device)
     start = projector.encode(domain, photo) if domain.encoder is not None else None
     config = projector.InversionConfig(steps=steps, noise_maps=False)
+    if domain.distance() is None:
+        config = replace(config, perceptual=0.0)
     found = projector.invert(domain, photo, config, start, progress=False)
     stem = hashlib.sha256(content + repr((domain.name, points, name)).encode()).hexdigest()[:12]
     code, about = found.w_plus.cpu(), PngInfo()

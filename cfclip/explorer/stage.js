@@ -115,7 +115,7 @@ function render({ model, el: root }) {
 
   function draw() {
     strips.forEach((strip, row) => cells[row]?.forEach((canvas, column) => paint(canvas, strip.height, row, column)))
-    if (large && (large.row >= cells.length || large.column >= get("faces").length)) large = null
+    if (large && (large.row >= cells.length || large.column >= get("faces").length)) show(null)
     drawLarge()
   }
 
@@ -172,7 +172,6 @@ function render({ model, el: root }) {
   }
 
   function drawLarge() {
-    zoom.hidden = !large
     const [before, after] = zoom.querySelectorAll("canvas")
     if (!large || !before || !strips.length) return
     const { row, column } = large, from = { row, column, ...get("before") }

@@ -334,7 +334,7 @@ def test_a_training_is_seen_cancelled_and_kept_and_its_prompt_finds_it_again(pag
     page.locator(".cfx-keep").click()
     until(lambda: words.filter(has_text="kept as it was at step").count())
     mapper = page.locator(".cfx select").filter(has=page.locator("option", has_text="the domain's own"))
-    chosen = "select => select.selectedOptions[0].textContent"
+    chosen = "select => select.selectedOptions[0].textContent.replaceAll('\\xa0', ' ')"
     until(lambda: mapper.evaluate(chosen) == "orange beard (cfclip)")
     changes(page, lambda: prompt.fill("green lipstick"))
     assert mapper.evaluate(chosen) == "the domain's own"
@@ -356,8 +356,9 @@ def test_a_photo_is_aligned_by_clicks_inverted_and_removed(page):
     title, picture = page.locator(".cfx-zoom-title"), page.locator(".cfx-photo")
     for i, (x, y) in enumerate(((0.38, 0.45), (0.62, 0.45), (0.5, 0.55), (0.42, 0.7), (0.58, 0.7))):
         until(lambda i=i: f"({i + 1} of 5)" in title.inner_text())
+        until(lambda: picture.evaluate("image => image.naturalWidth"))
         box = picture.bounding_box()
-        page.mouse.click(box["x"] + x * box["width"], box["y"] + y * box["height"])
+        picture.click(position={"x": x * box["width"], "y": y * box["height"]})
     until(lambda: page.locator(".cfx-remove").count() == 1)
     assert "me.png" in page.locator(".cfx-head").first.inner_text()
     assert "dB" in page.locator(".cfx-note").inner_text()
