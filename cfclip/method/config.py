@@ -37,6 +37,14 @@ def weights_or_none(value: Any) -> str | None:
     return None if fine else "None, or a list of finite numbers above 0"
 
 
+def forms_or_error(value: Any) -> str | None:
+    """The check of what a mapper reads in the place of prompts."""
+    fine = (
+        isinstance(value, tuple) and value and all(isinstance(v, str) and v.count("{}") == 1 for v in value)
+    )
+    return None if fine else 'texts with one {} each, such as ("{}", "a face with {}")'
+
+
 @dataclass(frozen=True, kw_only=True)
 class GuidedConfig(Settings):
     """By which of a domain's guides an edit is found. Its loss is the weighted mean of each guide's own."""
@@ -97,6 +105,7 @@ class CFCLIPConfig(TrainingConfig):
 
     prompt: str = setting(MISSING, any_text)  # target text, e.g. "green lipstick"
 
+    forms: ClassVar[tuple[str, ...]] = ("{}",)
     shapes: ClassVar[tuple[str, ...]] = ()
     prompts_at_once: ClassVar[int] = 1
     ramp_down: ClassVar[float] = 0.0
@@ -112,6 +121,8 @@ class MultiPromptConfig(TrainingConfig):
     """Many prompts. PixelNorm is over channels: over layers only the signs of a text feature pass."""
 
     prompts: tuple[str, ...] = setting(MISSING, lambda value: None)
+    # what the mapper reads in the place of a prompt, each as often as another; the loss reads the prompt alone
+    forms: tuple[str, ...] = setting(("{}",), forms_or_error)
     # those that ask for shapes: they move only the coarse and medium layers, the others those of ``levels``
     shapes: tuple[str, ...] = setting((), lambda value: None)
     prompts_at_once: int = setting(

@@ -7,7 +7,7 @@ embedding width. Several guides' unit vectors lie side by side in one of the sum
 import copy
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -116,7 +116,7 @@ class MapperTrainer:
         else:
             raise ValueError(f"the training is of {sizes}, but the mapper to start from has {start.config}")
         self.free = self._free_layers() if c.shapes else None
-        self.text_feature = self.mapper.read(domain.clip, c.prompts)
+        self.text_feature = self.mapper.read(domain.clip, [c.forms[0].format(prompt) for prompt in c.prompts])
         self.optimizer = OPTIMIZERS[c.optimizer](self.mapper.parameters(), lr=c.lr)
         self.networks = FrozenNetworks(domain, c.dtype, c.guides)
         self.w = domain.latents(c.train_latents, "train", c.seed)
@@ -148,6 +148,15 @@ class MapperTrainer:
             return [0]
         return torch.randperm(count, generator=generator)[: self.config.prompts_at_once].tolist()
 
+    def read(self, chosen: Sequence[int], generator: torch.Generator) -> Tensor:
+        """What the mapper reads of the prompts ``chosen``, each in a random one of the configuration's forms."""
+        c = self.config
+        if len(c.forms) == 1:
+            return self.text_feature[torch.tensor(chosen)]
+        forms = torch.randint(len(c.forms), (len(chosen),), generator=generator).tolist()
+        texts = [c.forms[form].format(c.prompts[prompt]) for form, prompt in zip(forms, chosen, strict=True)]
+        return self.mapper.read(self.domain.clip, texts)
+
     def features(self, prompt: int, views: Tensor, source: Tensor, first: Tensor) -> Features:
         """What the objective compares for one prompt.
 
@@ -163,15 +172,20 @@ class MapperTrainer:
         return sum(share * self.config.objective(one) for share, one in each)
 
     def losses(
-        self, index: Tensor, prompts: Tensor, first: Mapping[int, Tensor], generator: torch.Generator
+        self,
+        index: Tensor,
+        prompts: Tensor,
+        text: Tensor,
+        first: Mapping[int, Tensor],
+        generator: torch.Generator,
     ) -> dict[str, Tensor]:
         """Each term of the loss, unweighted, and their weighted sum "loss"; means over pictures.
 
-        index, prompts: [B], which latents are edited by which prompts; first: prompt -> s_0, see
-            :meth:`features`.
+        index, prompts: [B], which latents are edited by which prompts; text: what the mapper reads of them;
+            first: prompt -> s_0, see :meth:`features`.
         """
         c, w = self.config, self.w[index]
-        w_edited = self.mapper.edit(w, self.text_feature[prompts])
+        w_edited = self.mapper.edit(w, text)
         free = w_edited if self.free is None else torch.where(self.free[prompts], w_edited, w)
         edited = self.networks.synthesise(free)
         views = self.networks.clip(edited, c.num_views, generator).unflatten(0, (-1, len(index)))  # [V, B, E]
@@ -212,12 +226,13 @@ class MapperTrainer:
         index = torch.randint(len(self.w), (c.batch,), generator=generator)
         chosen = self.choose_prompts(generator)
         prompts = torch.tensor(chosen).repeat_interleave(c.batch // len(chosen))
+        text = self.read(chosen, generator).repeat_interleave(c.batch // len(chosen), 0)
         first = {prompt: self.source_clip[index[prompts == prompt][:1]] for prompt in chosen}
         self.optimizer.zero_grad()
         logs, perspectives = Counter(), generator.get_state()
         for rows in torch.arange(c.batch).split(c.micro_batch or c.batch):
             generator.set_state(perspectives)
-            terms = self.losses(index[rows], prompts[rows], first, generator)
+            terms = self.losses(index[rows], prompts[rows], text[rows], first, generator)
             share = len(rows) / c.batch
             (share * terms["loss"]).backward()
             logs.update({name: share * value.item() for name, value in terms.items()})

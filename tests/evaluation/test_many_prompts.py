@@ -101,7 +101,7 @@ def test_a_shape_moves_the_layers_that_draw_and_a_colour_those_that_colour(domai
     synthesise, run.networks.synthesise = run.networks.synthesise, lambda w: drawn.append(w) or synthesise(w)
     index, prompts = torch.tensor([0, 1]), torch.tensor([0, 1])
     first = dict.fromkeys((0, 1), run.source_clip[:1])
-    logs = run.losses(index, prompts, first, generator_for(0, 0))
+    logs = run.losses(index, prompts, run.text_feature, first, generator_for(0, 0))
     w = run.w[index]
     edited = run.mapper.edit(w, run.text_feature[prompts])
     expected = torch.stack([
@@ -113,6 +113,23 @@ def test_a_shape_moves_the_layers_that_draw_and_a_colour_those_that_colour(domai
     assert logs["silence"].item() == pytest.approx(silence.item()) and silence > 0
     terms = 0.3 * logs["nce"] + 0.2 * logs["id"] + 0.8 * latent_l2(expected, w) + silence
     assert logs["loss"].item() == pytest.approx(terms.item(), rel=1e-5)
+
+
+def test_the_mapper_reads_prompts_in_all_forms_and_the_loss_reads_them_plain(domain):
+    forms = ("{}", "a woman with {}")
+    run = MapperTrainer(domain, configured(prompts_at_once=2, text="tokens", forms=forms))
+    plain, put = (run.mapper.read(domain.clip, [form.format(p) for p in PROMPTS]) for form in forms)
+    read = [run.read([0, 1], generator_for(0, i)) for i in range(30)]
+    seen = {(words.shape[1], bool((words[0] == put[0, : words.shape[1]]).all())) for words in read}
+    assert torch.equal(run.text_feature, plain) and torch.equal(
+        run.target_text, MapperTrainer(domain, CONFIG).target_text
+    )
+    assert {True, False} == {first_is_put for _, first_is_put in seen}
+
+
+def test_a_form_needs_a_place_for_the_prompt():
+    with pytest.raises(ValueError, match="forms must be texts with one {}"):
+        configured(forms=("a face",))
 
 
 def test_a_shape_must_be_a_prompt():

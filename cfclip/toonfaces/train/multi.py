@@ -18,6 +18,7 @@ from cfclip.evaluation.confidence import agreement, calibrate
 from cfclip.evaluation.many_prompts import compare
 from cfclip.method.config import MultiPromptConfig
 from cfclip.method.trainer import train_mapper
+from cfclip.models.clip import TEMPLATES
 from cfclip.models.mapper import Mapper
 from cfclip.toonfaces.captions import claim_of, phrase
 from cfclip.toonfaces.domain import load_toonfaces
@@ -52,6 +53,14 @@ SHAPES: dict[tuple[str, str], tuple[str, ...]] = {
 """What a prompt can ask of shapes, and how it is said."""
 
 
+FORMS = (
+    *(4 * ("{}",)),
+    *(f"a {who} with {{}}" for who in ("face", "person", "man", "woman")),
+    *(template("face with {}") for template in TEMPLATES[::10]),
+)
+"""How a prompt is put, so that the mapper learns which words ask for nothing."""
+
+
 def split() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(seen, unseen) prompts, such as "green lipstick": together every colour of every part.
 
@@ -69,7 +78,7 @@ def config(**overrides: Any) -> MultiPromptConfig:
     instead of 40 % of the training faces the eyes that were asked for.
     """
     shapes = sum(SHAPES.values(), ())
-    prompts = {"prompts": sum(split(), ()) + shapes, "shapes": shapes, "lambda_l2": 0.06}
+    prompts = {"prompts": sum(split(), ()) + shapes, "shapes": shapes, "forms": FORMS, "lambda_l2": 0.06}
     return heldout_config(**prompts | overrides)
 
 
