@@ -39,9 +39,8 @@ def weights_or_none(value: Any) -> str | None:
 
 def forms_or_error(value: Any) -> str | None:
     """The check of what a mapper reads in the place of prompts."""
-    fine = (
-        isinstance(value, tuple) and value and all(isinstance(v, str) and v.count("{}") == 1 for v in value)
-    )
+    forms = value if isinstance(value, tuple) else ()
+    fine = forms and all(isinstance(form, str) and form.count("{}") == 1 for form in forms)
     return None if fine else 'texts with one {} each, such as ("{}", "a face with {}")'
 
 
@@ -121,7 +120,7 @@ class MultiPromptConfig(TrainingConfig):
     """Many prompts. PixelNorm is over channels: over layers only the signs of a text feature pass."""
 
     prompts: tuple[str, ...] = setting(MISSING, lambda value: None)
-    # what the mapper reads in the place of a prompt, each as often as another; the loss reads the prompt alone
+    # what the mapper reads in the place of a prompt, one form as often as another; the loss reads it plain
     forms: tuple[str, ...] = setting(("{}",), forms_or_error)
     # those that ask for shapes: they move only the coarse and medium layers, the others those of ``levels``
     shapes: tuple[str, ...] = setting((), lambda value: None)

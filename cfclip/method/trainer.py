@@ -149,7 +149,7 @@ class MapperTrainer:
         return torch.randperm(count, generator=generator)[: self.config.prompts_at_once].tolist()
 
     def read(self, chosen: Sequence[int], generator: torch.Generator) -> Tensor:
-        """What the mapper reads of the prompts ``chosen``, each in a random one of the configuration's forms."""
+        """What the mapper reads of the prompts ``chosen``, each in a random one of the forms."""
         c = self.config
         if len(c.forms) == 1:
             return self.text_feature[torch.tensor(chosen)]

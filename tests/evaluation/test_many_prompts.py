@@ -117,18 +117,16 @@ def test_a_shape_moves_the_layers_that_draw_and_a_colour_those_that_colour(domai
 
 def test_the_mapper_reads_prompts_in_all_forms_and_the_loss_reads_them_plain(domain):
     forms = ("{}", "a woman with {}")
-    run = MapperTrainer(domain, configured(prompts_at_once=2, text="tokens", forms=forms))
-    plain, put = (run.mapper.read(domain.clip, [form.format(p) for p in PROMPTS]) for form in forms)
-    read = [run.read([0, 1], generator_for(0, i)) for i in range(30)]
-    seen = {(words.shape[1], bool((words[0] == put[0, : words.shape[1]]).all())) for words in read}
-    assert torch.equal(run.text_feature, plain) and torch.equal(
-        run.target_text, MapperTrainer(domain, CONFIG).target_text
-    )
-    assert {True, False} == {first_is_put for _, first_is_put in seen}
+    run = MapperTrainer(domain, configured(prompts_at_once=2, batch=2, text="tokens", forms=forms))
+    plain, put = (run.mapper.read(domain.clip, form.format(PROMPTS[0])) for form in forms)
+    read = [run.read([0], generator_for(0, i)) for i in range(30)]
+    counts = [sum(torch.equal(words, one) for words in read) for one in (plain, put)]
+    assert sum(counts) == 30 and min(counts) > 5
+    assert torch.equal(run.target_text, MapperTrainer(domain, CONFIG).target_text)
 
 
 def test_a_form_needs_a_place_for_the_prompt():
-    with pytest.raises(ValueError, match="forms must be texts with one {}"):
+    with pytest.raises(ValueError, match="forms must be texts with one"):
         configured(forms=("a face",))
 
 
