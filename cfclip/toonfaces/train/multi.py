@@ -123,7 +123,7 @@ def measure(domain: Domain, trained_on: Collection[str], n: int = 32) -> tuple[p
     return means(table, ["seen", "group"]), means(table[table["seen"] == "no"], ["prompt", "group"])
 
 
-def calibration(domain: Domain, n: int = 32) -> dict[str, Any]:
+def calibration(domain: Domain, n: int = 16) -> dict[str, Any]:
     """How well ``domain.mapper`` does what each prompt of :func:`split` says, and how the judge foretells it.
 
     ``measured``: prompt -> its success on ``n`` training faces. ``intercept`` and ``slope``, see
