@@ -265,8 +265,8 @@ class Training:
     def _running(self) -> str:
         first, now = (sum(part) / len(part) for part in (self._losses[:5], self._losses[-10:]))
         left = in_words((self.config.steps - self.step) * self.seconds_a_step)
-        loss = f"loss {now:.2f}, {first:.2f} at first"
-        return f"step {self.step} of {self.config.steps} · {left} left at most · {loss}{self._unseen(self._best)}"
+        loss = f"loss {now:.2f}, {first:.2f} at first{self._unseen(self._best)}"
+        return f"step {self.step} of {self.config.steps} · {left} left at most · {loss}"
 
     def _save(self, one: Snapshot) -> None:
         card = {"method": self.method, "domain": self.domain.name, "training": flat(self.config)}
