@@ -3,7 +3,9 @@
 import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import pairwise
 from queue import Empty
 from typing import Any
 
@@ -13,12 +15,14 @@ from jupyter_client.manager import start_new_kernel
 from cfclip.bench.measure import stats
 from cfclip.files import NOTEBOOKS
 
-# images[1] is the row of edited pictures, below the sources
+DRAG_SECONDS = 0.06
+"""Between two values of a slider that is dragged."""
 FIND_WIDGETS = """
 import json
 from cfclip.explorer.view import View
 view = next(value for value in Out.values() if isinstance(value, View))
-widgets = dict(strength=view.strength, prompt=view.prompt, picture=view.images[1], note=view.note)
+widgets = dict(strength=view.strength, prompt=view.prompt, picture=view.stage, note=view.note)
+widgets |= dict(refine=view.start, cancel=view.cancel, preview=view.preview)
 print(json.dumps({name: widget.model_id for name, widget in widgets.items()}))
 """
 
@@ -36,7 +40,7 @@ class Panel:
                 if "parameters" in cell.metadata.get("tags", []):
                     self.run(f"n, out = {faces!r}, {folder!r}")
         self.ids = json.loads(self.run(FIND_WIDGETS))
-        self.prompts = json.loads(self.run("print(json.dumps(explorer.suggestions))"))
+        self.prompts = json.loads(self.run("print(json.dumps(list(explorer.suggestions)))"))
 
     def run(self, code: str) -> str:
         """What ``code`` prints in the kernel. RuntimeError with the kernel's message if it fails."""
@@ -57,22 +61,58 @@ class Panel:
         except Empty:
             pass
 
+    def _send(self, widget: str, **data: Any) -> None:
+        message = self.client.session.msg("comm_msg", {"comm_id": self.ids[widget], "data": data})
+        self.client.shell_channel.send(message)
+
+    def _set(self, widget: str, value: Any) -> None:
+        self._send(widget, method="update", state={"value": value}, buffer_paths=[])
+
+    def _next(self, timeout: float) -> tuple[str, Mapping[str, Any], bool]:
+        """(comm, state, whether it has pictures) of the next update of a widget; Empty after ``timeout``."""
+        end = time.perf_counter() + timeout
+        while True:
+            message = self.client.get_iopub_msg(timeout=max(0.001, end - time.perf_counter()))
+            content = message["content"]
+            if message["msg_type"] == "comm_msg" and content["data"].get("method") == "update":
+                return content["comm_id"], content["data"]["state"], bool(message["buffers"])
+
     def change(self, widget: str, value: Any, timeout: float = 60) -> float:
         """Seconds from a control's message until the new picture is here and the panel is not drawing."""
-        update = {"method": "update", "state": {"value": value}, "buffer_paths": []}
-        message = self.client.session.msg("comm_msg", {"comm_id": self.ids[widget], "data": update})
         has_picture, start = False, time.perf_counter()
-        self.client.shell_channel.send(message)
+        self._set(widget, value)
         while time.perf_counter() < start + timeout:
-            message = self.client.get_iopub_msg(timeout=timeout)
-            content = message["content"]
-            if message["msg_type"] != "comm_msg" or content["data"].get("method") != "update":
-                continue
-            has_picture |= content["comm_id"] == self.ids["picture"] and bool(message["buffers"])
-            is_note = content["comm_id"] == self.ids["note"]
-            if has_picture and is_note and " ms" in content["data"]["state"].get("value", ""):
+            comm, state, pictures = self._next(timeout)
+            has_picture |= comm == self.ids["picture"] and pictures
+            if has_picture and comm == self.ids["note"] and " ms" in state.get("value", ""):
                 return time.perf_counter() - start
         raise TimeoutError(f"no new picture within {timeout:.0f} s after {widget} = {value!r}")
+
+    def drag(self, widget: str, values: Sequence[Any]) -> list[float]:
+        """Seconds from picture to picture while ``widget`` takes another value every :data:`DRAG_SECONDS`."""
+        start = time.perf_counter()
+        came = [start]
+        for i, value in enumerate(values, 1):
+            self._set(widget, value)
+            while (left := start + i * DRAG_SECONDS - time.perf_counter()) > 0:
+                with suppress(Empty):
+                    comm, _, pictures = self._next(left)
+                    if comm == self.ids["picture"] and pictures:
+                        came.append(time.perf_counter())
+        came = came if len(came) > 1 else [start, time.perf_counter()]  # none: at best one from now on
+        return [after - before for before, after in pairwise(came)]
+
+    def first_preview(self, timeout: float = 300) -> float:
+        """Seconds from the press of the button until a refined picture is here; the training is cancelled."""
+        start, pictures = time.perf_counter(), 0
+        self._send("refine", method="custom", content={"event": "click"})
+        while pictures < 2:  # the first has the instant edit only
+            comm, _, has = self._next(timeout)
+            pictures += comm == self.ids["preview"] and has
+        seconds = time.perf_counter() - start
+        self._send("cancel", method="custom", content={"event": "click"})
+        self.run("training = explorer.training\nif training: training.thread.join(60)")
+        return seconds
 
     def close(self) -> None:
         """Stop the kernel."""
@@ -81,26 +121,29 @@ class Panel:
 
 
 def explorer(device: str, faces: int, moves: int) -> Iterator[dict[str, Any]]:
-    """``moves`` changes of the strength and of the prompt.
+    """``moves`` changes of the strength and of the prompt, a drag of as many, and a training's first preview.
 
-    At rest, each change waits for the scores of the picture before; "dragged", it does not.
+    At rest, each change waits for the scores of the picture before.
     """
     with tempfile.TemporaryDirectory() as folder:
         panel = Panel(faces, folder)
+
+        def at_rest(widget: str, values: Sequence[Any]) -> Iterator[float]:
+            for value in values:
+                panel.settle()
+                yield panel.change(widget, value)
+
         try:
             panel.settle()
-            prompts = panel.prompts
             strengths = [round(0.5 + 0.05 * (i % 20), 2) for i in range(moves)]
-            for name, widget, values, rest in (
-                ("slider", "strength", strengths, True),
-                ("slider, dragged", "strength", strengths, False),
-                ("prompt", "prompt", [prompts[(i + 1) % len(prompts)] for i in range(moves)], True),
+            prompts = [panel.prompts[(i + 1) % len(panel.prompts)] for i in range(moves)]
+            for name, values, measured in (
+                ("slider", strengths, at_rest("strength", strengths)),
+                ("slider, dragged: from picture to picture", strengths, panel.drag("strength", strengths)),
+                ("prompt", prompts, at_rest("prompt", prompts)),
+                ("refine: first preview", prompts[-1:], [panel.first_preview()]),
             ):
-                seconds = []
-                for value in values:
-                    if rest:
-                        panel.settle()
-                    seconds.append(panel.change(widget, value))
+                seconds = list(measured)
                 panel.settle()
                 p90 = sorted(seconds)[int(0.9 * (len(seconds) - 1))]
                 row = {"name": name, "faces": faces, "different": len(set(values)), "p90": p90}

@@ -42,8 +42,8 @@ NOTES = {
     ),
     "explorer": (
         "Through a Jupyter kernel that runs 05_explorer: from the message of a control until the new "
-        "picture has come and the panel has stopped drawing. dragged: the next value follows at once, while "
-        "the last picture is scored."
+        "picture has come and the panel has stopped drawing. dragged: a value every 60 ms, whatever has "
+        "come; 1000 / ms is pictures a second. Preview: from the button until a trained picture has come."
     ),
     "pictures": (
         "toonfaces' pictures of held-out latents, seed 0: their difference from those of the reference "

@@ -160,7 +160,8 @@ def test_quick_measures_every_part(quick):
         assert (out / f"{name}.png").stat().st_size > 10_000 and f"({name}.png)" in text
     assert ("skipped: cuda (no CUDA device)" in text) is not torch.cuda.is_available()
     moves = {row["name"] for row in measured(rows) if row["part"] == "explorer"}
-    assert moves == {"slider", "slider, dragged", "prompt"}
+    drag, preview = "slider, dragged: from picture to picture", "refine: first preview"
+    assert moves == {"slider", drag, "prompt", preview}
     for row in measured(rows):
         assert row["low"] <= row["median"] <= row["high"] and len(row["seconds"]) == row["n"]
 

@@ -808,6 +808,6 @@ def test_a_training_begins_with_the_instant_edit_and_ends_when_it_no_longer_gets
     assert explorer.progress == PATIENCE * CHECK_STEPS / 1000
     assert "finished because it no longer got better" in explorer.refining and "step 0" in explorer.refining
     (trained,) = scan(explorer.out)
-    assert trained.success is not None and f"{trained.success:.0%} of" in explorer.refining
+    assert trained.success is not None and f"success on {trained.success:.0%} of" in explorer.refining
     assert explorer.suggestions.get("pink hair") == (trained.success if trained.success >= 0.5 else None)
     explorer.close()

@@ -2,12 +2,17 @@
 
 import subprocess
 import sys
+import time
+from dataclasses import replace
 
 import pytest
-from panels import domain_folder, started
+import torch
+from panels import PROMPTS, domain_folder, started
 
 from cfclip.explorer.frames import STRENGTHS_SHOWN
+from cfclip.explorer.model import MERGE_SECONDS, Explorer
 from cfclip.explorer.view import View, scores_html
+from cfclip.models.mapper import Mapper, MapperConfig
 
 
 @pytest.fixture
@@ -79,3 +84,78 @@ def test_scores_are_shown_before_and_after_the_edit():
     )
     text = scores_html(clip | success)
     assert "20.0 → 25.0" in text and "0% → 88%" in text and "43%" in text and "leakage" not in text
+    both = scores_html({"identity": 0.9}, {"identity": 0.25})
+    assert "<b>0.900</b>" in both and "photos: 0.250" in both, "photos count apart"
+
+
+def is_old(view: View) -> bool:
+    return "cfx-scores-old" in view.scores._dom_classes
+
+
+def test_scores_that_are_not_of_the_picture_are_grey(view):
+    e, seen = view.explorer, []
+    assert not is_old(view)
+    view.stage.observe(lambda change: seen.append(is_old(view)), "rows")
+    view.strength.value = 0.3
+    assert is_old(view) or e.frame.notes
+    e.wait()
+    assert seen[0] and not is_old(view), "grey with the picture, until they are measured"
+    view.prompt.value = "word " * 40
+    e.wait()
+    assert is_old(view)
+
+
+def test_what_the_mapper_does_not_move_is_grey_and_says_so(domain, tmp_path):
+    g, split = domain.generator, (2, 4)
+    sizes = MapperConfig(g.num_ws, g.w_dim, domain.clip.embed_dim, ("fine",), split=split)
+    mapper = Mapper.initialised(sizes, torch.Generator().manual_seed(0))
+    explorer = Explorer(replace(domain, mapper=mapper, level_split=split), "pink hair", 1, tmp_path)
+    explorer.wait()
+    view = View(explorer)
+    assert [level.disabled for level in view.levels.values()] == [True, True, False]
+    assert "does not move" in view.levels["coarse"].tooltip and view.levels["fine"].tooltip == ""
+    assert [slider.disabled for slider in view.layer_box.children] == [i < 4 for i in range(sizes.num_ws)]
+    assert "does not move the grey ones" in view.layer_words.value
+    explorer.close()
+
+
+def widgets(widget):
+    return [widget, *(one for child in getattr(widget, "children", ()) for one in widgets(child))]
+
+
+def test_no_tooltip_is_null(view):
+    assert [one for one in widgets(view) if getattr(one, "tooltip", "") is None] == []
+
+
+def test_files_go_to_the_browser_and_no_path_of_the_server_is_shown(view, monkeypatch):
+    sent = []
+    monkeypatch.setattr(view.stage, "send", lambda content, buffers=(): sent.append((content, buffers)))
+    view.explorer.export()
+    view.explorer.wait()
+    assert str(view.explorer.out) not in view.note.value and len(view.downloads.children) == 4
+    for button, file in zip(view.downloads.children, view.explorer.exported, strict=True):
+        button.click()
+        content, (data,) = sent.pop()
+        assert content["download"] == file.name and data == file.read_bytes()
+    view._heard({"event": "ping"}, [])
+    assert sent == [({"pong": True}, ())], "which tells the browser that the kernel listens"
+
+
+def test_a_chip_is_a_prompt_that_works_and_a_press_chooses_it(view):
+    chips = {chip.description: chip for chip in view.chips.children}
+    assert list(chips) == list(view.explorer.suggestions) == list(PROMPTS)
+    chips["blue hair"].click()
+    assert view.prompt.value == view.explorer.recipe.prompt == "blue hair"
+
+
+def test_keys_and_clicks_in_the_picture_change_the_recipe(view):
+    e = view.explorer
+    for key, strength in (("ArrowUp", 1.1), ("ArrowDown", 1.0), ("z", 1.1), ("y", 1.0)):
+        view._heard({"event": "key", "key": key}, [])
+        time.sleep(MERGE_SECONDS)
+        assert e.recipe.strength == view.strength.value == strength
+    view._heard({"event": "lock", "face": 2}, [])
+    e.wait()
+    assert [face["locked"] for face in view.stage.faces] == [False, False, True]
+    view._heard({"event": "key", "key": "n"}, [])
+    assert e.recipe.faces[2] == 2 and 0 not in e.recipe.faces
