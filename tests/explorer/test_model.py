@@ -794,6 +794,24 @@ def test_the_mapper_of_the_preview_can_be_kept_at_any_moment(slow):
     assert np.abs(difference).max() <= 2, "the file has half floats"
 
 
+def test_a_training_goes_on_with_the_slots_of_a_mapper_that_reads_words(domain, folder):
+    g = domain.generator
+    sizes = MapperConfig(g.num_ws, g.w_dim, domain.clip.word_dim, split=(2, 4), text="tokens")
+    mapper = Mapper.initialised(sizes, torch.Generator().manual_seed(0)).requires_grad_(False)
+    mapper.groups[0].move *= 0.01
+    words = replace(domain, mapper=mapper, level_split=(2, 4))
+    explorer = Explorer(words, "pink hair", 1, folder / "out", settings={"cfclip": TRAINING | {"lr": 15.0}})
+    check(explorer)
+    explorer.refine()
+    training = explorer.training
+    assert training.config.levels == ("fine",) and training.config.text == "tokens"
+    assert training.config.lr < 0.1, "the preset's rate is of another optimiser"
+    assert torch.equal(training.start_from.groups[0].move, mapper.groups[1].move)
+    check(explorer)
+    assert load_mapper(training.path).config == training.start_from.config
+    explorer.close()
+
+
 def test_a_training_begins_with_the_instant_edit_and_ends_when_it_no_longer_gets_better(many, folder):
     """A rate at which nothing moves: what is kept is the instant edit, long before the last step."""
     explorer = Explorer(
