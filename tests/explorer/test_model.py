@@ -807,6 +807,7 @@ def test_a_training_goes_on_with_the_slots_of_a_mapper_that_reads_words(domain, 
     assert training.config.levels == ("fine",) and training.config.text == "tokens"
     assert training.config.lr < 0.1, "the preset's rate is of another optimiser"
     assert torch.equal(training.start_from.groups[0].move, mapper.groups[1].move)
+    training.thread.join(120)
     check(explorer)
     assert load_mapper(training.path).config == training.start_from.config
     explorer.close()
