@@ -166,15 +166,18 @@ def loss_curves(log: pd.DataFrame) -> Figure:
     return figure
 
 
-def distributions(table: pd.DataFrame) -> Figure:
-    """How each metric is spread over the pictures, per prompt."""
+def distributions(table: pd.DataFrame, columns: int = 4) -> Figure:
+    """How each metric is spread over the pictures, per prompt; ``columns`` panels in a row."""
     names = [name for name in MAIN if name in table and table[name].dtype.kind == "f"]
-    names = [name for name in names if not name.startswith(("success", "kid"))]
-    height = 0.7 + 0.45 * table.prompt.nunique()
-    figure, axes = panels(1, len(names), (2.6 * len(names), height), sharey=True)
-    for axis, name in zip(axes[0], names, strict=True):
+    names = [name for name in names if not name.startswith(("success", "kid", "round_trip"))]
+    rows = -(-len(names) // columns)
+    height = 0.7 + 0.4 * table.prompt.nunique()
+    figure, axes = panels(rows, columns, (2.6 * columns + 1, height * rows), sharey=True)
+    for axis, name in zip(axes.flat, names, strict=False):
         sns.boxplot(table, x=name, y="prompt", ax=axis, fliersize=2, linewidth=0.8, color="C0")
         axis.set(xlabel=name.replace("_", " "), ylabel="")
+    for axis in axes.flat[len(names) :]:
+        axis.axis("off")
     return figure
 
 
