@@ -29,20 +29,18 @@ def outcome(domain: Domain, frame: Frame) -> str:
     if not frame.notes:
         return ""
     claim = domain.truth and domain.truth.claim(" and ".join(frame.recipe.prompts))
+    faces, still = len(frame.notes), frame.notes.count("not changed")
     if not claim:
-        still = frame.notes.count("not changed")
-        return f"{_of(still, len(frame.notes))} did not change" if still else ""
+        what = f"{still} of {faces} faces did not change" if still else ""
+        unknown = "success is not measured: that needs a prompt that names the colour of one part"
+        return "; ".join(filter(None, [what, unknown if domain.truth else ""]))
     part, colour = claim
     without = frame.notes.count(f"no {part}")
-    have, done = len(frame.notes) - without, frame.notes.count("✓") + frame.notes.count(f"{colour} before")
-    if not have:
-        return f"no face here shows {part}: draw new faces"
-    rest = f"; {_of(without, len(frame.notes))} shows no {part}" if without else ""
-    return f"{colour} {part} on {_of(done, have)}{' that shows ' + part if without else ''}{rest}"
-
-
-def _of(count: int, all_of_them: int) -> str:
-    return f"{count} of {all_of_them} faces"
+    if without == faces:
+        return f"no face here has {part}: draw new faces"
+    done = frame.notes.count("✓") + frame.notes.count(f"{colour} before")
+    of = f"{faces - without} faces that have {part}" if without else f"{faces} faces"
+    return f"{colour} {part} on {done} of {of}" + (f"; {without} have none" if without else "")
 
 
 def prospects(known: Iterable[float | None], frame: Frame, seconds: float) -> str:
@@ -61,4 +59,6 @@ def in_words(seconds: float) -> str:
     """A duration, as precise as an estimate is."""
     if seconds < 90:
         return f"about {max(5, 5 * round(seconds / 5))} s"
-    return f"about {round(seconds / 60)} minutes"
+    return (
+        f"about {round(seconds / 60)} minutes" if seconds < 5400 else f"about {round(seconds / 3600)} hours"
+    )
