@@ -7,7 +7,7 @@ embedding width. Several guides' unit vectors lie side by side in one of the sum
 import copy
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,15 @@ from cfclip.method.loop import begin_run, described, learning_rate, resolve_dtyp
 from cfclip.method.losses import identity_loss_from_features, latent_l2, perceptual_loss
 from cfclip.method.objectives import Features
 from cfclip.method.views import each_view
-from cfclip.models.mapper import LEVELS, SHAPE_LEVELS, Mapper, MapperConfig, level_slices, text_width
+from cfclip.models.mapper import (
+    LEVELS,
+    SHAPE_LEVELS,
+    Mapper,
+    MapperConfig,
+    WordMapper,
+    level_slices,
+    text_width,
+)
 from cfclip.models.stylegan2 import max_batch
 
 SILENCE = 1.0
@@ -140,6 +148,24 @@ class MapperTrainer:
             for name in SHAPE_LEVELS if prompt in c.shapes else c.levels:
                 row[layers[name]] = True
         return free.to(self.domain.device)
+
+    def silence(self) -> None:
+        """After the training: slots listen to no word that none of their prompts has, see :class:`Slots`."""
+        c, clip = self.config, self.domain.clip
+
+        def words(texts: Iterable[str]) -> set[tuple[float, ...]]:
+            half = self.mapper.config.text_dim // 2
+            return {
+                tuple(row) for text in texts for row in self.mapper.read(clip, text)[0, :, :half].tolist()
+            }
+
+        every = words([*c.prompts, *(form.format("") for form in c.forms if form != "{}")])
+        drawn = set(c.shapes)
+        for group in self.mapper.groups:
+            draws = bool(c.shapes) and group is self.mapper.groups[0]
+            spoken = words(prompt for prompt in c.prompts if (prompt in drawn) == draws)
+            if silent := every - spoken:
+                group.silence(*(torch.tensor(sorted(some)).to(self.w) for some in (silent, spoken)))
 
     def choose_prompts(self, generator: torch.Generator) -> list[int]:
         """The prompts of a step, ``prompts_at_once`` different ones. For one prompt nothing is drawn."""
@@ -268,6 +294,8 @@ def train_mapper(
     state = {"mapper": run.mapper, "optimizer": run.optimizer}
     rows = run_loop(run.step, config.steps, state=state, seed=config.seed, **loop)
     mapper = run.mapper.eval().requires_grad_(False)
+    if isinstance(mapper, WordMapper):
+        run.silence()
     if out is not None:
         card = {"method": method, "domain": domain.name, "training": flat(config)}
         save_mapper(mapper, f"{out}/mapper.safetensors", **card)

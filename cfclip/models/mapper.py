@@ -211,6 +211,25 @@ class Slots(nn.Module):
         moved = torch.einsum("nkr,krd->nd", way, self._weight("move"))
         return moved.unflatten(1, (len(self.layers), -1))
 
+    @torch.no_grad()
+    def silence(self, silent: Tensor, spoken: Tensor) -> None:
+        """Words that no prompt of these slots has ask for nothing of them: exactly, not only nearly.
+
+        The smallest change of S and B that gives the embeddings ``silent`` [A, E / 2] to no slot and no
+        target, and leaves what ``spoken`` [B, E / 2] do as it is.
+        """
+        known = torch.cat([silent, spoken]).double()
+        solve = torch.linalg.pinv(known, rtol=1e-2)
+        share, target = (
+            known.new_zeros(len(known), self.share.shape[1]),
+            known @ self._weight("target").double(),
+        )
+        share[: len(silent), -1] = 20.0
+        target[len(silent) :] = 0
+        for name, change in ("share", share), ("target", -target):
+            weight = getattr(self, name)
+            weight += (solve @ change).to(weight) / self.RATES[name]
+
     def _weight(self, name: str) -> Tensor:
         return self.RATES[name] * getattr(self, name)
 

@@ -130,6 +130,25 @@ def test_a_form_needs_a_place_for_the_prompt():
         configured(forms=("a face",))
 
 
+def test_slots_listen_to_no_word_that_none_of_their_prompts_has(domain):
+    domain = dataclasses.replace(domain, level_split=(1, 3))
+    config = configured(
+        prompts=("blue hair", "red hair", "smiling"), shapes=("smiling",), text="tokens", steps=1,
+        forms=("{}", "woman with {}"), levels=("fine",),
+    )  # fmt: skip
+    run, (mapper, _) = MapperTrainer(domain, config), train_mapper(domain, config, progress=False)
+    draws, colours = mapper.groups
+    w, read = domain.latents(2), lambda text: mapper.read(domain.clip, text)
+    assert draws(w, read("blue hair")).abs().max() < 1e-5 < 1e-3 < draws(w, read("smiling")).abs().max()
+    assert colours(w, read("smiling woman with")).abs().max() < 1e-5
+    plain, put = (colours(w, read(text)) for text in ("blue hair", "smiling woman with blue hair"))
+    assert torch.allclose(plain, put, atol=1e-4) and plain.abs().max() > 1e-3
+    assert not torch.allclose(plain, colours(w, read("red hair")), atol=1e-3)
+    generator = torch.Generator().manual_seed(config.seed)
+    untouched = Mapper.initialised(run.mapper.config, generator).groups[1].shares(read("blue hair"))
+    assert torch.allclose(colours.shares(read("blue hair")), untouched, atol=0.05), "one step hardly moved it"
+
+
 def test_a_shape_must_be_a_prompt():
     with pytest.raises(ValueError, match="shapes must be some of the prompts"):
         configured(shapes=("smiling",))
