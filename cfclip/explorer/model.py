@@ -108,6 +108,7 @@ class Explorer(HasTraits):
         self.runs = [self.out, *(Path(folder).resolve() for folder in runs)]
         self._domains, self._lock = {domain.name: domain}, threading.RLock()
         self._seconds_a_step = 0.0  # of the last training
+        self._hinted: tuple = ()  # prompt and mapper of the hint
         self._suggested: tuple[tuple, dict[str, float | None]] = ((), {})  # with their key
         self._faces: tuple[tuple, Faces] | None = None  # of the last picture, with their key
         self._last_change: tuple[frozenset, float] = (frozenset(), 0.0)  # names of fields, time
@@ -340,7 +341,11 @@ class Explorer(HasTraits):
                 return
             self.message = brief(message, LONGEST_LINE) or self.message
             self.busy = False
-            self.hint = self._hint(frame) if frame else ""
+            if self._hinted != (
+                recipe.prompt,
+                recipe.mapper,
+            ):  # of the same, it stays until there is a new one
+                self.hint = ""
         if frame is not None:
             self._scoring.ask(lambda stale: self._score(frame, stale))
 
@@ -381,17 +386,23 @@ class Explorer(HasTraits):
         return others
 
     def _score(self, frame: Frame, stale: Callable[[], bool]) -> None:
+        """Measure ``frame``. What to expect is said first: it may be known, and measuring takes longer."""
         try:
+            self._say(self._hint(frame), frame)
             domain = frame.recipe.chosen(self._domains[frame.recipe.domain])
             scored = score(domain, frame, lambda: stale() or self.frame is not frame)
+            if scored is not frame:
+                self._say(self._hint(scored), frame, scored)
         except Exception as error:  # as in _draw
             self.message = one_line(error)
-            return
+
+    def _say(self, hint: str, frame: Frame, scored: Frame | None = None) -> None:
+        """Show the hint and the scores of ``frame``, if it is still the one on show."""
         with self._lock:
-            if self.frame is frame and scored is not frame:
-                self.frame = scored
-                if scored.recipe == self.recipe:
-                    self.hint = self._hint(scored)
+            if self.frame is frame:
+                self.frame = scored or frame
+                if frame.recipe == self.recipe:
+                    self.hint, self._hinted = hint, (frame.recipe.prompt, frame.recipe.mapper)
 
     # ---- slow tasks, one after the other ----
 
