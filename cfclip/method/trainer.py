@@ -150,22 +150,22 @@ class MapperTrainer:
         return free.to(self.domain.device)
 
     def silence(self) -> None:
-        """After the training: slots listen to no word that none of their prompts has, see :class:`Slots`."""
-        c, clip = self.config, self.domain.clip
+        """After the training: slots listen to no word that none of their prompts has, see :class:`Slots`.
 
-        def words(texts: Iterable[str]) -> set[tuple[float, ...]]:
-            half = self.mapper.config.text_dim // 2
-            return {
-                tuple(row) for text in texts for row in self.mapper.read(clip, text)[0, :, :half].tolist()
-            }
+        But for words that mean the same as one of theirs: those of a cosine above 0.5.
+        """
+        c, clip, half = self.config, self.domain.clip, self.mapper.config.text_dim // 2
+
+        def words(texts: Iterable[str]) -> Tensor:
+            read = [self.mapper.read(clip, text)[0, :, :half] for text in texts]
+            return torch.cat(read).unique(dim=0)
 
         every = words([*c.prompts, *(form.format("") for form in c.forms if form != "{}")])
-        drawn = set(c.shapes)
         for group in self.mapper.groups:
             draws = bool(c.shapes) and group is self.mapper.groups[0]
-            spoken = words(prompt for prompt in c.prompts if (prompt in drawn) == draws)
-            if silent := every - spoken:
-                group.silence(*(torch.tensor(sorted(some)).to(self.w) for some in (silent, spoken)))
+            spoken = words(prompt for prompt in c.prompts if (prompt in c.shapes) == draws)
+            near = F.normalize(every, dim=1) @ F.normalize(spoken, dim=1).T
+            group.silence(every[near.amax(1) < 0.5], spoken)
 
     def choose_prompts(self, generator: torch.Generator) -> list[int]:
         """The prompts of a step, ``prompts_at_once`` different ones. For one prompt nothing is drawn."""
