@@ -167,7 +167,8 @@ def headline(each: pd.DataFrame) -> pd.DataFrame:
 
     each: :func:`trainings`, also of the :mod:`.frames`. The best strength is the one with the most clean
     success (:func:`.metrics.clean`), of equals the one with the most progress; 1, or the nearest to it,
-    where success is undefined. Strength 1 is not the same edit for two methods.
+    where success is undefined. Strength 1 is not the same edit for two methods; the best one is chosen on the
+    faces that are scored, for every method alike.
 
     More columns: ``leakage_beyond``, the leakage above that of the frame "ceiling" at the same prompt;
     ``open``, 1 where a larger strength might add to the area: at the largest one identity is still above
