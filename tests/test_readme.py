@@ -29,16 +29,3 @@ def test_its_table_is_that_of_the_reports():
 def test_its_links_and_those_of_the_other_pages_lead_to_files(path):
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8"))
     assert [link for link in links if not (path.parent / link).exists()] == []
-
-
-def test_its_links_to_code_lead_to_the_line_of_the_definition():
-    found = re.findall(r"\[`([A-Za-z_.]+)`\]\(([^)#]+)#L(\d+)\)", README)
-    lines = {
-        (path, int(n)): (ROOT / path).read_text("utf-8").splitlines()[int(n) - 1] for _, path, n in found
-    }
-    wrong = [
-        f"{name}: {path} L{n}"
-        for name, path, n in found
-        if f"def {name.split('.')[-1]}(" not in lines[path, int(n)]
-    ]
-    assert len(found) > 4 and wrong == []
