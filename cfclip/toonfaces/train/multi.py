@@ -124,14 +124,16 @@ def measure(domain: Domain, trained_on: Collection[str], n: int = 32) -> tuple[p
 
 
 def calibration(domain: Domain, n: int = 16) -> dict[str, Any]:
-    """How well ``domain.mapper`` does what each prompt of :func:`split` says, and how the judge foretells it.
+    """How well ``domain.mapper`` does what prompts say, and how the judge foretells it.
 
+    The prompts are those of :func:`split` and of :data:`SHAPES`, but for smiles, which cannot be measured.
     ``measured``: prompt -> its success on ``n`` training faces. ``intercept`` and ``slope``, see
     :func:`.confidence.calibrate`, are fitted on the first of every two prompts; ``error``: the mean distance
     of predicted and measured success on the others, ``error_of_the_mean``: that of a prediction which is the
     same for all of them.
     """
-    prompts, truth = sum(split(), ()), domain.truth
+    truth, shapes = domain.truth, [texts for fact, texts in SHAPES.items() if fact[0] != "smile"]
+    prompts = sum([*split(), *shapes], ())
     w = domain.latents(n, "train", 1)
     with torch.no_grad():
         before = truth.measure(domain.generator.synthesis(w))
