@@ -266,7 +266,8 @@ def tradeoff(each: pd.DataFrame, x: str = "identity", y: str = "success_after") 
     Each line begins at the source (strength 0).
     """
     groups = [group for group in each.group.cat.categories if each.loc[each.group == group, y].notna().any()]
-    figure, axes = panels(1, len(groups), (3.4 * len(groups) + 0.4, 3.3), sharex=True, sharey=True)
+    size = max(3.4 * len(groups) + 0.4, 6.0), 3.3  # the legend needs as much
+    figure, axes = panels(1, len(groups), size, sharex=True, sharey=True)
     for axis, group in zip(axes[0], groups, strict=True):
         shown = each[each.group == group]
         for method, style in _styles(each).items():
