@@ -260,29 +260,20 @@ def curves(each: pd.DataFrame, names: Sequence[str] = HEADLINE) -> Figure:
     return _with_legend(figure, each)
 
 
-def tradeoff(
-    each: pd.DataFrame,
-    x: str = "identity",
-    y: str = "success_after",
-    marks: tuple[float, float] | None = None,
-) -> Figure:
+def tradeoff(each: pd.DataFrame, x: str = "identity", y: str = "success_after") -> Figure:
     """``y`` against ``x``, one panel per group: a line per method, with a point per strength.
 
-    Each line begins at the source (strength 0). ``marks``: dotted lines at this x and this y, where
-    :func:`cfclip.evaluation.tables.matched` compares.
+    Each line begins at the source (strength 0).
     """
     groups = [group for group in each.group.cat.categories if each.loc[each.group == group, y].notna().any()]
-    figure, axes = panels(1, len(groups), (3.4 * len(groups) + 0.4, 3.3), sharex=True, sharey=True)
+    size = max(3.4 * len(groups) + 0.4, 6.0), 3.3  # the legend needs as much
+    figure, axes = panels(1, len(groups), size, sharex=True, sharey=True)
     for axis, group in zip(axes[0], groups, strict=True):
         shown = each[each.group == group]
         for method, style in _styles(each).items():
             means = shown[shown.method == method].groupby("strength")[columns_of(each)].mean().reset_index()
             if len(means):
                 axis.plot(*whole_curve(means, x, y), markersize=5, linewidth=1.2, **style)
-        if marks:
-            dotted = {"color": "0.6", "linewidth": 0.8, "linestyle": ":", "zorder": 0}
-            axis.axvline(marks[0], **dotted)
-            axis.axhline(marks[1], **dotted)
         axis.set(title=group, xlabel=words(x), ylabel=words(y))
     axes[0, 0].invert_xaxis()  # so that strength grows to the right
     return _with_legend(figure, each)
@@ -291,7 +282,7 @@ def tradeoff(
 def ablation_figure(each: pd.DataFrame, names: Sequence[str] = ()) -> Figure:
     """One panel per metric: trainings as dots, means with 95 % intervals, the first row's mean as a line.
 
-    each: trainings ``by="row"`` at one strength; ``names``: which metrics, all by default.
+    each: trainings ``by="row"``, one line per training; ``names``: which metrics, all by default.
     """
     shown = [
         name for name in columns_of(each) if not name.endswith("_before") and (not names or name in names)

@@ -18,6 +18,7 @@ from cfclip.baselines.methods import METHODS
 from cfclip.domain import GROUPS
 from cfclip.evaluation.ablation import ROWS
 from cfclip.evaluation.figures import save_figure
+from cfclip.evaluation.frames import FRAMES
 from cfclip.evaluation.metrics import MAIN, PERCENT
 from cfclip.evaluation.tables import label, means, ordered, over_seeds, wide
 from cfclip.files import ROOT, writable, write_csv, write_rows, write_text
@@ -147,7 +148,7 @@ def write_evaluation(
 def by_prompt(each: pd.DataFrame) -> str:
     """Markdown: one section per group, in it one table per metric, methods by prompts.
 
-    each: :func:`cfclip.evaluation.tables.trainings` at one strength.
+    each: :func:`cfclip.evaluation.tables.headline`.
     """
     parts = []
     for group, long in over_seeds(each, ("group", "method", "prompt")).groupby("group", observed=True):
@@ -184,7 +185,7 @@ def read(path: Path) -> pd.DataFrame:
     if not path.exists():
         return pd.DataFrame()
     table = pd.read_csv(path)
-    orders = {"method": [*METHODS, *ROWS], "group": GROUPS}
+    orders = {"method": [*METHODS, *ROWS, *FRAMES], "group": GROUPS}
     return table.assign(**{
         name: ordered(table[name], order) for name, order in orders.items() if name in table
     })

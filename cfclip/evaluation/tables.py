@@ -82,7 +82,7 @@ def trainings(table: pd.DataFrame, group_of: Callable[[str], str], by: str = "me
         return pd.DataFrame(columns=[*KEYS, *names])
     table = table.assign(
         method=ordered(table[by], [*METHODS, *ROWS, *FRAMES]),
-        group=ordered(group[table.index], GROUPS),
+        group=ordered(table.prompt.map(group_of), GROUPS),
         seed=table.seed.astype(int),
     )
     if "run" in table:

@@ -32,7 +32,7 @@ def example(domain: Domain, folder: str | os.PathLike) -> Path:
             given |= {"method": name, "seed": seed}
         else:
             rows = ablation.run_row(domain, name, prompt, n=n, strengths=strengths, **options)
-            given |= {"rows": [name], "seeds": [seed], "strength": 1.0}
+            given |= {"rows": [name], "seeds": [seed]}
         write_rows(folder / run / "metrics.jsonl", rows.to_dict("records"))
         runs.write_record(runs.Run(run, spec.find_notebook(notebook), given, {}), folder / run, "finished")
     return folder

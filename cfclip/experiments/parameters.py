@@ -68,8 +68,6 @@ CHECKS: dict[str, Check] = {
     "ceiling": int_at_least(0),
     "strength": finite,
     "strengths": list_of(finite, "finite numbers, at least one", 1),
-    "identity_at": number(-1, 1),
-    "success_at": number(0, 1),
     "photo": any_text,
     "points": list_of(point, "five points [x, y]"),
     "detect": flag,

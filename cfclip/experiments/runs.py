@@ -42,7 +42,8 @@ KERNEL_ENVIRONMENT = {
 OUTPUT_PARAMS = ("out", "runs", "reports")
 """Parameters that the sweep sets; they are not part of a run's content."""
 _PRESENTATION = tuple(
-    f"evaluation/{name}.py" for name in ("claims", "explain", "figures", "report", "tables")
+    f"evaluation/{name}.py"
+    for name in ("claims", "explain", "figures", "frames", "report", "stats", "tables")
 )
 NOT_HASHED = ("cli.py", "bench/", "experiments/", "explorer/", *_PRESENTATION)
 """Code of the package that no run's numbers depend on: to change it makes no run outdated."""

@@ -393,7 +393,7 @@ def test_figures_are_written_and_the_same_twice(tmp_path):
     judged = claims.judge(tables.headline(each))
     for folder in ("a", "b"):
         drawn = {"curves": figures.curves(each), "claims": claims.figure(judged)}
-        drawn["tradeoff"] = figures.tradeoff(each, marks=(0.8, 0.5))
+        drawn["tradeoff"] = figures.tradeoff(each)
         both = [tables.headline(each).assign(variant=name) for name in tables.VARIANTS[:2]]
         drawn["guides"] = figures.guides_figure(pd.concat(both))
         drawn["search"] = figures.search_figure(searched(*(("nada", {"lr": k}, 0.1 * k) for k in (1, 2))))
@@ -452,7 +452,8 @@ def test_names_in_the_papers_sweep_tell_its_runs_apart():
 
 
 SWEEP = """
-parameters: {settings: {steps: 1, batch: 1, train_latents: 1}, n: 2, preview: 1, faces: 1, strengths: [1.0]}
+parameters:
+  {settings: {steps: 1, batch: 1, train_latents: 1}, n: 2, preview: 1, faces: 1, strengths: [1.0], ceiling: 1}
 grid:
   - notebook: 02_training
     method: {cfclip: , styleclip-optimization: {settings: {steps: 1, batch: 1}}}
