@@ -38,7 +38,8 @@ def execute(path: Path) -> Path:
 
 def clean(book: nbformat.NotebookNode) -> None:
     """Leave out times, versions, progress bars and widgets, and make the pictures' files smaller."""
-    kernel = {name: book.metadata.kernelspec[name] for name in ("display_name", "language", "name")}
+    spec = book.metadata.get("kernelspec", {})
+    kernel = {name: spec[name] for name in ("display_name", "language", "name") if name in spec}
     book.metadata = nbformat.from_dict({"kernelspec": kernel, "language_info": {"name": "python"}})
     for cell in book.cells:
         cell.metadata = nbformat.from_dict({"tags": tags} if (tags := cell.metadata.get("tags")) else {})
