@@ -249,7 +249,7 @@ class MeanSquare(nn.Module):
 
 def test_the_readmes_lines_work_when_pasted(folder, monkeypatch):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = readme.split("## Bring your own")[1].split("\n## ")[0]
+    section = readme.split("## Your own prompt")[1].split("\n## ")[0]
     g = official.random_generator(16, (6, 5, 4), z_dim=512, w_dim=512)
     monkeypatch.chdir(folder)
     monkeypatch.setitem(domains.DOMAINS, "ffhq", lambda: domains.load_ffhq(folder))
@@ -266,9 +266,7 @@ def test_the_readmes_lines_work_when_pasted(folder, monkeypatch):
     space: dict = {}
     for block in re.findall(r"```python\n(.*?)```", section, re.S):
         exec(block.replace("steps=300", "steps=3"), space)
-    assert space["w"].shape == (4, 6, 512) and space["images"].shape == (1, 3, 16, 16)
-    inverted = next(one for one in space.values() if hasattr(one, "w_plus"))
-    assert space["start"].shape == inverted.w_plus.shape == (1, 6, 512)
+    assert space["found"].w_plus.shape == (1, 6, 512) and space["images"].shape == (1, 3, 16, 16)
     monkeypatch.setattr(sources, "fetch", lambda domain, *a, **k: sources.check(domain, folder))
     for line in re.findall(r"bin/cfclip (.*)", section):
         words = shlex.split(line, comments=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cfclip.domain import GROUPS, Claim
+from cfclip.domain import Measurement as Seen
 from cfclip.images import to_tensor
 from cfclip.toonfaces.captions import claim_of, claims_of, phrase
 from cfclip.toonfaces.factors import HAIR_STYLES, HELD_OUT, NATURAL, PARTS, Face, colours, sample_face
@@ -45,7 +46,7 @@ class ToonTruth:
     def measure(self, images: Tensor) -> Measurement:
         return self.readout.measure(images)
 
-    def done(self, prompt: str, before: Measurement, after: Measurement) -> dict[str, np.ndarray]:
+    def done(self, prompt: str, before: Seen, after: Seen) -> dict[str, np.ndarray]:
         found = {}
         for key, value in sorted(claims_of(prompt)):
             if key in PARTS:
