@@ -36,11 +36,15 @@ def int_at_least(minimum: int, optional: bool = False, maximum: int = LARGEST_CO
     return check
 
 
-def number(minimum: float = 0.0, maximum: float = LARGEST, above: bool = False) -> Check:
-    """A finite number from ``minimum`` to ``maximum``; with ``above`` larger than ``minimum``."""
+def number(
+    minimum: float = 0.0, maximum: float = LARGEST, above: bool = False, optional: bool = False
+) -> Check:
+    """A finite number from ``minimum`` to ``maximum``; ``above``: larger than it; ``optional``: also None."""
 
     def check(value: Any) -> str | None:
         fine = isinstance(value, int | float) and not isinstance(value, bool)
+        if optional and value is None:
+            return None
         if fine and minimum <= value <= maximum and not (above and value == minimum):
             return None
         lower = f"{'above' if above else 'from'} {minimum:g}"

@@ -27,7 +27,7 @@ WORDS = ("smaller lr", "set beta lower", "no perceptual network")
 @pytest.mark.parametrize(("method", "name"), EACH)
 def test_a_number_beyond_its_range_is_named(method, name):
     for value in (*BEYOND, -1e31, -(10**400), -math.inf, math.nan):
-        with pytest.raises(ValueError, match=f"{name} must be (None, or )?a (finite|whole) number"):
+        with pytest.raises(ValueError, match=f"{name} must be a (finite|whole) number"):
             configure(method, "x", **{name: value})
 
 

@@ -37,11 +37,6 @@ from cfclip.settings import (
 )
 
 
-def number_or_none(value: Any) -> str | None:
-    """The check of beta."""
-    return None if value is None or number()(value) is None else "None, or a finite number from 0"
-
-
 @dataclass(frozen=True)
 class GlobalConfig(GuidedConfig):
     """StyleCLIP's global direction in StyleSpace; alpha and beta are the published demo's.
@@ -53,7 +48,7 @@ class GlobalConfig(GuidedConfig):
     prompt: str = setting(MISSING, text)
     source_text: str | None = setting(None, optional_text)  # None: the domain's
     alpha: float = setting(4.1, finite)  # how far to go at strength 1
-    beta: float | None = setting(0.15, number_or_none)  # channels of less relevance stay as they are
+    beta: float | None = setting(0.15, number(optional=True))  # channels of less relevance stay as they are
     samples: int = setting(100, batch_size)  # pictures in which each channel is tried …
     sigmas: float = setting(
         5.0, number(above=True)

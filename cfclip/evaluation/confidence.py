@@ -5,10 +5,11 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy.optimize import minimize
+from scipy.special import expit
 
 from cfclip.domain import Domain
+from cfclip.evaluation.metrics import Edit, judged_direction
 from cfclip.models.mapper import Mapper
 
 FACES = 8
@@ -17,17 +18,10 @@ FACES = 8
 
 @torch.no_grad()
 def agreement(domain: Domain, mapper: Mapper, prompt: str) -> float:
-    """Mean cosine, in [-1, 1], of how the pictures moved and of how the text did, as the judge sees both.
-
-    Directional CLIP similarity of :data:`FACES` training faces by ``domain.heldout_clip``, which no mapper
-    was trained with; by the first guide where there is no judge.
-    """
-    judge, w = domain.heldout_clip or domain.clip, domain.latents(FACES)
-    codes = w, mapper.edit(w, mapper.read(domain.clip, prompt))
-    before, after = (F.normalize(judge.encode_image(domain.generator.synthesis(x)), dim=-1) for x in codes)
-    texts = (judge.template_features(text) for text in (prompt, domain.source_text))
-    target, source = (features.mean(0) for features in texts)
-    return float(F.cosine_similarity(after - before, (target - source)[None]).mean())
+    """Mean :func:`.metrics.judged_direction`, in [-1, 1], of the edits of :data:`FACES` training faces."""
+    w = domain.latents(FACES)
+    edited = mapper.edit(w, mapper.read(domain.clip, prompt))
+    return float(judged_direction(Edit(domain, prompt, *map(domain.generator.synthesis, (w, edited)))).mean())
 
 
 def calibrate(agreements: Sequence[float], successes: Sequence[float]) -> tuple[float, float]:
@@ -60,7 +54,7 @@ def predicted_success(domain: Domain, prompt: str) -> float | None:
     foretold = _FORETOLD.setdefault(mapper, {})
     if prompt not in foretold:
         z = known["intercept"] + known["slope"] * agreement(domain, mapper, prompt)
-        foretold[prompt] = float(1 / (1 + np.exp(-z)))
+        foretold[prompt] = float(expit(z))
     return foretold[prompt]
 
 

@@ -174,6 +174,12 @@ def heldout_clip(edit: Edit) -> Columns:
     }
 
 
+def judged_direction(edit: Edit) -> np.ndarray:
+    """The directional score [N] in [-1, 1] by the held-out CLIP; by the first guide where there is none."""
+    columns = heldout_clip(edit) or clip_direction(edit)
+    return columns.get("heldout_direction", columns.get("clip_direction")) / 100
+
+
 @metric
 def identity(edit: Edit) -> Columns:
     """Cosine of the identity features of source and edit, in [-1, 1]; 1 for the same person."""

@@ -18,7 +18,7 @@ from cfclip.baselines.mappers import MapperEditor
 from cfclip.baselines.methods import METHODS, configure
 from cfclip.checkpoints.mappers import save_mapper
 from cfclip.domain import Domain
-from cfclip.evaluation.metrics import Edit, Pictures, clip_direction, ground_truth, heldout_clip
+from cfclip.evaluation.metrics import Edit, Pictures, ground_truth, judged_direction
 from cfclip.explorer.advice import in_words
 from cfclip.explorer.recipe import Faces, Recipe, brief
 from cfclip.files import first_bytes, slug, writable
@@ -259,9 +259,7 @@ class Training:
             return replace(
                 one, measure=float(np.nanmean(progress)), success=float(np.nanmean(success)), faces=faces
             )
-        directions = heldout_clip(edit) or clip_direction(edit)
-        direction = directions.get("heldout_direction", directions.get("clip_direction"))
-        return replace(one, measure=float(direction.mean() / 100))
+        return replace(one, measure=float(judged_direction(edit).mean()))
 
     def _unseen(self, one: Snapshot | None) -> str:
         if one is None or one.success is None:

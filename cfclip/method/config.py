@@ -85,7 +85,7 @@ class TrainingConfig(GuidedConfig):
         8, int_at_least(0, maximum=1000)
     )  # perspective views of each edited image; 0: the image itself
     text_mapper: bool = setting(True, flag)  # False: StyleCLIP's mapper, which is not conditioned on text
-    # what the mapper reads: CLIP's feature of the prompt, as published, or the states of its words
+    # what the mapper reads: CLIP's feature of the prompt, as published, or its words
     text: str = setting("pooled", one_of(TEXTS))
     levels: tuple[str, ...] = setting(LEVELS, some_of(LEVELS))  # layer groups of W+ that are edited
     norm_axis: str = setting(

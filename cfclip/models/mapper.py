@@ -53,7 +53,7 @@ class MapperConfig(Settings):
 
     num_ws: int = setting(18, int_at_least(1))  # L
     w_dim: int = setting(512, int_at_least(1))  # D
-    # E, or the width of a word's state; None: not conditioned on text (StyleCLIP's mapper)
+    # E, or the width of a word; None: not conditioned on text (StyleCLIP's mapper)
     text_dim: int | None = setting(512, int_at_least(1, optional=True))
     levels: tuple[str, ...] = setting(LEVELS, some_of(LEVELS))
     norm_axis: str = setting("layer", one_of(NORM_AXES))  # see PixelNormMLP

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from scipy.special import expit
 from torch import Tensor
 
 from cfclip.domain import GROUPS, Domain
@@ -148,7 +149,7 @@ def calibration(domain: Domain, n: int = 16) -> dict[str, Any]:
     agreements = [agreement(domain, domain.mapper, prompt) for prompt in prompts]
     x, y = np.array(agreements), np.array(shares)
     a, b = calibrate(x[::2], y[::2])
-    guesses = {"error": 1 / (1 + np.exp(-(a + b * x[1::2]))), "error_of_the_mean": y[::2].mean()}
+    guesses = {"error": expit(a + b * x[1::2]), "error_of_the_mean": y[::2].mean()}
     errors = {name: float(np.abs(guess - y[1::2]).mean()) for name, guess in guesses.items()}
     measured = {prompt: round(share, 3) for prompt, share in zip(prompts, y.tolist(), strict=True)}
     return {"intercept": a, "slope": b, "n": n} | errors | {"measured": measured}
