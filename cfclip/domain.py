@@ -64,8 +64,11 @@ class GroundTruth(Protocol):
     def measure(self, images: Tensor) -> Measurement:
         """Segment and measure pictures [N, 3, R, R] in [-1, 1]."""
 
+    def claims(self, prompt: str) -> tuple[str, ...]:
+        """All that ``prompt`` says and that can be measured, each claim in one wording of many."""
+
     def done(self, prompt: str, before: Measurement, after: Measurement) -> dict[str, np.ndarray]:
-        """Each claim of ``prompt`` that can be measured, in words -> 1 or 0 for each of N pictures.
+        """Each of :meth:`claims` -> 1 or 0 for each of N pictures.
 
         A colour is NaN where the part was not there before, a shape where it was there already.
         """

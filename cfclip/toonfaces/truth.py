@@ -11,7 +11,7 @@ from torch import Tensor
 from cfclip.domain import GROUPS, Claim
 from cfclip.domain import Measurement as Seen
 from cfclip.images import to_tensor
-from cfclip.toonfaces.captions import claim_of, claims_of, phrase
+from cfclip.toonfaces.captions import Fact, claim_of, claims_of, phrase
 from cfclip.toonfaces.factors import HAIR_STYLES, HELD_OUT, NATURAL, PARTS, Face, colours, sample_face
 from cfclip.toonfaces.readout import VISIBLE, Measurement, Readout
 from cfclip.toonfaces.render import MASKS, render, render_image
@@ -19,6 +19,22 @@ from cfclip.toonfaces.render import MASKS, render, render_image
 # the seeds of faces that no network was trained on start with these numbers
 NATURAL_FACES, PHOTOS, COUNTERFACTUALS = 40_000, 70_000, 80_000
 COUNTERFACTUAL, HELD_OUT_FROM_CLIP, IN_THE_DOMAIN = GROUPS[:3]
+
+
+def measurable(prompt: str) -> list[Fact]:
+    """What ``prompt`` claims and the readout can see: no smile, and not whether it is a man or a woman."""
+    return sorted(fact for fact in claims_of(prompt) if fact[0] not in ("smile", "person"))
+
+
+def in_words(fact: Fact) -> str:
+    """ "green lipstick", "curly hair", "bald", "glasses" or "no glasses"."""
+    key, value = fact
+    if key in PARTS:
+        return phrase(key, value)
+    if key == "style":
+        return value if value in ("bald", "bob") else f"{value} hair"
+    part = key.removesuffix("?")
+    return part if value == "yes" else f"no {part}"
 
 
 class ToonTruth:
@@ -46,18 +62,22 @@ class ToonTruth:
     def measure(self, images: Tensor) -> Measurement:
         return self.readout.measure(images)
 
+    def claims(self, prompt: str) -> tuple[str, ...]:
+        return tuple(in_words(fact) for fact in measurable(prompt))
+
     def done(self, prompt: str, before: Seen, after: Seen) -> dict[str, np.ndarray]:
         found = {}
-        for key, value in sorted(claims_of(prompt)):
+        for key, value in measurable(prompt):
             if key in PARTS:
                 hits = np.array([name == value for name in after.colour(key)])
-                found[phrase(key, value)] = np.where(before.has(key), hits, np.nan)
-            elif key == "style":
+                found[in_words((key, value))] = np.where(before.has(key), hits, np.nan)
+                continue
+            if key == "style":
                 was, now = (seen.hair_style == HAIR_STYLES.index(value) for seen in (before, after))
-                found[value] = np.where(was, np.nan, now)
-            elif (part := key.removesuffix("?")) in PARTS:
+            else:
+                part = key.removesuffix("?")
                 was, now = (seen.has(part) == (value == "yes") for seen in (before, after))
-                found[part if value == "yes" else f"no {part}"] = np.where(was, np.nan, now)
+            found[in_words((key, value))] = np.where(was, np.nan, now)
         return found
 
     def masks(self, images: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Skipped without Chromium and Playwright: pip install -e '.[browser]', and the system's package chromium.
 ``CFCLIP_SCREENSHOT=reports/explorer.png`` keeps pictures of the panel in JupyterLab: that one,
-explorer-dark.png and explorer-wipe.png.
+explorer-dark.png, explorer-wipe.png, and the film explorer.gif.
 """
 
 import base64
@@ -21,7 +21,7 @@ from urllib.request import urlopen
 import nbformat
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from cfclip.explorer.recipe import Recipe
 from cfclip.files import NOTEBOOKS
@@ -30,7 +30,7 @@ BROWSER = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
 PATIENCE = 300  # seconds that a busy machine may take for one step
-WIDTH, HEIGHT = 1360, 1500
+WIDTH, HEIGHT, FILM_WIDTH = 1360, 1500, 885
 # quick trainings, and a domain whose photos have to be aligned, as the paper's faces have
 SETTINGS = """
 from dataclasses import replace
@@ -168,6 +168,53 @@ def keep(page, name: str) -> None:
     """A screenshot of the panel in JupyterLab, if it is asked for."""
     if (path := os.environ.get("CFCLIP_SCREENSHOT")) and page.place == "lab":
         page.locator(".cfx").first.screenshot(path=Path(path).with_name(name))
+
+
+def test_typing_dragging_and_wiping_make_a_film(page):
+    """What the README shows."""
+    prompt, handle = page.locator(".cfx-prompt input"), page.locator(".cfx-strength .noUi-handle")
+    frames, wanted = [], bool(os.environ.get("CFCLIP_SCREENSHOT")) and page.place == "lab"
+
+    def shoot(times: int = 1) -> None:
+        if wanted:
+            picture = Image.open(io.BytesIO(page.locator(".cfx").first.screenshot())).convert("RGB")
+            frames.extend(times * [picture.reduce(round(picture.width / FILM_WIDTH))])
+
+    def type_in(text: str) -> None:
+        for end in range(1, len(text)):
+            if end % 3 == 0:
+                prompt.fill(text[:end])
+                shoot()
+        changes(page, lambda: prompt.fill(text))
+        page.wait_for_selector(".cfx-scores-old", state="detached")
+        shoot(8)
+
+    seen = []
+    shoot(4)
+    for text in ("blue hair", "green lips and purple eyebrows"):
+        type_in(text)
+        seen.append(pixels(page, 1).tobytes())
+    for key in ("Home", *16 * ("ArrowRight",), *6 * ("ArrowLeft",)):
+        changes(page, lambda key=key: handle.press(key))
+        shoot()
+        seen.append(pixels(page, 1).tobytes())
+    assert len(set(seen)) > 15
+    page.locator(".cfx-cell").nth(8 + 1).click()
+    box = page.locator(".cfx-zoom canvas").first.bounding_box()
+    for share in (*np.linspace(0.9, 0.1, 9), *np.linspace(0.1, 0.5, 5)):
+        page.mouse.move(box["x"] + share * box["width"], box["y"] + 0.5 * box["height"])
+        shoot()
+    shoot(8)
+    page.keyboard.press("Escape")
+    assert not page.errors
+    if wanted:
+        height = max(frame.height for frame in frames)
+        whole = [
+            ImageOps.pad(frame, (frame.width, height), color="white", centering=(0, 0)) for frame in frames
+        ]
+        few = [frame.quantize(64, dither=Image.Dither.NONE) for frame in whole]
+        path = Path(os.environ["CFCLIP_SCREENSHOT"]).with_suffix(".gif")
+        few[0].save(path, save_all=True, append_images=few[1:], duration=120, loop=0, optimize=True)
 
 
 def test_a_person_edits_exports_and_opens_a_recipe(page):

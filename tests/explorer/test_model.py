@@ -679,7 +679,7 @@ def test_each_finished_picture_is_shown_and_never_an_older_one_after_a_newer(exp
 
 def test_suggestions_are_the_prompts_that_work_with_their_measured_success(many, tmp_path):
     measured = {"green lipstick": 0.9, "blue hair": 0.2, "pink hair": 0.8}
-    domain = replace(many, confidence={"intercept": -9.0, "slope": 0.0, "measured": measured})
+    domain = replace(many, confidence={"measured": measured, "claims": {}})
     write_mapper(domain, tmp_path / "a" / "mapper.safetensors", "yellow hat", 3)
     explorer = Explorer(domain, "blue hair", 2, tmp_path / "none", tmp_path / "a")
     assert explorer.suggestions == {"green lipstick": 0.9, "yellow hat": None, "pink hair": 0.8}

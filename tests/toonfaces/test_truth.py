@@ -50,6 +50,24 @@ def test_the_domain_groups_prompts_by_their_claims(toonfaces):
     assert [toonfaces.group_of(prompt) for prompt in prompts] == groups
 
 
+def test_each_claim_has_one_name_and_is_judged_where_there_was_something_to_do(truth):
+    prompts = ["a smiling man with violet lips and curly hair", "spectacles", "a clean-shaven bald person"]
+    claims = [truth.claims(prompt) for prompt in prompts]
+    assert claims == [("purple lipstick", "curly hair"), ("glasses",), ("no beard", "bald")]
+    assert truth.claims("happy") == truth.claims("smiling") == ()
+    people = [sample_face((NATURAL_FACES, k)) for k in range(24)]
+    before = truth.measure(truth.renders(24))
+    for prompt, claim, had in (
+        ("blond hair", "blonde hair", [face.hair_style == "bald" for face in people]),
+        ("glasses", "glasses", [face.has_glasses for face in people]),
+        ("bald", "bald", [face.hair_style == "bald" for face in people]),
+    ):
+        done = truth.done(prompt, before, before)
+        assert list(done) == [claim] and np.isnan(done[claim]).tolist() == had
+    colour = truth.done("blond hair", before, before)["blonde hair"]
+    assert set(colour[~np.isnan(colour)]) == {0, 1}, "some are blonde, and some are not"
+
+
 def test_renders_are_the_same_natural_faces_at_every_call(truth):
     images = truth.renders(6)
     assert images.shape == (6, 3, 64, 64) and images.min() >= -1 and images.max() <= 1

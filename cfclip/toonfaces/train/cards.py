@@ -147,10 +147,10 @@ def measure_multi(domain: Domain, path: Path) -> str:
         known = multi.calibration(domain)
         write_json(path.with_name(CONFIDENCE), known)
         page += (
-            f"\nConfidence ([{CONFIDENCE}]({CONFIDENCE})): the success that is predicted for a prompt is "
-            f"{known['error']:.2f} from the measured one on average; if the same were predicted for all, "
-            f"{known['error_of_the_mean']:.2f}. Half of the prompts were fitted and the others tried, "
-            f"n = {known['n']} training faces each.\n"
+            f"\nConfidence ([{CONFIDENCE}]({CONFIDENCE})): the success that is predicted for a sentence, the "
+            f"least of what its claims have in other words, is {known['error']:.2f} from the measured one on "
+            f"average; if the same were predicted for all, {known['error_of_the_mean']:.2f}. Over "
+            f"{known['wordings']} captions of random faces, n = {known['n']} training faces each.\n"
         )
     return page
 

@@ -4,6 +4,7 @@ The second kind shows what a mapper can do with prompts that it was not trained 
 """
 
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,18 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from scipy.special import expit
 from torch import Tensor
 
 from cfclip.domain import GROUPS, Domain
-from cfclip.evaluation.confidence import agreement, calibrate
+from cfclip.evaluation.confidence import predicted_success
 from cfclip.evaluation.many_prompts import compare
 from cfclip.method.config import MultiPromptConfig
 from cfclip.method.trainer import train_mapper
 from cfclip.models.clip import TEMPLATES
 from cfclip.models.mapper import Mapper
-from cfclip.toonfaces.captions import claim_of, phrase
+from cfclip.toonfaces.captions import caption, claim_of, facts_of, phrase
 from cfclip.toonfaces.domain import load_toonfaces
-from cfclip.toonfaces.factors import PARTS, colours
+from cfclip.toonfaces.factors import PARTS, colours, sample_face
 
 UNSEEN: dict[str, tuple[str, ...]] = {
     "skin": ("purple", "cyan", "orange"),
@@ -124,35 +124,52 @@ def measure(domain: Domain, trained_on: Collection[str], n: int = 32) -> tuple[p
     return means(table, ["seen", "group"]), means(table[table["seen"] == "no"], ["prompt", "group"])
 
 
-def calibration(domain: Domain, n: int = 16) -> dict[str, Any]:
-    """How well ``domain.mapper`` does what prompts say, and how the judge foretells it.
+WORDINGS = 64
+"""Captions on which predictions are tried."""
 
-    The prompts are those of :func:`split` and of :data:`SHAPES`, but for smiles, which cannot be measured.
-    ``measured``: prompt -> its success on ``n`` training faces. ``intercept`` and ``slope``, see
-    :func:`.confidence.calibrate`, are fitted on the first of every two prompts; ``error``: the mean distance
-    of predicted and measured success on the others, ``error_of_the_mean``: that of a prediction which is the
-    same for all of them.
+
+def wordings(domain: Domain, seed: int = 90_000) -> tuple[str, ...]:
+    """:data:`WORDINGS` captions of random faces, one to three claims each: sentences as people type them."""
+    rng, found = np.random.default_rng(seed), []
+    while len(found) < WORDINGS:
+        text, _ = caption(facts_of(sample_face((seed, rng.integers(2**31)), "both")), rng)
+        if 1 <= len(domain.truth.claims(text)) <= 3:
+            found.append(text)
+    return tuple(found)
+
+
+@torch.no_grad()
+def calibration(domain: Domain, n: int = 16) -> dict[str, Any]:
+    """How well ``domain.mapper`` does what prompts say, on ``n`` training faces.
+
+    ``measured``: prompt -> success, of those of :func:`split` and of :data:`SHAPES` but for smiles, which
+    cannot be measured; ``claims``: the same by claim. ``error``: how far the success that is predicted for
+    :func:`wordings` is from the one that is measured, on average; ``error_of_the_mean``: the same of a
+    prediction that does not look at the prompt, the mean of ``claims``.
     """
     truth, shapes = domain.truth, [texts for fact, texts in SHAPES.items() if fact[0] != "smile"]
-    prompts = sum([*split(), *shapes], ())
     w = domain.latents(n, "train", 1)
-    with torch.no_grad():
-        before = truth.measure(domain.generator.synthesis(w))
-        pictures = (
-            domain.generator.synthesis(domain.mapper.edit(w, domain.mapper.read(domain.clip, prompt)))
-            for prompt in prompts
-        )
-        shares = [
-            np.nanmean([*truth.done(prompt, before, truth.measure(images)).values()])
-            for prompt, images in zip(prompts, pictures, strict=True)
-        ]
-    agreements = [agreement(domain, domain.mapper, prompt) for prompt in prompts]
-    x, y = np.array(agreements), np.array(shares)
-    a, b = calibrate(x[::2], y[::2])
-    guesses = {"error": expit(a + b * x[1::2]), "error_of_the_mean": y[::2].mean()}
-    errors = {name: float(np.abs(guess - y[1::2]).mean()) for name, guess in guesses.items()}
-    measured = {prompt: round(share, 3) for prompt, share in zip(prompts, y.tolist(), strict=True)}
-    return {"intercept": a, "slope": b, "n": n} | errors | {"measured": measured}
+    before = truth.measure(domain.generator.synthesis(w))
+
+    def success(prompt: str) -> dict[str, float]:
+        edited = domain.mapper.edit(w, domain.mapper.read(domain.clip, prompt))
+        after = truth.measure(domain.generator.synthesis(edited))
+        done = truth.done(prompt, before, after)
+        return {claim: float(np.nanmean(hits)) for claim, hits in done.items() if not np.isnan(hits).all()}
+
+    found = {prompt: success(prompt) for prompt in sum([*split(), *shapes], ())}
+    measured = {prompt: round(min(shares.values()), 3) for prompt, shares in found.items() if shares}
+    claims = pd.DataFrame(list(found.values())).mean().round(3).to_dict()
+    known = {"n": n, "measured": measured, "claims": claims}
+    tried, mean = replace(domain, confidence=known), float(np.mean([*claims.values()]))
+    pairs = [
+        (predicted_success(tried, text), min(success(text).values(), default=None))
+        for text in wordings(domain)
+    ]
+    pairs = [(guess, share) for guess, share in pairs if guess is not None and share is not None]
+    errors = [(abs(guess - share), abs(mean - share)) for guess, share in pairs]
+    error, error_of_the_mean = np.mean(errors, 0).tolist()
+    return {"error": error, "error_of_the_mean": error_of_the_mean, "wordings": len(pairs)} | known
 
 
 def probe(domain: Domain, ridge: float = 1.0) -> pd.DataFrame:
