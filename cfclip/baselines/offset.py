@@ -1,5 +1,6 @@
 """One offset in W+ for all faces: what CF-CLIP's objective gives without a mapper that sees the face."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,8 @@ from cfclip.baselines.editor import Editor
 from cfclip.baselines.mappers import MapperEditor
 from cfclip.checkpoints import weights
 from cfclip.domain import Domain
-from cfclip.method.config import TrainingConfig
-from cfclip.method.loop import begin_run, described, run_loop
-from cfclip.method.trainer import MapperTrainer, check_networks
+from cfclip.method.loop import begin_run
+from cfclip.method.trainer import MapperTrainer, train_mapper
 from cfclip.models.clip import ClipGuide
 from cfclip.models.mapper import RESIDUAL_SCALE, level_slices
 
@@ -25,8 +25,9 @@ class Offset(nn.Module):
         self.delta = nn.Parameter(torch.zeros(num_ws, w_dim))
         self.register_buffer("edited", torch.ones(num_ws, 1))  # 0 for the layers that stay as they are
 
-    def read(self, clip: ClipGuide, texts: str) -> None:
-        """It reads no text."""
+    def read(self, clip: ClipGuide, texts: str | Sequence[str]) -> Tensor:
+        """Nothing of P texts [P, 0]."""
+        return torch.zeros(1 if isinstance(texts, str) else len(texts), 0, device=clip.mean.device)
 
     def residual(self, w: Tensor, text_feature: Tensor | None = None) -> Tensor:
         """delta [N, L, D], before it is scaled by 0.1."""
@@ -40,16 +41,13 @@ class Offset(nn.Module):
 class OffsetTrainer(MapperTrainer):
     """CF-CLIP's step with an :class:`Offset` in the mapper's place: same losses, same optimiser."""
 
-    def __init__(self, domain: Domain, config: TrainingConfig):
-        super().__init__(domain, config)
-        g, draw = domain.generator, torch.Generator().manual_seed(config.seed)
+    def first_mapper(self, start: nn.Module | None = None) -> Offset:
+        g, draw = self.domain.generator, torch.Generator().manual_seed(self.config.seed)
         offset = Offset(g.num_ws, g.w_dim)
         offset.delta.data.normal_(0, 0.01, generator=draw)  # at 0 a change of the picture has no direction
-        for level, layers in level_slices(domain.level_split).items():
-            offset.edited[layers] = float(level in config.levels)
-        self.mapper = offset.to(domain.device)
-        self.optimizer.param_groups.clear()
-        self.optimizer.add_param_group({"params": list(self.mapper.parameters())})
+        for level, layers in level_slices(self.domain.level_split).items():
+            offset.edited[layers] = float(level in self.config.levels)
+        return offset
 
 
 class OffsetEditor(MapperEditor):
@@ -61,14 +59,9 @@ class OffsetEditor(MapperEditor):
 
     @classmethod
     def fit(cls, method: str, domain: Domain, config: Any, out: Path | None, **loop: Any) -> Editor:
-        check_networks(domain, config)
-        c = begin_run(config, domain.device, out, method=method, **domain.described)
-        run = OffsetTrainer(domain, c)
-        loop = {"checkpoint_every": 500, "desc": c.prompt} | loop
-        loop |= {"out": out, "run": described(c, method=method, **domain.described)}
-        state = {"offset": run.mapper, "optimizer": run.optimizer}
-        rows = run_loop(run.step, c.steps, state=state, seed=c.seed, **loop)
-        return cls(method, domain, c, run.mapper.requires_grad_(False), rows)
+        config = begin_run(config, domain.device, out, method=method, **domain.described)
+        offset, rows = train_mapper(domain, config, out, method=method, trainer=OffsetTrainer, **loop)
+        return cls(method, domain, config, offset, rows)
 
     @classmethod
     def open(cls, path: Path, domain: Domain) -> nn.Module:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from pytorch_optimizer import Ranger
-from torch import Tensor
+from torch import Tensor, nn
 
 from cfclip.checkpoints.mappers import save_mapper
 from cfclip.domain import Domain, fingerprint, warn_null_edit
@@ -116,19 +116,22 @@ class MapperTrainer:
 
         self.target_text = torch.stack([under_templates(prompt) for prompt in c.prompts])  # [P, T, E]
         self.source_text = under_templates(c.source_text or domain.source_text)  # [T, E]
-        sizes = mapper_sizes(domain, c)
-        if start is None:
-            self.mapper = Mapper.initialised(sizes, torch.Generator().manual_seed(c.seed)).to(domain.device)
-        elif start.config == sizes:
-            self.mapper = copy.deepcopy(start).to(domain.device).requires_grad_().train()
-        else:
-            raise ValueError(f"the training is of {sizes}, but the mapper to start from has {start.config}")
+        self.mapper = self.first_mapper(start).to(domain.device)
         self.free = self._free_layers() if c.shapes else None
         self.text_feature = self.mapper.read(domain.clip, [c.forms[0].format(prompt) for prompt in c.prompts])
         self.optimizer = OPTIMIZERS[c.optimizer](self.mapper.parameters(), lr=c.lr)
         self.networks = FrozenNetworks(domain, c.dtype, c.guides)
         self.w = domain.latents(c.train_latents, "train", c.seed)
         self.source_clip, self.source_id = self._encode_sources()
+
+    def first_mapper(self, start: Mapper | None) -> nn.Module:
+        """The mapper before the first step."""
+        sizes = mapper_sizes(self.domain, self.config)
+        if start is None:
+            return Mapper.initialised(sizes, torch.Generator().manual_seed(self.config.seed))
+        if start.config != sizes:
+            raise ValueError(f"the training is of {sizes}, but the mapper to start from has {start.config}")
+        return copy.deepcopy(start).requires_grad_().train()
 
     @torch.no_grad()
     def _encode_sources(self) -> tuple[Tensor, Tensor | None]:
@@ -272,22 +275,24 @@ def train_mapper(
     out: str | os.PathLike | None = None,
     method: str = "cfclip",
     start: Mapper | None = None,
+    trainer: type[MapperTrainer] = MapperTrainer,
     **loop: Any,
-) -> tuple[Mapper, list[dict[str, float]]]:
+) -> tuple[nn.Module, list[dict[str, float]]]:
     """Train a mapper for the prompt(s) of ``config``; returns it (frozen, eval mode) and the logged rows.
 
     It begins with the weights of ``start``, such as the domain's mapper of many prompts, else random ones.
 
     With ``out`` the folder gets ``log.jsonl``, a checkpoint from which a stopped run is resumed, and finally
     ``mapper.safetensors``, which says that ``method`` made it. ``loop``: more arguments of :func:`run_loop`,
-    such as ``progress``, ``callbacks``, ``checkpoint_every``. Raises ValueError if ``out`` holds another run.
+    such as ``progress``, ``callbacks``, ``checkpoint_every``. A ``trainer`` of another kind of mapper saves
+    it itself. Raises ValueError if ``out`` holds another run.
     """
     check_networks(domain, config)  # before the folder is marked as that of a run that cannot be
     what_it_is = {"method": method, **domain.described}
     if start is not None:
         what_it_is["start"] = fingerprint(start)
     config = begin_run(config, domain.device, out, **what_it_is)
-    run = MapperTrainer(domain, config, start)
+    run = trainer(domain, config, start)
     what = config.prompts[0] if len(config.prompts) == 1 else f"{len(config.prompts)} prompts"
     loop = {"checkpoint_every": 500, "desc": what} | loop
     loop |= {"out": out, "run": described(config, **what_it_is)}
@@ -296,7 +301,7 @@ def train_mapper(
     mapper = run.mapper.eval().requires_grad_(False)
     if isinstance(mapper, WordMapper):
         run.silence()
-    if out is not None:
+    if out is not None and isinstance(mapper, Mapper):
         card = {"method": method, "domain": domain.name, "training": flat(config)}
         save_mapper(mapper, f"{out}/mapper.safetensors", **card)
     return mapper, rows
