@@ -132,6 +132,22 @@ def toonfaces_gap(
         typer.echo(write_gap(out, guides, prompts or PROMPTS, n, steps, first_layer, near, far, seed, folder))
 
 
+@toonfaces.command("routes")
+def toonfaces_routes(
+    seeds: Annotated[int, typer.Option(min=1, help="trainings of each kind")] = 3,
+    n: Annotated[int, typer.Option(min=1, help="test faces")] = 32,
+    runs: Annotated[Path, typer.Option(help="of the trainings; what is there is not trained again")] = Path(
+        "reports/runs/routes"
+    ),
+    out: Annotated[Path, typer.Option(help="where the table goes")] = Path("reports/many_prompts/routes.md"),
+) -> None:
+    """Compare the ways to train one mapper for many prompts, on prompts that none of them saw."""
+    from cfclip.toonfaces.train.routes import write_routes
+
+    with _plain_errors():
+        typer.echo(write_routes(out, runs, range(seeds), n))
+
+
 @app.command("sweep")
 def run_sweep(
     spec: Annotated[Path, typer.Argument(help="what to run, e.g. notebooks/presets/paper-toonfaces.yaml")],

@@ -220,11 +220,12 @@ def test_only_what_the_readout_is_sure_of_is_known_of_a_moved_sample():
 
 
 def test_codes_are_moved_a_little_and_wildly_and_in_one_layer_or_all(networks):
-    codes = moved.moved_codes(networks[0], 200, generator_of(0))
-    assert codes.shape == (200, networks[0].num_ws, 8)
+    before, codes = moved.random_moves(networks[0], 200, generator_of(0))
+    assert before.shape == codes.shape == (200, networks[0].num_ws, 8)
+    assert (before == before[:, :1]).all() and not (before == codes).all(2).all(1).any()
     alike = (codes == codes[:, :1]).all(2)
     assert alike.all(1).any() and (alike.sum(1) == 1).any()
-    assert torch.equal(codes, moved.moved_codes(networks[0], 200, generator_of(0)))
+    assert torch.equal(codes, moved.random_moves(networks[0], 200, generator_of(0))[1])
 
 
 def test_training_on_moved_samples_resumes_and_leaves_the_callers_random_state(folder, monkeypatch):

@@ -17,8 +17,8 @@ FAR = 35.0
 
 
 @torch.no_grad()
-def moved_codes(generator: Generator, n: int, random: torch.Generator) -> Tensor:
-    """W+ codes [n, L, D] at psi = 1, each moved a little or wildly.
+def random_moves(generator: Generator, n: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """W+ codes [n, L, D] at psi = 1, and the same, each moved a little or wildly.
 
     Along noise or along the way to another code, and beyond it; in all layers alike or in each on its own;
     in all layers, from COLOURING on, or in one layer only. ``random`` is of the generator's device.
@@ -39,7 +39,7 @@ def moved_codes(generator: Generator, n: int, random: torch.Generator) -> Tensor
     layer, kind = torch.arange(layers, device=device)[None, :, None], draw(n, 1, 1)
     one = layer == (layers * draw(n, 1, 1)).long()
     where = torch.where(kind < 0.4, layer >= 0, torch.where(kind < 0.8, layer >= COLOURING, one))
-    return w + where * scale * direction
+    return w.expand(-1, layers, -1), w + where * scale * direction
 
 
 def sure_facts(measured: Measurement, held_out: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -88,7 +88,7 @@ def moved_samples(
 ) -> tuple[Tensor, np.ndarray, np.ndarray]:
     """``n`` pictures, uint8 [n, 3, R, R] on the generator's device, and their :func:`sure_facts`."""
     random = torch.Generator(generator.w_avg.device).manual_seed(seed)
-    codes = moved_codes(generator, n, random)
+    _, codes = random_moves(generator, n, random)
     pictures, facts = [], []
     for w in codes.split(batch):
         images = generator.synthesis(w).clamp(-1, 1)

@@ -1,0 +1,277 @@
+"""Routes to one mapper for many prompts, each trained without the unseen pairs of ``multi``, in one table.
+
+Words: CF-CLIP's own objective, many prompts a step, as :func:`.multi.heldout_config`. Whole: the same for a
+mapper that reads CLIP's feature of the prompt. Teachers: an offset in W+ for each seen prompt, then a mapper
+that reads words learns these by regression, then some steps of CF-CLIP's objective. Pairs: no prompts at all
+(DeltaEdit, Lyu et al. 2023): of two pictures of the generator the difference in CLIP's space in, the move in
+W+ out; at use the difference of two texts goes in. Alone: a mapper of its own for each unseen prompt.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cfclip.baselines.offset import OffsetTrainer
+from cfclip.domain import Domain
+from cfclip.evaluation import metrics
+from cfclip.evaluation.many_prompts import compare
+from cfclip.evaluation.report import page, section
+from cfclip.files import slug, write_text
+from cfclip.method.config import CFCLIPConfig, MultiPromptConfig
+from cfclip.method.loop import run_loop
+from cfclip.method.trainer import mapper_sizes, train_mapper
+from cfclip.models.clip import ClipGuide
+from cfclip.models.mapper import RESIDUAL_SCALE, Mapper, MapperConfig, level_slices
+from cfclip.models.stylegan2 import max_batch
+from cfclip.toonfaces.captions import claim_of, phrase
+from cfclip.toonfaces.domain import load_toonfaces
+from cfclip.toonfaces.factors import COUNTERFACTUAL, PARTS
+from cfclip.toonfaces.train import multi
+from cfclip.toonfaces.train.moved import random_moves
+
+ALONE = {"steps": 300, "batch": 4, "lr": 15.0, "lambda_l2": 0.1, "levels": ("fine",), "train_latents": 256}
+TEACHER = {"steps": 120, "batch": 4, "lr": 0.3, "lambda_l2": 0.06, "levels": ("fine",), "num_views": 4}
+TEACHER |= {"train_latents": 64}
+TAUGHT = 0.5
+"""The success on training faces below which a teacher is left out."""
+PAIRS = 16_000
+GAINS = (1.0, 2.0, 4.0, 8.0)
+"""Lengths of the text's difference, of which the one with most success on seen prompts is taken."""
+
+
+class PairMapper(Mapper):
+    """A mapper that reads how a prompt differs from the source text: a direction in CLIP's space."""
+
+    source_text, gain = "face", 1.0
+
+    def read(self, clip: ClipGuide, texts: str | Sequence[str]) -> Tensor:
+        """``gain`` times the unit difference of each text's and the source text's unit feature [P, E]."""
+        words, source = (F.normalize(clip.encode_text(one), dim=-1) for one in (texts, self.source_text))
+        return self.gain * F.normalize(words - source, dim=-1)
+
+
+# ---- trainings ----
+
+
+def teach(
+    domain: Domain, prompts: Sequence[str], out: Path, seed: int
+) -> tuple[dict[str, Tensor], list[str], float]:
+    """Prompt -> the offset [L, D] that CF-CLIP's objective finds; the prompts on which it fails; seconds."""
+    teachers, failed, seconds = {}, [], 0.0
+    for prompt in prompts:
+        c = CFCLIPConfig(prompt=prompt, seed=seed, optimizer="adam", dtype="auto", **TEACHER)
+        offset, rows = train_mapper(domain, c, out / slug(prompt), trainer=OffsetTrainer, progress=False)
+        seconds += rows[-1]["seconds"]
+        if success_on_training_faces(domain, offset, prompt) < TAUGHT:
+            failed.append(prompt)
+        else:
+            teachers[prompt] = RESIDUAL_SCALE * (offset.delta * offset.edited).detach()
+    return teachers, failed, seconds
+
+
+def learn(
+    domain: Domain, teachers: Mapping[str, Tensor], config: MultiPromptConfig, out: Path, steps: int = 1500
+) -> tuple[Mapper, float]:
+    """A mapper that reads words and learns the moves of ``teachers`` by regression; seconds."""
+    mapper = Mapper.initialised(mapper_sizes(domain, config), torch.Generator().manual_seed(config.seed))
+    mapper = mapper.to(domain.device)
+    words = [mapper.read(domain.clip, [form.format(prompt) for prompt in teachers]) for form in multi.FORMS]
+    moves, w = torch.stack([*teachers.values()]), domain.latents(256, "train", config.seed)
+    optimizer = torch.optim.Adam(mapper.parameters(), config.lr)
+
+    def step(i: int, generator: torch.Generator) -> dict[str, Tensor]:
+        optimizer.param_groups[0]["lr"] = config.lr * (1 - i / steps)
+        form = int(torch.randint(len(words), (), generator=generator))
+        which = torch.randint(len(moves), (64,), generator=generator)
+        faces = w[torch.randint(len(w), (64,), generator=generator)]
+        moved = mapper.edit(faces, words[form][which]) - faces
+        loss = (moved - moves[which]).square().mean() / moves.square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return {"loss": loss.detach()}
+
+    state = {"mapper": mapper, "optimizer": optimizer}
+    rows = run_loop(step, steps, state=state, seed=config.seed, out=out, desc="regression")
+    return mapper.eval().requires_grad_(False), rows[-1]["seconds"]
+
+
+def learn_pairs(
+    domain: Domain, out: Path, seed: int, steps: int = 3000, batch: int = 128
+) -> tuple[PairMapper, float]:
+    """A mapper that knows which move of the colouring layers makes which difference in CLIP's space."""
+    begun = time.perf_counter()
+    g, first = domain.generator, level_slices(domain.level_split)["fine"].start
+    random = torch.Generator(domain.device).manual_seed(seed)
+    with torch.no_grad():
+        w, moved = random_moves(g, PAIRS, random)
+        moved = torch.cat([w[:, :first], moved[:, first:]], 1)
+
+        def features(codes: Tensor) -> Tensor:
+            images = (g.synthesis(part).clamp(-1, 1) for part in codes.split(max_batch(g)))
+            return torch.cat([F.normalize(domain.clip.encode_image(one), dim=-1) for one in images])
+
+        differs = F.normalize(features(moved) - features(w), dim=-1)
+    sizes = MapperConfig(g.num_ws, g.w_dim, domain.clip.embed_dim, ("fine",), "channel", domain.level_split)
+    mapper = PairMapper(sizes)
+    mapper.reset(torch.Generator().manual_seed(seed))
+    mapper, mapper.source_text = mapper.to(domain.device), domain.source_text
+    optimizer = torch.optim.Adam(mapper.parameters(), 1.0)  # weights have a spread of 100
+    scale = (moved - w)[:, first:].square().mean()
+
+    def step(i: int, generator: torch.Generator) -> dict[str, Tensor]:
+        optimizer.param_groups[0]["lr"] = 1 - i / steps
+        rows = torch.randint(PAIRS, (batch,), generator=generator)
+        loss = (mapper.edit(w[rows], differs[rows]) - moved[rows])[:, first:].square().mean() / scale
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return {"loss": loss.detach()}
+
+    drawn = time.perf_counter() - begun
+    state = {"mapper": mapper, "optimizer": optimizer}
+    rows = run_loop(step, steps, state=state, seed=seed, out=out, desc="pairs")
+    mapper.eval().requires_grad_(False)
+    seen = multi.split()[0]
+
+    def success(gain: float) -> float:
+        mapper.gain = gain
+        return float(np.mean([success_on_training_faces(domain, mapper, prompt) for prompt in seen]))
+
+    mapper.gain = max(GAINS, key=success)
+    return mapper, drawn + rows[-1]["seconds"]
+
+
+@torch.no_grad()
+def success_on_training_faces(domain: Domain, mapper: nn.Module, prompt: str, n: int = 16) -> float:
+    """Of those of ``n`` that have the part; 0 without any."""
+    w = domain.latents(n, "train", 1)
+    edited = mapper.edit(w, mapper.read(domain.clip, prompt))
+    edit = metrics.Edit(domain, prompt, *map(domain.generator.synthesis, (w, edited)))
+    hits = metrics.ground_truth(edit)["success_after"]
+    return float(np.nanmean(hits)) if not np.isnan(hits).all() else 0.0
+
+
+# ---- comparison ----
+
+
+def own_prompts() -> tuple[str, ...]:
+    """Prompts with a mapper of their own: all unseen ones, and each part's first counterfactual seen one."""
+    seen, unseen = multi.split()
+    firsts = {
+        part: next(phrase(part, name) for name in COUNTERFACTUAL[part] if phrase(part, name) in seen)
+        for part in PARTS
+        if COUNTERFACTUAL[part]
+    }
+    return (*firsts.values(), *unseen)
+
+
+def trained(domain: Domain, out: Path, seeds: Sequence[int]) -> Iterator[tuple[str, int, Mapper, float, str]]:
+    """(route, seed, mapper, seconds of its training, the only prompt that it edits by or ""), one by one.
+
+    What ``out`` holds already is not trained again.
+    """
+    for seed in seeds:
+        for prompt in own_prompts():
+            c = CFCLIPConfig(prompt=prompt, seed=seed, dtype="auto", **ALONE)
+            mapper, rows = train_mapper(domain, c, out / f"alone-{slug(prompt)}-{seed}", progress=False)
+            yield "alone", seed, mapper, rows[-1]["seconds"], prompt
+    for seed in seeds:
+        mapper, rows = train_mapper(domain, multi.heldout_config(seed=seed), out / f"words-{seed}")
+        yield "words", seed, mapper, rows[-1]["seconds"], ""
+    seed = seeds[0]
+    mapper, rows = train_mapper(domain, multi.pooled_config(seed=seed), out / f"whole-{seed}")
+    yield "whole", seed, mapper, rows[-1]["seconds"], ""
+    config = multi.heldout_config(seed=seed)
+    teachers, _, seconds = teach(domain, config.prompts, out / f"teachers-{seed}", seed)
+    start, more = learn(domain, teachers, config, out / f"taught-{seed}")
+    yield "teachers", seed, start, seconds + more, ""
+    config = multi.heldout_config(seed=seed, steps=500, lr=0.01, ramp_down=1.0)
+    mapper, rows = train_mapper(domain, config, out / f"teachers-words-{seed}", start=start)
+    yield "teachers, then words", seed, mapper, seconds + more + rows[-1]["seconds"], ""
+    mapper, seconds = learn_pairs(domain, out / f"pairs-{seed}", seed)
+    yield "pairs", seed, mapper, seconds, ""
+
+
+def compared(domain: Domain, out: Path, seeds: Sequence[int] = (0, 1, 2), n: int = 32) -> pd.DataFrame:
+    """Every route's edits of ``n`` test faces: a row per route, seed, prompt and face.
+
+    See :func:`kept`.
+    """
+    seen, unseen = multi.split()
+    rows = []
+    for route, seed, mapper, seconds, only in trained(domain, out, seeds):
+        prompts = [only] if only else [*seen, *unseen]
+        found = compare(domain, {(route, seed): mapper}, {}, prompts, n)
+        rows += [row | {"seconds": seconds} for row in found]
+    table = pd.DataFrame(rows).rename(columns={"trained_on": "route"})
+    table["kept"] = kept(table)
+    table["seen"] = table["prompt"].isin(seen).map({True: "seen", False: "unseen"})
+    table["part"] = [claim_of(prompt)[0] for prompt in table["prompt"]]
+    return table
+
+
+def kept(table: pd.DataFrame) -> pd.Series:
+    """Success among faces that have the part, at an identity of at least 0.85; NaN of the others."""
+    lost = table["success_after"].notna() & (table["identity"] < metrics.CLEAN_IDENTITY)
+    return table["success_after"].mask(lost, 0.0)
+
+
+MEASURED = ["kept", "success_after", "progress", "leakage", "identity"]
+
+
+def by_route(table: pd.DataFrame) -> pd.DataFrame:
+    """A line per route, over the prompts that have a mapper of their own; means over prompts, then seeds.
+
+    share of own: of the success at identity 0.85 of mappers of their own.
+    """
+    table = table[table["prompt"].isin(own_prompts())]
+    keys = ["route", "seed", "seen"]
+    each = table.groupby([*keys, "prompt"], sort=False)[[*MEASURED, "seconds"]].mean()
+    lines = each.groupby(keys, sort=False).mean().groupby(["route", "seen"], sort=False).mean()
+    own = lines.loc["alone", "kept"]
+    lines = lines.reset_index()
+    lines.insert(3, "share_of_own", lines["kept"] / lines["seen"].map(own))
+    seeds = table.groupby("route")["seed"].nunique()
+    return lines.assign(
+        seeds=lines["route"].map(seeds), prompts=lines["seen"].map(table.groupby("seen")["prompt"].nunique())
+    )
+
+
+def by_part(table: pd.DataFrame) -> pd.DataFrame:
+    """Success at identity 0.85 for the unseen prompts of each part, a column per route."""
+    unseen = table[table["seen"] == "unseen"]
+    each = (
+        unseen
+        .groupby(["route", "part", "prompt"], sort=False)["kept"]
+        .mean()
+        .groupby(["part", "route"], sort=False)
+        .mean()
+    )
+    return each.unstack("route").rename_axis(columns=None).reset_index()
+
+
+def write_routes(path: Path, out: Path, seeds: Sequence[int] = (0, 1, 2), n: int = 32) -> Path:
+    """Write :func:`by_route` and :func:`by_part` as a page of Markdown; the trainings are kept in ``out``."""
+    domain = load_toonfaces()
+    table = compared(domain, out, seeds, n)
+    routes, parts = by_route(table), by_part(table)
+    note = (
+        "kept: success among faces that have the part, at an identity of 0.85 and more; share of own: of "
+        "that of mappers of their own, trained for one prompt each. Over the prompts that have one, "
+        f"counterfactual but for four; test faces, n = {n}, seeds {', '.join(map(str, seeds))} (whole, "
+        "teachers and pairs: the first). seconds: of one training."
+    )
+    text = page(
+        "Routes to one mapper for many prompts",
+        "Written by `cfclip toonfaces routes`.",
+        section("Seen and unseen prompts", routes, note),
+        section("Unseen prompts by part: kept", parts),
+    )
+    return write_text(path, text)
