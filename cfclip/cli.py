@@ -139,13 +139,17 @@ def toonfaces_routes(
     runs: Annotated[Path, typer.Option(help="of the trainings; what is there is not trained again")] = Path(
         "reports/runs/routes"
     ),
-    out: Annotated[Path, typer.Option(help="where the table goes")] = Path("reports/many_prompts/routes.md"),
+    out: Annotated[Path, typer.Option(help="where the table goes, for 08_many_prompts")] = Path(
+        "reports/many_prompts/routes.csv"
+    ),
 ) -> None:
     """Compare the ways to train one mapper for many prompts, on prompts that none of them saw."""
-    from cfclip.toonfaces.train.routes import write_routes
+    from cfclip.files import write_csv
+    from cfclip.toonfaces.domain import load_toonfaces
+    from cfclip.toonfaces.train.routes import compared
 
     with _plain_errors():
-        typer.echo(write_routes(out, runs, range(seeds), n))
+        typer.echo(write_csv(out, compared(load_toonfaces(), runs, range(seeds), n)))
 
 
 @app.command("sweep")

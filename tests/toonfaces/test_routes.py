@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
+from cfclip.method.trainer import MapperTrainer
 from cfclip.toonfaces.train import multi, routes
 
 SEEN, UNSEEN = ("green lipstick", "blue hair"), ("pink hair",)
@@ -67,28 +68,49 @@ def test_teachers_that_fail_are_left_out(domain, few, tmp_path, monkeypatch):
     assert (fixed == 0).all() and (teachers["blue hair"] != 0).any()
 
 
-def test_every_route_has_its_line_and_nothing_is_trained_twice(domain, few, tmp_path, monkeypatch):
-    monkeypatch.setattr(routes, "load_toonfaces", lambda: domain)
-    path = routes.write_routes(tmp_path / "routes.md", tmp_path / "runs", (0, 1), 2)
-    page = path.read_text(encoding="utf-8")
-    for route in ("alone", "words", "whole", "teachers", "teachers, then words", "pairs"):
-        assert f"| {route} " in page
-    monkeypatch.setattr(routes.CFCLIPConfig, "__post_init__", lambda self: None)
-    again = routes.write_routes(tmp_path / "again.md", tmp_path / "runs", (0, 1), 2)
-    assert len(again.read_text(encoding="utf-8")) == len(page)
+def test_every_route_has_its_rows_and_nothing_is_trained_twice(domain, few, tmp_path, monkeypatch):
+    table = routes.compared(domain, tmp_path, (0, 1), 2)
+    every = ["alone", "words", "whole", "teachers", "teachers, then words", "pairs"]
+    assert list(dict.fromkeys(table["route"])) == every
+    counts = table.groupby("route")["prompt"].count().to_dict()
+    assert counts == dict.fromkeys(every, 3) | {"alone": 2, "words": 6}
+    assert table.groupby("prompt")["seen"].first().to_dict() == {
+        **dict.fromkeys(SEEN, True),
+        "pink hair": False,
+    }
+    lines = routes.by_route(table)
+    assert len(lines) == 12 and set(lines["prompts"]) == {1}
+    assert list(routes.by_part(table).columns) == ["part", *every]
+    monkeypatch.setattr(MapperTrainer, "step", None)  # a second training would fail
+    again = routes.compared(domain, tmp_path, (0, 1), 2)
+    pd.testing.assert_frame_equal(table.drop(columns="seconds"), again.drop(columns="seconds"))
 
 
-def test_a_share_is_of_the_success_of_mappers_of_their_own_at_the_same_identity(monkeypatch):
-    monkeypatch.setattr(routes, "own_prompts", lambda: ("a", "b"))
+def test_a_share_is_of_the_success_of_mappers_of_their_own():
     rows = [
-        ("alone", "a", 1.0, 0.9), ("alone", "a", 1.0, 0.2), ("alone", "b", 1.0, 0.9),
-        ("alone", "b", np.nan, 0.2), ("words", "a", 0.0, 0.9), ("words", "a", 1.0, 0.9),
-        ("words", "b", 1.0, 0.9), ("words", "c", 0.0, 0.9),
+        ("alone", "a", 0, 0.5), ("alone", "b", 0, 1.0), ("words", "a", 0, 0.25), ("words", "b", 0, 0.5),
+        ("words", "a", 1, 1.0), ("words", "b", 1, 1.0), ("words", "c", 0, 0.0),
     ]  # fmt: skip
-    table = pd.DataFrame(rows, columns=["route", "prompt", "success_after", "identity"])
-    table["kept"] = routes.kept(table)
-    table = table.assign(seed=0, seen="unseen", seconds=1.0, progress=0.5, leakage=0.1)
-    line = routes.by_route(table).set_index("route")
-    assert line["kept"].to_dict() == {"alone": 0.75, "words": 0.75}
-    assert line["share_of_own"].to_dict() == {"alone": 1.0, "words": 1.0}
-    assert line["prompts"].to_dict() == {"alone": 2, "words": 2}
+    table = pd.DataFrame(rows, columns=["route", "prompt", "seed", "kept"])
+    others = dict.fromkeys(("success_after", "progress", "leakage", "identity", "seconds"), 1.0)
+    line = routes.by_route(table.assign(seen=False, part="hair", **others)).set_index("route")
+    assert line["kept"].to_dict() == {"alone": 0.75, "words": 0.6875}
+    assert line["share_of_own"].to_dict() == {"alone": 1.0, "words": 0.6875 / 0.75}
+    assert line["prompts"].to_dict() == {"alone": 2, "words": 2} and line["seeds"].to_dict() == {
+        "alone": 1,
+        "words": 2,
+    }
+
+
+def test_a_success_on_somebody_else_is_not_kept(domain, few, tmp_path, monkeypatch):
+    faces = {
+        "prompt": "pink hair",
+        "success_after": [1.0, 1.0, 0.0, np.nan],
+        "identity": [0.9, 0.8, 0.9, 0.8],
+    }
+    faces |= dict.fromkeys(("progress", "leakage"), 0.0)
+    monkeypatch.setattr(routes, "compare", lambda *given: pd.DataFrame(faces).to_dict("records"))
+    monkeypatch.setattr(routes, "trained", lambda *given: [("alone", 0, None, 1.0, "pink hair")])
+    row = routes.compared(domain, tmp_path).iloc[0]
+    assert row["kept"] == pytest.approx(1 / 3) and row["success_after"] == pytest.approx(2 / 3)
+    assert row["n_judged"] == 3

@@ -21,8 +21,7 @@ from cfclip.baselines.offset import OffsetTrainer
 from cfclip.domain import Domain
 from cfclip.evaluation import metrics
 from cfclip.evaluation.many_prompts import compare
-from cfclip.evaluation.report import page, section
-from cfclip.files import slug, write_text
+from cfclip.files import slug
 from cfclip.method.config import CFCLIPConfig, MultiPromptConfig
 from cfclip.method.loop import run_loop
 from cfclip.method.trainer import mapper_sizes, train_mapper
@@ -30,7 +29,6 @@ from cfclip.models.clip import ClipGuide
 from cfclip.models.mapper import RESIDUAL_SCALE, Mapper, MapperConfig, level_slices
 from cfclip.models.stylegan2 import max_batch
 from cfclip.toonfaces.captions import claim_of, phrase
-from cfclip.toonfaces.domain import load_toonfaces
 from cfclip.toonfaces.factors import COUNTERFACTUAL, PARTS
 from cfclip.toonfaces.train import multi
 from cfclip.toonfaces.train.moved import random_moves
@@ -177,15 +175,14 @@ def trained(domain: Domain, out: Path, seeds: Sequence[int]) -> Iterator[tuple[s
 
     What ``out`` holds already is not trained again.
     """
-    for seed in seeds:
-        for prompt in own_prompts():
-            c = CFCLIPConfig(prompt=prompt, seed=seed, dtype="auto", **ALONE)
-            mapper, rows = train_mapper(domain, c, out / f"alone-{slug(prompt)}-{seed}", progress=False)
-            yield "alone", seed, mapper, rows[-1]["seconds"], prompt
-    for seed in seeds:
-        mapper, rows = train_mapper(domain, multi.heldout_config(seed=seed), out / f"words-{seed}")
-        yield "words", seed, mapper, rows[-1]["seconds"], ""
-    seed = seeds[0]
+    seed = seeds[0]  # of all but words
+    for prompt in own_prompts():
+        c = CFCLIPConfig(prompt=prompt, seed=seed, dtype="auto", **ALONE)
+        mapper, rows = train_mapper(domain, c, out / f"alone-{slug(prompt)}-{seed}", progress=False)
+        yield "alone", seed, mapper, rows[-1]["seconds"], prompt
+    for one in seeds:
+        mapper, rows = train_mapper(domain, multi.heldout_config(seed=one), out / f"words-{one}")
+        yield "words", one, mapper, rows[-1]["seconds"], ""
     mapper, rows = train_mapper(domain, multi.pooled_config(seed=seed), out / f"whole-{seed}")
     yield "whole", seed, mapper, rows[-1]["seconds"], ""
     config = multi.heldout_config(seed=seed)
@@ -199,79 +196,54 @@ def trained(domain: Domain, out: Path, seeds: Sequence[int]) -> Iterator[tuple[s
     yield "pairs", seed, mapper, seconds, ""
 
 
-def compared(domain: Domain, out: Path, seeds: Sequence[int] = (0, 1, 2), n: int = 32) -> pd.DataFrame:
-    """Every route's edits of ``n`` test faces: a row per route, seed, prompt and face.
+MEASURED = ("kept", "success_after", "progress", "leakage", "identity")
 
-    See :func:`kept`.
+
+def compared(domain: Domain, out: Path, seeds: Sequence[int] = (0, 1, 2), n: int = 32) -> pd.DataFrame:
+    """Every route's edits of ``n`` test faces: a row of means per route, seed and prompt.
+
+    ``kept``: success among faces that have the part, where the identity is 0.85 and more. ``seen``: was the
+    mapper of many prompts trained on the prompt? ``n_judged``: faces that have the part.
     """
     seen, unseen = multi.split()
     rows = []
     for route, seed, mapper, seconds, only in trained(domain, out, seeds):
         prompts = [only] if only else [*seen, *unseen]
-        found = compare(domain, {(route, seed): mapper}, {}, prompts, n)
-        rows += [row | {"seconds": seconds} for row in found]
-    table = pd.DataFrame(rows).rename(columns={"trained_on": "route"})
-    table["kept"] = kept(table)
-    table["seen"] = table["prompt"].isin(seen).map({True: "seen", False: "unseen"})
-    table["part"] = [claim_of(prompt)[0] for prompt in table["prompt"]]
+        faces = pd.DataFrame(compare(domain, {(route, seed): mapper}, {}, prompts, n))
+        lost = faces["success_after"].notna() & (faces["identity"] < metrics.CLEAN_IDENTITY)
+        faces["kept"] = faces["success_after"].mask(lost, 0.0)
+        each = faces.groupby("prompt", sort=False)
+        means = each[list(MEASURED)].mean().assign(n_judged=each["success_after"].count()).reset_index()
+        rows.append(means.assign(route=route, seed=seed, seconds=seconds))
+    table = pd.concat(rows, ignore_index=True)
+    claims = table["prompt"].map(claim_of)
+    table.insert(0, "seen", table["prompt"].isin(seen))
+    table.insert(0, "group", [domain.truth.group(claim) for claim in claims])
+    table.insert(0, "part", [part for part, _ in claims])
     return table
 
 
-def kept(table: pd.DataFrame) -> pd.Series:
-    """Success among faces that have the part, at an identity of at least 0.85; NaN of the others."""
-    lost = table["success_after"].notna() & (table["identity"] < metrics.CLEAN_IDENTITY)
-    return table["success_after"].mask(lost, 0.0)
-
-
-MEASURED = ["kept", "success_after", "progress", "leakage", "identity"]
-
-
 def by_route(table: pd.DataFrame) -> pd.DataFrame:
-    """A line per route, over the prompts that have a mapper of their own; means over prompts, then seeds.
+    """Rows of :func:`compared`, a line per route: over the prompts that have a mapper of their own.
 
-    share of own: of the success at identity 0.85 of mappers of their own.
+    Means over prompts, then over seeds. share_of_own: of what mappers of their own keep.
     """
-    table = table[table["prompt"].isin(own_prompts())]
-    keys = ["route", "seed", "seen"]
-    each = table.groupby([*keys, "prompt"], sort=False)[[*MEASURED, "seconds"]].mean()
-    lines = each.groupby(keys, sort=False).mean().groupby(["route", "seen"], sort=False).mean()
-    own = lines.loc["alone", "kept"]
-    lines = lines.reset_index()
-    lines.insert(3, "share_of_own", lines["kept"] / lines["seen"].map(own))
-    seeds = table.groupby("route")["seed"].nunique()
-    return lines.assign(
-        seeds=lines["route"].map(seeds), prompts=lines["seen"].map(table.groupby("seen")["prompt"].nunique())
+    own = table[table["prompt"].isin(table.loc[table["route"] == "alone", "prompt"])]
+    each = own.groupby(["seen", "route", "seed"], sort=False)[[*MEASURED, "seconds"]].mean()
+    lines = each.groupby(["seen", "route"], sort=False).mean().reset_index()
+    alone = lines[lines["route"] == "alone"].set_index("seen")["kept"]
+    lines.insert(3, "share_of_own", lines["kept"] / lines["seen"].map(alone))
+    counts = own.groupby(["seen", "route"], sort=False).agg(
+        seeds=("seed", "nunique"), prompts=("prompt", "nunique")
     )
+    lines = lines.join(counts, on=["seen", "route"])
+    lines["seen"] = lines["seen"].map({True: "yes", False: "no"})
+    return lines.sort_values("seen", kind="stable", ignore_index=True)
 
 
-def by_part(table: pd.DataFrame) -> pd.DataFrame:
-    """Success at identity 0.85 for the unseen prompts of each part, a column per route."""
-    unseen = table[table["seen"] == "unseen"]
-    each = (
-        unseen
-        .groupby(["route", "part", "prompt"], sort=False)["kept"]
-        .mean()
-        .groupby(["part", "route"], sort=False)
-        .mean()
+def by_part(table: pd.DataFrame, column: str = "kept") -> pd.DataFrame:
+    """Means of ``column`` over the unseen prompts of each part, a column per route."""
+    unseen = table[~table["seen"]].groupby(["part", "route"], sort=False)[column].mean()
+    return (
+        unseen.unstack("route")[list(dict.fromkeys(table["route"]))].rename_axis(columns=None).reset_index()
     )
-    return each.unstack("route").rename_axis(columns=None).reset_index()
-
-
-def write_routes(path: Path, out: Path, seeds: Sequence[int] = (0, 1, 2), n: int = 32) -> Path:
-    """Write :func:`by_route` and :func:`by_part` as a page of Markdown; the trainings are kept in ``out``."""
-    domain = load_toonfaces()
-    table = compared(domain, out, seeds, n)
-    routes, parts = by_route(table), by_part(table)
-    note = (
-        "kept: success among faces that have the part, at an identity of 0.85 and more; share of own: of "
-        "that of mappers of their own, trained for one prompt each. Over the prompts that have one, "
-        f"counterfactual but for four; test faces, n = {n}, seeds {', '.join(map(str, seeds))} (whole, "
-        "teachers and pairs: the first). seconds: of one training."
-    )
-    text = page(
-        "Routes to one mapper for many prompts",
-        "Written by `cfclip toonfaces routes`.",
-        section("Seen and unseen prompts", routes, note),
-        section("Unseen prompts by part: kept", parts),
-    )
-    return write_text(path, text)
