@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor
@@ -86,12 +87,14 @@ def draw(
     faces: Faces,
     others: Mapping[str, Recipe],
     stale: Callable[[], bool] = lambda: False,
+    dtype: torch.dtype | None = None,
 ) -> Frame | None:
     """The frame of ``recipe``, shown as ``show`` says; None if it becomes ``stale`` between two of many rows.
 
     ``others``: label -> recipe of the other rows of "methods", and of the rows of "prompts × strengths".
+    ``dtype``: as for :func:`.render`, of the edit on show.
     """
-    edited, size = render(domain, recipe, faces), domain.generator.resolution
+    edited, size = render(domain, recipe, faces, dtype), domain.generator.resolution
     photos = [find_photo(face, size) if isinstance(face, str) else None for face in recipe.faces]
     first = Faces(faces.w[:1], faces.images[:1])
 

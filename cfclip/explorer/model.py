@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from cfclip.explorer.recipe import (
 from cfclip.explorer.workers import LONGEST_LINE, LatestJobThread, Training, one_line
 from cfclip.files import ROOT
 from cfclip.models.mapper import LEVELS, Mapper
+from cfclip.models.ops import fast_dtype
 from cfclip.models.stylegan2 import max_batch
 
 MERGE_SECONDS = 0.7
@@ -48,6 +50,8 @@ MERGE_SECONDS = 0.7
 HISTORY_LENGTH = 100
 GIVE_UP_SECONDS = 1.0
 """A picture of many rows that takes longer is given up for one that is asked for later."""
+SKETCHED = ("edit", "difference")
+"""What is drawn twice where half precision is faster: in it, to be seen at once, and then exactly."""
 STEP_TO_DRAWING = 2.0
 """Seconds of a training's step, in seconds that drawing the faces takes: a guess until a step was taken."""
 OUT = Path("reports", "runs", "explorer")
@@ -320,7 +324,7 @@ class Explorer(HasTraits):
             self._drawing.ask(lambda stale: self._draw(recipe, show, stale))
 
     def _draw(self, recipe: Recipe, show: str, stale: Callable[[], bool]) -> None:
-        begun, frame, message = time.perf_counter(), None, ""
+        begun, frame, message, sketch = time.perf_counter(), None, "", None
 
         def give_up() -> bool:
             return stale() and time.perf_counter() - begun > GIVE_UP_SECONDS
@@ -330,7 +334,10 @@ class Explorer(HasTraits):
             key = recipe.domain, domain.label, recipe.faces
             if self._faces is None or self._faces[0] != key:
                 self._faces = key, draw_faces(domain, recipe.faces)
-            frame = draw(domain, recipe, show, self._faces[1], self._others(recipe, show), give_up)
+            if show in SKETCHED and (quick := fast_dtype(domain.device)) != torch.float32:
+                sketch = quick
+            drawing = partial(draw, domain, recipe, show, self._faces[1], self._others(recipe, show), give_up)
+            frame = drawing(sketch)
             message = advice.unclear(domain, recipe, self.suggestions)
         except Exception as error:  # whatever it is: the panel shows it, and the thread lives on
             message = one_line(error)
@@ -346,8 +353,15 @@ class Explorer(HasTraits):
                 recipe.mapper,
             ):  # of the same, it stays until there is a new one
                 self.hint = ""
-        if frame is not None:
-            self._scoring.ask(lambda stale: self._score(frame, stale))
+        if frame is None:
+            return
+        if sketch:
+            exact = replace(drawing(), seconds=frame.seconds)
+            with self._lock:
+                if stale():
+                    return
+                self.frame = frame = exact
+        self._scoring.ask(lambda stale: self._score(frame, stale))
 
     def _hint(self, frame: Frame) -> str:
         """What became of the faces, what to expect of others, and what would help."""

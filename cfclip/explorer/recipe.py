@@ -208,10 +208,13 @@ def draw_faces(domain: Domain, faces: Sequence[int | str]) -> Faces:
 
 
 @torch.no_grad()
-def render(domain: Domain, recipe: Recipe, source: Faces | None = None) -> Tensor:
+def render(
+    domain: Domain, recipe: Recipe, source: Faces | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
     """The edited pictures [N, 3, R, R]. ``source``: :func:`draw_faces` of the recipe's faces, if known.
 
-    Raises ValueError (or WeightsError, which is one) that says what in the recipe cannot be done.
+    ``dtype``: of the convolutions, see :meth:`.Generator.synthesis`. Raises ValueError (or WeightsError,
+    which is one) that says what in the recipe cannot be done.
     """
     domain = recipe.chosen(domain)
     source = source or draw_faces(domain, recipe.faces)
@@ -236,7 +239,7 @@ def render(domain: Domain, recipe: Recipe, source: Faces | None = None) -> Tenso
             domain.clip.tokenize(prompt)  # an unreadable one needs no mapper
         for prompt, mapper in zip(recipe.prompts, recipe.open_mappers(domain), strict=True):
             edited = mapper.edit(edited, mapper.read(domain.clip, prompt), strength)
-        images = domain.generator.synthesis(edited)
+        images = domain.generator.synthesis(edited, dtype=dtype)
     return blend(domain, source.images, images, recipe.region) if recipe.region else images
 
 

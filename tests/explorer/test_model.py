@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from cfclip.baselines.library import scan
 from cfclip.checkpoints.mappers import load_mapper
 from cfclip.domains import DOMAINS
+from cfclip.explorer import model
 from cfclip.explorer.frames import SHOWS, edit_label
 from cfclip.explorer.model import HISTORY_LENGTH, MERGE_SECONDS, Explorer
 from cfclip.explorer.recipe import MAX_SEED, Recipe, draw_faces, render
@@ -344,6 +345,20 @@ def toons(tmp_path):
     explorer = Explorer("toonfaces", "green lipstick", 1, tmp_path)
     yield explorer
     explorer.close()
+
+
+def test_a_sketch_is_seen_first_where_half_precision_is_faster_and_the_exact_picture_stays(
+    toons, monkeypatch
+):
+    assert toons.wait()
+    monkeypatch.setattr(model, "fast_dtype", lambda device: torch.bfloat16)
+    seen = []
+    toons.observe(lambda change: seen.append(change.new), "frame")
+    toons.change(strength=0.7)
+    assert toons.wait()
+    sketch, exact = seen[0].edited, toons.frame.edited
+    assert torch.equal(exact, render(toons.domain, toons.recipe)) and not torch.equal(sketch, exact)
+    assert (sketch - exact).abs().max() < 6 / 127.5 and not seen[0].scores and toons.frame.scores
 
 
 @pytest.mark.filterwarnings("ignore:this CLIP does not know")
