@@ -29,11 +29,7 @@ def _plain_errors() -> Iterator[None]:
 
 
 Name = Annotated[
-    str,
-    typer.Argument(
-        help="generator, clip, guide2, heldout_clip, identity, readout, encoder, multi, heldout_multi, "
-        "or heldout_pooled"
-    ),
+    str, typer.Argument(help="generator, clip, guide2, heldout_clip, identity, readout, encoder or multi")
 ]
 
 

@@ -166,24 +166,6 @@ def _of_prompts(
     return [one for prompt in prompts or there for one in found if one.prompt == prompt]
 
 
-def find_by_seed(*places: str | os.PathLike) -> tuple[dict[int, Mapper], dict[tuple[str, int], Mapper]]:
-    """(seed -> mapper of many prompts, (prompt, seed) -> mapper of this prompt), by CF-CLIP.
-
-    Raises ValueError for two with the same key.
-    """
-    many: dict[int, Mapper] = {}
-    alone: dict[tuple[str, int], Mapper] = {}
-    for one in scan(*places):
-        if one.kind != "mapper" or one.method != "cfclip":
-            continue
-        found, key = (many, one.seed) if one.prompt is None else (alone, (one.prompt, one.seed))
-        if key in found:
-            where = " and ".join(map(str, places))
-            raise ValueError(f"{one.path} is the second mapper of {key} in {where}: leave one of them out")
-        found[key] = load_mapper(one.path)
-    return many, alone
-
-
 def plain(prompt: str) -> str:
     """``prompt`` as CLIP reads it: in lower case, with single spaces."""
     return " ".join(prompt.lower().split())

@@ -7,15 +7,7 @@ import pytest
 import torch
 
 from cfclip import latents
-from cfclip.baselines.library import (
-    committed,
-    find_by_seed,
-    find_editors,
-    load_editor,
-    mapper_for,
-    open_mapper,
-    scan,
-)
+from cfclip.baselines.library import committed, find_editors, load_editor, mapper_for, open_mapper, scan
 from cfclip.baselines.methods import fit, settings
 from cfclip.checkpoints import weights
 from cfclip.checkpoints.mappers import save_mapper
@@ -75,15 +67,6 @@ def test_an_opened_editor_is_kept_until_its_file_changes(domain, tmp_path):
     path.unlink()
     with pytest.raises(WeightsError, match="does not exist"):
         open_mapper(path, domain)
-
-
-def test_mappers_of_one_and_of_many_prompts_are_told_apart(tmp_path):
-    stored(tmp_path / "a.safetensors", training={"prompts": ["green lipstick", "blue hair"], "seed": 2})
-    stored(tmp_path / "b.safetensors", training={"prompt": "blue hair", "seed": 1})
-    many, alone = find_by_seed(tmp_path)
-    assert list(many) == [2] and list(alone) == [("blue hair", 1)]
-    with pytest.raises(ValueError, match="second mapper of 2"):
-        find_by_seed(tmp_path, tmp_path / "a.safetensors")
 
 
 def test_a_committed_mapper_comes_before_the_one_of_any_prompt():

@@ -6,16 +6,13 @@ from collections import Counter
 from functools import partial
 from types import SimpleNamespace
 
-import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 
-from cfclip.baselines.library import find_by_seed
 from cfclip.checkpoints import weights
 from cfclip.checkpoints.mappers import load_mapper
-from cfclip.evaluation.many_prompts import compare, summarise
-from cfclip.evaluation.stats import half_width, plus_minus
+from cfclip.evaluation.many_prompts import compare
 from cfclip.files import DATA
 from cfclip.method.config import CFCLIPConfig, MultiPromptConfig
 from cfclip.method.loop import Callback, generator_for
@@ -212,47 +209,16 @@ def test_an_empty_prompt_in_the_list_is_refused(domain):
         MapperTrainer(domain, configured(prompts=("blue hair", "")))
 
 
-@pytest.fixture
-def compared(domain, monkeypatch) -> pd.DataFrame:
+def test_prompts_are_compared_face_by_face(domain, monkeypatch):
     monkeypatch.setattr("cfclip.evaluation.metrics.natural_spread", lambda truth: (1.0, 1.0))
     torch.manual_seed(0)
     g = domain.generator
-    config = MapperConfig(g.num_ws, g.w_dim, domain.clip.embed_dim, norm_axis="channel")
-    many = {("some", 0): Mapper(config), ("some", 1): Mapper(config), ("all", 0): Mapper(config)}
-    alone = {("purple skin", 0): Mapper(config), ("red eyes", 0): Mapper(config)}
-    return pd.DataFrame(compare(domain, many, alone, ("blue hair", "purple skin"), n=3))
-
-
-def test_mappers_are_compared_face_by_face(compared):
-    assert len(compared) == (3 + 4) * 3
-    labels = ["prompt", "trained_on", "seed", "strength", "index"]
-    assert compared.columns[:5].tolist() == labels
-    assert {"success_after", "leakage", "identity"} <= set(compared)
-    assert compared[compared["trained_on"] == "this prompt"]["prompt"].unique().tolist() == ["purple skin"]
-    assert not compared["identity"].eq(1).any()
-
-
-def test_the_interval_of_many_prompts_is_over_trainings(compared):
-    compared["success_after"] = compared["seed"] + compared["prompt"].eq("purple skin") * 0.5
-    lines = summarise(compared.assign(group="all of them"), "group").set_index("trained on")
-    assert lines.index.tolist() == ["some", "all", "this prompt"], "in the order of the rows"
-    assert lines.loc["some", "success % ↑"] == plus_minus(0.75, half_width([0.25, 1.25]), 100)
-    assert lines.loc["some", ["prompts", "seeds"]].tolist() == [2, 2]
-    assert lines.loc["this prompt", "prompts"] == 1
-    assert "nan" not in lines.loc["all", "success % ↑"]  # one training has no interval
-
-
-def test_mappers_are_found_by_seed(domain, tmp_path):
-    train_mapper(domain, configured(steps=1, seed=4), tmp_path / "many", progress=False)
-    for seed in (0, 1):
-        config = CFCLIPConfig("blue hair", steps=1, batch=1, train_latents=1, seed=seed)
-        train_mapper(domain, config, tmp_path / f"one-{seed}", progress=False)
-    many, alone = find_by_seed(tmp_path)
-    assert list(many) == [4] and list(alone) == [("blue hair", 0), ("blue hair", 1)]
-    file = tmp_path / "many" / "mapper.safetensors"
-    assert list(find_by_seed(file)[0]) == [4]
-    with pytest.raises(ValueError, match="the second mapper of 4"):
-        find_by_seed(tmp_path, file)
+    mapper = Mapper(MapperConfig(g.num_ws, g.w_dim, domain.clip.embed_dim, norm_axis="channel"))
+    table = compare(domain, mapper, ("blue hair", "purple skin"), n=3)
+    assert len(table) == 2 * 3 and table.columns[:3].tolist() == ["prompt", "strength", "index"]
+    assert {"success_after", "leakage", "identity"} <= set(table)
+    assert table["prompt"].unique().tolist() == ["blue hair", "purple skin"]
+    assert not table["identity"].eq(1).any()
 
 
 # ---- toonfaces ----
@@ -298,15 +264,15 @@ def test_the_stored_mapper_is_the_domains(folder, monkeypatch):
     assert not torch.equal(stored.edit(w, text[:1]), stored.edit(w, text[1:]))
     training = weights.read(path, "mapper")[2]["training"]
     assert tuple(training["prompts"]) == PROMPTS and (training["seed"], training["steps"]) == (3, 2)
-    monkeypatch.setattr(multi, "compare", lambda *given: compare(*given[:-1], 2))  # two faces, not 32
-    monkeypatch.setattr(multi, "calibration", partial(multi.calibration, n=2))
+    for name in ("measure", "calibration"):  # two faces
+        monkeypatch.setattr(multi, name, partial(getattr(multi, name), n=2))
     assert domain.confidence is None
     card = cards.write_card("multi", folder).read_text(encoding="utf-8")
     known = json.loads((folder / "confidence.json").read_text(encoding="utf-8"))
     assert load_toonfaces(folder).confidence == known and "purple skin" in known["measured"]
     for words in (
         "counterfactual, held out from CLIP",
-        "purple skin",
+        "lipstick",
         "success after",
         "train multi",
         "ramp_down",

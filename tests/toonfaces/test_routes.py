@@ -109,7 +109,7 @@ def test_a_success_on_somebody_else_is_not_kept(domain, few, tmp_path, monkeypat
         "identity": [0.9, 0.8, 0.9, 0.8],
     }
     faces |= dict.fromkeys(("progress", "leakage"), 0.0)
-    monkeypatch.setattr(routes, "compare", lambda *given: pd.DataFrame(faces).to_dict("records"))
+    monkeypatch.setattr(routes, "compare", lambda *given: pd.DataFrame(faces))
     monkeypatch.setattr(routes, "trained", lambda *given: [("alone", 0, None, 1.0, "pink hair")])
     row = routes.compared(domain, tmp_path).iloc[0]
     assert row["kept"] == pytest.approx(1 / 3) and row["success_after"] == pytest.approx(2 / 3)

@@ -132,27 +132,25 @@ def measure_encoder(domain: Domain, path: Path) -> str:
 
 
 def measure_multi(domain: Domain, path: Path) -> str:
-    """Edits of test faces by prompts that the mapper was trained on, and by others."""
+    """Edits of test faces by every colour of every part, and how well their success is foretold."""
     domain = replace(domain, mapper=load_mapper(path))
     if not domain.mapper.config.fits(domain.generator, domain.clip):
         raise _unfit(path)
-    groups, unseen = multi.measure(domain, weights.read_header(path).card["training"]["prompts"])
+    groups, parts = multi.measure(domain)
     note = (
-        "Edits of test faces at strength 1. seen: the mapper was trained on the prompt; n: prompts x faces. "
+        "Edits of test faces at strength 1. n: prompts x faces. "
         "Success and leakage are measured by the readout; a face without the part, for instance a bald one "
         "if the prompt names hair, neither succeeds nor fails. Test latents, seed 0."
     )
-    page = markdown(groups, note) + ("\n" + markdown(unseen, "Every unseen prompt.") if len(unseen) else "")
-    if path.stem == "multi":
-        known = multi.calibration(domain)
-        write_json(path.with_name(CONFIDENCE), known)
-        page += (
-            f"\nConfidence ([{CONFIDENCE}]({CONFIDENCE})): the success that is predicted for a sentence, the "
-            f"least of what its claims have in other words, is {known['error']:.2f} from the measured one on "
-            f"average; if the same were predicted for all, {known['error_of_the_mean']:.2f}. Over "
-            f"{known['wordings']} captions of random faces, n = {known['n']} training faces each.\n"
-        )
-    return page
+    known = multi.calibration(domain)
+    write_json(path.with_name(CONFIDENCE), known)
+    sure = (
+        f"Confidence ([{CONFIDENCE}]({CONFIDENCE})): the success that is predicted for a sentence, the "
+        f"least of what its claims have in other words, is {known['error']:.2f} from the measured one on "
+        f"average; if the same were predicted for all, {known['error_of_the_mean']:.2f}. Over "
+        f"{known['wordings']} captions of random faces, n = {known['n']} training faces each.\n"
+    )
+    return "\n".join([markdown(groups, note), markdown(parts), sure])
 
 
 def _unfit(path: Path) -> weights.WeightsError:
@@ -190,11 +188,6 @@ def _encoder_run() -> dict[str, str]:
     return {"network": "encoder", **encoder.trained_for(load_toonfaces())}
 
 
-def _mapper(title: str, config: Callable[..., Settings]) -> Network:
-    data = "samples of the generator beside it"
-    return Network(title, config, multi.train, measure_multi, kind="mapper", data=data, run=_mapper_run)
-
-
 NETWORKS: dict[str, Network] = {
     "readout": Network(
         "Readout: segments parts and detects hair style, beard and glasses; the judge without CLIP",
@@ -230,11 +223,14 @@ NETWORKS: dict[str, Network] = {
         measure_encoder,
         run=_encoder_run,
     ),
-    "multi": _mapper("Mapper for every prompt: CF-CLIP with prompts drawn at each step", multi.config),
-    "heldout_multi": _mapper("Mapper for many prompts, trained without some of them", multi.heldout_config),
-    "heldout_pooled": _mapper(
-        "Mapper for many prompts, trained without some of them, that reads each prompt as a whole",
-        multi.pooled_config,
+    "multi": Network(
+        "Mapper for every prompt: CF-CLIP with prompts drawn at each step",
+        multi.config,
+        multi.train,
+        measure_multi,
+        kind="mapper",
+        data="samples of the generator beside it",
+        run=_mapper_run,
     ),
 }
 

@@ -209,7 +209,7 @@ def compared(domain: Domain, out: Path, seeds: Sequence[int] = (0, 1, 2), n: int
     rows = []
     for route, seed, mapper, seconds, only in trained(domain, out, seeds):
         prompts = [only] if only else [*seen, *unseen]
-        faces = pd.DataFrame(compare(domain, {(route, seed): mapper}, {}, prompts, n))
+        faces = compare(domain, mapper, prompts, n)
         lost = faces["success_after"].notna() & (faces["identity"] < metrics.CLEAN_IDENTITY)
         faces["kept"] = faces["success_after"].mask(lost, 0.0)
         each = faces.groupby("prompt", sort=False)
