@@ -101,7 +101,7 @@ def train(
 
 
 def measure(domain: Domain, n: int = 32) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Edits of ``n`` test faces by ``domain.mapper`` with every colour of every part: by group and by part."""
+    """Edits of ``n`` test faces by ``domain.mapper`` with every colour of every part: by group, by part."""
     table = compare(domain, domain.mapper, sum(split(), ()), n).drop(columns="strength")
     groups = table["prompt"].map(domain.group_of)
     table["group"] = pd.Categorical(groups, [one for one in GROUPS if one in set(groups)], ordered=True)
