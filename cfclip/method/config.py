@@ -124,6 +124,8 @@ class MultiPromptConfig(TrainingConfig):
     forms: tuple[str, ...] = setting(("{}",), forms_or_error)
     # those that ask for shapes: they move only the coarse and medium layers, the others those of ``levels``
     shapes: tuple[str, ...] = setting((), lambda value: None)
+    # the share of them in a step, as whole prompts; None: as often as the others
+    shape_share: float | None = setting(None, number(0, 1, optional=True))
     prompts_at_once: int = setting(
         1, int_at_least(1)
     )  # different prompts in a step; they share its batch equally
@@ -146,6 +148,15 @@ class MultiPromptConfig(TrainingConfig):
             raise ValueError(
                 f"prompts_at_once must divide the batch of {self.batch} and be at most the "
                 f"{len(self.prompts)} prompts, not {self.prompts_at_once}"
+            )
+        draws = round((self.shape_share or 0) * self.prompts_at_once)
+        colours = len(self.prompts) - len(self.shapes)
+        if self.shape_share is not None and not (
+            draws <= len(self.shapes) and self.prompts_at_once - draws <= colours
+        ):
+            raise ValueError(
+                f"shape_share {self.shape_share:g} asks for {draws} of {len(self.shapes)} shapes and "
+                f"{self.prompts_at_once - draws} of {colours} other prompts in a step"
             )
         if not self.text_mapper:
             raise ValueError("text_mapper must be True: without text a mapper edits all prompts alike")

@@ -172,10 +172,19 @@ class MapperTrainer:
 
     def choose_prompts(self, generator: torch.Generator) -> list[int]:
         """The prompts of a step, ``prompts_at_once`` different ones. For one prompt nothing is drawn."""
-        count = len(self.config.prompts)
-        if count == 1:
+        c = self.config
+        if len(c.prompts) == 1:
             return [0]
-        return torch.randperm(count, generator=generator)[: self.config.prompts_at_once].tolist()
+        if not c.shapes or c.shape_share is None:
+            return torch.randperm(len(c.prompts), generator=generator)[: c.prompts_at_once].tolist()
+        draws = round(c.shape_share * c.prompts_at_once)
+        kinds = {True: draws, False: c.prompts_at_once - draws}
+        of = {drawn: [i for i, one in enumerate(c.prompts) if (one in c.shapes) == drawn] for drawn in kinds}
+        return [
+            of[drawn][k]
+            for drawn, n in kinds.items()
+            for k in torch.randperm(len(of[drawn]), generator=generator)[:n].tolist()
+        ]
 
     def read(self, chosen: Sequence[int], generator: torch.Generator) -> Tensor:
         """What the mapper reads of the prompts ``chosen``, each in a random one of the forms."""
