@@ -189,6 +189,17 @@ class Domain:
         order = torch.randperm(len(w), generator=torch.Generator().manual_seed(seed))
         return w[order[:n]].to(self.device)
 
+    @torch.no_grad()
+    def edit(
+        self, w: Tensor, prompt: str, mapper: nn.Module | None = None, strength: float | Tensor = 1.0
+    ) -> Tensor:
+        """Pictures [N, 3, R, R] of the codes ``w`` [N, L, D], edited by ``mapper``, else by the domain's own.
+
+        strength: one number, or one a layer [L, 1].
+        """
+        mapper = self.mapper if mapper is None else mapper
+        return self.generator.synthesis(mapper.edit(w, mapper.read(self.clip, prompt), strength))
+
     @property
     def fingerprints(self) -> dict[str, str]:
         """name -> 12 digits of each thing whose change makes a training another one."""

@@ -22,10 +22,8 @@ class MapperEditor(Editor):
     KIND = "mapper"
     module: Mapper
 
-    @torch.no_grad()
     def edit(self, w: Tensor, strength: float = 1.0) -> Tensor:
-        text = self.module.read(self.domain.clip, self.config.prompt)
-        return self.domain.generator.synthesis(self.module.edit(w, text, strength))
+        return self.domain.edit(w, self.config.prompt, self.module, strength)
 
     @torch.no_grad()
     def round_trip(self, w: Tensor, strength: float = 1.0) -> Tensor:

@@ -21,12 +21,10 @@ def compare(
     Columns: ``prompt``, ``strength``, ``index`` of the face, and those of :func:`metrics.ground_truth` and
     :func:`metrics.identity`.
     """
-    draw, rows = domain.generator.synthesis, []
-    parts = domain.latents(n, "test").split(max_batch(domain.generator))
-    source = metrics.Pictures(domain, torch.cat([draw(w) for w in parts]))
+    rows, parts = [], domain.latents(n, "test").split(max_batch(domain.generator))
+    source = metrics.Pictures(domain, torch.cat([domain.generator.synthesis(w) for w in parts]))
     for prompt in prompts:
-        text = mapper.read(domain.clip, prompt)
-        edited = torch.cat([draw(mapper.edit(w, text, strength)) for w in parts])
+        edited = torch.cat([domain.edit(w, prompt, mapper, strength) for w in parts])
         edit = metrics.Edit(domain, prompt, source, edited)
         measured = metrics.ground_truth(edit) | metrics.identity(edit)
         rows += metrics.rows(measured, prompt=prompt, strength=strength)
@@ -55,8 +53,7 @@ def typed(
     rows, w = [], domain.latents(n, "test")
     source = metrics.Pictures(domain, domain.generator.synthesis(w))
     for sentence in sentences:
-        edited = domain.generator.synthesis(mapper.edit(w, mapper.read(domain.clip, sentence), strength))
-        edit = metrics.Edit(domain, sentence, source, edited)
+        edit = metrics.Edit(domain, sentence, source, domain.edit(w, sentence, mapper, strength))
         line = {
             "sentence": sentence,
             "claim": "",

@@ -242,16 +242,12 @@ class Training:
             kept = f"kept: step {self._best.step}{self._unseen(self._best)}"
             raise _Ended(f"finished {why}, in {now - self._begun:.0f} s; {kept}")
 
-    @torch.no_grad()
     def _draw(self, mapper: Mapper) -> np.ndarray:
-        text = mapper.read(self.domain.clip, self.recipe.prompts[0])
-        edited = mapper.edit(self.faces.w, text, self.recipe.strength)
-        return to_uint8(self.domain.generator.synthesis(edited))
+        return to_uint8(self.domain.edit(self.faces.w, self.recipe.prompts[0], mapper, self.recipe.strength))
 
     @torch.no_grad()
     def _measure(self, one: Snapshot) -> Snapshot:
-        text = one.mapper.read(self.domain.clip, self.recipe.prompts[0])
-        edited = self.domain.generator.synthesis(one.mapper.edit(self._w, text))
+        edited = self.domain.edit(self._w, self.recipe.prompts[0], one.mapper)
         edit = Edit(self.domain, self.recipe.prompts[0], self._source, edited)
         columns = ground_truth(edit)
         if not np.isnan(progress := columns.get("progress", np.array(np.nan))).all():

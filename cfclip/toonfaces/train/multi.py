@@ -142,8 +142,7 @@ def calibration(domain: Domain, n: int = 64) -> dict[str, Any]:
     before = truth.measure(domain.generator.synthesis(w))
 
     def success(prompt: str) -> dict[str, float]:
-        edited = domain.mapper.edit(w, domain.mapper.read(domain.clip, prompt))
-        after = truth.measure(domain.generator.synthesis(edited))
+        after = truth.measure(domain.edit(w, prompt))
         done = truth.done(prompt, before, after)
         return {claim: float(np.nanmean(hits)) for claim, hits in done.items() if not np.isnan(hits).all()}
 

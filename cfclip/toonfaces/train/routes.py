@@ -150,8 +150,7 @@ def learn_pairs(
 def success_on_training_faces(domain: Domain, mapper: nn.Module, prompt: str, n: int = 16) -> float:
     """Of those of ``n`` that have the part; 0 without any."""
     w = domain.latents(n, "train", 1)
-    edited = mapper.edit(w, mapper.read(domain.clip, prompt))
-    edit = metrics.Edit(domain, prompt, *map(domain.generator.synthesis, (w, edited)))
+    edit = metrics.Edit(domain, prompt, domain.generator.synthesis(w), domain.edit(w, prompt, mapper))
     hits = metrics.ground_truth(edit)["success_after"]
     return float(np.nanmean(hits)) if not np.isnan(hits).all() else 0.0
 
