@@ -174,6 +174,15 @@ def test_only_the_prompts_of_the_list_are_encoded(domain, monkeypatch):
     assert all(any(prompt in text for text in read) for prompt in PROMPTS)
 
 
+def test_shapes_have_their_share_of_every_step(domain):
+    prompts = (*PROMPTS, "smiling", "glasses")
+    shared = {"prompts": prompts, "shapes": prompts[3:], "prompts_at_once": 3, "batch": 3}
+    run = MapperTrainer(domain, configured(**shared, shape_share=1 / 3, text="tokens"))
+    steps = [run.choose_prompts(generator_for(0, i)) for i in range(200)]
+    assert {sum(prompt >= 3 for prompt in step) for step in steps} == {1}
+    assert all(len(set(step)) == 3 for step in steps) and {p for step in steps for p in step} == set(range(5))
+
+
 def test_the_learning_rate_falls_at_the_end(domain):
     run = MapperTrainer(domain, configured(steps=4, ramp_down=0.5, lr=2.0))
     rates = []
@@ -192,6 +201,8 @@ def test_the_learning_rate_falls_at_the_end(domain):
         ({"prompts_at_once": 0}, "prompts_at_once"),
         ({"prompts_at_once": 4, "batch": 4}, "prompts_at_once.*the 3 prompts, not 4"),
         ({"prompts_at_once": 2, "batch": 3}, "prompts_at_once.*batch of 3"),
+        ({"shape_share": 0.5, "batch": 2, "prompts_at_once": 2}, "1 of 0 shapes and 1 of 3 other"),
+        ({"shapes": PROMPTS[:1], "shape_share": 1.0, "batch": 2, "prompts_at_once": 2}, "2 of 1 shapes"),
         ({"ramp_down": 2.0}, "ramp_down"),
         ({"text_mapper": False}, "text_mapper"),
         ({"steps": 0}, "steps"),
