@@ -23,6 +23,7 @@ from cfclip.method.loop import begin_run, described, learning_rate, resolve_dtyp
 from cfclip.method.losses import identity_loss_from_features, latent_l2, perceptual_loss
 from cfclip.method.objectives import Features
 from cfclip.method.views import each_view
+from cfclip.models.clip import autocast
 from cfclip.models.mapper import (
     LEVELS,
     SHAPE_LEVELS,
@@ -87,7 +88,7 @@ class FrozenNetworks:
             [guide.preprocess(view) for guide in self.guides]
             for view in each_view(images, num_views, generator=generator)
         ]
-        with torch.autocast(images.device.type, self.dtype, enabled=self.half is not None):
+        with autocast(images.device, self.dtype):
             features = [
                 guide.encode_image(torch.cat(seen), preprocessed=True)
                 for guide, seen in zip(self.guides, zip(*views, strict=True), strict=True)

@@ -7,7 +7,8 @@
 import copy
 import reprlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from itertools import accumulate
 
@@ -18,6 +19,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import VisionTransformer
 from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 TEMPLATES = tuple(t for t in OPENAI_IMAGENET_TEMPLATES if t("X") != "a photo of many X.")
@@ -201,6 +203,19 @@ class ClipGuide(nn.Module):
     def _apply(self, *args, **kwargs) -> "ClipGuide":
         self._clear_cache()  # a converted weight may get the address of a freed one, as in .half().float()
         return super()._apply(*args, **kwargs)
+
+
+@contextmanager
+def autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Convolutions and products in ``dtype``; float32: as they are.
+
+    On a CPU attention is made of plain products then: the backward pass of torch's own takes three times as
+    long in bfloat16.
+    """
+    half = dtype != torch.float32
+    attention = sdpa_kernel(SDPBackend.MATH) if half and device.type == "cpu" else nullcontext()
+    with torch.autocast(device.type, dtype, enabled=half), attention:
+        yield
 
 
 def tokens_first(tower: VisionTransformer) -> None:

@@ -22,7 +22,7 @@ from cfclip.files import DATA, sha256
 from cfclip.images import to_tensor
 from cfclip.method.config import DTYPES
 from cfclip.method.loop import resolve_dtype
-from cfclip.models.clip import ClipGuide
+from cfclip.models.clip import ClipGuide, autocast
 from cfclip.models.stylegan2 import Generator
 from cfclip.settings import LARGEST_BATCH, Settings, int_at_least, number, one_of, seed_number, setting
 from cfclip.toonfaces.captions import (
@@ -379,7 +379,7 @@ class CLIPTraining:
             group["lr"] = c.lr * ramp * (0.51 + 0.49 * math.cos(math.pi * i / c.steps))
         images, true, known, tokens, claims = self.batch(generator)
         images = self.normalise(images).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with autocast(self.device, self.dtype):
             image = self.model.encode_image(images).float()
             text = self.model.encode_text(tokens).float()
         image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
