@@ -35,7 +35,7 @@ from cfclip.models.mapper import (
 )
 from cfclip.models.stylegan2 import max_batch
 
-SILENCE = 1.0
+SILENCE = 3.0
 """Weight of the squared moves of layers that a prompt should leave alone."""
 OPTIMIZERS = {
     "ranger": partial(Ranger, betas=(0.95, 0.999), eps=1e-5, k=6, alpha=0.5, degenerated_to_sgd=True),

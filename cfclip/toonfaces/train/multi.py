@@ -75,6 +75,7 @@ def config(**overrides: Any) -> MultiPromptConfig:
     """How the domain's own mapper is trained: with every colour of every part, and with :data:`SHAPES`."""
     shapes = sum(SHAPES.values(), ())
     prompts = {"prompts": sum(split(), ()) + shapes, "shapes": shapes, "forms": FORMS}
+    prompts |= {"shape_share": 0.5, "steps": 3000}  # a shape is learned more slowly than a colour
     return heldout_config(**prompts | overrides)
 
 
