@@ -40,7 +40,7 @@ TAUGHT = 0.5
 """The success on training faces below which a teacher is left out."""
 PAIRS = 16_000
 GAINS = (1.0, 2.0, 4.0, 8.0)
-"""Lengths of the text's difference, of which the one with most success on seen prompts is taken."""
+"""Strengths of pairs' edits, of which the one with most success on seen prompts and training faces is 1."""
 
 
 class PairMapper(Mapper):
@@ -49,28 +49,27 @@ class PairMapper(Mapper):
     source_text, gain = "face", 1.0
 
     def read(self, clip: ClipGuide, texts: str | Sequence[str]) -> Tensor:
-        """``gain`` times the unit difference of each text's and the source text's unit feature [P, E]."""
+        """The unit difference of each text's and the source text's unit feature [P, E]."""
         words, source = (F.normalize(clip.encode_text(one), dim=-1) for one in (texts, self.source_text))
-        return self.gain * F.normalize(words - source, dim=-1)
+        return F.normalize(words - source, dim=-1)
+
+    def edit(self, w: Tensor, text_feature: Tensor | None = None, strength: float = 1.0) -> Tensor:
+        return super().edit(w, text_feature, self.gain * strength)
 
 
 # ---- trainings ----
 
 
-def teach(
-    domain: Domain, prompts: Sequence[str], out: Path, seed: int
-) -> tuple[dict[str, Tensor], list[str], float]:
-    """Prompt -> the offset [L, D] that CF-CLIP's objective finds; the prompts on which it fails; seconds."""
-    teachers, failed, seconds = {}, [], 0.0
+def teach(domain: Domain, prompts: Sequence[str], out: Path, seed: int) -> tuple[dict[str, Tensor], float]:
+    """Prompt -> the offset [L, D] that CF-CLIP's objective finds, where it succeeds; seconds."""
+    teachers, seconds = {}, 0.0
     for prompt in prompts:
         c = CFCLIPConfig(prompt=prompt, seed=seed, optimizer="adam", dtype="auto", **TEACHER)
         offset, rows = train_mapper(domain, c, out / slug(prompt), trainer=OffsetTrainer, progress=False)
         seconds += rows[-1]["seconds"]
-        if success_on_training_faces(domain, offset, prompt) < TAUGHT:
-            failed.append(prompt)
-        else:
+        if success_on_training_faces(domain, offset, prompt) >= TAUGHT:
             teachers[prompt] = RESIDUAL_SCALE * (offset.delta * offset.edited).detach()
-    return teachers, failed, seconds
+    return teachers, seconds
 
 
 def learn(
@@ -169,8 +168,10 @@ def own_prompts() -> tuple[str, ...]:
     return (*firsts.values(), *unseen)
 
 
-def trained(domain: Domain, out: Path, seeds: Sequence[int]) -> Iterator[tuple[str, int, Mapper, float, str]]:
-    """(route, seed, mapper, seconds of its training, the only prompt that it edits by or ""), one by one.
+def trained(
+    domain: Domain, out: Path, seeds: Sequence[int]
+) -> Iterator[tuple[str, int, Mapper, float, Sequence[str]]]:
+    """(route, seed, mapper, seconds of its training, the prompts that it was trained on), one by one.
 
     What ``out`` holds already is not trained again.
     """
@@ -178,21 +179,21 @@ def trained(domain: Domain, out: Path, seeds: Sequence[int]) -> Iterator[tuple[s
     for prompt in own_prompts():
         c = CFCLIPConfig(prompt=prompt, seed=seed, dtype="auto", **ALONE)
         mapper, rows = train_mapper(domain, c, out / f"alone-{slug(prompt)}-{seed}", progress=False)
-        yield "alone", seed, mapper, rows[-1]["seconds"], prompt
+        yield "alone", seed, mapper, rows[-1]["seconds"], [prompt]
+    config = multi.heldout_config(seed=seed)
     for one in seeds:
         mapper, rows = train_mapper(domain, multi.heldout_config(seed=one), out / f"words-{one}")
-        yield "words", one, mapper, rows[-1]["seconds"], ""
+        yield "words", one, mapper, rows[-1]["seconds"], config.prompts
     mapper, rows = train_mapper(domain, multi.pooled_config(seed=seed), out / f"whole-{seed}")
-    yield "whole", seed, mapper, rows[-1]["seconds"], ""
-    config = multi.heldout_config(seed=seed)
-    teachers, _, seconds = teach(domain, config.prompts, out / f"teachers-{seed}", seed)
+    yield "whole", seed, mapper, rows[-1]["seconds"], config.prompts
+    teachers, seconds = teach(domain, config.prompts, out / f"teachers-{seed}", seed)
     start, more = learn(domain, teachers, config, out / f"taught-{seed}")
-    yield "teachers", seed, start, seconds + more, ""
+    yield "teachers", seed, start, seconds + more, [*teachers]
     config = multi.heldout_config(seed=seed, steps=500, lr=0.01, ramp_down=1.0)
     mapper, rows = train_mapper(domain, config, out / f"teachers-words-{seed}", start=start)
-    yield "teachers, then words", seed, mapper, seconds + more + rows[-1]["seconds"], ""
+    yield "teachers, then words", seed, mapper, seconds + more + rows[-1]["seconds"], config.prompts
     mapper, seconds = learn_pairs(domain, out / f"pairs-{seed}", seed)
-    yield "pairs", seed, mapper, seconds, ""
+    yield "pairs", seed, mapper, seconds, []
 
 
 MEASURED = ("kept", "success_after", "progress", "leakage", "identity")
@@ -201,18 +202,20 @@ MEASURED = ("kept", "success_after", "progress", "leakage", "identity")
 def compared(domain: Domain, out: Path, seeds: Sequence[int] = (0, 1, 2), n: int = 32) -> pd.DataFrame:
     """Every route's edits of ``n`` test faces: a row of means per route, seed and prompt.
 
-    ``kept``: success among faces that have the part, where the identity is 0.85 and more. ``seen``: was the
-    mapper of many prompts trained on the prompt? ``n_judged``: faces that have the part.
+    ``kept``: success among faces that have the part, where the identity is 0.85 and more. ``seen``: is the
+    prompt among those for training, and ``trained_on``: was this mapper trained on it? ``n_judged``: faces
+    that have the part.
     """
     seen, unseen = multi.split()
     rows = []
-    for route, seed, mapper, seconds, only in trained(domain, out, seeds):
-        prompts = [only] if only else [*seen, *unseen]
+    for route, seed, mapper, seconds, taught in trained(domain, out, seeds):
+        prompts = taught if route == "alone" else [*seen, *unseen]
         faces = compare(domain, mapper, prompts, n)
         lost = faces["success_after"].notna() & (faces["identity"] < metrics.CLEAN_IDENTITY)
         faces["kept"] = faces["success_after"].mask(lost, 0.0)
         each = faces.groupby("prompt", sort=False)
         means = each[list(MEASURED)].mean().assign(n_judged=each["success_after"].count()).reset_index()
+        means["trained_on"] = means["prompt"].isin(taught)
         rows.append(means.assign(route=route, seed=seed, seconds=seconds))
     table = pd.concat(rows, ignore_index=True)
     claims = table["prompt"].map(claim_of)
