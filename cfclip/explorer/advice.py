@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 
 from cfclip.domain import Domain, null_edit
-from cfclip.explorer.frames import Frame
+from cfclip.explorer.frames import MISSING, Frame
 from cfclip.explorer.recipe import Recipe
 
 WORKS = 0.5
@@ -28,12 +28,20 @@ def outcome(domain: Domain, frame: Frame) -> str:
     """What a measured edit did to the faces, in one line; "" before it is measured."""
     if not frame.notes:
         return ""
-    claim = domain.truth and domain.truth.claim(" and ".join(frame.recipe.prompts))
+    prompt, truth = " and ".join(frame.recipe.prompts), domain.truth
+    claim, claims = (truth.claim(prompt), truth.claims(prompt)) if truth else (None, ())
     faces, still = len(frame.notes), frame.notes.count("not changed")
+    if claims and not claim:
+        asked = [note for note in frame.notes if note != "so before"]
+        if not asked:
+            return "these faces showed that before: draw new faces"
+        lost = [note.removeprefix(MISSING).split(", ") for note in asked if note.startswith(MISSING)]
+        counts = ((name, len(asked) - sum(name in names for names in lost)) for name in claims)
+        return ", ".join(f"{name} on {count} of {len(asked)} faces" for name, count in counts)
     if not claim:
         what = f"{still} of {faces} faces did not change" if still else ""
-        unknown = "success is not measured: that needs a prompt that names the colour of one part"
-        return "; ".join(filter(None, [what, unknown if domain.truth else ""]))
+        unknown = "success is not measured: that needs a prompt that names a part's colour, or a shape"
+        return "; ".join(filter(None, [what, unknown if truth else ""]))
     part, colour = claim
     without = frame.notes.count(f"no {part}")
     if without == faces:

@@ -15,7 +15,7 @@ from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor
 
-from cfclip.domain import Domain
+from cfclip.domain import Domain, GroundTruth
 from cfclip.evaluation import metrics
 from cfclip.explorer.photos import find_photo
 from cfclip.explorer.recipe import Faces, Recipe, draw_faces, render
@@ -29,6 +29,8 @@ HEAT_MAX = 0.4
 """The difference of two pictures in [-1, 1], mean over the channels, at which the heat map is brightest."""
 UNMOVED = 0.004
 """The mean difference of two pictures in [-1, 1], about half a grey level, that nobody sees."""
+MISSING = "missing: "
+"""How the note begins on a face that does not show all that a prompt with several claims asks for."""
 _RISING = np.linspace(0, 1, 9).tolist()
 ANIMATION = (*_RISING, *[1.0] * 4, *_RISING[::-1], *[0.0] * 2)
 """Shares of the strength in the frames of an exported animation."""
@@ -175,10 +177,11 @@ def score(domain: Domain, frame: Frame, stale: Callable[[], bool] = lambda: Fals
 
 
 def _notes(edit: metrics.Edit, measured: Mapping[str, np.ndarray]) -> tuple[str, ...]:
-    """What became of each face: "✓", its colour before and after, or why it cannot show the edit."""
+    """What became of each face: "✓", its colour before and after, what is missing, or why it cannot be."""
     moved = (edit.after.images - edit.before.images).abs().mean((1, 2, 3)).tolist()
     notes = ["" if share > UNMOVED else "not changed" for share in moved]
-    if claim := edit.domain.truth and edit.domain.truth.claim(edit.prompt):
+    truth = edit.domain.truth
+    if claim := truth and truth.claim(edit.prompt):
         part, colour = claim
         was, is_now = (pictures.seen.colour(part) for pictures in (edit.before, edit.after))
         for i, (before, success) in enumerate(
@@ -190,7 +193,18 @@ def _notes(edit: metrics.Edit, measured: Mapping[str, np.ndarray]) -> tuple[str,
                 notes[i] = f"{colour} before" if before else "✓"
             else:
                 notes[i] = f"{was[i]} → {is_now[i]}" if was[i] != is_now[i] else f"stays {was[i]}"
+    elif truth and (done := truth.done(edit.prompt, edit.before.seen, edit.after.seen)):
+        notes = [
+            _of_several(truth, {name: hits[i] for name, hits in done.items()}) for i in range(len(notes))
+        ]
     return tuple(notes)
+
+
+def _of_several(truth: GroundTruth, done: Mapping[str, float]) -> str:
+    """Of one face: "✓", what is missing, or that it was so before. NaN of a colour: its part is not there."""
+    if missing := [name for name, hit in done.items() if hit == 0 or (np.isnan(hit) and truth.claim(name))]:
+        return f"{MISSING}{', '.join(missing)}"
+    return "✓" if any(hit == 1 for hit in done.values()) else "so before"
 
 
 def export(folder: Path, domain: Domain, frame: Frame) -> tuple[Path, ...]:

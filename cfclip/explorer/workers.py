@@ -118,8 +118,9 @@ class Training:
 
     It begins with the weights of ``start``, the mapper of the instant edit, if the method trains such a one.
     After every :data:`CHECK_STEPS` steps it is measured on faces that it does not train on: the progress of
-    the colour that the prompt names (:func:`cfclip.evaluation.metrics.ground_truth`), else the direction in
-    the held-out CLIP, else in the CLIP. It ends when that no longer rises, and keeps the best.
+    the colour that the prompt names (:func:`cfclip.evaluation.metrics.ground_truth`), else the share of
+    faces that show what it says, else the direction in the held-out CLIP, else in the CLIP. It ends when that
+    no longer rises, and keeps the best.
 
     faces: those in :attr:`preview`, label -> uint8 [N, R, R, 3]. When it is ``done``, ``path`` is the file of
     the mapper; None after a cancellation or an ``error``. Raises ValueError for what cannot be trained.
@@ -255,6 +256,12 @@ class Training:
             return replace(
                 one, measure=float(np.nanmean(progress)), success=float(np.nanmean(success)), faces=faces
             )
+        truth = self.domain.truth
+        done = truth.done(edit.prompt, edit.before.seen, edit.after.seen) if truth else {}
+        hits = np.array([*done.values()])
+        if not np.isnan(hits).all():
+            share = float(np.nanmean(hits))
+            return replace(one, measure=share, success=share, faces=int((~np.isnan(hits)).any(0).sum()))
         return replace(one, measure=float(judged_direction(edit).mean()))
 
     def _unseen(self, one: Snapshot | None) -> str:

@@ -723,6 +723,29 @@ def test_nothing_to_compare_says_how_to_get_something(explorer):
     assert "train it by another method under Refine" in explorer.hint
 
 
+def test_several_claims_and_shapes_are_counted_face_by_face(toons):
+    toons.change(faces=tuple(range(8)), prompt="green lips and blue hair")
+    assert toons.wait()
+    domain, frame = toons.domain, toons.frame
+    before, after = (domain.truth.measure(images) for images in (frame.source, frame.edited))
+    lips = [colour == "green" for colour in after.colour("lipstick")]
+    hair = [
+        has and colour == "blue" for has, colour in zip(before.has("hair"), after.colour("hair"), strict=True)
+    ]
+    for note, green, blue in zip(frame.notes, lips, hair, strict=True):
+        missing = ["green lipstick"] * (not green) + ["blue hair"] * (not blue)
+        assert note == (f"missing: {', '.join(sorted(missing))}" if missing else "✓")
+    counts = f"blue hair on {sum(hair)} of 8 faces, green lipstick on {sum(lips)} of 8 faces"
+    assert counts in toons.hint
+    toons.change(prompt="glasses")
+    assert toons.wait()
+    with_glasses = domain.truth.measure(toons.frame.source).has("glasses")
+    assert [note == "so before" for note in toons.frame.notes] == with_glasses.tolist()
+    assert re.search(rf"glasses on \d of {8 - with_glasses.sum()} faces", toons.hint)
+    toons.change(prompt="smiling")
+    assert toons.wait() and "success is not measured" in toons.hint
+
+
 def test_each_face_says_what_became_of_it(tmp_path):
     explorer = Explorer("toonfaces", "blue beard", 8, tmp_path)
     assert explorer.wait(600)
