@@ -31,7 +31,7 @@ def outcome(domain: Domain, frame: Frame) -> str:
     prompt, truth = " and ".join(frame.recipe.prompts), domain.truth
     claim, claims = (truth.claim(prompt), truth.claims(prompt)) if truth else (None, ())
     faces, still = len(frame.notes), frame.notes.count("not changed")
-    if claims and not claim:
+    if claims and not (claim and len(claims) == 1):
         asked = [note for note in frame.notes if note != "so before"]
         if not asked:
             return "these faces showed that before: draw new faces"

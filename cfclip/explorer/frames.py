@@ -181,7 +181,8 @@ def _notes(edit: metrics.Edit, measured: Mapping[str, np.ndarray]) -> tuple[str,
     moved = (edit.after.images - edit.before.images).abs().mean((1, 2, 3)).tolist()
     notes = ["" if share > UNMOVED else "not changed" for share in moved]
     truth = edit.domain.truth
-    if claim := truth and truth.claim(edit.prompt):
+    claim = truth and truth.claim(edit.prompt)
+    if claim and len(truth.claims(edit.prompt)) == 1:
         part, colour = claim
         was, is_now = (pictures.seen.colour(part) for pictures in (edit.before, edit.after))
         for i, (before, success) in enumerate(

@@ -737,6 +737,9 @@ def test_several_claims_and_shapes_are_counted_face_by_face(toons):
         assert note == (f"missing: {', '.join(sorted(missing))}" if missing else "✓")
     counts = f"blue hair on {sum(hair)} of 8 faces, green lipstick on {sum(lips)} of 8 faces"
     assert counts in toons.hint
+    toons.change(prompt="long purple hair")
+    assert toons.wait()
+    assert re.search(r"purple hair on \d of \d faces, long hair on \d of \d faces", toons.hint)
     toons.change(prompt="glasses")
     assert toons.wait()
     with_glasses = domain.truth.measure(toons.frame.source).has("glasses")
