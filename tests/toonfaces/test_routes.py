@@ -73,17 +73,12 @@ def test_teachers_that_fail_are_left_out(domain, few, tmp_path, monkeypatch):
 
 def test_every_route_has_its_rows_and_nothing_is_trained_twice(domain, few, tmp_path, monkeypatch):
     table = routes.compared(domain, tmp_path, (0, 1), 2)
-    every = ["alone", "words", "whole", "teachers", "teachers, then words", "pairs"]
+    every = ["alone", "words", "teachers", "teachers, then words", "pairs", "whole"]
     assert list(dict.fromkeys(table["route"])) == every
     counts = table.groupby("route")["prompt"].count().to_dict()
-    assert counts == dict.fromkeys(every, 3) | {"alone": 2, "words": 6}
-    assert table.groupby("prompt")["seen"].first().to_dict() == {
-        **dict.fromkeys(SEEN, True),
-        "pink hair": False,
-    }
-    assert table.groupby("route")["trained_on"].sum().to_dict() == {
-        "alone": 2, "words": 4, "whole": 2, "teachers": 2, "teachers, then words": 2, "pairs": 0,
-    }  # fmt: skip
+    assert counts == dict.fromkeys(every, 2) | {"words": 4}
+    assert table.groupby("prompt")["seen"].first().to_dict() == {SEEN[0]: True, "pink hair": False}
+    assert (table["failed"] == "").all()  # every teacher counts as good here
     lines = routes.by_route(table)
     assert len(lines) == 12 and set(lines["prompts"]) == {1}
     assert list(routes.by_part(table).columns) == ["part", *every]
@@ -95,7 +90,7 @@ def test_every_route_has_its_rows_and_nothing_is_trained_twice(domain, few, tmp_
 def test_a_share_is_of_the_success_of_mappers_of_their_own():
     rows = [
         ("alone", "a", 0, 0.5), ("alone", "b", 0, 1.0), ("words", "a", 0, 0.25), ("words", "b", 0, 0.5),
-        ("words", "a", 1, 1.0), ("words", "b", 1, 1.0), ("words", "c", 0, 0.0),
+        ("words", "a", 1, 1.0), ("words", "b", 1, 1.0),
     ]  # fmt: skip
     table = pd.DataFrame(rows, columns=["route", "prompt", "seed", "kept"])
     others = dict.fromkeys(("success_after", "progress", "leakage", "identity", "seconds"), 1.0)

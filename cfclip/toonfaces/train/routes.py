@@ -34,7 +34,7 @@ from cfclip.toonfaces.train import multi
 from cfclip.toonfaces.train.moved import random_moves
 
 ALONE = {"steps": 300, "batch": 4, "lr": 15.0, "lambda_l2": 0.1, "levels": ("fine",), "train_latents": 256}
-TEACHER = {"steps": 120, "batch": 4, "lr": 0.3, "lambda_l2": 0.06, "levels": ("fine",), "num_views": 4}
+TEACHER = {"steps": 60, "batch": 4, "lr": 0.3, "lambda_l2": 0.06, "levels": ("fine",), "num_views": 4}
 TEACHER |= {"train_latents": 64}
 TAUGHT = 0.5
 """The success on training faces below which a teacher is left out."""
@@ -184,8 +184,6 @@ def trained(
     for one in seeds:
         mapper, rows = train_mapper(domain, multi.heldout_config(seed=one), out / f"words-{one}")
         yield "words", one, mapper, rows[-1]["seconds"], config.prompts
-    mapper, rows = train_mapper(domain, multi.pooled_config(seed=seed), out / f"whole-{seed}")
-    yield "whole", seed, mapper, rows[-1]["seconds"], config.prompts
     teachers, seconds = teach(domain, config.prompts, out / f"teachers-{seed}", seed)
     start, more = learn(domain, teachers, config, out / f"taught-{seed}")
     yield "teachers", seed, start, seconds + more, [*teachers]
@@ -194,29 +192,29 @@ def trained(
     yield "teachers, then words", seed, mapper, seconds + more + rows[-1]["seconds"], config.prompts
     mapper, seconds = learn_pairs(domain, out / f"pairs-{seed}", seed)
     yield "pairs", seed, mapper, seconds, []
+    mapper, rows = train_mapper(domain, multi.pooled_config(seed=seed), out / f"whole-{seed}")
+    yield "whole", seed, mapper, rows[-1]["seconds"], config.prompts
 
 
 MEASURED = ("kept", "success_after", "progress", "leakage", "identity")
 
 
 def compared(domain: Domain, out: Path, seeds: Sequence[int] = (0, 1, 2), n: int = 32) -> pd.DataFrame:
-    """Every route's edits of ``n`` test faces: a row of means per route, seed and prompt.
+    """Every route's edits of ``n`` test faces by :func:`own_prompts`: means per route, seed and prompt.
 
     ``kept``: success among faces that have the part, where the identity is 0.85 and more. ``seen``: is the
-    prompt among those for training, and ``trained_on``: was this mapper trained on it? ``n_judged``: faces
-    that have the part.
+    prompt among those for training? ``n_judged``: faces that have the part. ``failed``: the prompts whose
+    teachers failed and were left out.
     """
-    seen, unseen = multi.split()
-    rows = []
+    rows, seen = [], multi.split()[0]
     for route, seed, mapper, seconds, taught in trained(domain, out, seeds):
-        prompts = taught if route == "alone" else [*seen, *unseen]
-        faces = compare(domain, mapper, prompts, n)
+        faces = compare(domain, mapper, taught if route == "alone" else own_prompts(), n)
         lost = faces["success_after"].notna() & (faces["identity"] < metrics.CLEAN_IDENTITY)
         faces["kept"] = faces["success_after"].mask(lost, 0.0)
         each = faces.groupby("prompt", sort=False)
         means = each[list(MEASURED)].mean().assign(n_judged=each["success_after"].count()).reset_index()
-        means["trained_on"] = means["prompt"].isin(taught)
-        rows.append(means.assign(route=route, seed=seed, seconds=seconds))
+        failed = ", ".join(prompt for prompt in seen if prompt not in taught) if route == "teachers" else ""
+        rows.append(means.assign(route=route, seed=seed, seconds=seconds, failed=failed))
     table = pd.concat(rows, ignore_index=True)
     claims = table["prompt"].map(claim_of)
     table.insert(0, "seen", table["prompt"].isin(seen))
@@ -226,16 +224,15 @@ def compared(domain: Domain, out: Path, seeds: Sequence[int] = (0, 1, 2), n: int
 
 
 def by_route(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of :func:`compared`, a line per route: over the prompts that have a mapper of their own.
+    """Rows of :func:`compared`, a line per route: means over prompts, then over seeds.
 
-    Means over prompts, then over seeds. share_of_own: of what mappers of their own keep.
+    share_of_own: of what mappers of their own keep.
     """
-    own = table[table["prompt"].isin(table.loc[table["route"] == "alone", "prompt"])]
-    each = own.groupby(["seen", "route", "seed"], sort=False)[[*MEASURED, "seconds"]].mean()
+    each = table.groupby(["seen", "route", "seed"], sort=False)[[*MEASURED, "seconds"]].mean()
     lines = each.groupby(["seen", "route"], sort=False).mean().reset_index()
     alone = lines[lines["route"] == "alone"].set_index("seen")["kept"]
     lines.insert(3, "share_of_own", lines["kept"] / lines["seen"].map(alone))
-    counts = own.groupby(["seen", "route"], sort=False).agg(
+    counts = table.groupby(["seen", "route"], sort=False).agg(
         seeds=("seed", "nunique"), prompts=("prompt", "nunique")
     )
     lines = lines.join(counts, on=["seen", "route"])
