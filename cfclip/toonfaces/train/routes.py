@@ -38,7 +38,7 @@ TEACHER = {"steps": 60, "batch": 4, "lr": 0.3, "lambda_l2": 0.06, "levels": ("fi
 TEACHER |= {"train_latents": 64}
 TAUGHT = 0.5
 """The success on training faces below which a teacher is left out."""
-PAIRS = 16_000
+PAIRS = 8_000
 GAINS = (1.0, 2.0, 4.0, 8.0)
 """Strengths of pairs' edits, of which the one with most success on seen prompts and training faces is 1."""
 
