@@ -80,7 +80,7 @@ CHECKS: dict[str, Check] = {
     "curve_centres": list_of(number(), "finite numbers from 0, at least one", 1),
     "pictures": list_of(text, "texts"),
     "command": any_text,
-    **dict.fromkeys(("out", "runs", "reports", "words", "whole", "alone"), any_text),
+    **dict.fromkeys(("out", "runs", "reports", "routes"), any_text),
 }
 """What these parameters must be in every notebook of cfclip that has them."""
 

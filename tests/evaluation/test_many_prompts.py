@@ -86,7 +86,7 @@ def test_the_step_is_the_losses_of_its_prompts(domain):
 
 
 def test_a_shape_moves_the_layers_that_draw_and_a_colour_those_that_colour(domain):
-    """What a prompt should leave alone is not seen, and costs one for each squared move."""
+    """What a prompt should leave alone is not seen, and costs three for each squared move."""
     config = configured(
         prompts=("blue hair", "smiling"), shapes=("smiling",), batch=2, prompts_at_once=2, levels=("fine",)
     )
@@ -108,7 +108,7 @@ def test_a_shape_moves_the_layers_that_draw_and_a_colour_those_that_colour(domai
     assert torch.equal(drawn[0], expected) and not torch.equal(expected, edited)
     silence = latent_l2(edited, expected)
     assert logs["silence"].item() == pytest.approx(silence.item()) and silence > 0
-    terms = 0.3 * logs["nce"] + 0.2 * logs["id"] + 0.8 * latent_l2(expected, w) + silence
+    terms = 0.3 * logs["nce"] + 0.2 * logs["id"] + 0.8 * latent_l2(expected, w) + 3 * silence
     assert logs["loss"].item() == pytest.approx(terms.item(), rel=1e-5)
 
 
@@ -266,7 +266,7 @@ def test_the_stored_mapper_is_the_domains(folder, monkeypatch):
     assert load_toonfaces(folder).mapper is None
     monkeypatch.setattr(multi, "split", lambda: (PROMPTS, ("purple skin",)))
     short = {"steps": 2, "batch": 2, "prompts_at_once": 2, "train_latents": 2, "seed": 3}
-    short |= {"prompts": PROMPTS, "shapes": ()}
+    short |= {"prompts": PROMPTS, "shapes": (), "shape_share": None}
     path = cards.train("multi", folder / "run", folder, **short)
     domain, stored = load_toonfaces(folder), load_mapper(path)
     assert stored.config.text == "tokens" and stored.config.levels == ("fine",)
