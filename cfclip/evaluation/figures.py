@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -66,7 +67,9 @@ def image_grid(
             axis.imshow(picture, interpolation="lanczos")
         for axis in row:
             axis.axis("off")
-        row[0].text(-0.12, 0.5, name, transform=row[0].transAxes, ha="right", va="center", fontsize=11)
+        row[0].text(
+            -0.12, 0.5, fill(name, 18), transform=row[0].transAxes, ha="right", va="center", fontsize=11
+        )
     for axis, header in zip(axes[0], headers, strict=False):
         axis.set_title(header, fontsize=8)
     if title:
