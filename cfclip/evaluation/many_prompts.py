@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 
 from cfclip.domain import Domain
 from cfclip.evaluation import metrics
@@ -14,14 +15,20 @@ from cfclip.models.stylegan2 import max_batch
 
 @torch.no_grad()
 def compare(
-    domain: Domain, mapper: Mapper, prompts: Iterable[str], n: int = 32, strength: float = 1.0
+    domain: Domain,
+    mapper: nn.Module,
+    prompts: Iterable[str],
+    n: int = 32,
+    strength: float = 1.0,
+    split: str = "test",
+    seed: int = 0,
 ) -> pd.DataFrame:
-    """Edits of the same ``n`` test faces by each of ``prompts``: a row per prompt and face.
+    """Edits of the same ``n`` faces of a ``split`` by each of ``prompts``: a row per prompt and face.
 
     Columns: ``prompt``, ``strength``, ``index`` of the face, and those of :func:`metrics.ground_truth` and
     :func:`metrics.identity`.
     """
-    rows, parts = [], domain.latents(n, "test").split(max_batch(domain.generator))
+    rows, parts = [], domain.latents(n, split, seed).split(max_batch(domain.generator))
     source = metrics.Pictures(domain, torch.cat([domain.generator.synthesis(w) for w in parts]))
     for prompt in prompts:
         edited = torch.cat([domain.edit(w, prompt, mapper, strength) for w in parts])

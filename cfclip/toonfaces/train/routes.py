@@ -8,10 +8,9 @@ W+ out; at use the difference of two texts goes in. Alone: a mapper of its own f
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -80,23 +79,15 @@ def learn(
     mapper = mapper.to(domain.device)
     words = [mapper.read(domain.clip, [form.format(prompt) for prompt in teachers]) for form in multi.FORMS]
     moves, w = torch.stack([*teachers.values()]), domain.latents(256, "train", config.seed)
-    optimizer = torch.optim.Adam(mapper.parameters(), config.lr)
 
-    def step(i: int, generator: torch.Generator) -> dict[str, Tensor]:
-        optimizer.param_groups[0]["lr"] = config.lr * (1 - i / steps)
+    def loss(generator: torch.Generator) -> Tensor:
         form = int(torch.randint(len(words), (), generator=generator))
         which = torch.randint(len(moves), (64,), generator=generator)
         faces = w[torch.randint(len(w), (64,), generator=generator)]
         moved = mapper.edit(faces, words[form][which]) - faces
-        loss = (moved - moves[which]).square().mean() / moves.square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return {"loss": loss.detach()}
+        return (moved - moves[which]).square().mean() / moves.square().mean()
 
-    state = {"mapper": mapper, "optimizer": optimizer}
-    rows = run_loop(step, steps, state=state, seed=config.seed, out=out, desc="regression")
-    return mapper.eval().requires_grad_(False), rows[-1]["seconds"]
+    return mapper, regress(mapper, loss, config.lr, steps, config.seed, out)
 
 
 def learn_pairs(
@@ -119,39 +110,47 @@ def learn_pairs(
     mapper = PairMapper(sizes)
     mapper.reset(torch.Generator().manual_seed(seed))
     mapper, mapper.source_text = mapper.to(domain.device), domain.source_text
-    optimizer = torch.optim.Adam(mapper.parameters(), 1.0)  # weights have a spread of 100
     scale = (moved - w)[:, first:].square().mean()
 
-    def step(i: int, generator: torch.Generator) -> dict[str, Tensor]:
-        optimizer.param_groups[0]["lr"] = 1 - i / steps
+    def loss(generator: torch.Generator) -> Tensor:
         rows = torch.randint(PAIRS, (batch,), generator=generator)
-        loss = (mapper.edit(w[rows], differs[rows]) - moved[rows])[:, first:].square().mean() / scale
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return {"loss": loss.detach()}
+        return (mapper.edit(w[rows], differs[rows]) - moved[rows])[:, first:].square().mean() / scale
 
     drawn = time.perf_counter() - begun
-    state = {"mapper": mapper, "optimizer": optimizer}
-    rows = run_loop(step, steps, state=state, seed=seed, out=out, desc="pairs")
-    mapper.eval().requires_grad_(False)
-    seen = multi.split()[0]
+    seconds = drawn + regress(mapper, loss, 1.0, steps, seed, out)  # weights have a spread of 100
 
     def success(gain: float) -> float:
         mapper.gain = gain
-        return float(np.mean([success_on_training_faces(domain, mapper, prompt) for prompt in seen]))
+        return success_on_training_faces(domain, mapper, *multi.split()[0])
 
     mapper.gain = max(GAINS, key=success)
-    return mapper, drawn + rows[-1]["seconds"]
+    return mapper, seconds
 
 
-@torch.no_grad()
-def success_on_training_faces(domain: Domain, mapper: nn.Module, prompt: str, n: int = 16) -> float:
-    """Of those of ``n`` that have the part; 0 without any."""
-    w = domain.latents(n, "train", 1)
-    edit = metrics.Edit(domain, prompt, domain.generator.synthesis(w), domain.edit(w, prompt, mapper))
-    hits = metrics.ground_truth(edit)["success_after"]
-    return float(np.nanmean(hits)) if not np.isnan(hits).all() else 0.0
+def success_on_training_faces(domain: Domain, mapper: nn.Module, *prompts: str) -> float:
+    """Mean over prompts, each over those of 16 faces that have the part; 0 where none has."""
+    faces = compare(domain, mapper, prompts, 16, split="train", seed=1)
+    return float(faces.groupby("prompt")["success_after"].mean().fillna(0).mean())
+
+
+def regress(
+    mapper: Mapper, loss: Callable[[torch.Generator], Tensor], lr: float, steps: int, seed: int, out: Path
+) -> float:
+    """Train ``mapper`` by Adam on a batch's ``loss`` a step, the rate falling to 0; returns seconds."""
+    optimizer = torch.optim.Adam(mapper.parameters(), lr)
+
+    def step(i: int, generator: torch.Generator) -> dict[str, Tensor]:
+        optimizer.param_groups[0]["lr"] = lr * (1 - i / steps)
+        value = loss(generator)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        return {"loss": value.detach()}
+
+    state = {"mapper": mapper, "optimizer": optimizer}
+    rows = run_loop(step, steps, state=state, seed=seed, out=out, desc="regression")
+    mapper.eval().requires_grad_(False)
+    return rows[-1]["seconds"]
 
 
 # ---- comparison ----
