@@ -17,7 +17,8 @@ from cfclip.models.ops import using
 from cfclip.models.stylegan2 import Generator
 from cfclip.toonfaces.captions import FACTS, claims_of, facts_of
 from cfclip.toonfaces.clip import MODELS, build
-from cfclip.toonfaces.factors import HELD_OUT, PARTS, sample_face
+from cfclip.toonfaces.domain import COLOURING
+from cfclip.toonfaces.factors import HELD_OUT, PARTS, colours, sample_face
 from cfclip.toonfaces.readout import Readout
 from cfclip.toonfaces.render import MASKS
 from cfclip.toonfaces.train import augment, clip, moved
@@ -93,7 +94,7 @@ def test_facts_are_predicted_within_groups_of_which_one_is_known():
     x = torch.nn.functional.normalize(torch.randn(2, 4, generator=generator_of(0)), dim=1)
     facts = torch.zeros(2, len(FACTS), dtype=torch.bool)
     facts[0, FACTS.index(("hair", "blue"))] = facts[1, FACTS.index(("smile", "no"))] = True
-    logits = head.linear(10 * x).detach().numpy()
+    logits = head.logits(x).detach().numpy()
     hair = [f for f in FACTS if f[0] == "hair" and f not in HELD_OUT]
     columns = [FACTS.index(f) for f in hair], [FACTS.index(("smile", a)) for a in ("yes", "no")]
     wanted = -log_softmax(logits[0, columns[0]])[hair.index(("hair", "blue"))]
@@ -131,19 +132,22 @@ def test_every_caption_is_true_of_its_picture_and_says_what_it_claims(training):
         assert claims_of(text) == {FACTS[k] for k in claims.nonzero()[:, 0]}, text
 
 
-def test_a_smeared_part_is_unknown_and_a_new_coat_is_its_colour(training):
-    true, known = training.renders.facts(torch.arange(2), torch.arange(2))
-    hidden, painted = torch.zeros(2, 8, dtype=torch.bool), torch.zeros(2, 8, dtype=torch.bool)
-    hidden[0, PARTS.index("lipstick")] = hidden[1, PARTS.index("skin")] = True
-    painted[1, PARTS.index("skin")] = True
-    paint = torch.tensor([0, augment.PAINTS.index(("skin", "green"))])
-    left, sure = training.renders.smeared_facts(true, known, hidden, painted, paint)
+def test_a_smeared_part_is_unknown_and_a_new_coat_is_its_colour_unless_it_is_thin(training):
+    true, known = training.renders.facts(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 1]))
+    hidden, painted, tinted = torch.zeros(3, 3, 8, dtype=torch.bool)
+    hidden[0, PARTS.index("lipstick")] = hidden[1:, PARTS.index("skin")] = True
+    painted[1, PARTS.index("skin")] = tinted[2, PARTS.index("skin")] = True
+    green = augment.PAINTS.index(("skin", "green"))
+    done = augment.Smears(None, hidden, painted, tinted, torch.tensor([0, green, green]))
+    left, sure = training.renders.smeared_facts(true, known, done)
     lips = torch.tensor([fact[0] == "lipstick" for fact in FACTS])
     skin = torch.tensor([fact[0] == "skin" for fact in FACTS])
     assert not left[0, lips].any() and not sure[0, lips].any()
     assert (left[0, ~lips] == true[0, ~lips]).all() and (sure[0, ~lips] == known[0, ~lips]).all()
     assert sure[1, skin].all() and [FACTS[k] for k in (left[1] & skin).nonzero()[:, 0]] == [("skin", "green")]
     assert (left[1, ~skin] == true[1, ~skin]).all()
+    assert not (left[2] & skin).any()
+    assert [FACTS[k] for k in (sure[2] & skin).nonzero()[:, 0]] == [("skin", "green")]
 
 
 def test_smears_hide_what_they_cover_and_halos_leave_small_parts_alone():
@@ -159,6 +163,11 @@ def test_smears_hide_what_they_cover_and_halos_leave_small_parts_alone():
     moved_by = (parts * change).sum((2, 3)) / parts.sum((2, 3)).clamp_min(1)
     assert (moved_by[~done.hidden & ~done.painted] < 6 * augment.HIDDEN).all()
     assert done.painted.any() and done.hidden.any() and (done.painted <= done.hidden).all()
+    assert done.tinted.any() and not (done.tinted & done.painted).any()
+    for face, part in done.tinted.nonzero().tolist():
+        seen = (done.images[face] * parts[face, part]).sum((1, 2)) / parts[face, part].sum()
+        wanted = torch.tensor(colours(PARTS[part])[augment.PAINTS[done.paint[face]][1]]) / 127.5 - 1
+        assert (seen - wanted).norm() > augment.TINTED - 0.25
     for face, part in done.painted.nonzero().tolist():
         name, colour = augment.PAINTS[done.paint[face]]
         assert name == PARTS[part] and (name, colour) not in HELD_OUT
@@ -228,6 +237,26 @@ def test_codes_are_moved_a_little_and_wildly_and_in_one_layer_or_all(networks):
     assert torch.equal(codes, moved.random_moves(networks[0], 200, generator_of(0))[1])
 
 
+def test_aimed_codes_come_nearer_to_a_colour_on_their_way(networks):
+    codes = moved.aimed_moves(*networks, 10, generator_of(0))
+    assert codes.shape == (10, networks[0].num_ws, 8) and not codes.requires_grad
+    assert torch.equal(codes, moved.aimed_moves(*networks, 10, generator_of(0)))
+    moves = codes - codes[:, :1]
+    assert moves[:, COLOURING:].abs().amax((1, 2)).gt(0).all()  # the layers that colour moved, each in its way
+
+
+def test_similar_colours_have_similar_codes_whatever_part_they_are_of():
+    codes = clip.colour_codes()
+    names = [(key, value) for key, value in FACTS if key in PARTS]
+    like = codes @ codes.T
+
+    def alike(one, other):
+        return float(like[names.index(one), names.index(other)])
+
+    assert alike(("lipstick", "orange"), ("eyes", "orange")) > 0.95
+    assert alike(("eyes", "orange"), ("eyes", "yellow")) > alike(("eyes", "orange"), ("eyes", "blue"))
+
+
 def test_training_on_moved_samples_resumes_and_leaves_the_callers_random_state(folder, monkeypatch):
     before = torch.get_rng_state()
     whole = clip.train(TINY, folder / "whole", folder=folder)
@@ -260,6 +289,7 @@ def test_a_step_mixes_no_devices(networks, monkeypatch):
     real = torch.Generator
     monkeypatch.setattr(Tensor, "backward", lambda self: None)
     monkeypatch.setattr(torch.nn.Module, "_apply", replace_tensors)
+    monkeypatch.setattr(moved, "aimed_moves", lambda g, _, n, random: moved.random_moves(g, n, random)[1])
     readout = SimpleNamespace(measure=lambda images: Measured(images.device.type == "cuda"))
     monkeypatch.setattr(torch, "Generator", lambda device="cpu": real())  # one of a GPU needs a driver
     with PretendedDevice(), using("frozen"):  # Triton needs a real GPU

@@ -26,6 +26,8 @@ SMALL = ("eyebrows", "eyes", "lipstick", "beard", "glasses")
 """Parts that a halo leaves as they are."""
 HIDDEN, PAINTED = 0.12, 0.9
 """How much of a part must be covered until its colour is unknown, and until it has the new one."""
+TINTED = 0.7
+"""A coat whose colour is still farther than this away, in RGB in [-1, 1], is surely not of the new colour."""
 
 
 def uniform(generator: torch.Generator, device: torch.device, *shape: int) -> Tensor:
@@ -49,6 +51,7 @@ class Smears:
     images: Tensor
     hidden: Tensor  # bool [N, P]: is the part's colour no longer known?
     painted: Tensor  # bool [N, P]: has it got a new colour, that of number ``paint``?
+    tinted: Tensor  # bool [N, P]: has it got only a tint of it, and surely not that colour?
     paint: Tensor  # int64 [N], into PAINTS
 
 
@@ -57,7 +60,7 @@ class Smear:
 
     A halo: around a part but not on small ones. If CLIP took purple lids for purple eyebrows, edits would
     paint the lids. A spill: on another part, the background or a neighbourhood, more or less opaque. A leak:
-    a part's own colour, on all around it. A new coat: a named colour of the part, on the part.
+    a part's own colour, on all around it. A new coat: a named colour of the part, on the part, sometimes thin.
 
     device: of the pictures. Its tables are made once: a GPU would have to wait for them at every call.
     """
@@ -114,7 +117,9 @@ class Smear:
         covered = (parts * alpha).sum((2, 3)) / parts.sum((2, 3)).clamp_min(1e-6)
         chosen = torch.arange(len(PARTS), device=device) == part[:, None]
         painted = chosen & coat.flatten(1) & (strength.flatten(1) > PAINTED) & (covered > 0.75)
-        return Smears(torch.lerp(images, colour, alpha), covered > HIDDEN, painted, paint)
+        far = (1 - covered) * (own - colour).flatten(1).norm(dim=1, keepdim=True)
+        tinted = chosen & coat.flatten(1) & ~painted & (covered > 0) & (far > TINTED)
+        return Smears(torch.lerp(images, colour, alpha), covered > HIDDEN, painted, tinted, paint)
 
 
 def degrade(images: Tensor, generator: torch.Generator) -> Tensor:

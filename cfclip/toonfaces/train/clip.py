@@ -24,7 +24,7 @@ from cfclip.method.config import DTYPES
 from cfclip.method.loop import resolve_dtype
 from cfclip.models.clip import ClipGuide, autocast
 from cfclip.models.stylegan2 import Generator
-from cfclip.settings import LARGEST_BATCH, Settings, int_at_least, number, one_of, seed_number, setting
+from cfclip.settings import LARGEST_BATCH, Settings, flag, int_at_least, number, one_of, seed_number, setting
 from cfclip.toonfaces.captions import (
     COLOUR_NAMES,
     FACTS,
@@ -40,10 +40,10 @@ from cfclip.toonfaces.captions import (
 )
 from cfclip.toonfaces.clip import MODELS, build
 from cfclip.toonfaces.domain import load_network
-from cfclip.toonfaces.factors import HAIR_STYLES, HELD_OUT, NATURAL, PARTS, Face, colours, sample_face
+from cfclip.toonfaces.factors import HAIR_STYLES, HELD_OUT, NATURAL, PARTS, Face, colours, sample_face, to_lab
 from cfclip.toonfaces.readout import Readout
 from cfclip.toonfaces.render import render_image
-from cfclip.toonfaces.train.augment import PAINTS, Smear, degrade, random_warp
+from cfclip.toonfaces.train.augment import PAINTS, Smear, Smears, degrade, random_warp
 from cfclip.toonfaces.train.moved import moved_samples
 from cfclip.toonfaces.train.pool import Pool, part_masks, picture
 from cfclip.toonfaces.train.run import run_training, seeded
@@ -69,6 +69,7 @@ class CLIPConfig(Settings):
     unknown_words: float = setting(0.02, number(0, 1))  # share of words that are hidden
     fact_weight: float = setting(1.0, number())  # of the auxiliary loss, see FactHead
     mention_weight: float = setting(1.0, number())  # of the auxiliary loss, see MentionHead
+    composed: bool = setting(True, flag)  # does FactHead read similar colours alike in all parts?
     ema: float = setting(0.999, number(0, 1))  # decay of the averaged weights per step, which are the result
     seed: int = setting(0, seed_number)
     dtype: str = setting("auto", one_of(DTYPES))  # autocast of the image and text towers
@@ -113,6 +114,19 @@ def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, true: Tensor, f
     return (one_way(1) + one_way(0)) / 2
 
 
+def colour_codes(width: float = 25.0) -> Tensor:
+    """What the colour facts of FACTS have in common [C, K]: how near each is to the K colours with a name.
+
+    width: of a Gaussian, in CIELAB. Similar colours have similar codes, whatever part they are of.
+    """
+    rgb = [colours(key)[value] for key, value in FACTS if key in PARTS]
+    lab = torch.from_numpy(to_lab(np.array(rgb, np.float64))).float()
+    names = [value for key, value in FACTS if key in PARTS]
+    centres = torch.stack([lab[names.index(name)] for name in COLOUR_NAMES])
+    codes = torch.exp(-0.5 * (torch.cdist(lab, centres) / width).square())
+    return codes / codes.norm(dim=1, keepdim=True)
+
+
 class FactHead(nn.Module):
     """Predicts facts from unit embeddings of images and texts with one linear layer; used in training only.
 
@@ -121,9 +135,16 @@ class FactHead(nn.Module):
     the cross-entropy of those groups of which one is known to be true, or is claimed.
     """
 
-    def __init__(self, embed_dim: int):
+    def __init__(self, embed_dim: int, composed: bool = True):
         super().__init__()
+        self.composed = composed
         self.linear = nn.Linear(embed_dim, len(FACTS))
+        codes = colour_codes()  # [C, K] of all colours of all parts
+        self.of_colours = nn.Linear(embed_dim, len(PARTS) * codes.shape[1], bias=False)
+        self.register_buffer("codes", codes, persistent=False)
+        owners = torch.tensor([PARTS.index(key) if key in PARTS else -1 for key, _ in FACTS])
+        self.register_buffer("coloured", (owners >= 0).nonzero()[:, 0], persistent=False)
+        self.register_buffer("owners", owners[owners >= 0], persistent=False)
         # without the held-out pairs: the head would learn that a class that never occurs is impossible
         groups = [
             [FACTS.index((key, value)) for value in values if (key, value) not in HELD_OUT]
@@ -133,9 +154,18 @@ class FactHead(nn.Module):
         padded = [group + [len(FACTS)] * (most - len(group)) for group in groups]
         self.register_buffer("groups", torch.tensor(padded), persistent=False)  # [13, K]
 
+    def logits(self, embedding: Tensor) -> Tensor:
+        """Of each fact [N, F]."""
+        logits = self.linear(embedding * 10)
+        if self.composed:
+            found = self.of_colours(embedding * 10).unflatten(1, (len(PARTS), -1))  # [N, 8, K]
+            named = torch.einsum("nck,ck->nc", found[:, self.owners], self.codes)
+            logits = logits.index_copy(1, self.coloured, named)
+        return logits
+
     def forward(self, embedding: Tensor, facts: Tensor) -> Tensor:
         """Mean loss over groups. embedding [N, D]; facts: bool [N, F], true and known, or claimed."""
-        logits = F.pad(self.linear(embedding * 10), (0, 1), value=-1e4)[:, self.groups]  # [N, 13, K]
+        logits = F.pad(self.logits(embedding), (0, 1), value=-1e4)[:, self.groups]  # [N, 13, K]
         target = F.pad(facts, (0, 1))[:, self.groups].float()
         each = -(logits.log_softmax(2) * target).sum(2)
         count = target.sum((0, 2))
@@ -259,14 +289,19 @@ class Renders:
         covered = self.pool.covered(shapes)
         images = picture(covered, self.pool.palettes[paints])
         done = self.smear(images, part_masks(covered), self.smeared, generator)
-        return done.images, *self.smeared_facts(true, known, done.hidden, done.painted, done.paint)
+        return done.images, *self.smeared_facts(true, known, done)
 
-    def smeared_facts(self, true, known, hidden, painted, paint) -> tuple[Tensor, Tensor]:
-        """The facts that are left where parts ``hidden`` [N, 8] have no known colour, or a new coat."""
-        unsure = ((hidden & ~painted).float() @ self.with_flag.float()) > 0
-        coated = (painted.float() @ self.of_part.float()) > 0
-        new = (self.paints[paint][:, None] == self.every) & coated
-        return (true & ~unsure & ~coated) | new, (known & ~unsure) | coated
+    def smeared_facts(self, true: Tensor, known: Tensor, done: Smears) -> tuple[Tensor, Tensor]:
+        """The facts that are left where parts have no known colour, or a new coat.
+
+        Of a thin coat only that it is not the new colour: if a tint of purple went unjudged, edits would stop
+        at a tint.
+        """
+        unsure = ((done.hidden & ~done.painted).float() @ self.with_flag.float()) > 0
+        coated = (done.painted.float() @ self.of_part.float()) > 0
+        new = self.paints[done.paint][:, None] == self.every
+        denied = new & ((done.tinted.float() @ self.of_part.float()) > 0)
+        return (true & ~unsure & ~coated) | (new & coated), (known & ~unsure) | coated | denied
 
 
 class Moved:
@@ -314,7 +349,8 @@ class CLIPTraining:
         with seeded(config.seed):
             model = build(config.model)
             self.normalise = ClipGuide(build(config.model)).to(device).preprocess
-            heads = [head(model.text_projection.shape[1]) for head in (FactHead, MentionHead)]
+            width = model.text_projection.shape[1]
+            heads = [FactHead(width, config.composed), MentionHead(width)]
         self.model = model.train().to(device, memory_format=torch.channels_last)
         self.facts, self.mentions = (head.to(device) for head in heads)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)

@@ -1,4 +1,8 @@
-"""Pictures that the generator makes of randomly moved codes, and what the readout is sure of in them."""
+"""Pictures that the generator makes of moved codes, and what the readout is sure of in them.
+
+Half of the codes are moved at random. As that seldom makes a colour that the generator never saw, the others are
+moved by an optimiser that paints a part: what CF-CLIP's own optimiser will show to CLIP, clean or not.
+"""
 
 import numpy as np
 import torch
@@ -8,7 +12,8 @@ from cfclip.models.stylegan2 import Generator
 from cfclip.toonfaces.captions import FACTS
 from cfclip.toonfaces.domain import COLOURING
 from cfclip.toonfaces.factors import HAIR_STYLES, HELD_OUT, PARTS, colours
-from cfclip.toonfaces.readout import Measurement, Readout
+from cfclip.toonfaces.readout import VISIBLE, Measurement, Readout
+from cfclip.toonfaces.render import MASKS
 
 NEAR, APART = 20.0, 8.0
 """A colour is clear if its name is no farther than the first, and the next by the second farther (CIELAB)."""
@@ -40,6 +45,50 @@ def random_moves(generator: Generator, n: int, random: torch.Generator) -> tuple
     one = layer == (layers * draw(n, 1, 1)).long()
     where = torch.where(kind < 0.4, layer >= 0, torch.where(kind < 0.8, layer >= COLOURING, one))
     return w.expand(-1, layers, -1), w + where * scale * direction
+
+
+AIMED_STEPS, TAKEN = 24, 4
+"""Steps of the optimiser of :func:`aimed_moves`, and how many codes are taken on its way."""
+
+
+@torch.enable_grad()
+def aimed_moves(generator: Generator, readout: Readout, n: int, random: torch.Generator) -> Tensor:
+    """W+ codes [n, L, D]: samples at psi = 1, each on its way to a named colour of one part; TAKEN of each way.
+
+    Adam on the squared distance of the part's pixels from the colour, and of all others from the source times a
+    random weight from 0 (they change as they like) to 4; in the layers from COLOURING on, or in all.
+    """
+    device, layers, wanted = generator.w_avg.device, generator.num_ws, n
+    n = -(-wanted // TAKEN)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=random, device=device)
+
+    w = generator.map_one(torch.randn(n, generator.z_dim, generator=random, device=device))[:, None]
+    spread = generator.map_one(torch.randn(1000, generator.z_dim, generator=random, device=device)).std(0)
+    w = w.expand(-1, layers, -1)
+    with torch.no_grad():
+        source = generator.synthesis(w).clamp(-1, 1)
+        masks = readout(source)[0].softmax(1)
+    parts = masks[:, [MASKS.index(part) for part in PARTS]]
+    there = parts.sum((2, 3)) > VISIBLE
+    part = torch.where(there, draw(n, len(PARTS)), -1.0).argmax(1)
+    mask = parts[torch.arange(n, device=device), part][:, None]  # [n, 1, R, R]
+    rgb = torch.stack([torch.tensor(list(colours(one).values())[:12]) for one in PARTS]).to(device)
+    colour = rgb[part, (draw(n) * 12).long().clamp_max(11)][:, :, None, None] / 127.5 - 1
+    keep = 4 * draw(n, 1, 1, 1)
+    free = (torch.arange(layers, device=device)[None, :, None] >= COLOURING) | (draw(n, 1, 1) < 0.2)
+    moved = torch.zeros_like(w, requires_grad=True)
+    optimizer, way = torch.optim.Adam([moved], lr=0.12), []
+    for _ in range(AIMED_STEPS):
+        images = generator.synthesis(w + free * spread * moved)
+        painted = ((images - colour).square() * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)).clamp_min(1)
+        others = ((images - source).square() * (1 - mask) * keep).mean((1, 2, 3))
+        (moved.grad,) = torch.autograd.grad((painted + others).sum(), moved)
+        optimizer.step()
+        way.append((w + free * spread * moved).detach())
+    taken = draw(AIMED_STEPS, n).argsort(0)[:TAKEN]
+    return torch.stack(way)[taken, torch.arange(n, device=device)].flatten(0, 1)[:wanted]
 
 
 def sure_facts(measured: Measurement, held_out: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -86,11 +135,15 @@ def sure_facts(measured: Measurement, held_out: bool = False) -> tuple[np.ndarra
 def moved_samples(
     generator: Generator, readout: Readout, n: int, seed: int, held_out: bool = False, batch: int = 256
 ) -> tuple[Tensor, np.ndarray, np.ndarray]:
-    """``n`` pictures, uint8 [n, 3, R, R] on the generator's device, and their :func:`sure_facts`."""
+    """``n`` pictures, uint8 [n, 3, R, R] on the generator's device, and their :func:`sure_facts`.
+
+    The first half is of :func:`random_moves`, the second of :func:`aimed_moves`.
+    """
     random = torch.Generator(generator.w_avg.device).manual_seed(seed)
-    _, codes = random_moves(generator, n, random)
+    codes = list(random_moves(generator, n - n // 2, random)[1].split(batch))
+    sizes = [min(batch, n // 2 - k) for k in range(0, n // 2, batch)]
     pictures, facts = [], []
-    for w in codes.split(batch):
+    for w in [*codes, *(aimed_moves(generator, readout, size, random) for size in sizes)]:
         images = generator.synthesis(w).clamp(-1, 1)
         facts.append(sure_facts(readout.measure(images), held_out))
         pictures.append(images.mul(127.5).add(127.5).round().to(torch.uint8))
