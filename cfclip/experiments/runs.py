@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -135,6 +136,21 @@ def run_notebook(
     return path
 
 
+def run_cells(notebook: Path, parameters: Mapping[str, Any]) -> None:
+    """The code cells of ``notebook`` in this process: no kernel that starts, and no executed copy.
+
+    A kernel that starts and imports torch takes longer than a small run that is measured on a GPU.
+    ``display`` shows nothing.
+    """
+    names: dict[str, Any] = {"__name__": "__main__", "display": lambda *shown: None}
+    for number, (source, tags) in enumerate(code_of(notebook)):
+        exec(compile(source, f"{notebook.name}, code cell {number}", "exec"), names)
+        if "parameters" in tags:
+            names |= parameters
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
+
+
 def status(folder: Path) -> str:
     """What run.json in ``folder`` says: finished or failed; "" without one, or if it is damaged."""
     return _record(folder).get("status", "")
@@ -167,8 +183,8 @@ def write_record(run: Run, folder: Path, status: str, error: str = "", seconds: 
     return Outcome(status, error)
 
 
-def execute(run: Run, out: str, reports: str, patient: bool = False) -> Outcome:
-    """Execute ``run`` in its folder unless it is finished there.
+def execute(run: Run, out: str, reports: str, patient: bool = False, kernel: bool = True) -> Outcome:
+    """Execute ``run`` in its folder unless it is finished there; without ``kernel`` see :func:`run_cells`.
 
     If another sweep of the same folder is executing it, the outcome is "busy". With ``patient`` that sweep is
     waited for, and the run is taken over if it dies.
@@ -176,12 +192,12 @@ def execute(run: Run, out: str, reports: str, patient: bool = False) -> Outcome:
     folder = Path(out) / run.id
     try:
         with locked(folder, "run", wait=patient):
-            return _execute(run, folder, reports)
+            return _execute(run, folder, reports, kernel)
     except FolderInUse:
         return Outcome("busy", "another sweep is doing it")
 
 
-def _execute(run: Run, folder: Path, reports: str) -> Outcome:
+def _execute(run: Run, folder: Path, reports: str, kernel: bool) -> Outcome:
     if run.gathers is None and is_finished(run, folder):
         return Outcome("finished")
     start = time.perf_counter()
@@ -196,7 +212,10 @@ def _execute(run: Run, folder: Path, reports: str) -> Outcome:
             values |= {"runs": str(folder / "runs"), "reports": reports}
         defaults = parameters_of(run.notebook).items()
         changed = {name: values[name] for name, value in defaults if values.get(name, value) != value}
-        run_notebook(run.notebook, folder, changed)
+        if kernel or run.gathers is not None:
+            run_notebook(run.notebook, folder, changed)
+        else:
+            run_cells(run.notebook, changed)
     except Exception as error:
         if str(error).startswith("Kernel died"):  # e.g. out of memory; papermill has no class for all cases
             return Outcome("lost", "its kernel died")

@@ -241,8 +241,8 @@ def test_aimed_codes_come_nearer_to_a_colour_on_their_way(networks):
     codes = moved.aimed_moves(*networks, 10, generator_of(0))
     assert codes.shape == (10, networks[0].num_ws, 8) and not codes.requires_grad
     assert torch.equal(codes, moved.aimed_moves(*networks, 10, generator_of(0)))
-    moves = codes - codes[:, :1]
-    assert moves[:, COLOURING:].abs().amax((1, 2)).gt(0).all()  # the layers that colour moved, each in its way
+    apart = (codes - codes[:, :1]).abs().amax((0, 2))
+    assert (apart[COLOURING:] > 0).all()  # the layers that colour moved, each in its way
 
 
 def test_similar_colours_have_similar_codes_whatever_part_they_are_of():

@@ -60,7 +60,7 @@ class Smear:
 
     A halo: around a part but not on small ones. If CLIP took purple lids for purple eyebrows, edits would
     paint the lids. A spill: on another part, the background or a neighbourhood, more or less opaque. A leak:
-    a part's own colour, on all around it. A new coat: a named colour of the part, on the part, sometimes thin.
+    a part's own colour, on all around it. A new coat: a named colour of the part, on the part, at times thin.
 
     device: of the pictures. Its tables are made once: a GPU would have to wait for them at every call.
     """

@@ -1,7 +1,7 @@
 """Pictures that the generator makes of moved codes, and what the readout is sure of in them.
 
-Half of the codes are moved at random. As that seldom makes a colour that the generator never saw, the others are
-moved by an optimiser that paints a part: what CF-CLIP's own optimiser will show to CLIP, clean or not.
+Half of the codes are moved at random. As that seldom makes a colour that the generator never saw, the others
+are moved by an optimiser that paints a part: what CF-CLIP's own optimiser will show to CLIP, clean or not.
 """
 
 import numpy as np
@@ -53,10 +53,10 @@ AIMED_STEPS, TAKEN = 24, 4
 
 @torch.enable_grad()
 def aimed_moves(generator: Generator, readout: Readout, n: int, random: torch.Generator) -> Tensor:
-    """W+ codes [n, L, D]: samples at psi = 1, each on its way to a named colour of one part; TAKEN of each way.
+    """W+ codes [n, L, D]: samples at psi = 1 on their way to a named colour of one part; TAKEN of each way.
 
-    Adam on the squared distance of the part's pixels from the colour, and of all others from the source times a
-    random weight from 0 (they change as they like) to 4; in the layers from COLOURING on, or in all.
+    Adam on the squared distance of the part's pixels from the colour, and of all others from the source times
+    a random weight from 0 (they change as they like) to 4; in the layers from COLOURING on, or in all.
     """
     device, layers, wanted = generator.w_avg.device, generator.num_ws, n
     n = -(-wanted // TAKEN)
