@@ -5,7 +5,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,11 @@ class Spec:
     then: tuple[Mapping[str, Any], ...] = ()  # notebooks that gather, one after the other
     preset: Mapping[str, Any] = field(default_factory=dict)  # each notebook takes those that it has …
     parameters: Mapping[str, Any] = field(default_factory=dict)  # … and of these, which win
+    only: Mapping[str, Sequence[str]] = field(default_factory=dict)  # the runs with one of these values
+
+    def keeps(self, parameters: Mapping[str, Any]) -> bool:
+        """Whether a run with these parameters is one of those that ``only`` asks for."""
+        return all(str(parameters.get(name)) in values for name, values in self.only.items())
 
 
 def load_spec(path: str | os.PathLike, quick: bool = False) -> Spec:

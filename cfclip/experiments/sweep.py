@@ -104,7 +104,9 @@ def plan(spec: Spec, out: str | os.PathLike = "reports/runs") -> tuple[list[Run]
     if sum(map(points, spec.grid)) > MAX_RUNS:
         raise ValueError(f"the grid of {spec.name} has more than {MAX_RUNS:,} runs")
     each = (one for block in spec.grid for one in itertools.starmap(run, cells(block)))
-    grid = {one.id: one for one in each}  # the same content is the same run
+    grid = {one.id: one for one in each if spec.keeps(one.parameters)}  # the same content is the same run
+    if not grid:
+        raise ValueError(f"no run of {spec.name} has {' and '.join(map(str, spec.only.items()))}")
     then = [run(block, f"{spec.name}-{Path(block['notebook']).stem}", tuple(grid)) for block in spec.then]
     if unused := [name for name in spec.parameters if name not in used]:
         raise ValueError(f"no notebook of {spec.name} has a parameter {', '.join(map(repr, unused))}")
