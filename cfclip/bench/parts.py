@@ -344,7 +344,7 @@ class Phases:
         networks, identity = run.networks, run.domain.identity
         synthesise = self._watched(networks.synthesise)
         networks.synthesise = self._around(synthesise, "mapper", "generator, forward")
-        networks.clip = self._around(networks.clip, "generator, forward", "views and CLIP, forward")
+        networks.encode = self._around(networks.encode, "generator, forward", "views and CLIP, forward")
         run.losses = self._around(run.losses, "mapper", "losses")
         run.optimizer.step = self._around(run.optimizer.step, "generator and mapper, backward", "optimiser")
         identity.register_forward_pre_hook(lambda *_: self.mark("losses"))
