@@ -7,7 +7,7 @@ CLIP's embedding width. Several guides' unit vectors lie side by side in one of 
 import copy
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -34,6 +34,7 @@ from cfclip.models.mapper import (
     text_width,
 )
 
+Networks = Callable[[str, int], FrozenNetworks]
 SILENCE = 3.0
 """Weight of the squared moves of layers that a prompt should leave alone."""
 OPTIMIZERS = {
@@ -77,11 +78,11 @@ class Edit(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What the frozen networks make of edited pictures and of their sources; None where no loss asks."""
+    """What the frozen networks make of edited pictures and of their sources; empty where no loss asks."""
 
     views: Tensor  # unit CLIP features [V, B, E]
-    identity: tuple[Tensor, Tensor] | None = None  # unit features of both [B, I]
-    perceptual: tuple[Tensor, Tensor] | None = None  # features of both [B, C, H, W]
+    identity: tuple[Tensor, ...] = ()  # unit features of both [B, I]
+    perceptual: tuple[Tensor, ...] = ()  # features of both [B, C, H, W]
 
 
 class Unit(Protocol):
@@ -124,7 +125,7 @@ def losses_together(units: Sequence[Unit], batches: Sequence[Batch]) -> list[dic
             source = judge(networks.synthesise(joined([edits[k].w for k in asked]))).split(parts)
         perceptual = dict(zip(asked, zip(found, source, strict=True), strict=True))
     return [
-        unit.terms(batch, edit, Seen(views[k], identity.get(k), perceptual.get(k)))
+        unit.terms(batch, edit, Seen(views[k], identity.get(k, ()), perceptual.get(k, ())))
         for k, (unit, batch, edit) in enumerate(zip(units, batches, edits, strict=True))
     ]
 
@@ -144,8 +145,8 @@ class MapperTrainer:
 
     Whatever stays the same is computed once: the text features, and each latent's CLIP and identity features.
     ``config`` is a :class:`CFCLIPConfig` or a :class:`MultiPromptConfig` of P prompts. The mapper begins with
-    the weights of ``start``, else with random ones. Trainings may share their ``networks``. Raises ValueError
-    for a ``start`` of other settings.
+    the weights of ``start``, else with random ones. ``networks``: (dtype, guides) -> the frozen ones, which
+    trainings may share. Raises ValueError for a ``start`` of other settings.
     """
 
     def __init__(
@@ -153,7 +154,7 @@ class MapperTrainer:
         domain: Domain,
         config: TrainingConfig,
         start: Mapper | None = None,
-        networks: FrozenNetworks | None = None,
+        networks: Networks | None = None,
     ):
         self.domain, self.config, c = domain, config, config
         check_networks(domain, c)
@@ -171,7 +172,7 @@ class MapperTrainer:
         self.free = self._free_layers() if c.shapes else None
         self.text_feature = self.mapper.read(domain.clip, [c.forms[0].format(prompt) for prompt in c.prompts])
         self.optimizer = OPTIMIZERS[c.optimizer](self.mapper.parameters(), lr=c.lr)
-        self.networks = networks or FrozenNetworks(domain, c.dtype, c.guides)
+        self.networks = (networks or partial(FrozenNetworks, domain))(c.dtype, c.guides)
         self.sources = self.networks.sources(c.train_latents, c.seed)
         self.w, self.source_clip, self.source_id = self.sources
 
@@ -242,8 +243,12 @@ class MapperTrainer:
         views: unit CLIP features of the edited pictures [V * B, E]; source: of the sources [B, E]; first: of
             the first source of the whole batch that is edited by this prompt [1, E].
         """
+        return Features(views, source, *self.texts(prompt), first)
+
+    def texts(self, prompt: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Unit features: of the plain prompt [1, E], of it and of the source under the templates [T, E]."""
         plain = torch.cat([F.normalize(text[prompt, None], dim=-1) for text in self.prompt_text], -1)
-        return Features(views, source, plain, self.target_text[prompt], self.source_text, first)
+        return plain, self.target_text[prompt], self.source_text
 
     def pull(self, features: Features) -> Tensor:
         """The objective: the mean over guides, by their weights."""
@@ -323,8 +328,12 @@ class MapperTrainer:
             share = len(rows) / c.batch
             (share * terms["loss"]).backward()
             logs.update({name: share * value for name, value in numbers(terms).items()})
-        self.optimizer.step()
+        self.descend()
         return dict(logs)
+
+    def descend(self) -> None:
+        """The optimiser's step."""
+        self.optimizer.step()
 
 
 def numbers(terms: Mapping[str, Tensor]) -> dict[str, float | Tensor]:
@@ -367,7 +376,7 @@ def mapper_loop(
     method: str = "cfclip",
     start: Mapper | None = None,
     trainer: type[MapperTrainer] = MapperTrainer,
-    networks: FrozenNetworks | None = None,
+    networks: Networks | None = None,
     **loop: Any,
 ) -> Loop:
     """:func:`train_mapper` as a generator: it yields its trainer, and then each step that it asks for."""

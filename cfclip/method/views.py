@@ -9,6 +9,8 @@ from torch import Tensor
 
 WARPED_AT_ONCE = 2**23
 """Numbers of warped pictures that are made at a time: all eight views of small ones, of 1024² one by one."""
+FAR = torch.tensor([[0, 0], [1, 0], [1, 1], [0, 1]])
+"""Of the four corners, clockwise from the top left: is x, is y at the far end?"""
 
 
 def perspective_views(
@@ -44,39 +46,45 @@ def each_view(images: Tensor, perspectives: Tensor) -> Iterator[Tensor]:
 def draw_perspectives(
     num_views: int, height: int, width: int, distortion: float = 0.5, generator: torch.Generator | None = None
 ) -> Tensor:
-    """The coefficients [num_views, 8] of random perspectives, see :func:`perspective_grids`.
+    """Random perspectives [num_views, 8], of :func:`draw_corners`; see :func:`perspective_grids`."""
+    return perspective_coefficients(
+        draw_corners(num_views, height, width, distortion, generator), height, width
+    )
+
+
+def draw_corners(
+    num_views: int, height: int, width: int, distortion: float = 0.5, generator: torch.Generator | None = None
+) -> Tensor:
+    """Where the four corners move to, in pixels (x, y), clockwise from the top left: [num_views, 4, 2].
 
     Args:
         distortion: how far a corner may move, as a share of half the side.
         generator: random numbers (CPU), drawn exactly as torchvision's ``RandomPerspective(distortion, p=1)``
             does. Default: torch's global ones.
     """
-    if not num_views:
-        return torch.zeros(0, 8)
-    reach = torch.tensor([int(distortion * (width // 2)), int(distortion * (height // 2))])
-    # torchvision draws one number to compare with p, then x and y of each corner below reach + 1. A number
-    # below a multiple of both, and then the rest, are the same numbers, of one call
+    reach = torch.tensor([int(distortion * (side // 2)) for side in (width, height)])
+    # torchvision draws one number to compare with p, then x and y of each corner, below reach + 1. A number
+    # below a multiple of both has the same remainders as these, and all are one call
     several = math.lcm(*(reach + 1).tolist())
     drawn = torch.randint(several, (num_views, 9), generator=generator)[:, 1:].unflatten(1, (4, 2))
-    right_or_below = torch.tensor([[0, 0], [1, 0], [1, 1], [0, 1]])
-    start = right_or_below * torch.tensor([width - 1, height - 1])  # clockwise from the top left
-    end = drawn % (reach + 1) + right_or_below * (torch.tensor([width - 1, height - 1]) - reach)
-    return perspective_coefficients(start.expand_as(end), end)
+    return drawn % (reach + 1) + FAR * (torch.tensor([width - 1, height - 1]) - reach)
 
 
-def perspective_coefficients(start: Tensor, end: Tensor) -> Tensor:
-    """a … h of the perspectives that bring the four points ``start`` to ``end``; [V, 4, 2] -> [V, 8].
+def perspective_coefficients(end: Tensor, height: int, width: int) -> Tensor:
+    """a … h of the perspectives that bring a picture's corners to ``end``; [..., 4, 2] -> [..., 8].
 
-    Points (x, y) in pixels, exact in float64; the coefficients are float32.
+    Solved in float64, returned in float32.
     """
-    start, end = start.double(), end.double()
-    moved = torch.cat([end, torch.ones_like(end[..., :1])], -1)  # [V, 4, 3]: x, y, 1
+    end = end.double()
+    start = (FAR * torch.tensor([width - 1, height - 1])).to(end)
+    moved = torch.cat([end, torch.ones_like(end[..., :1])], -1)  # [..., 4, 3]: x, y, 1
     none = torch.zeros_like(moved)
     rows = [
-        torch.cat([*parts, -start[..., axis, None] * end], -1)  # [V, 4, 8]
+        torch.cat([*parts, -start[:, axis, None] * end], -1)  # [..., 4, 8]
         for axis, parts in enumerate(([moved, none], [none, moved]))
     ]
-    return torch.linalg.solve(torch.cat(rows, -2), torch.cat([start[..., 0], start[..., 1]], -1)).float()
+    wanted = start.T.flatten().expand(*end.shape[:-2], 8)
+    return torch.linalg.solve(torch.cat(rows, -2), wanted[..., None])[..., 0].float()
 
 
 def perspective_grids(coefficients: Tensor, height: int, width: int) -> Tensor:
