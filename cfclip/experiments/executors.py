@@ -30,7 +30,8 @@ class LocalExecutor(ThreadPoolExecutor):
     """Spawned processes, each in a pool of its own: one that dies loses only its run, and is replaced."""
 
     def __init__(self, workers: int | None = None):
-        super().__init__(workers or cores())
+        self.workers = workers or cores()
+        super().__init__(self.workers)
         self._thread, self._pools = threading.local(), []
 
     def submit(self, fn, /, *args, **kwargs) -> Future:
@@ -74,8 +75,10 @@ def cluster_executor(scheduler: str) -> Iterator[Executor]:
         ) from None
     with client:
         workers = client.scheduler_info(n_workers=-1)["workers"].values()
-        if not any("run" in worker["resources"] for worker in workers):
+        offered = int(sum(worker["resources"].get("run", 0) for worker in workers))
+        if not offered:
             start = f"dask worker {scheduler} --nthreads 1 --resources run=1"
             logger.warning("no worker offers the resource yet, so runs wait; start one with `%s`", start)
         with client.get_executor(resources={"run": 1}, pure=False) as executor:
+            executor.workers = offered or 1
             yield executor
