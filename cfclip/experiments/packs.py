@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT_EVERY = 50
 """Steps: what is lost when a pack is killed."""
+COMMAND = (sys.executable, "-c", "from cfclip.experiments.packs import main; main()")
+"""The process of a pack."""
 
 
 def _training(p: dict[str, Any], folder: Path) -> list[Job]:
@@ -96,7 +98,7 @@ def train(runs: Sequence[Run], out: str, most: int | None = None) -> Outcome:
         where = {name: runs[0].parameters.get(name) for name in ("domain", "device", "label")}
         given = {"jobs": [asdict(job) for job in jobs], "most": most} | where
         process = subprocess.Popen(
-            [sys.executable, "-m", "cfclip.experiments.packs"],
+            COMMAND,
             env=os.environ | KERNEL_ENVIRONMENT,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
@@ -123,7 +125,8 @@ def main() -> None:
     given = json.loads(sys.stdin.buffer.readline())
 
     def follow() -> None:
-        sys.stdin.buffer.read()
+        while os.read(0, 1024):
+            pass
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
@@ -132,7 +135,3 @@ def main() -> None:
     for job, result in zip(jobs, fit_many(domain, jobs, given["most"], False, CHECKPOINT_EVERY), strict=True):
         if isinstance(result, Exception):  # its notebook will say so
             logger.warning("%s, %s: %s", job.method, job.prompt, result)
-
-
-if __name__ == "__main__":
-    main()
