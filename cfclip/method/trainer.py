@@ -137,7 +137,10 @@ def joined(tensors: Sequence[Tensor]) -> Tensor:
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """``tensor`` on ``device``, without waiting for a GPU."""
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    if device.type == "cpu":
+        return tensor
+    pins = device.type == "cuda" and torch.cuda.is_available()
+    return (tensor.pin_memory() if pins else tensor).to(device, non_blocking=True)
 
 
 class MapperTrainer:
