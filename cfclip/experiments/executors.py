@@ -30,8 +30,8 @@ class LocalExecutor(ThreadPoolExecutor):
     """Spawned processes, each in a pool of its own: one that dies loses only its run, and is replaced."""
 
     def __init__(self, workers: int | None = None):
-        self.workers = workers or cores()
-        super().__init__(self.workers)
+        super().__init__(workers or cores())
+        self.workers = {"cpu": workers or cores(), "cuda": 1}  # they share a GPU, which one pack keeps busy
         self._thread, self._pools = threading.local(), []
 
     def submit(self, fn, /, *args, **kwargs) -> Future:
@@ -80,5 +80,5 @@ def cluster_executor(scheduler: str) -> Iterator[Executor]:
             start = f"dask worker {scheduler} --nthreads 1 --resources run=1"
             logger.warning("no worker offers the resource yet, so runs wait; start one with `%s`", start)
         with client.get_executor(resources={"run": 1}, pure=False) as executor:
-            executor.workers = offered or 1
+            executor.workers = dict.fromkeys(("cpu", "cuda"), offered or 1)
             yield executor

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -62,10 +62,12 @@ def trainings(run: Run, out: Path) -> list[Job]:
     return [job for job, file in zip(found, files, strict=True) if not file.exists()]
 
 
-def packs(runs: Sequence[Run], out: Path, workers: int, most: int | None = None) -> list[list[Run]]:
-    """Runs whose trainings share the frozen networks and are equally long, in packs for ``workers``.
+def packs(
+    runs: Sequence[Run], out: Path, workers: Mapping[str, int], most: int | None = None
+) -> list[list[Run]]:
+    """Runs whose trainings share the frozen networks and are equally long, in packs for the ``workers``.
 
-    ``most``: runs in a pack; default: as many as gain something on the device. A run that would be alone is
+    ``workers``: how many work at a time on "cpu" and on "cuda". ``most``: runs in a pack; default: as many as gain something on the device. A run that would be alone is
     in none.
     """
     groups: dict[tuple, list[Run]] = {}
@@ -76,8 +78,8 @@ def packs(runs: Sequence[Run], out: Path, workers: int, most: int | None = None)
             groups.setdefault((where, jobs[0].shared, steps), []).append(run)
     found = []
     for (where, *_), group in groups.items():
-        limit = most or MOST["cpu" if where[1] == "cpu" else "cuda"]
-        size = min(limit, -(-len(group) // workers))
+        device = "cpu" if where[1] == "cpu" else "cuda"
+        size = min(most or MOST[device], -(-len(group) // workers.get(device, 1)))
         found += [group[i : i + size] for i in range(0, len(group), size)] if size > 1 else []
     return [some for some in found if len(some) > 1]
 

@@ -145,7 +145,7 @@ def sweep(
     runs, then = plan(spec, out)
     missing = [run for run in runs if not is_finished(run, out / run.id)]
     with tqdm(total=len(runs), initial=len(runs) - len(missing), desc="runs", smoothing=0) as bar:
-        together = packs(missing, out, getattr(executor, "workers", 1), pack) if pack != 1 else []
+        together = packs(missing, out, getattr(executor, "workers", {}), pack) if pack != 1 else []
         failed = _drive(missing, out, reports, executor, bar, together, pack)
     waiting = ", and the notebooks of `then` wait for them" if then and failed else ""
     for run in then if not failed else ():

@@ -96,17 +96,19 @@ grid:
   - {notebook: 00_tour}
 """
     runs = planned(tmp_path, text)
-    found = packs.packs(runs, tmp_path, workers=1)
+    found = packs.packs(runs, tmp_path, workers={"cpu": 1})
     assert sorted(map(len, found)) == [2, 2, 2, 8, 8], "of three lengths, two with two guides, no pack of one"
-    assert sorted(map(len, packs.packs(runs, tmp_path, workers=4))) == [4, 4, 4, 4], "a pack for each worker"
+    assert sorted(map(len, packs.packs(runs, tmp_path, workers={"cpu": 4}))) == [4, 4, 4, 4], (
+        "a pack for each worker"
+    )
     in_packs = [run.id for some in found for run in some]
     assert len(set(in_packs)) == len(in_packs)
     assert not any("global" in name or "generator" in name or "tour" in name for name in in_packs)
-    assert packs.packs(runs, tmp_path, workers=100) == [], "every run has a worker of its own"
-    assert max(map(len, packs.packs(runs, tmp_path, workers=1, most=3))) == 3
+    assert packs.packs(runs, tmp_path, workers={"cpu": 100}) == [], "every run has a worker of its own"
+    assert max(map(len, packs.packs(runs, tmp_path, workers={"cpu": 1}, most=3))) == 3
     (tmp_path / runs[0].id).mkdir()
     (tmp_path / runs[0].id / "mapper.safetensors").touch()
-    again = [run.id for some in packs.packs(runs, tmp_path, workers=1) for run in some]
+    again = [run.id for some in packs.packs(runs, tmp_path, workers={"cpu": 1}) for run in some]
     assert runs[0].id in in_packs and runs[0].id not in again, "a finished training"
 
 
