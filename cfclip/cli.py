@@ -163,6 +163,12 @@ def run_sweep(
         str | None,
         typer.Option(help="a dask cluster instead, tcp://…; it must see the same files under the same paths"),
     ] = None,
+    pack: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="how many trainings share a process; default: as many as gain something; 1: none do"
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be done")] = False,
 ) -> None:
     """Run a grid of notebooks, then those that gather it. After a stop the same command does the rest."""
@@ -183,7 +189,7 @@ def run_sweep(
         if scheduler and workers:
             raise ValueError("--workers counts processes on this machine; a cluster has its own workers")
         with cluster_executor(scheduler) if scheduler else LocalExecutor(workers) as executor:
-            runs = sweep(what, out, reports, executor)
+            runs = sweep(what, out, reports, executor, pack)
     typer.echo(f"{len(runs)} runs are finished in {out}")
 
 

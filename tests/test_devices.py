@@ -4,6 +4,8 @@ That device need not exist: its tensors have a shape, dtype and device, but no n
 operator refuses tensors of two devices. Forward passes only: torch's autograd needs a driver.
 """
 
+from functools import cache, partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,8 +20,10 @@ from cfclip.evaluation import metrics
 from cfclip.evaluation.kid import kid_to_renders
 from cfclip.inversion import projector as inversion
 from cfclip.method.config import CFCLIPConfig, MultiPromptConfig
-from cfclip.method.loop import generator_for
+from cfclip.method.loop import Request, generator_for
+from cfclip.method.networks import FrozenNetworks
 from cfclip.method.objectives import CLIPNCE
+from cfclip.method.pack import Pack, Stack
 from cfclip.method.trainer import MapperTrainer
 from cfclip.models.ops import using
 
@@ -117,6 +121,21 @@ def test_a_training_step_runs_on_the_device(config, there):
     run = MapperTrainer(there, config)
     assert set(run.step(0, generator_for(0, 0))) >= {"loss", "l2", "id"}
     assert run.w.device.type == run.source_clip.device.type == "cuda"
+
+
+def test_a_step_of_a_pack_runs_on_the_device(there):
+    """Two trainings in one stack, and one beside it, whose numbers are not looked at."""
+    networks = cache(partial(FrozenNetworks, there))
+    jobs = [("cfclip", "green lipstick"), ("cfclip", "blue hair"), ("styleclip-mapper", "blue hair")]
+    configs = [baselines.configure(method, prompt, **SHORT) for method, prompt in jobs]
+    runs = [MapperTrainer(there, config, networks=networks) for config in configs]
+    pack = Pack()
+    logs = pack.step({run: Request(0, generator_for(0, 0), False) for run in runs})
+    assert [type(unit) for unit in pack.units] == [Stack, MapperTrainer]
+    for run in runs:
+        assert set(logs[run]) >= {"loss", "l2", "id"}
+        assert all(value.device.type == "cuda" for value in logs[run].values())
+    pack.give_back(runs)
 
 
 @pytest.mark.parametrize("method", sorted(set(baselines.METHODS) - {"styleclip-global"}))

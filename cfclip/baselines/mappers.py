@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,8 @@ from cfclip.baselines.editor import Editor
 from cfclip.checkpoints.mappers import load_mapper, save_mapper
 from cfclip.domain import Domain
 from cfclip.method.config import flat
-from cfclip.method.loop import begin_run
-from cfclip.method.trainer import train_mapper
+from cfclip.method.loop import Loop, begin_run, drive
+from cfclip.method.trainer import MapperTrainer, mapper_loop, started
 from cfclip.models.mapper import Mapper
 
 
@@ -20,6 +20,7 @@ class MapperEditor(Editor):
     """``x' = G(w + strength * 0.1 * delta(w, t))``. The mapper has the half floats that its file has."""
 
     KIND = "mapper"
+    TRAINER: ClassVar[type[MapperTrainer]] = MapperTrainer
     module: Mapper
 
     def edit(self, w: Tensor, strength: float = 1.0) -> Tensor:
@@ -38,9 +39,19 @@ class MapperEditor(Editor):
 
     @classmethod
     def fit(cls, method: str, domain: Domain, config: Any, out: Path | None, **loop: Any) -> Editor:
+        return drive(*started(cls.loop(method, domain, config, out, **loop)))
+
+    @classmethod
+    def loop(cls, method: str, domain: Domain, config: Any, out: Path | None, **loop: Any) -> Loop:
+        """:meth:`fit` as a generator, see :func:`.mapper_loop`: it can be one of a pack."""
         config = begin_run(config, domain.device, out, method=method, **domain.described)
-        mapper, rows = train_mapper(domain, config, out, method=method, **loop)
-        return cls(method, domain, config, mapper.half().float(), rows)
+        module, rows = yield from mapper_loop(domain, config, out, method, trainer=cls.TRAINER, **loop)
+        return cls(method, domain, config, cls.kept(module), rows)
+
+    @staticmethod
+    def kept(module: nn.Module) -> nn.Module:
+        """The module as its file has it."""
+        return module.half().float()
 
     @classmethod
     def open(cls, path: Path, domain: Domain) -> nn.Module:

@@ -6,7 +6,7 @@ domain's CLIP, or through several of its guides. And CF-CLIP's objective without
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -92,9 +92,7 @@ def fit(
     run is resumed. Channel statistics are kept beside the folder, for other prompts. Raises ValueError if
     ``out`` holds another run.
     """
-    config = configure(method, prompt, **given)
-    for guide in domain.first_guides(config.guides):
-        guide.tokenize(prompt)  # a prompt that cannot be read fails here, not after minutes
+    config = checked(method, domain, prompt, given)
     out = None if out is None else Path(out)
     loop = {"progress": progress, "callbacks": tuple(callbacks)}
     loop |= {} if checkpoint_every is None else {"checkpoint_every": checkpoint_every}
@@ -102,3 +100,11 @@ def fit(
     if out is not None:
         editor.save(out)
     return editor
+
+
+def checked(method: str, domain: Domain, prompt: str, given: Mapping[str, Any]) -> Settings:
+    """The configuration; a prompt that cannot be read fails here, not after minutes."""
+    config = configure(method, prompt, **given)
+    for guide in domain.first_guides(config.guides):
+        guide.tokenize(prompt)
+    return config

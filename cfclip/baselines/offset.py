@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +10,7 @@ from cfclip.baselines.editor import Editor
 from cfclip.baselines.mappers import MapperEditor
 from cfclip.checkpoints import weights
 from cfclip.domain import Domain
-from cfclip.method.loop import begin_run
-from cfclip.method.trainer import MapperTrainer, train_mapper
+from cfclip.method.trainer import MapperTrainer
 from cfclip.models.clip import ClipGuide
 from cfclip.models.mapper import RESIDUAL_SCALE, level_slices
 
@@ -37,6 +35,8 @@ class Offset(nn.Module):
         """``w' = w + strength * 0.1 * delta``. w: [N, L, D]."""
         return w + (strength * RESIDUAL_SCALE) * self.residual(w)
 
+    forward = edit
+
 
 class OffsetTrainer(MapperTrainer):
     """CF-CLIP's step with an :class:`Offset` in the mapper's place: same losses, same optimiser."""
@@ -57,11 +57,12 @@ class OffsetEditor(MapperEditor):
     module: Offset
     save = Editor.save
 
-    @classmethod
-    def fit(cls, method: str, domain: Domain, config: Any, out: Path | None, **loop: Any) -> Editor:
-        config = begin_run(config, domain.device, out, method=method, **domain.described)
-        offset, rows = train_mapper(domain, config, out, method=method, trainer=OffsetTrainer, **loop)
-        return cls(method, domain, config, offset, rows)
+    TRAINER = OffsetTrainer
+
+    @staticmethod
+    def kept(module: Offset) -> Offset:
+        """Its file has whole floats."""
+        return module
 
     @classmethod
     def open(cls, path: Path, domain: Domain) -> nn.Module:

@@ -12,7 +12,7 @@ from cfclip.baselines.editor import Editor
 from cfclip.domain import Domain, warn_null_edit
 from cfclip.method.config import DTYPES, GuidedConfig
 from cfclip.method.loop import begin_run, learning_rate, run_loop
-from cfclip.method.trainer import FrozenNetworks, check_networks
+from cfclip.method.networks import FrozenNetworks, check_networks
 from cfclip.settings import batch_size, int_at_least, number, one_of, seed_number, setting, text
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity
 
-from cfclip.baselines.methods import fit
+from cfclip.baselines.methods import configure, fit
 from cfclip.bench.measure import Work, dtypes, peak_gb, reset_peak, stats, synchronise, timed, work_of
 from cfclip.bench.networks import random_domain, random_generator
 from cfclip.bench.published import NAMES, PlainGenerator, Published, Wastes
@@ -28,7 +28,9 @@ from cfclip.experiments.spec import Spec, load_preset
 from cfclip.experiments.sweep import plan, sweep
 from cfclip.files import NOTEBOOKS
 from cfclip.method.config import CFCLIPConfig, MultiPromptConfig
-from cfclip.method.loop import Step, generator_for
+from cfclip.method.loop import Request, Step, generator_for
+from cfclip.method.networks import FrozenNetworks
+from cfclip.method.pack import Pack
 from cfclip.method.trainer import MapperTrainer
 from cfclip.models.ops import HALF, folding, name_of, using
 from cfclip.models.stylegan2 import Generator
@@ -269,6 +271,34 @@ def growing_prompts(
         yield row | _repeated(run, repeats=repeats, warm=1)
 
 
+def growing_pack(device: str, values: Sequence[int], dtype: str, repeats: int, tiny: bool) -> Rows:
+    """A step of a pack of so many trainings on toonfaces, with the settings of its preset.
+
+    They have eight prompts, and other seeds. ``tiny``: on tiny random networks.
+    """
+    domain = random_domain(16, True, device) if tiny else load_domain("toonfaces", device)
+    settings = load_preset(NOTEBOOKS / "presets" / "toonfaces.yaml")["settings"]
+    settings |= {"dtype": dtype, "train_latents": 2 * settings["batch"]}
+    prompts, networks = load_domain("toonfaces").truth.prompts[:8], cache(partial(FrozenNetworks, domain))
+    for count in values:
+        reset_peak(device)
+        members = [
+            MapperTrainer(
+                domain, configure("cfclip", prompts[k % 8], **settings, seed=k // 8), networks=networks
+            )
+            for k in range(count)
+        ]
+        pack, steps = Pack(), iter(range(settings["steps"]))
+
+        def take(members: list[MapperTrainer] = members, pack: Pack = pack, steps: Iterator = steps) -> None:
+            i = next(steps)
+            pack.step({run: Request(i, generator_for(k, i), False) for k, run in enumerate(members)})
+
+        measured = stats(timed(take, device, repeats, warm=2))
+        row = {"name": "pack", "value": count, "dtype": dtype, "steps": settings["steps"]}
+        yield row | {"peak_gb": peak_gb(device)} | measured
+
+
 def growing_sweep(device: str, runs: Sequence[int], repeats: int) -> Rows:
     """The overhead of sweeps of so many ``runs``: the plan (``--dry-run``), and a restart after the end."""
     for count in runs:
@@ -344,7 +374,7 @@ class Phases:
         networks, identity = run.networks, run.domain.identity
         synthesise = self._watched(networks.synthesise)
         networks.synthesise = self._around(synthesise, "mapper", "generator, forward")
-        networks.clip = self._around(networks.clip, "generator, forward", "views and CLIP, forward")
+        networks.encode = self._around(networks.encode, "generator, forward", "views and CLIP, forward")
         run.losses = self._around(run.losses, "mapper", "losses")
         run.optimizer.step = self._around(run.optimizer.step, "generator and mapper, backward", "optimiser")
         identity.register_forward_pre_hook(lambda *_: self.mark("losses"))

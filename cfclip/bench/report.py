@@ -64,6 +64,10 @@ SCALING = {
     "sweep, plan": "What `cfclip sweep --dry-run` does.",
     "sweep, resume": "The same command when every run is finished.",
 }
+PACK = (
+    "Trainings in lock-step, each with a mapper of its own, on toonfaces with its preset's settings; ms: a "
+    "step of all. An hour's trainings are of their steps alone, without what is computed before them."
+)
 
 
 # ---- the figures ----
@@ -97,20 +101,25 @@ def wastes_figure(rows: Rows, device: str) -> Figure:
 
 def scaling_figure(rows: Rows, device: str) -> Figure:
     """Cost against what makes it grow; both axes logarithmic."""
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6.6), layout="constrained")
+    figure, axes = plt.subplots(2, 4, figsize=(16, 6.6), layout="constrained")
 
     def curve(axis: plt.Axes, x: list[float], y: list[float], label: str) -> None:
         if x:
             axis.plot(x, y, marker="o", label=label)
 
     table = tables.generator_table([row for row in rows if row.get("device") == device])
+    packs = tables.pack_table([row for row in rows if row.get("device") == device])
+    for dtype, group in packs.groupby("dtype", sort=False) if len(packs) else ():
+        curve(axes[1, 3], list(group["together"]), list(group["trainings an hour"]), dtype)
+    axes[1, 3].set(title="a pack", xlabel="trainings together", ylabel="trainings an hour")
+    axes[0, 3].set_axis_off()
     for axis, which in zip(axes[0, :2], ("forward", "forward + backward"), strict=True):
         if len(table):
             groups = table[table["pass"] == which].groupby(["generator", "dtype"], sort=False)
             for (name, dtype), group in groups:
                 curve(axis, list(group["resolution"]), list(group["images/s"]), f"{name}, {dtype}")
         axis.set(title=f"generator, {which}", xlabel="resolution", ylabel="images/s")
-    panels = zip(axes.flat[2:], ("resolution", "batch", "prompts", "sweep"), strict=True)
+    panels = zip((axes[0, 2], *axes[1, :3]), ("resolution", "batch", "prompts", "sweep"), strict=True)
     for axis, subject in panels:
         for name in (name for name in SCALING if name.startswith(subject)):
             measured = select(rows, "scaling", device=device, name=name)
@@ -124,7 +133,7 @@ def scaling_figure(rows: Rows, device: str) -> Figure:
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
             axis.legend(fontsize=7)
-        else:
+        elif axis.axison:
             axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)
     return figure
 
@@ -153,6 +162,7 @@ def write(rows: Rows, out: Path) -> Path:
     page.append("## (e) How cost grows\n")
     for name, note in SCALING.items():
         page += [f"### {name}\n", to_markdown(tables.scaling_table(rows, name), note)]
+    page += ["### pack\n", to_markdown(tables.pack_table(rows), PACK)]
     for device in devices:
         if select(rows, "scaling", device=device):
             page.append(_figure(scaling_figure(rows, device), out, f"scaling-{device}"))

@@ -95,6 +95,9 @@ def full(device: str) -> Iterator[Job]:
     yield growing(8, name="resolution", values=[64, 128, 256, 512, 1024], repeats=2)
     yield growing(6, name="batch", values=[1, 2, 4, 8], repeats=3, resolution=256)
     yield job("scaling", "growing_prompts", 3, **prompts, prompts_at_once=[1, 2, 4, 8], tiny=False, repeats=5)
+    packs = [1, 2, 4, 8, 16] + [32, 64] * (device == "cuda")
+    for dtype in ("float32", *reduced):
+        yield job("scaling", "growing_pack", 8, values=packs, dtype=dtype, repeats=5, tiny=False)
     yield job("step", "wastes", 6, 1500, resolution=256, tiny=False, rounds=2)
     yield job("generator", "compiled", 6, 240, resolution=256, batch=2, repeats=3, tiny=False)
     # a job per training: a bench that is stopped has the trainings before, and resumes after them
@@ -123,6 +126,7 @@ def quick(device: str) -> Iterator[Job]:
     yield growing(name="resolution", values=[8, 16])
     yield growing(name="batch", values=[1, 2], resolution=16)
     yield job("scaling", "growing_prompts", prompts=[1, 2], prompts_at_once=[1, 2], tiny=True, repeats=1)
+    yield job("scaling", "growing_pack", values=[1, 2], dtype="float32", repeats=1, tiny=True)
     yield job("fidelity", "pictures", faces=2)
     tiny = {"seed": 0, "steps": 1, "faces": 2, "train_latents": 4}
     for operators in ("reference", "ours"):

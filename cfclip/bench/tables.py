@@ -239,6 +239,24 @@ def scaling_table(rows: Rows, name: str) -> pd.DataFrame:
     return make_table(select(rows, "scaling", name=name), columns).dropna(axis=1, how="all")
 
 
+def pack_table(rows: Rows) -> pd.DataFrame:
+    """Trainings an hour, by how many take their steps together, and how many times those of one alone."""
+    measured = select(rows, "scaling", name="pack")
+
+    def an_hour(row: Row) -> float:
+        return 3600 * row["value"] / (row["steps"] * row["median"])
+
+    alone = {(row["device"], row["dtype"]): an_hour(row) for row in measured if row["value"] == 1}
+
+    def times_alone(row: Row) -> float | None:
+        one = alone.get((row["device"], row["dtype"]))
+        return one and an_hour(row) / one
+
+    columns = {"device": "device", "dtype": "dtype", "together": "value"} | TIMES
+    columns |= {"trainings an hour": an_hour, "× one": times_alone, "peak GB": "peak_gb"}
+    return make_table(measured, columns)
+
+
 def pictures_table(rows: Rows) -> pd.DataFrame:
     """How far pictures are from those of the reference operators."""
     measured = [row for row in select(rows, "fidelity") if "most" in row]

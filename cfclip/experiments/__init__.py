@@ -1,6 +1,7 @@
 """Sweeps: grids of notebook runs.
 
-spec (what to run), parameters (of notebooks), runs (what a run is), executors, sweep (driving).
+spec (what to run), parameters (of notebooks), runs (what a run is), packs (trainings of many
+runs at once), executors, sweep (driving).
 """
 
 from cfclip.experiments.parameters import check_parameters

@@ -31,6 +31,7 @@ class LocalExecutor(ThreadPoolExecutor):
 
     def __init__(self, workers: int | None = None):
         super().__init__(workers or cores())
+        self.workers = {"cpu": workers or cores(), "cuda": 1}  # they share a GPU, which one pack keeps busy
         self._thread, self._pools = threading.local(), []
 
     def submit(self, fn, /, *args, **kwargs) -> Future:
@@ -74,8 +75,10 @@ def cluster_executor(scheduler: str) -> Iterator[Executor]:
         ) from None
     with client:
         workers = client.scheduler_info(n_workers=-1)["workers"].values()
-        if not any("run" in worker["resources"] for worker in workers):
+        offered = int(sum(worker["resources"].get("run", 0) for worker in workers))
+        if not offered:
             start = f"dask worker {scheduler} --nthreads 1 --resources run=1"
             logger.warning("no worker offers the resource yet, so runs wait; start one with `%s`", start)
         with client.get_executor(resources={"run": 1}, pure=False) as executor:
+            executor.workers = dict.fromkeys(("cpu", "cuda"), offered or 1)
             yield executor

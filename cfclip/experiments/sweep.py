@@ -20,6 +20,7 @@ from tabulate import tabulate
 from tqdm.auto import tqdm
 
 from cfclip.experiments.executors import LocalExecutor
+from cfclip.experiments.packs import packs, train
 from cfclip.experiments.parameters import CHECKS, check_settings
 from cfclip.experiments.runs import (
     OUTPUT_PARAMS,
@@ -129,21 +130,25 @@ def sweep(
     out: str | os.PathLike = "reports/runs",
     reports: str | os.PathLike = "reports",
     executor: Executor | None = None,
+    pack: int | None = None,
 ) -> list[Run]:
     """Do what is missing of the grid, then the notebooks that gather it. A run's folder is ``out``/its id.
 
     The notebooks of ``then`` run every time and write to ``reports``. They need the whole grid: if a run
     fails, the others are still done, and then ValueError shows a table of the failures.
     ``executor``: default this machine's cores; one that is given stays open.
+    ``pack``: how many trainings share a process and its networks, see :mod:`.packs`; default: as many as gain
+    something, 1: each is its notebook's own.
     """
     out, reports = writable(out).resolve(), writable(reports).resolve()
     if executor is None:
         with LocalExecutor() as executor:
-            return sweep(spec, out, reports, executor)
+            return sweep(spec, out, reports, executor, pack)
     runs, then = plan(spec, out)
     missing = [run for run in runs if not is_finished(run, out / run.id)]
     with tqdm(total=len(runs), initial=len(runs) - len(missing), desc="runs", smoothing=0) as bar:
-        failed = _drive(missing, out, reports, executor, bar)
+        together = packs(missing, out, getattr(executor, "workers", {}), pack) if pack != 1 else []
+        failed = _drive(missing, out, reports, executor, bar, together, pack)
     waiting = ", and the notebooks of `then` wait for them" if then and failed else ""
     for run in then if not failed else ():
         failed |= _drive([run], out, reports, executor, tqdm(disable=True))
@@ -157,22 +162,43 @@ def sweep(
     return runs
 
 
-def _drive(runs: Sequence[Run], out: Path, reports: Path, executor: Executor, bar: tqdm) -> dict[str, str]:
-    """Execute all of ``runs``; returns id -> error of those that failed."""
+def _drive(
+    runs: Sequence[Run],
+    out: Path,
+    reports: Path,
+    executor: Executor,
+    bar: tqdm,
+    together: Sequence[Sequence[Run]] = (),
+    pack: int | None = None,
+) -> dict[str, str]:
+    """Execute all of ``runs``, those that are trained ``together`` after that; returns id -> error."""
 
     def start(run: Run, patient: bool = False) -> None:
         pending[executor.submit(execute, run, str(out), str(reports), patient)] = run
 
     pending: dict[Future, Run] = {}
+    training: dict[Future, Sequence[Run]] = {}
     failed: dict[str, str] = {}
     lost: Counter[str] = Counter()
     try:
+        for some in together:
+            training[executor.submit(train, some, str(out), pack)] = some
+        trained = {run.id for some in together for run in some}
         for run in runs:
-            start(run)
-        while pending:
-            done, _ = wait(pending, timeout=1.0, return_when=FIRST_COMPLETED)
+            if run.id not in trained:
+                start(run)
+        while pending or training:
+            done, _ = wait([*pending, *training], timeout=1.0, return_when=FIRST_COMPLETED)
             if sys.stderr.isatty():
                 bar.refresh()  # keeps the clock running
+            for future in training.keys() & done:
+                if (outcome := _outcome(future)).status != "finished":
+                    logger.info(
+                        "a pack did not end well (%s): its runs are trained one by one", outcome.error
+                    )
+                for run in training.pop(future):
+                    start(run)
+            done = pending.keys() & done
             for future in done:
                 run = pending.pop(future)
                 outcome = _outcome(future)
@@ -192,13 +218,13 @@ def _drive(runs: Sequence[Run], out: Path, reports: Path, executor: Executor, ba
                 bar.update()
                 bar.set_postfix(failed=len(failed), refresh=False)
     finally:
-        for future in pending:
+        for future in (*pending, *training):
             future.cancel()
     return failed
 
 
 def _outcome(future: Future) -> Outcome:
-    """What :func:`execute` returned, or what kept it from returning."""
+    """What :func:`execute` or :func:`train` returned, or what kept it from returning."""
     try:
         return future.result()
     except BrokenExecutor:

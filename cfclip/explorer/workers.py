@@ -213,7 +213,7 @@ class Training:
 
         def step(i: int, generator: torch.Generator) -> Mapping[str, float]:
             numbers = run.step(i, generator)
-            self._losses.append(numbers["loss"])
+            self._losses.append(float(numbers["loss"]))
             return numbers
 
         after = [Callback(1, lambda done: self._after_step(run.mapper, done))]

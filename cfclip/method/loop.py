@@ -10,10 +10,10 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
@@ -26,6 +26,18 @@ from cfclip.settings import Settings
 
 Step = Callable[[int, torch.Generator], Mapping[str, float | torch.Tensor]]
 """Returns the numbers to log; those that are on a GPU are looked at when they are logged."""
+
+
+class Request(NamedTuple):
+    """A step that a loop asks for."""
+
+    step: int  # i
+    random: torch.Generator  # its random numbers
+    shown: bool  # whether ``state`` is looked at after it: by a checkpoint or by a callback
+
+
+Loop = Generator[Request, Mapping[str, float | torch.Tensor], Any]
+"""A loop whose steps are taken by someone else, perhaps with those of other loops: see :func:`drive`."""
 CHECKPOINT = "checkpoint.pt"
 CHECKPOINT_BEFORE = "checkpoint-before.pt"
 """The checkpoint before the last one, in case that the last one gets damaged."""
@@ -129,14 +141,45 @@ def run_loop(
     Raises FolderInUse if another process is running in ``out``, and ValueError if ``out`` holds another run
     or no checkpoint that can be used, or at the first number or weight that is not finite.
     """
-    options = (dict(run or {}), seed, tuple(callbacks), log_every, checkpoint_every, desc, progress)
+    options = {"run": run, "seed": seed, "callbacks": callbacks, "log_every": log_every}
+    options |= {"checkpoint_every": checkpoint_every, "desc": desc, "progress": progress}
+    return drive(looped(steps, state=state, out=out, **options), step)
+
+
+def drive(loop: Loop, step: Step) -> Any:
+    """Take the steps that ``loop`` asks for, to its end; returns what it returns."""
+    numbers = None
+    try:
+        while True:
+            asked = loop.send(numbers)
+            numbers = step(asked.step, asked.random)
+    except StopIteration as end:
+        return end.value
+    finally:
+        loop.close()  # it leaves its folder
+
+
+def looped(
+    steps: int,
+    *,
+    state: Mapping[str, Any],
+    out: str | os.PathLike | None = None,
+    run: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    callbacks: Iterable[Callback] = (),
+    **options: Any,
+) -> Loop:
+    """:func:`run_loop` as a generator: it yields each step that it asks for, and is sent what to log."""
+    given = (dict(run or {}), seed, tuple(callbacks))
     if out is None:
-        return _run(step, steps, state, None, *options)
+        return (yield from _run(steps, state, None, *given, **options))
     with locked(out, "training"):
-        return _run(step, steps, state, Path(out), *options)
+        return (yield from _run(steps, state, Path(out), *given, **options))
 
 
-def _run(step, steps, state, out, run, seed, callbacks, log_every, checkpoint_every, desc, progress):
+def _run(
+    steps, state, out, run, seed, callbacks, log_every=20, checkpoint_every=1000, desc="train", progress=True
+):
     saved = {"run": run, "step": 0, "rows": [], "sums": {}, "count": 0}
     if out is not None:
         saved = _restore(state, out, run, steps) or saved
@@ -148,13 +191,13 @@ def _run(step, steps, state, out, run, seed, callbacks, log_every, checkpoint_ev
     )
     for i in bar:
         done, last = i + 1, i + 1 == steps
-        numbers = step(i, generator_for(seed, i))
+        logs, due = done % log_every == 0 or last, out is not None and done % checkpoint_every == 0
+        numbers = yield Request(i, generator_for(seed, i), due or last or bool(callbacks))
         for name, value in numbers.items():
             sums[name] = sums.get(name, 0.0) + value
         count += 1
-        logs, due = done % log_every == 0 or last, out is not None and done % checkpoint_every == 0
         if logs or due or not any(_on_gpu(value) for value in numbers.values()):  # a GPU is not waited for
-            sums = {name: float(value) for name, value in sums.items()}
+            sums = _floats(sums)
             if wrong := [f"{name} is {value}" for name, value in sums.items() if not math.isfinite(value)]:
                 raise ValueError(_stopped(", ".join(wrong), done, steps, desc, out))
         if logs:
@@ -174,6 +217,13 @@ def _run(step, steps, state, out, run, seed, callbacks, log_every, checkpoint_ev
             if done % callback.every == 0 or last:
                 callback.call(done)
     return rows
+
+
+def _floats(sums: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
+    """The numbers, a GPU's looked at together."""
+    on_gpu = {name: value for name, value in sums.items() if _on_gpu(value)}
+    seen = torch.stack(list(on_gpu.values())).tolist() if on_gpu else []
+    return {name: float(value) for name, value in (sums | dict(zip(on_gpu, seen, strict=True))).items()}
 
 
 def _on_gpu(value: Any) -> bool:

@@ -1,15 +1,15 @@
-"""CF-CLIP's training step: the frozen networks, the mapper in training, and the objective's terms.
+"""CF-CLIP's training step: the mapper in training, and the objective's terms.
 
-Shapes: B pictures of a batch, L layers of W+, D = w_dim, R = resolution, T templates, P prompts, E = CLIP's
-embedding width. Several guides' unit vectors lie side by side in one of the sum of their widths.
+Shapes: B pictures of a batch, L layers of W+, D = w_dim, R = resolution, V views, T templates, P prompts, E =
+CLIP's embedding width. Several guides' unit vectors lie side by side in one of the sum of their widths.
 """
 
 import copy
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from cfclip.checkpoints.mappers import save_mapper
 from cfclip.domain import Domain, fingerprint, warn_null_edit
-from cfclip.method.config import GuidedConfig, TrainingConfig, flat
-from cfclip.method.loop import begin_run, described, learning_rate, resolve_dtype, run_loop
-from cfclip.method.losses import identity_loss_from_features, latent_l2, perceptual_loss
+from cfclip.method.config import TrainingConfig, flat
+from cfclip.method.loop import Loop, Step, begin_run, described, drive, learning_rate, looped
+from cfclip.method.losses import identity_loss_from_features, latent_l2
+from cfclip.method.networks import FrozenNetworks, Sources, check_networks
 from cfclip.method.objectives import Features
-from cfclip.method.views import each_view
-from cfclip.models.clip import autocast
+from cfclip.method.views import draw_perspectives
 from cfclip.models.mapper import (
     LEVELS,
     SHAPE_LEVELS,
@@ -33,28 +33,14 @@ from cfclip.models.mapper import (
     level_slices,
     text_width,
 )
-from cfclip.models.stylegan2 import max_batch
 
+Networks = Callable[[str, int], FrozenNetworks]
 SILENCE = 3.0
 """Weight of the squared moves of layers that a prompt should leave alone."""
 OPTIMIZERS = {
     "ranger": partial(Ranger, betas=(0.95, 0.999), eps=1e-5, k=6, alpha=0.5, degenerated_to_sgd=True),
     "adam": partial(torch.optim.Adam, betas=(0.9, 0.99)),
 }
-
-
-def check_networks(domain: Domain, config: GuidedConfig) -> None:
-    """ValueError that names a loss of ``config`` for which ``domain`` has no network, or not enough."""
-    domain.first_guides(config.guides)
-    for name, network, kind in (
-        ("lambda_id", domain.identity, "identity"),
-        ("lambda_perc", domain.perceptual, "perceptual"),
-    ):
-        if getattr(config, name, 0) and network is None:
-            raise ValueError(
-                f"{name} is {getattr(config, name):g}, but domain {domain.name} has no {kind} network: "
-                f"set {name}=0 (notebooks/presets/ has the paper's values)"
-            )
 
 
 def mapper_sizes(domain: Domain, config: TrainingConfig) -> MapperConfig:
@@ -65,35 +51,96 @@ def mapper_sizes(domain: Domain, config: TrainingConfig) -> MapperConfig:
     return MapperConfig(g.num_ws, g.w_dim, text_dim, levels, c.norm_axis, domain.level_split, c.text)
 
 
-class FrozenNetworks:
-    """A domain's generator and first ``guides`` CLIPs, convolving in ``dtype``; they return float32."""
+# ---- one step, of one training or of many ----
 
-    def __init__(self, domain: Domain, dtype: str, guides: int = 1):
-        self.dtype = getattr(torch, resolve_dtype(dtype, domain.device))
-        self.half = None if self.dtype == torch.float32 else self.dtype
-        self.generator = domain.generator
-        self.guides = [guide.in_dtype(self.dtype) for guide in domain.first_guides(guides)]
 
-    def synthesise(self, w: Tensor) -> Tensor:
-        """w [N, L, D] -> pictures [N, 3, R, R]."""
-        return self.generator.synthesis(w, dtype=self.half)
+class Batch(NamedTuple):
+    """What was drawn for a step, or a part of it."""
 
-    def clip(self, images: Tensor, num_views: int = 0, generator: torch.Generator | None = None) -> Tensor:
-        """Pictures [N, 3, R, R] in [-1, 1] -> unit CLIP features [N, E].
+    index: Tensor  # which latents [B]
+    prompts: Tensor  # by which prompts they are edited [B]
+    text: Tensor  # what the mapper reads of them [1 or B, …]
+    first: Mapping[int, Tensor]  # prompt -> s_0 [1, E], see :meth:`MapperTrainer.features`
+    perspectives: Tensor  # of the views [V, 8] or [V, B, 8], see :func:`draw_perspectives`
 
-        With ``num_views`` those of random perspective views, [num_views * N, E], draw-major; all guides see
-        the same ones.
-        """
-        views = [
-            [guide.preprocess(view) for guide in self.guides]
-            for view in each_view(images, num_views, generator=generator)
-        ]
-        with autocast(images.device, self.dtype):
-            features = [
-                guide.encode_image(torch.cat(seen), preprocessed=True)
-                for guide, seen in zip(self.guides, zip(*views, strict=True), strict=True)
-            ]
-        return torch.cat([F.normalize(feature.float(), dim=-1) for feature in features], -1)
+    def part(self, rows: Tensor) -> "Batch":
+        """The pictures ``rows``; they see the perspectives and s_0 of the whole batch."""
+        text = self.text if len(self.text) == 1 else self.text[rows]
+        return self._replace(index=self.index[rows], prompts=self.prompts[rows], text=text)
+
+
+class Edit(NamedTuple):
+    """Codes before and after the mapper, [B, L, D] each."""
+
+    w: Tensor
+    mapped: Tensor
+    free: Tensor  # mapped, but for the layers that a prompt may not move: this is what is seen
+
+
+class Seen(NamedTuple):
+    """What the frozen networks make of edited pictures and of their sources; empty where no loss asks."""
+
+    views: Tensor  # unit CLIP features [V, B, E]
+    identity: tuple[Tensor, ...] = ()  # unit features of both [B, I]
+    perceptual: tuple[Tensor, ...] = ()  # features of both [B, C, H, W]
+
+
+class Unit(Protocol):
+    """Something that takes steps: a training, or a stack of M trainings with batches of M B pictures."""
+
+    config: TrainingConfig
+    networks: FrozenNetworks
+    sources: Sources
+
+    def edit(self, batch: Batch) -> Edit: ...
+
+    def terms(self, batch: Batch, edit: Edit, seen: Seen) -> dict[str, Tensor]:
+        """Each term of the loss, unweighted, and their weighted sum "loss": [] or [M]."""
+
+
+def losses_together(units: Sequence[Unit], batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
+    """The terms of each unit: one pass of the generator, of each guide and of each judge for all of them."""
+    networks = units[0].networks
+    edits = [unit.edit(batch) for unit, batch in zip(units, batches, strict=True)]
+    sizes = [len(edit.w) for edit in edits]
+    pictures = networks.synthesise(joined([edit.free for edit in edits])).split(sizes)
+    views = networks.encode([
+        (some, batch.perspectives) for some, batch in zip(pictures, batches, strict=True)
+    ])
+
+    def asking(name: str) -> list[int]:
+        return [k for k, unit in enumerate(units) if getattr(unit.config, name)]
+
+    identity, perceptual = {}, {}
+    if asked := asking("lambda_id"):
+        found = networks.domain.identity(joined([pictures[k] for k in asked])).split([
+            sizes[k] for k in asked
+        ])
+        source = [units[k].sources.identity[batches[k].index] for k in asked]
+        identity = dict(zip(asked, zip(found, source, strict=True), strict=True))
+    if asked := asking("lambda_perc"):
+        judge, parts = networks.domain.perceptual, [sizes[k] for k in asked]
+        found = judge(joined([pictures[k] for k in asked])).split(parts)
+        with torch.no_grad():  # synthesised again: features of all sources would not fit in memory
+            source = judge(networks.synthesise(joined([edits[k].w for k in asked]))).split(parts)
+        perceptual = dict(zip(asked, zip(found, source, strict=True), strict=True))
+    return [
+        unit.terms(batch, edit, Seen(views[k], identity.get(k, ()), perceptual.get(k, ())))
+        for k, (unit, batch, edit) in enumerate(zip(units, batches, edits, strict=True))
+    ]
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """One after the other; a single one is not copied."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``, without waiting for a GPU."""
+    if device.type == "cpu":
+        return tensor
+    pins = device.type == "cuda" and torch.cuda.is_available()
+    return (tensor.pin_memory() if pins else tensor).to(device, non_blocking=True)
 
 
 class MapperTrainer:
@@ -101,10 +148,17 @@ class MapperTrainer:
 
     Whatever stays the same is computed once: the text features, and each latent's CLIP and identity features.
     ``config`` is a :class:`CFCLIPConfig` or a :class:`MultiPromptConfig` of P prompts. The mapper begins with
-    the weights of ``start``, else with random ones. Raises ValueError for a ``start`` of other settings.
+    the weights of ``start``, else with random ones. ``networks``: (dtype, guides) -> the frozen ones, which
+    trainings may share. Raises ValueError for a ``start`` of other settings.
     """
 
-    def __init__(self, domain: Domain, config: TrainingConfig, start: Mapper | None = None):
+    def __init__(
+        self,
+        domain: Domain,
+        config: TrainingConfig,
+        start: Mapper | None = None,
+        networks: Networks | None = None,
+    ):
         self.domain, self.config, c = domain, config, config
         check_networks(domain, c)
         warn_null_edit(domain, c)
@@ -121,9 +175,9 @@ class MapperTrainer:
         self.free = self._free_layers() if c.shapes else None
         self.text_feature = self.mapper.read(domain.clip, [c.forms[0].format(prompt) for prompt in c.prompts])
         self.optimizer = OPTIMIZERS[c.optimizer](self.mapper.parameters(), lr=c.lr)
-        self.networks = FrozenNetworks(domain, c.dtype, c.guides)
-        self.w = domain.latents(c.train_latents, "train", c.seed)
-        self.source_clip, self.source_id = self._encode_sources()
+        self.networks = (networks or partial(FrozenNetworks, domain))(c.dtype, c.guides)
+        self.sources = self.networks.sources(c.train_latents, c.seed)
+        self.w, self.source_clip, self.source_id = self.sources
 
     def first_mapper(self, start: Mapper | None) -> nn.Module:
         """The mapper before the first step."""
@@ -133,16 +187,6 @@ class MapperTrainer:
         if start.config != sizes:
             raise ValueError(f"the training is of {sizes}, but the mapper to start from has {start.config}")
         return copy.deepcopy(start).requires_grad_().train()
-
-    @torch.no_grad()
-    def _encode_sources(self) -> tuple[Tensor, Tensor | None]:
-        clip, identity = [], []
-        for w in self.w.split(max_batch(self.domain.generator)):
-            images = self.networks.synthesise(w)
-            clip.append(self.networks.clip(images))
-            if self.domain.identity is not None:
-                identity.append(self.domain.identity(images))
-        return torch.cat(clip), torch.cat(identity) if identity else None
 
     def _free_layers(self) -> Tensor:
         """bool [P, L, 1]: may a prompt move a layer? What it moves else is not seen, and unlearned."""
@@ -191,7 +235,7 @@ class MapperTrainer:
         """What the mapper reads of the prompts ``chosen``, each in a random one of the forms."""
         c = self.config
         if len(c.forms) == 1:
-            return self.text_feature[torch.tensor(chosen)]
+            return self.text_feature if len(c.prompts) == 1 else self.text_feature[list(chosen)]
         forms = torch.randint(len(c.forms), (len(chosen),), generator=generator).tolist()
         texts = [c.forms[form].format(c.prompts[prompt]) for form, prompt in zip(forms, chosen, strict=True)]
         return self.mapper.read(self.domain.clip, texts)
@@ -202,81 +246,103 @@ class MapperTrainer:
         views: unit CLIP features of the edited pictures [V * B, E]; source: of the sources [B, E]; first: of
             the first source of the whole batch that is edited by this prompt [1, E].
         """
+        return Features(views, source, *self.texts(prompt), first)
+
+    def texts(self, prompt: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Unit features: of the plain prompt [1, E], of it and of the source under the templates [T, E]."""
         plain = torch.cat([F.normalize(text[prompt, None], dim=-1) for text in self.prompt_text], -1)
-        return Features(views, source, plain, self.target_text[prompt], self.source_text, first)
+        return plain, self.target_text[prompt], self.source_text
 
     def pull(self, features: Features) -> Tensor:
         """The objective: the mean over guides, by their weights."""
         each = zip(self.config.guide_shares, features.of_guides(self.widths), strict=True)
         return sum(share * self.config.objective(one) for share, one in each)
 
-    def losses(
-        self,
-        index: Tensor,
-        prompts: Tensor,
-        text: Tensor,
-        first: Mapping[int, Tensor],
-        generator: torch.Generator,
-    ) -> dict[str, Tensor]:
-        """Each term of the loss, unweighted, and their weighted sum "loss"; means over pictures.
+    def draw(self, generator: torch.Generator) -> Batch:
+        """All that is random in a step."""
+        c = self.config
+        index = torch.randint(len(self.w), (c.batch,), generator=generator)
+        chosen = self.choose_prompts(generator)
+        prompts = torch.tensor(chosen).repeat_interleave(c.batch // len(chosen))
+        text = self.read(chosen, generator)
+        if len(text) > 1:
+            text = text.repeat_interleave(c.batch // len(chosen), 0)
+        size, device = (self.domain.generator.resolution,) * 2, self.domain.device
+        perspectives = sent(draw_perspectives(c.num_views, *size, generator=generator), device)
+        starts = {prompt: k * (c.batch // len(chosen)) for k, prompt in enumerate(chosen)}
+        index = sent(index, device)
+        first = {prompt: self.source_clip[index[start : start + 1]] for prompt, start in starts.items()}
+        return Batch(index, prompts, text, first, perspectives)
 
-        index, prompts: [B], which latents are edited by which prompts; text: what the mapper reads of them;
-            first: prompt -> s_0, see :meth:`features`.
-        """
-        c, w = self.config, self.w[index]
-        w_edited = self.mapper.edit(w, text)
-        free = w_edited if self.free is None else torch.where(self.free[prompts], w_edited, w)
-        edited = self.networks.synthesise(free)
-        views = self.networks.clip(edited, c.num_views, generator).unflatten(0, (-1, len(index)))  # [V, B, E]
-        pull = torch.zeros((), device=w.device)
-        for prompt, s_0 in first.items():
-            if (mine := prompts == prompt).any():
-                compared = self.features(
-                    prompt, views[:, mine].flatten(0, 1), self.source_clip[index][mine], s_0
-                )
-                pull = pull + mine.float().mean() * self.pull(compared)
-        terms = {c.objective.name: pull, "l2": latent_l2(free, w)}
+    def edit(self, batch: Batch) -> Edit:
+        """What the mapper makes of the batch."""
+        w = self.w[batch.index]
+        mapped = self.mapper.edit(w, batch.text)
+        free = mapped if self.free is None else torch.where(self.free[batch.prompts], mapped, w)
+        return Edit(w, mapped, free)
+
+    def terms(self, batch: Batch, edit: Edit, seen: Seen) -> dict[str, Tensor]:
+        """Each term of the loss, unweighted, and their weighted sum "loss"; means over pictures."""
+        source, pull = self.source_clip[batch.index], torch.zeros((), device=edit.w.device)
+        for prompt, s_0 in batch.first.items():
+            mine = slice(None) if len(batch.first) == 1 else (batch.prompts == prompt).nonzero()[:, 0]
+            if len(compared := source[mine]):
+                views = seen.views[:, mine].flatten(0, 1)
+                share = len(compared) / len(source)
+                pull = pull + share * self.pull(self.features(prompt, views, compared, s_0))
+        return self.weighted(pull, edit, seen)
+
+    def weighted(self, pull: Tensor, edit: Edit, seen: Seen) -> dict[str, Tensor]:
+        """The terms: ``pull``, and what holds the edit back."""
+        c = self.config
+        terms = {c.objective.name: pull, "l2": latent_l2(edit.free, edit.w)}
         loss = c.lambda_nce * pull + c.lambda_l2 * terms["l2"]
         if self.free is not None:
-            terms["silence"] = latent_l2(w_edited, free)
+            terms["silence"] = latent_l2(edit.mapped, edit.free)
             loss = loss + SILENCE * terms["silence"]
         if c.lambda_id:
-            terms["id"] = identity_loss_from_features(self.domain.identity(edited), self.source_id[index])
+            terms["id"] = identity_loss_from_features(*seen.identity)
             loss = loss + c.lambda_id * terms["id"]
         if c.lambda_perc:
-            with torch.no_grad():  # synthesised again: features of all sources would not fit in memory
-                source = self.networks.synthesise(w)
-            terms["perc"] = perceptual_loss(self.domain.perceptual, edited, source)
+            terms["perc"] = F.l1_loss(*seen.perceptual)
             loss = loss + c.lambda_perc * terms["perc"]
         return {"loss": loss} | terms
 
-    def step(self, i: int, generator: torch.Generator) -> dict[str, float]:
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """:meth:`terms` of a batch, or of a part of one."""
+        return losses_together([self], [batch])[0]
+
+    def step(self, i: int, generator: torch.Generator) -> dict[str, float | Tensor]:
         """One step on a batch: ``lambda_nce L_NCE + lambda_l2 L_2 + lambda_id L_id + lambda_perc L_perc``.
 
         Another objective takes the place of L_NCE, and is logged under its name. Several guides have a loss
         each, and their weighted mean counts. Several prompts share the batch equally, each with a loss of its
         own; the mean of these counts. The parts of a ``micro_batch`` see the same perspectives, and their
-        gradients add up to those of the batch.
+        gradients add up to those of the batch. Returns the terms; of a GPU, which is not waited for, tensors.
         """
         c = self.config
         if c.ramp_down:
             for group in self.optimizer.param_groups:
                 group["lr"] = c.lr * learning_rate(i / c.steps, 0, c.ramp_down)
-        index = torch.randint(len(self.w), (c.batch,), generator=generator)
-        chosen = self.choose_prompts(generator)
-        prompts = torch.tensor(chosen).repeat_interleave(c.batch // len(chosen))
-        text = self.read(chosen, generator).repeat_interleave(c.batch // len(chosen), 0)
-        first = {prompt: self.source_clip[index[prompts == prompt][:1]] for prompt in chosen}
+        batch, logs = self.draw(generator), Counter()
         self.optimizer.zero_grad()
-        logs, perspectives = Counter(), generator.get_state()
         for rows in torch.arange(c.batch).split(c.micro_batch or c.batch):
-            generator.set_state(perspectives)
-            terms = self.losses(index[rows], prompts[rows], text[rows], first, generator)
+            terms = self.losses(batch if len(rows) == c.batch else batch.part(rows))
             share = len(rows) / c.batch
             (share * terms["loss"]).backward()
-            logs.update({name: share * value.item() for name, value in terms.items()})
-        self.optimizer.step()
+            logs.update({name: share * value for name, value in numbers(terms).items()})
+        self.descend()
         return dict(logs)
+
+    def descend(self) -> None:
+        """The optimiser's step."""
+        self.optimizer.step()
+
+
+def numbers(terms: Mapping[str, Tensor]) -> dict[str, float | Tensor]:
+    """``terms`` to be logged: floats, but of a GPU tensors without a graph."""
+    on_cpu = all(value.device.type == "cpu" for value in terms.values())
+    return {name: value.item() if on_cpu else value.detach() for name, value in terms.items()}
 
 
 def train_mapper(
@@ -297,17 +363,38 @@ def train_mapper(
     such as ``progress``, ``callbacks``, ``checkpoint_every``. A ``trainer`` of another kind of mapper saves
     it itself. Raises ValueError if ``out`` holds another run.
     """
+    return drive(*started(mapper_loop(domain, config, out, method, start, trainer, **loop)))
+
+
+def started(loop: Loop) -> tuple[Loop, Step]:
+    """``loop`` of :func:`mapper_loop`, and the step of its trainer."""
+    run = next(loop)
+    return loop, run.step
+
+
+def mapper_loop(
+    domain: Domain,
+    config: TrainingConfig,
+    out: str | os.PathLike | None = None,
+    method: str = "cfclip",
+    start: Mapper | None = None,
+    trainer: type[MapperTrainer] = MapperTrainer,
+    networks: Networks | None = None,
+    **loop: Any,
+) -> Loop:
+    """:func:`train_mapper` as a generator: it yields its trainer, and then each step that it asks for."""
     check_networks(domain, config)  # before the folder is marked as that of a run that cannot be
     what_it_is = {"method": method, **domain.described}
     if start is not None:
         what_it_is["start"] = fingerprint(start)
     config = begin_run(config, domain.device, out, **what_it_is)
-    run = trainer(domain, config, start)
+    run = trainer(domain, config, start, networks)
+    yield run
     what = config.prompts[0] if len(config.prompts) == 1 else f"{len(config.prompts)} prompts"
     loop = {"checkpoint_every": 500, "desc": what} | loop
     loop |= {"out": out, "run": described(config, **what_it_is)}
     state = {"mapper": run.mapper, "optimizer": run.optimizer}
-    rows = run_loop(run.step, config.steps, state=state, seed=config.seed, **loop)
+    rows = yield from looped(config.steps, state=state, seed=config.seed, **loop)
     mapper = run.mapper.eval().requires_grad_(False)
     if isinstance(mapper, WordMapper):
         run.silence()

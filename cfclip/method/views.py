@@ -1,85 +1,101 @@
 """The published augmentation: random perspectives of the edited pictures, one warp for a batch."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Corners = list[list[int]]
+WARPED_AT_ONCE = 2**23
+"""Numbers of warped pictures that are made at a time: all eight views of small ones, of 1024² one by one."""
+FAR = torch.tensor([[0, 0], [1, 0], [1, 1], [0, 1]])
+"""Of the four corners, clockwise from the top left: is x, is y at the far end?"""
 
 
 def perspective_views(
     images: Tensor, num_views: int = 8, distortion: float = 0.5, generator: torch.Generator | None = None
 ) -> Tensor:
-    """:func:`each_view` put together: [N, 3, H, W] -> [num_views * N, 3, H, W], draw-major."""
-    return torch.cat(list(each_view(images, num_views, distortion, generator)))
+    """Random perspectives, each one warp for the whole batch, mid-grey outside.
+
+    [N, 3, H, W] -> [num_views * N, 3, H, W], draw-major; the images themselves for ``num_views=0``. The other
+    arguments are those of :func:`draw_perspectives`.
+    """
+    perspectives = draw_perspectives(num_views, *images.shape[-2:], distortion, generator)
+    return torch.cat(list(each_view(images, perspectives)))
 
 
-def each_view(
-    images: Tensor, num_views: int = 8, distortion: float = 0.5, generator: torch.Generator | None = None
-) -> Iterator[Tensor]:
-    """``num_views`` random perspectives, each one warp for the whole batch, mid-grey outside.
+def each_view(images: Tensor, perspectives: Tensor) -> Iterator[Tensor]:
+    """Views of images [N, 3, H, W], a few at a time as eight of 1024² are better shrunk one by one.
 
-    Yields [N, 3, H, W], one view after the other: eight of 1024² are better shrunk one by one.
-    ``num_views=0`` yields the images themselves.
+    perspectives: [V, 8] of :func:`draw_perspectives`, or [V, N, 8], each image's own. Yields [v N, 3, H, W],
+    draw-major, together V views; without perspectives the images themselves.
+    """
+    if not len(perspectives):
+        yield images
+        return
+    size, perspectives = images.shape[-2:], perspectives.to(images.device, non_blocking=True)
+    for some in perspectives.split(max(1, WARPED_AT_ONCE // images.numel())):
+        grids = perspective_grids(some, *size).to(images)  # [v, H, W, 2] or [v, N, H, W, 2]
+        # the views of an image lie below each other in one grid, so that it is not copied for them
+        grid = grids.movedim(-4, 0).flatten(-4, -3) if grids.ndim == 5 else grids.flatten(0, 1)
+        views = F.grid_sample(images, grid.expand(len(images), -1, -1, -1), align_corners=False)
+        yield views.unflatten(2, (len(some), -1)).movedim(2, 0).flatten(0, 1)
+
+
+def draw_perspectives(
+    num_views: int, height: int, width: int, distortion: float = 0.5, generator: torch.Generator | None = None
+) -> Tensor:
+    """Random perspectives [num_views, 8], of :func:`draw_corners`; see :func:`perspective_grids`."""
+    return perspective_coefficients(
+        draw_corners(num_views, height, width, distortion, generator), height, width
+    )
+
+
+def draw_corners(
+    num_views: int, height: int, width: int, distortion: float = 0.5, generator: torch.Generator | None = None
+) -> Tensor:
+    """Where the four corners move to, in pixels (x, y), clockwise from the top left: [num_views, 4, 2].
 
     Args:
         distortion: how far a corner may move, as a share of half the side.
         generator: random numbers (CPU), drawn exactly as torchvision's ``RandomPerspective(distortion, p=1)``
             does. Default: torch's global ones.
     """
-    if not num_views:
-        yield images
-    height, width = images.shape[-2:]
-    for _ in range(num_views):
-        start, end = draw_corners(width, height, distortion, generator)
-        grid = perspective_grid(start, end, height, width, images.device).to(images)
-        grid = grid.expand(len(images), -1, -1, -1)
-        yield F.grid_sample(images, grid, align_corners=False)
+    reach = torch.tensor([int(distortion * (side // 2)) for side in (width, height)])
+    # torchvision draws one number to compare with p, then x and y of each corner, below reach + 1. A number
+    # below a multiple of both has the same remainders as these, and all are one call
+    several = math.lcm(*(reach + 1).tolist())
+    drawn = torch.randint(several, (num_views, 9), generator=generator)[:, 1:].unflatten(1, (4, 2))
+    return drawn % (reach + 1) + FAR * (torch.tensor([width - 1, height - 1]) - reach)
 
 
-def draw_corners(
-    width: int, height: int, distortion: float = 0.5, generator: torch.Generator | None = None
-) -> tuple[Corners, Corners]:
-    """The four corners and where they move to, in pixels, clockwise from the top left.
+def perspective_coefficients(end: Tensor, height: int, width: int) -> Tensor:
+    """a … h of the perspectives that bring a picture's corners to ``end``; [..., 4, 2] -> [..., 8].
 
-    The same random numbers as torchvision's ``RandomPerspective.forward`` and ``get_params``, which take no
-    generator.
+    Solved in float64, returned in float32.
     """
-
-    def draw(size: int, far: bool) -> int:
-        reach = int(distortion * (size // 2))
-        low, high = (size - reach - 1, size) if far else (0, reach + 1)
-        return int(torch.randint(low, high, (1,), generator=generator).item())
-
-    torch.rand(1, generator=generator)  # torchvision compares it with p
-    start = [[0, 0], [width - 1, 0], [width - 1, height - 1], [0, height - 1]]
-    return start, [[draw(width, x > 0), draw(height, y > 0)] for x, y in start]
-
-
-def perspective_grid(
-    start: Sequence[Sequence[float]],
-    end: Sequence[Sequence[float]],
-    height: int,
-    width: int,
-    device: str | torch.device = "cpu",
-) -> Tensor:
-    """Where to read a picture so that its four points ``start`` come to lie at ``end``.
-
-    Points in pixels; returns [1, H, W, 2] as ``F.grid_sample`` takes it. ``u = (a x + b y + c) / (g x + h y +
-    1)``, ``v = (d x + e y + f) / (g x + h y + 1)``; twice as fast at 1024² as torchvision's matrix product
-    per pixel.
-    """
+    end = end.double()
+    start = (FAR * torch.tensor([width - 1, height - 1])).to(end)
+    moved = torch.cat([end, torch.ones_like(end[..., :1])], -1)  # [..., 4, 3]: x, y, 1
+    none = torch.zeros_like(moved)
     rows = [
-        row
-        for (x, y), (u, v) in zip(end, start, strict=True)
-        for row in ([x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y])
+        torch.cat([*parts, -start[:, axis, None] * end], -1)  # [..., 4, 8]
+        for axis, parts in enumerate(([moved, none], [none, moved]))
     ]
-    values = torch.tensor(start, dtype=torch.float64).flatten()
-    solved = torch.linalg.solve(torch.tensor(rows, dtype=torch.float64), values)
-    a, b, c, d, e, f, g, h = solved.tolist()
+    wanted = start.T.flatten().expand(*end.shape[:-2], 8)
+    return torch.linalg.solve(torch.cat(rows, -2), wanted[..., None])[..., 0].float()
+
+
+def perspective_grids(coefficients: Tensor, height: int, width: int) -> Tensor:
+    """Where to read a picture so that it is seen in these perspectives: [..., 8] -> [..., H, W, 2].
+
+    As ``F.grid_sample`` takes it. ``u = (a x + b y + c) / (g x + h y + 1)``, ``v = (d x + e y + f) / (g x + h
+    y + 1)``; twice as fast at 1024² as torchvision's matrix product per pixel.
+    """
+    device = coefficients.device
     x, y = torch.arange(width, device=device) + 0.5, torch.arange(height, device=device)[:, None] + 0.5
+    a, b, c, d, e, f, g, h = coefficients[..., None, None].unbind(-3)
     below = g * x + (h * y + 1)
     u, v = (a * x + (b * y + c)) / below, (d * x + (e * y + f)) / below
-    return torch.stack([u * (2 / width) - 1, v * (2 / height) - 1], -1)[None]
+    return torch.stack([u * (2 / width) - 1, v * (2 / height) - 1], -1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cfclip.bench import machine, run, tables, worker
+from cfclip.bench import machine, parts, run, tables, worker
 from cfclip.bench.measure import work_of
 from cfclip.bench.networks import random_domain
 from cfclip.bench.published import NAMES, PlainGenerator, Published, Wastes
@@ -202,6 +202,26 @@ def test_the_fast_ways_are_compared_seed_by_seed():
     assert table.loc["reference", "success"].startswith("75 ±")
     stopped = tables.success_table(rows[:4]).set_index("operators")  # ours has one seed
     assert stopped.loc["ours", "difference"] == "-25" and stopped.loc["ours", "seeds"] == 1
+
+
+def test_trainings_an_hour_by_hand():
+    """300 steps of 0.5 s are 24 trainings an hour; four together in 1 s a step are 48, twice as many."""
+    known = {"part": "scaling", "name": "pack", "device": "cpu", "dtype": "float32", "steps": 300, "n": 1}
+    rows = [known | {"value": 1, "median": 0.5}, known | {"value": 4, "median": 1.0}]
+    rows.append(known | {"value": 4, "median": 1.0, "dtype": "bfloat16"})
+    table = tables.pack_table(rows)
+    assert list(table["trainings an hour"]) == [24, 48, 48]
+    assert list(table["× one"])[:2] == [1, 2] and table["× one"].isna()[2], "of its own dtype"
+
+
+def test_a_pack_is_measured():
+    one, two = parts.growing_pack("cpu", [1, 2], "float32", repeats=2, tiny=True)
+    assert (one["value"], two["value"]) == (1, 2) and one["n"] == two["n"] == 2
+    full = [
+        job.arguments for device in ("cpu", "cuda") for job in run.full(device) if job.what == "growing_pack"
+    ]
+    assert {max(job["values"]) for job in full if job["device"] == "cuda"} == {64}
+    assert all(job["values"][0] == 1 for job in full), "else there is nothing to compare with"
 
 
 @pytest.mark.long

@@ -17,8 +17,8 @@ from cfclip.files import DATA
 from cfclip.method.config import CFCLIPConfig, MultiPromptConfig
 from cfclip.method.loop import Callback, generator_for
 from cfclip.method.losses import clip_nce, identity_loss, latent_l2
-from cfclip.method.trainer import MapperTrainer, train_mapper
-from cfclip.method.views import perspective_views
+from cfclip.method.trainer import Batch, MapperTrainer, train_mapper
+from cfclip.method.views import draw_perspectives, perspective_views
 from cfclip.models.mapper import Mapper, MapperConfig
 from cfclip.toonfaces.captions import claim_of, claims_of
 from cfclip.toonfaces.domain import load_toonfaces
@@ -98,7 +98,8 @@ def test_a_shape_moves_the_layers_that_draw_and_a_colour_those_that_colour(domai
     synthesise, run.networks.synthesise = run.networks.synthesise, lambda w: drawn.append(w) or synthesise(w)
     index, prompts = torch.tensor([0, 1]), torch.tensor([0, 1])
     first = dict.fromkeys((0, 1), run.source_clip[:1])
-    logs = run.losses(index, prompts, run.text_feature, first, generator_for(0, 0))
+    perspectives = draw_perspectives(8, 16, 16, generator=generator_for(0, 0))
+    logs = run.losses(Batch(index, prompts, run.text_feature, first, perspectives))
     w = run.w[index]
     edited = run.mapper.edit(w, run.text_feature[prompts])
     expected = torch.stack([

@@ -1,0 +1,117 @@
+"""Many fits at once: those that train a mapper by the same networks take their steps together, as packs."""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from cfclip.baselines.editor import Editor
+from cfclip.baselines.mappers import MapperEditor
+from cfclip.baselines.methods import METHODS, checked, configure, fit
+from cfclip.domain import Domain
+from cfclip.method.config import TrainingConfig
+from cfclip.method.loop import Loop, resolve_dtype
+from cfclip.method.networks import FrozenNetworks
+from cfclip.method.pack import packable, run_together, shared
+
+logger = logging.getLogger(__name__)
+
+MOST = {"cpu": 8, "cuda": 64}
+"""More members of a pack gain nothing: a processor is busy with 32 pictures, a GPU with 256."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One fit: the arguments of :func:`fit`."""
+
+    method: str
+    prompt: str
+    out: str | os.PathLike | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def shared(self) -> tuple[str, int] | None:
+        """What jobs of a pack have in common, beside their domain; None of one that is done alone.
+
+        Raises ValueError for settings that cannot work.
+        """
+        config = configure(self.method, self.prompt, **self.settings)
+        mapper = issubclass(METHODS[self.method].editor, MapperEditor)
+        return shared(config) if mapper and packable(config) else None
+
+    def loop(self, domain: Domain, **loop: Any) -> Loop:
+        """:func:`fit` as a generator, see :func:`.mapper_loop`."""
+        config = checked(self.method, domain, self.prompt, self.settings)
+        editor = METHODS[self.method].editor
+        out = None if self.out is None else Path(self.out)
+        fitted = yield from editor.loop(self.method, domain, config, out, **loop)
+        if out is not None:
+            fitted.save(out)
+        return fitted
+
+
+def sensible_pack(domain: Domain, config: TrainingConfig) -> int:
+    """How many trainings such as this one fit into the free memory, at most :data:`MOST`.
+
+    About what was measured of FFHQ's step, and more than toonfaces' takes: for a pixel of a picture 2.5 kB,
+    and for one that a guide looks at 0.8 kB.
+    """
+    on_cpu = domain.device.type == "cpu"
+    free = psutil.virtual_memory().available / 2 if on_cpu else torch.cuda.mem_get_info(domain.device)[0]
+    seen = sum(guide.image_size**2 for guide in domain.first_guides(config.guides))
+    picture = 2500 * domain.generator.resolution**2 + 800 * seen * max(1, config.num_views)
+    return max(1, min(MOST["cpu" if on_cpu else "cuda"], int(0.8 * free / (config.batch * picture))))
+
+
+def fit_many(
+    domain: Domain,
+    jobs: Sequence[Job],
+    pack: int | None = None,
+    progress: bool = True,
+    checkpoint_every: int | None = None,
+) -> list[Editor | Exception]:
+    """:func:`fit` of each job, or the error with which it failed; a failed job leaves the others alone.
+
+    Jobs that train a mapper with the same dtype and guides are done ``pack`` at a time, which changes no
+    result but by rounding: see :mod:`cfclip.method.pack`. By default as many as memory allows; a pack for
+    which it was not enough is done again in smaller ones. The other jobs are done one by one.
+    """
+    loop = {"progress": progress} | (
+        {} if checkpoint_every is None else {"checkpoint_every": checkpoint_every}
+    )
+    done: dict[int, Editor | Exception] = {}
+    groups: dict[tuple[str, int], list[int]] = {}
+    for k, job in enumerate(jobs):
+        try:
+            if (alike := job.shared) is not None:
+                dtype, guides = alike
+                groups.setdefault((resolve_dtype(dtype, domain.device), guides), []).append(k)
+        except ValueError as error:
+            done[k] = error
+    networks = cache(partial(FrozenNetworks, domain))  # dtype, guides -> one for all
+    for members in groups.values():
+        first = jobs[members[0]]
+        size = pack or sensible_pack(domain, configure(first.method, first.prompt, **first.settings))
+        while len(members) > 1 < size:
+            some, rest = members[:size], members[size:]
+            try:
+                given = loop | {"progress": False, "networks": networks}
+                loops = [jobs[k].loop(domain, **given) for k in some]
+                done |= zip(some, run_together(loops, f"{len(some)} trainings", progress), strict=True)
+                members = rest
+            except RuntimeError:  # e.g. out of memory
+                size //= 2
+                logger.warning("a pack of %d trainings failed; with %d on", len(some), size, exc_info=True)
+    for k, job in enumerate(jobs):
+        if k not in done:
+            try:
+                done[k] = fit(job.method, domain, job.prompt, out=job.out, **loop, **job.settings)
+            except (RuntimeError, ValueError, OSError) as error:
+                done[k] = error
+    return [done[k] for k in range(len(jobs))]
