@@ -169,6 +169,14 @@ def run_sweep(
             min=1, help="how many trainings share a process; default: as many as gain something; 1: none do"
         ),
     ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="the runs with this value of a parameter, as method=nada; may be given often"),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; default: the file's")] = None,
+    kernel: Annotated[
+        bool, typer.Option(help="a kernel and an executed notebook for each run; without: only the numbers")
+    ] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be done")] = False,
 ) -> None:
     """Run a grid of notebooks, then those that gather it. After a stop the same command does the rest."""
@@ -178,7 +186,7 @@ def run_sweep(
     from cfclip.experiments.sweep import plan, sweep
 
     with _plain_errors():
-        what = load_spec(spec, quick)
+        what = load_spec(spec, quick).narrowed(only or (), device)
         if dry_run:
             runs, then = plan(what, out)
             for run in runs:
@@ -189,7 +197,7 @@ def run_sweep(
         if scheduler and workers:
             raise ValueError("--workers counts processes on this machine; a cluster has its own workers")
         with cluster_executor(scheduler) if scheduler else LocalExecutor(workers) as executor:
-            runs = sweep(what, out, reports, executor, pack)
+            runs = sweep(what, out, reports, executor, pack, kernel)
     typer.echo(f"{len(runs)} runs are finished in {out}")
 
 

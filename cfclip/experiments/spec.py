@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +135,20 @@ class Spec:
     preset: Mapping[str, Any] = field(default_factory=dict)  # each notebook takes those that it has …
     parameters: Mapping[str, Any] = field(default_factory=dict)  # … and of these, which win
     only: Mapping[str, Sequence[str]] = field(default_factory=dict)  # the runs with one of these values
+
+    def narrowed(self, only: Sequence[str], device: str | None = None) -> "Spec":
+        """The runs with the values of ``only``, such as ("method=nada", "seed=0", "seed=1"), on ``device``.
+
+        Raises ValueError for what is not written so.
+        """
+        values: dict[str, list[str]] = {}
+        for one in only:
+            name, is_one, value = one.partition("=")
+            if not (name and is_one):
+                raise ValueError(f"write a parameter and its value, as in method=nada, not {one!r}")
+            values.setdefault(name, []).append(value)
+        given = {"device": device} if device else {}
+        return replace(self, only=values, parameters={**self.parameters, **given})
 
     def keeps(self, parameters: Mapping[str, Any]) -> bool:
         """Whether a run with these parameters is one of those that ``only`` asks for."""

@@ -131,6 +131,7 @@ def sweep(
     reports: str | os.PathLike = "reports",
     executor: Executor | None = None,
     pack: int | None = None,
+    kernel: bool = True,
 ) -> list[Run]:
     """Do what is missing of the grid, then the notebooks that gather it. A run's folder is ``out``/its id.
 
@@ -138,17 +139,17 @@ def sweep(
     fails, the others are still done, and then ValueError shows a table of the failures.
     ``executor``: default this machine's cores; one that is given stays open.
     ``pack``: how many trainings share a process and its networks, see :mod:`.packs`; default: as many as gain
-    something, 1: each is its notebook's own.
+    something, 1: each is its notebook's own. Without ``kernel`` see :func:`.runs.run_cells`.
     """
     out, reports = writable(out).resolve(), writable(reports).resolve()
     if executor is None:
         with LocalExecutor() as executor:
-            return sweep(spec, out, reports, executor, pack)
+            return sweep(spec, out, reports, executor, pack, kernel)
     runs, then = plan(spec, out)
     missing = [run for run in runs if not is_finished(run, out / run.id)]
     with tqdm(total=len(runs), initial=len(runs) - len(missing), desc="runs", smoothing=0) as bar:
         together = packs(missing, out, getattr(executor, "workers", {}), pack) if pack != 1 else []
-        failed = _drive(missing, out, reports, executor, bar, together, pack)
+        failed = _drive(missing, out, reports, executor, bar, together, pack, kernel)
     waiting = ", and the notebooks of `then` wait for them" if then and failed else ""
     for run in then if not failed else ():
         failed |= _drive([run], out, reports, executor, tqdm(disable=True))
@@ -170,11 +171,12 @@ def _drive(
     bar: tqdm,
     together: Sequence[Sequence[Run]] = (),
     pack: int | None = None,
+    kernel: bool = True,
 ) -> dict[str, str]:
     """Execute all of ``runs``, those that are trained ``together`` after that; returns id -> error."""
 
     def start(run: Run, patient: bool = False) -> None:
-        pending[executor.submit(execute, run, str(out), str(reports), patient)] = run
+        pending[executor.submit(execute, run, str(out), str(reports), patient, kernel)] = run
 
     pending: dict[Future, Run] = {}
     training: dict[Future, Sequence[Run]] = {}

@@ -405,6 +405,30 @@ def test_quick_replaces_the_grid_and_axes_multiply(folder):
         load_spec(write_spec(folder), quick=True)
 
 
+def test_a_sweep_can_be_a_part_of_its_grid_and_on_another_device(folder):
+    spec = load_spec(write_spec(folder, "[a, b, c]", parameters={"marker": str(folder / "mark")}))
+    runs, _ = plan(spec.narrowed(["prompt=a", "prompt=c"]), folder / "runs")
+    assert [run.parameters["prompt"] for run in runs] == ["a", "c"]
+    with pytest.raises(ValueError, match="no run of tiny has"):
+        plan(spec.narrowed(["prompt=z"]), folder / "runs")
+    with pytest.raises(ValueError, match="as in method=nada, not 'prompt'"):
+        spec.narrowed(["prompt"])
+    assert spec.narrowed([], "cuda").parameters["device"] == "cuda"
+    assert "device" not in spec.narrowed([]).parameters
+
+
+def test_without_a_kernel_the_numbers_are_the_same_and_a_failure_is_recorded(folder):
+    spec = load_spec(write_spec(folder, "[a, bb]"))
+    sweep(spec, folder / "runs", folder)
+    with_kernels = gather(folder / "runs")
+    assert list((folder / "runs").glob("*/echo.ipynb"))
+    sweep(spec, folder / "others", folder, kernel=False)
+    pd.testing.assert_frame_equal(gather(folder / "others"), with_kernels)
+    assert not list((folder / "others").glob("*/echo.ipynb"))
+    with pytest.raises(ValueError, match="told to fail"):
+        sweep(load_spec(write_spec(folder, "[fail]")), folder / "others", folder, kernel=False)
+
+
 def test_the_papers_sweep_has_all_methods_prompts_and_seeds():
     path = NOTEBOOKS / "presets" / "paper-toonfaces.yaml"
     spec = load_spec(path)
