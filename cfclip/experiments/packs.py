@@ -67,8 +67,8 @@ def packs(
 ) -> list[list[Run]]:
     """Runs whose trainings share the frozen networks and are equally long, in packs for the ``workers``.
 
-    ``workers``: how many work at a time on "cpu" and on "cuda". ``most``: runs in a pack; default: as many as gain something on the device. A run that would be alone is
-    in none.
+    ``workers``: how many work at a time on "cpu" and on "cuda". ``most``: runs in a pack; default: as many as
+    gain something on the device. A run that would be alone is in none.
     """
     groups: dict[tuple, list[Run]] = {}
     for run in runs:
