@@ -19,7 +19,7 @@ from cfclip.checkpoints.networks import find_lpips
 from cfclip.files import sha256
 from cfclip.models.arcface import FaceIdentity
 from cfclip.models.clip import ClipGuide
-from cfclip.models.mapper import PUBLISHED_SPLIT, Mapper
+from cfclip.models.mapper import PUBLISHED_SPLIT, Mapper, WordMapper, level_slices
 from cfclip.models.perceptual import PerceptualDistance, feature_distance
 from cfclip.models.stylegan2 import Generator
 from cfclip.models.vgg import VGG19
@@ -66,6 +66,9 @@ class GroundTruth(Protocol):
 
     def claims(self, prompt: str) -> tuple[str, ...]:
         """All that ``prompt`` says and that can be measured, each claim in one wording of many."""
+
+    def only_colours(self, prompt: str) -> bool:
+        """Whether ``prompt`` asks for the colours of parts, and for nothing else."""
 
     def done(self, prompt: str, before: Measurement, after: Measurement) -> dict[str, np.ndarray]:
         """Each of :meth:`claims` -> 1 or 0 for each of N pictures.
@@ -189,16 +192,29 @@ class Domain:
         order = torch.randperm(len(w), generator=torch.Generator().manual_seed(seed))
         return w[order[:n]].to(self.device)
 
-    @torch.no_grad()
-    def edit(
+    def edited(
         self, w: Tensor, prompt: str, mapper: nn.Module | None = None, strength: float | Tensor = 1.0
     ) -> Tensor:
-        """Pictures [N, 3, R, R] of the codes ``w`` [N, L, D], edited by ``mapper``, else by the domain's own.
+        """The codes ``w`` [N, L, D] edited by ``mapper``, else by the domain's own.
+
+        A mapper that reads words draws in the coarse and medium layers. A prompt that asks for colours alone
+        leaves these as they are, as it did in the training.
 
         strength: one number, or one a layer [L, 1].
         """
         mapper = self.mapper if mapper is None else mapper
-        return self.generator.synthesis(mapper.edit(w, mapper.read(self.clip, prompt), strength))
+        edited = mapper.edit(w, mapper.read(self.clip, prompt), strength)
+        if isinstance(mapper, WordMapper) and self.truth is not None and self.truth.only_colours(prompt):
+            drawing = slice(0, level_slices(mapper.config.split)["fine"].start)
+            edited[:, drawing] = w[:, drawing]
+        return edited
+
+    @torch.no_grad()
+    def edit(
+        self, w: Tensor, prompt: str, mapper: nn.Module | None = None, strength: float | Tensor = 1.0
+    ) -> Tensor:
+        """Pictures [N, 3, R, R] of the codes that :meth:`edited` gives."""
+        return self.generator.synthesis(self.edited(w, prompt, mapper, strength))
 
     @property
     def fingerprints(self) -> dict[str, str]:

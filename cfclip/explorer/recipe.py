@@ -158,7 +158,7 @@ class Recipe(Settings):
                 mapper = f"cfclip.load_mapper({file!r})" if file else f"mapper_for(domain, {prompt!r})"
                 edit += [
                     f"    mapper = {mapper}",
-                    f"    edited = mapper.edit(edited, mapper.read(domain.clip, {prompt!r}), {strength})",
+                    f"    edited = domain.edited(edited, {prompt!r}, mapper, {strength})",
                 ]
             edit.append("    images = domain.generator.synthesis(edited)")
         if self.region:
@@ -238,7 +238,7 @@ def render(
         for prompt in recipe.prompts:
             domain.clip.tokenize(prompt)  # an unreadable one needs no mapper
         for prompt, mapper in zip(recipe.prompts, recipe.open_mappers(domain), strict=True):
-            edited = mapper.edit(edited, mapper.read(domain.clip, prompt), strength)
+            edited = domain.edited(edited, prompt, mapper, strength)
         images = domain.generator.synthesis(edited, dtype=dtype)
     return blend(domain, source.images, images, recipe.region) if recipe.region else images
 

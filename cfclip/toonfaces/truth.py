@@ -65,6 +65,10 @@ class ToonTruth:
     def claims(self, prompt: str) -> tuple[str, ...]:
         return tuple(in_words(fact) for fact in measurable(prompt))
 
+    def only_colours(self, prompt: str) -> bool:
+        asked = {key for key, _ in claims_of(prompt)} - {"person"}
+        return bool(asked) and asked <= set(PARTS)
+
     def done(self, prompt: str, before: Seen, after: Seen) -> dict[str, np.ndarray]:
         found = {}
         for key, value in measurable(prompt):

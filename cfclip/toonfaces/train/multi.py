@@ -16,10 +16,11 @@ from torch import Tensor
 from cfclip.domain import GROUPS, Domain
 from cfclip.evaluation.confidence import predicted_success
 from cfclip.evaluation.many_prompts import compare
+from cfclip.evaluation.metrics import CLEAN_IDENTITY
 from cfclip.method.config import MultiPromptConfig
 from cfclip.method.trainer import train_mapper
 from cfclip.models.clip import TEMPLATES
-from cfclip.models.mapper import Mapper
+from cfclip.models.mapper import Mapper, WordMapper
 from cfclip.toonfaces.captions import caption, claim_of, facts_of, phrase
 from cfclip.toonfaces.domain import load_toonfaces
 from cfclip.toonfaces.factors import PARTS, colours, sample_face
@@ -97,8 +98,33 @@ def pooled_config(**overrides: Any) -> MultiPromptConfig:
 def train(
     config: MultiPromptConfig, out: Path, device: torch.device | str = "cpu", domain: Domain | None = None
 ) -> Mapper:
-    """Train for ``domain`` (default: toonfaces), or resume in ``out``."""
-    return train_mapper((domain or load_toonfaces()).to(device), config, out)[0]
+    """Train for ``domain`` (default: toonfaces), or resume in ``out``; then :func:`calibrate` it."""
+    domain = (domain or load_toonfaces()).to(device)
+    return calibrate(domain, train_mapper(domain, config, out)[0])
+
+
+GAINS = (1.0, 1.15, 1.3, 1.45, 1.6)
+"""Strengths of the layers that colour, of which :func:`calibrate` makes the best one strength 1."""
+
+
+@torch.no_grad()
+def calibrate(domain: Domain, mapper: WordMapper, n: int = 16) -> WordMapper:
+    """``mapper``, its colours made stronger until most edits of ``n`` training faces succeed.
+
+    One lambda_l2 for all prompts stops the small parts half way. An edit counts if it succeeds at an identity
+    of 0.85; tried with every third of the seen prompts. Leakage grows with strength, so of the gains within a
+    point of the best one it is the smallest.
+    """
+    prompts = [one for one in split()[0] if domain.truth.claim(one)][::3]
+
+    def kept(gain: float) -> float:
+        faces = compare(domain, mapper, prompts, n, gain, "train")
+        success = faces.success_after.where(faces.identity >= CLEAN_IDENTITY, 0.0)
+        return float(success[faces.success_after.notna()].mean())
+
+    found = {gain: kept(gain) for gain in GAINS}
+    mapper.groups[-1].move *= min(gain for gain in GAINS if found[gain] > max(found.values()) - 0.01)
+    return mapper
 
 
 def measure(domain: Domain, n: int = 32) -> tuple[pd.DataFrame, pd.DataFrame]:
