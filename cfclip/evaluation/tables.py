@@ -237,7 +237,13 @@ def search(table: pd.DataFrame, group_of: Callable[[str], str]) -> pd.DataFrame:
     known = dict(zip(trial, zip(table.method, table.settings, strict=True), strict=True))
     best = headline(trainings(table.assign(trial=trial), group_of, by="trial")).astype({"method": str})
     rows = []
-    for name, (method, settings) in known.items():
+
+    def rank(one: tuple) -> tuple:  # 3 before 10
+        method, settings = one[1]
+        values = [settings.get(name) for name in varied[method]]
+        return method, [(0, x) if _is_number(x) else (1, str(x)) for x in values]
+
+    for name, (method, settings) in sorted(known.items(), key=rank):
         areas = best[best.method == name].pivot(index="prompt", columns="seed", values="area")
         over = crossed(areas)
         row = {"trial": name, "method": method, "mean": over.mean, "half": over.half, **areas.mean(axis=1)}

@@ -6,6 +6,7 @@ from collections import Counter
 from functools import partial
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -147,6 +148,35 @@ def test_slots_listen_to_no_word_that_none_of_their_prompts_has(domain):
     assert torch.allclose(colours.shares(read("blue hair")), untouched, atol=0.05), "one step hardly moved it"
 
 
+def test_at_use_a_prompt_of_colours_alone_leaves_the_layers_that_draw(domain):
+    domain = dataclasses.replace(domain, level_split=(1, 3))
+    config = configured(prompts=("blue hair", "bald"), shapes=("bald",), text="tokens", levels=("fine",))
+    mapper, w = MapperTrainer(domain, config).mapper, domain.latents(2)
+    for prompt, left in {"blue hair": 3, "a man with green lips": 3, "bald": 0, "long blue hair": 0}.items():
+        edited, whole = domain.edited(w, prompt, mapper), mapper.edit(w, mapper.read(domain.clip, prompt))
+        assert torch.equal(edited[:, :left], w[:, :left]), prompt
+        assert torch.equal(edited[:, left:], whole[:, left:]) and not torch.equal(whole[:, :3], w[:, :3])
+    assert torch.equal(domain.edit(w, prompt, mapper), domain.generator.synthesis(edited))
+    plain = Mapper.initialised(MapperConfig(*w.shape[1:], domain.clip.embed_dim), generator_for(0, 0))
+    assert (domain.edited(w, "blue hair", plain) != w).any(2).all(), "as published, a mapper moves all layers"
+
+
+def test_the_colours_of_a_mapper_get_the_least_gain_that_is_as_good_as_any(domain, monkeypatch):
+    config = configured(prompts=("blue hair", "bald"), shapes=("bald",), text="tokens", levels=("fine",))
+    mapper = MapperTrainer(dataclasses.replace(domain, level_split=(1, 3)), config).mapper
+    before = [group.move.detach().clone() for group in mapper.groups]
+    success = {1.0: [1, 0, 1], 1.15: [1, 1, float("nan")], 1.3: [1, 1, 1], 1.45: [1, 1, 1], 1.6: [1, 1, 1]}
+    identity = {1.0: 1.0, 1.15: 0.8, 1.3: 0.9, 1.45: 0.9, 1.6: 0.2}
+
+    def compared(domain, mapper, prompts, n, gain, split):
+        assert split == "train" and set(prompts) < set(multi.split()[0])
+        return pd.DataFrame({"success_after": success[gain], "identity": identity[gain]})
+
+    monkeypatch.setattr(multi, "compare", compared)
+    after = [group.move for group in multi.calibrate(domain, mapper).groups]
+    assert torch.equal(after[0], before[0]) and torch.allclose(after[1], 1.3 * before[1])
+
+
 def test_a_shape_must_be_a_prompt():
     with pytest.raises(ValueError, match="shapes must be some of the prompts"):
         configured(shapes=("smiling",))
@@ -268,6 +298,7 @@ def test_the_stored_mapper_is_the_domains(folder, monkeypatch):
     monkeypatch.setattr(multi, "split", lambda: (PROMPTS, ("purple skin",)))
     short = {"steps": 2, "batch": 2, "prompts_at_once": 2, "train_latents": 2, "seed": 3}
     short |= {"prompts": PROMPTS, "shapes": (), "shape_share": None}
+    monkeypatch.setattr(multi, "GAINS", (1.0,))
     path = cards.train("multi", folder / "run", folder, **short)
     domain, stored = load_toonfaces(folder), load_mapper(path)
     assert stored.config.text == "tokens" and stored.config.levels == ("fine",)
