@@ -71,8 +71,8 @@ def measure_clip(domain: Domain, path: Path) -> str:
         f'"face with <colour> <part>" under the 79 templates. {columns} Seed 10000.'
     )
     moved = (
-        "The same on samples of the generator whose codes were moved at random, where the readout is sure of "
-        f"the colour. {columns}"
+        "The same on samples of the generator whose codes were moved, half of them at random and half by an "
+        f"optimiser that paints a part, where the readout is sure of the colour. {columns}"
     )
     shapes = "Share of held-out renders whose shape is named correctly. Seed 12000."
     reading = (

@@ -24,7 +24,7 @@ from cfclip.method.config import DTYPES
 from cfclip.method.loop import resolve_dtype
 from cfclip.models.clip import ClipGuide, autocast
 from cfclip.models.stylegan2 import Generator
-from cfclip.settings import LARGEST_BATCH, Settings, flag, int_at_least, number, one_of, seed_number, setting
+from cfclip.settings import LARGEST_BATCH, Settings, int_at_least, number, one_of, seed_number, setting
 from cfclip.toonfaces.captions import (
     COLOUR_NAMES,
     FACTS,
@@ -69,7 +69,6 @@ class CLIPConfig(Settings):
     unknown_words: float = setting(0.02, number(0, 1))  # share of words that are hidden
     fact_weight: float = setting(1.0, number())  # of the auxiliary loss, see FactHead
     mention_weight: float = setting(1.0, number())  # of the auxiliary loss, see MentionHead
-    composed: bool = setting(True, flag)  # does FactHead read similar colours alike in all parts?
     ema: float = setting(0.999, number(0, 1))  # decay of the averaged weights per step, which are the result
     seed: int = setting(0, seed_number)
     dtype: str = setting("auto", one_of(DTYPES))  # autocast of the image and text towers
@@ -80,7 +79,7 @@ class GuideConfig(CLIPConfig):
     """How the second guide is trained: another architecture, other faces and other captions."""
 
     model: str = setting("toonfaces-convnext", one_of(MODELS))
-    steps: int = setting(1300, int_at_least(1))
+    steps: int = setting(2600, int_at_least(1))
     seed: int = setting(1, seed_number)
 
 
@@ -132,12 +131,12 @@ class FactHead(nn.Module):
 
     A caption names one or two of the eight colours of a face, so the contrastive loss alone learns lips and
     irises very late. Of a group of facts, such as the colours of the lips, at most one is true: the loss is
-    the cross-entropy of those groups of which one is known to be true, or is claimed.
+    the cross-entropy of those groups of which one is known to be true, or is claimed. Colours are read by
+    what they have in common, see :func:`colour_codes`: one set of weights a part, for all of its colours.
     """
 
-    def __init__(self, embed_dim: int, composed: bool = True):
+    def __init__(self, embed_dim: int):
         super().__init__()
-        self.composed = composed
         self.linear = nn.Linear(embed_dim, len(FACTS))
         codes = colour_codes()  # [C, K] of all colours of all parts
         self.of_colours = nn.Linear(embed_dim, len(PARTS) * codes.shape[1], bias=False)
@@ -156,12 +155,9 @@ class FactHead(nn.Module):
 
     def logits(self, embedding: Tensor) -> Tensor:
         """Of each fact [N, F]."""
-        logits = self.linear(embedding * 10)
-        if self.composed:
-            found = self.of_colours(embedding * 10).unflatten(1, (len(PARTS), -1))  # [N, 8, K]
-            named = torch.einsum("nck,ck->nc", found[:, self.owners], self.codes)
-            logits = logits.index_copy(1, self.coloured, named)
-        return logits
+        found = self.of_colours(embedding * 10).unflatten(1, (len(PARTS), -1))  # [N, 8, K]
+        named = torch.einsum("nck,ck->nc", found[:, self.owners], self.codes)
+        return self.linear(embedding * 10).index_copy(1, self.coloured, named)
 
     def forward(self, embedding: Tensor, facts: Tensor) -> Tensor:
         """Mean loss over groups. embedding [N, D]; facts: bool [N, F], true and known, or claimed."""
@@ -350,7 +346,7 @@ class CLIPTraining:
             model = build(config.model)
             self.normalise = ClipGuide(build(config.model)).to(device).preprocess
             width = model.text_projection.shape[1]
-            heads = [FactHead(width, config.composed), MentionHead(width)]
+            heads = [head(width) for head in (FactHead, MentionHead)]
         self.model = model.train().to(device, memory_format=torch.channels_last)
         self.facts, self.mentions = (head.to(device) for head in heads)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
