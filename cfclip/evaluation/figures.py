@@ -130,8 +130,9 @@ def pictures_by_method(
 ) -> dict[str, Tensor]:
     """prompt -> pictures [N (1 + M), 3, R, R]: each source, G(w), and after it its edits by M methods.
 
-    w: [N, L, D]. Each method shows its first seed, or white without a run for the prompt. ``table`` is that
-    of the folder ``runs`` (:func:`cfclip.experiments.gather`). Default: all prompts, by group.
+    w: [N, L, D]. Each method shows its first seed, or white without a run for the prompt, or where a run's
+    networks were not kept, as those of a machine that was lent. ``table`` is that of the folder ``runs``
+    (:func:`cfclip.experiments.gather`). Default: all prompts, by group.
     """
     trained = table[table.method.notna()].drop_duplicates("run").sort_values("seed")
     trained = trained.drop_duplicates(["method", "prompt"])
@@ -143,7 +144,9 @@ def pictures_by_method(
     for prompt in prompts or known:
         run, pictures = trained[trained.prompt == prompt].set_index("method").run, [source]
         for method in methods:
-            editor = load_editor(Path(runs) / run[method], domain) if method in run else None
+            folder = Path(runs) / run[method] if method in run else None
+            kept = folder is not None and any(folder.glob("*.safetensors"))
+            editor = load_editor(folder, domain) if kept else None
             pictures.append(editor.edit(w, strength) if editor else torch.ones_like(source))
         rows[prompt] = torch.stack(pictures, 1).flatten(0, 1)
     return rows

@@ -241,7 +241,7 @@ def search(table: pd.DataFrame, group_of: Callable[[str], str]) -> pd.DataFrame:
     def rank(one: tuple) -> tuple:  # 3 before 10
         method, settings = one[1]
         values = [settings.get(name) for name in varied[method]]
-        return method, [(0, x) if _is_number(x) else (1, str(x)) for x in values]
+        return method, [(1, x) if _is_number(x) else (0, str(x)) for x in values]
 
     for name, (method, settings) in sorted(known.items(), key=rank):
         areas = best[best.method == name].pivot(index="prompt", columns="seed", values="area")
