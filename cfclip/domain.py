@@ -19,7 +19,7 @@ from cfclip.checkpoints.networks import find_lpips
 from cfclip.files import sha256
 from cfclip.models.arcface import FaceIdentity
 from cfclip.models.clip import ClipGuide
-from cfclip.models.mapper import PUBLISHED_SPLIT, Mapper, WordMapper, level_slices
+from cfclip.models.mapper import PUBLISHED_SPLIT, Mapper, WordMapper
 from cfclip.models.perceptual import PerceptualDistance, feature_distance
 from cfclip.models.stylegan2 import Generator
 from cfclip.models.vgg import VGG19
@@ -205,8 +205,8 @@ class Domain:
         mapper = self.mapper if mapper is None else mapper
         edited = mapper.edit(w, mapper.read(self.clip, prompt), strength)
         if isinstance(mapper, WordMapper) and self.truth is not None and self.truth.only_colours(prompt):
-            drawing = slice(0, level_slices(mapper.config.split)["fine"].start)
-            edited[:, drawing] = w[:, drawing]
+            fine = mapper.config.split[1]
+            edited[:, :fine] = w[:, :fine]
         return edited
 
     @torch.no_grad()

@@ -38,6 +38,12 @@ def compare(
     return pd.DataFrame(rows)
 
 
+def kept(faces: pd.DataFrame) -> pd.Series:
+    """Success of each row of :func:`compare` that also keeps an identity of 0.85; NaN where success is."""
+    lost = faces["success_after"].notna() & (faces["identity"] < metrics.CLEAN_IDENTITY)
+    return faces["success_after"].mask(lost, 0.0)
+
+
 SENTENCES = (
     "green lipstick", "blue hair", "blue lipstick", "purple eyebrows", "orange beard", "white eyebrows",
     "red hair", "pink hair", "yellow eyes", "smiling", "glasses", "bald", "blue skin",

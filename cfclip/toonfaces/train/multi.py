@@ -15,8 +15,7 @@ from torch import Tensor
 
 from cfclip.domain import GROUPS, Domain
 from cfclip.evaluation.confidence import predicted_success
-from cfclip.evaluation.many_prompts import compare
-from cfclip.evaluation.metrics import CLEAN_IDENTITY
+from cfclip.evaluation.many_prompts import compare, kept
 from cfclip.method.config import MultiPromptConfig
 from cfclip.method.trainer import train_mapper
 from cfclip.models.clip import TEMPLATES
@@ -115,14 +114,8 @@ def calibrate(domain: Domain, mapper: WordMapper, n: int = 16) -> WordMapper:
     of 0.85; tried with every third of the seen prompts. Leakage grows with strength, so of the gains within a
     point of the best one it is the smallest.
     """
-    prompts = [one for one in split()[0] if domain.truth.claim(one)][::3]
-
-    def kept(gain: float) -> float:
-        faces = compare(domain, mapper, prompts, n, gain, "train")
-        success = faces.success_after.where(faces.identity >= CLEAN_IDENTITY, 0.0)
-        return float(success[faces.success_after.notna()].mean())
-
-    found = {gain: kept(gain) for gain in GAINS}
+    prompts = split()[0][::3]
+    found = {gain: kept(compare(domain, mapper, prompts, n, gain, "train")).mean() for gain in GAINS}
     mapper.groups[-1].move *= min(gain for gain in GAINS if found[gain] > max(found.values()) - 0.01)
     return mapper
 

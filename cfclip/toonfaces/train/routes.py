@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from cfclip.baselines.offset import OffsetTrainer
 from cfclip.domain import Domain
-from cfclip.evaluation import metrics
-from cfclip.evaluation.many_prompts import compare
+from cfclip.evaluation.many_prompts import compare, kept
 from cfclip.files import slug
 from cfclip.method.config import CFCLIPConfig, MultiPromptConfig
 from cfclip.method.loop import run_loop
@@ -201,15 +200,14 @@ MEASURED = ("kept", "success_after", "progress", "leakage", "identity")
 def compared(domain: Domain, out: Path, seeds: Sequence[int] = (0, 1, 2), n: int = 32) -> pd.DataFrame:
     """Every route's edits of ``n`` test faces by :func:`own_prompts`: means per route, seed and prompt.
 
-    ``kept``: success among faces that have the part, where the identity is 0.85 and more. ``seen``: is the
-    prompt among those for training? ``n_judged``: faces that have the part. ``failed``: the prompts whose
-    teachers failed and were left out.
+    ``kept``: see :func:`.many_prompts.kept`, among faces that have the part. ``seen``: is the prompt among
+    those for training? ``n_judged``: faces that have the part. ``failed``: the prompts whose teachers failed
+    and were left out.
     """
     rows, seen = [], multi.split()[0]
     for route, seed, mapper, seconds, taught in trained(domain, out, seeds):
         faces = compare(domain, mapper, taught if route == "alone" else own_prompts(), n)
-        lost = faces["success_after"].notna() & (faces["identity"] < metrics.CLEAN_IDENTITY)
-        faces["kept"] = faces["success_after"].mask(lost, 0.0)
+        faces["kept"] = kept(faces)
         each = faces.groupby("prompt", sort=False)
         means = each[list(MEASURED)].mean().assign(n_judged=each["success_after"].count()).reset_index()
         failed = ", ".join(prompt for prompt in seen if prompt not in taught) if route == "teachers" else ""
