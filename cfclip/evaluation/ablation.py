@@ -1,14 +1,16 @@
 """The ablation of CF-CLIP's directions: rows that change one thing each. :mod:`.tables` summarises them."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
-from cfclip.baselines.methods import fit
+from cfclip.baselines.editor import Editor
+from cfclip.baselines.many import Job, fit_many
 from cfclip.domain import Domain
 from cfclip.evaluation.metrics import over_strengths
+from cfclip.files import slug
 from cfclip.models.mapper import LEVELS
 
 ROWS: dict[str, dict[str, Any]] = {
@@ -44,25 +46,42 @@ def choose(rows: Sequence[str] = ()) -> list[str]:
     return list(rows) or list(ROWS)
 
 
-def run_row(
-    domain: Domain,
-    row: str,
-    prompt: str,
-    *,
-    seed: int = 0,
-    n: int = 64,
-    strengths: Sequence[float] = (1.0,),
-    out: str | os.PathLike | None = None,
-    progress: bool = False,
-    **settings: Any,
-) -> pd.DataFrame:
-    """Train one row with one seed; every metric of its edits, one line per strength and held-out face.
+def jobs(
+    rows: Sequence[str],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: Mapping[str, Any],
+    out: str | os.PathLike = "",
+) -> dict[tuple[str, str, int], Job]:
+    """(row, prompt, seed) -> its training; what the row changes takes precedence over ``settings``.
 
-    ``settings`` of CFCLIPConfig are shared by all rows; what the row changes takes precedence. All rows and
-    seeds are evaluated on the same ``n`` faces.
+    out: the folder in which each training has one; "": nothing is kept.
     """
-    choose([row])
-    settings |= ROWS[row] | {"seed": seed}
-    editor = fit("cfclip", domain, prompt, out=out, progress=progress, **settings)
-    scores = over_strengths(domain, prompt, editor.edit, domain.latents(n, "test"), strengths)
-    return pd.DataFrame([{"row": row, "prompt": prompt, "seed": seed} | line for line in scores])
+    return {
+        (row, prompt, seed): Job(
+            "cfclip",
+            prompt,
+            f"{out}/{slug(row)}-{slug(prompt)}-{seed}" if out else None,
+            {**settings, **ROWS[row], "seed": seed},
+        )
+        for row in choose(rows)
+        for prompt in prompts
+        for seed in seeds
+    }
+
+
+def run(
+    domain: Domain, wanted: Mapping[tuple[str, str, int], Job], n: int, strengths: Sequence[float]
+) -> tuple[pd.DataFrame, dict[tuple[str, str, int], Editor]]:
+    """Train :func:`jobs`: (every metric of their edits, a line per strength and held-out face; the editors).
+
+    All are measured on the same ``n`` faces. The first training that failed is raised.
+    """
+    editors = dict(zip(wanted, fit_many(domain, [*wanted.values()], progress=False), strict=True))
+    w, lines = domain.latents(n, "test"), []
+    for (row, prompt, seed), editor in editors.items():
+        if isinstance(editor, Exception):
+            raise editor
+        scores = over_strengths(domain, prompt, editor.edit, w, strengths)
+        lines += [{"row": row, "prompt": prompt, "seed": seed} | line for line in scores]
+    return pd.DataFrame(lines), editors

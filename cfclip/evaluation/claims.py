@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from cfclip.baselines.methods import METHODS
 from cfclip.domain import COUNTERFACTUAL
 from cfclip.evaluation.figures import panels
-from cfclip.evaluation.stats import Crossed, crossed, holm, plan, plus_minus, power
-from cfclip.evaluation.tables import columns_of
+from cfclip.evaluation.stats import Crossed, complete, crossed, holm, plan, plus_minus, power
+from cfclip.evaluation.tables import differences
 
 HOLDS, FAILS, EQUAL = "holds", "does not hold", "no difference"
 UNDECIDED, UNTESTED = "undecided", "cannot be tested here"
@@ -47,20 +47,6 @@ CLAIMS = (
     Claim("CLIP-NCE beats the directional loss", "CF-CLIP", "loss: directional"),
 )
 """At most a dozen, so that Holm's price stays low."""
-
-
-def differences(best: pd.DataFrame, ours: str, other: str, column: str = "area") -> pd.DataFrame:
-    """``column`` of ``ours`` less that of ``other``: a table of prompts x seeds, NaN where one is missing.
-
-    best: :func:`.tables.headline`, of methods or rows.
-    """
-    if column not in columns_of(best):
-        return pd.DataFrame()
-    a, b = (
-        best[best.method == name].pivot(index="prompt", columns="seed", values=column)
-        for name in (ours, other)
-    )
-    return (a - b).dropna(how="all").dropna(how="all", axis=1)
 
 
 def judge(best: pd.DataFrame) -> pd.DataFrame:
@@ -100,15 +86,19 @@ def verdict(found: Crossed, p: float) -> str:
 
 
 def _why(best: pd.DataFrame, claim: Claim, found: Crossed, table: pd.DataFrame) -> str:
-    known = table.stack().dropna().index
+    counted = complete(table)
     ours, other = (
-        100 * best[best.method == name].set_index(["prompt", "seed"]).area.reindex(known).mean()
+        100
+        * best[best.method == name].set_index(["prompt", "seed"]).area.reindex(counted.stack().index).mean()
         for name in (claim.ours, claim.other)
     )
     difference = plus_minus(found.mean, found.half, 100, "+.3g")
-    over = f"{found.prompts} prompts and {found.seeds} seeds"  # without the gaps
-    ahead = f"ahead on {(table.mean(axis=1) > 0).sum()} of {len(table)} prompts"
-    return f"{ours:.3g} against {other:.3g}: {difference} points over {over}; {ahead}"
+    ahead = f"ahead on {(counted.mean(axis=1) > 0).sum()} of {_number(found.prompts, 'prompt')}"
+    return f"{ours:.1f} against {other:.1f}: {difference} points; {ahead}, {_number(found.seeds, 'seed')}"
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def planned(best: pd.DataFrame) -> pd.DataFrame:

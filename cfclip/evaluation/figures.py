@@ -17,14 +17,16 @@ from torch import Tensor
 from cfclip.baselines.library import load_editor
 from cfclip.baselines.methods import METHODS
 from cfclip.domain import GROUPS, Domain
-from cfclip.evaluation.metrics import MAIN
-from cfclip.evaluation.stats import interval
-from cfclip.evaluation.tables import columns_of, label, whole_curve
+from cfclip.evaluation.metrics import MAIN, PERCENT
+from cfclip.evaluation.stats import crossed, interval
+from cfclip.evaluation.tables import columns_of, differences, label, whole_curve
 from cfclip.files import atomic_write
 from cfclip.images import to_uint8
 
 HEADLINE = ("area", "clean", "success_after", "progress", "identity", "leakage", "heldout_clip_after")
 """The metrics that figures of a sweep show."""
+ABLATED = ("area", "clean", "leakage", "identity")
+"""Those of the ablation."""
 MARKERS = "oXsPD^v*"
 
 
@@ -79,8 +81,8 @@ def image_grid(
     return figure
 
 
-def scored_picture(image: Tensor, scores: pd.Series, title: str = "") -> Figure:
-    """A picture [3, R, R] in [-1, 1] beside a bar for each of its scores, the largest on top."""
+def scored_picture(image: Tensor, scores: pd.Series, title: str = "", unit: str = "") -> Figure:
+    """A picture [3, R, R] in [-1, 1] beside a bar for each of its scores in ``unit``, the largest on top."""
     figure, axes = panels(1, 2, (8, 3), gridspec_kw={"width_ratios": [1, 1.6]})
     picture, bars = axes[0]
     picture.imshow(to_uint8(image[None])[0], interpolation="lanczos")
@@ -90,6 +92,7 @@ def scored_picture(image: Tensor, scores: pd.Series, title: str = "") -> Figure:
     bars.bar_label(bars.containers[0], fmt="%.1f", padding=3, fontsize=8)
     bars.margins(x=0.15)
     bars.set_title(title, fontsize=11, loc="left")
+    bars.set_xlabel(unit)
     bars.spines[["top", "right"]].set_visible(False)
     return figure
 
@@ -153,10 +156,12 @@ def pictures_by_method(
 
 
 def picture_grid(rows: Mapping[str, Tensor], methods: Sequence[str]) -> Figure:
-    """:func:`pictures_by_method` with the methods' names above."""
+    """:func:`pictures_by_method` with the methods' names above; one without any picture has no column."""
     n = len(next(iter(rows.values())))
     headers = [name.replace("-", "-\n") for name in ("source", *methods)] * (n // (1 + len(methods)))
-    return image_grid(rows, columns=n, headers=headers)
+    drawn = [k for k in range(n) if any(images[k].min() < 1 for images in rows.values())]
+    rows = {name: images[drawn] for name, images in rows.items()}
+    return image_grid(rows, columns=len(drawn), headers=[headers[k] for k in drawn])
 
 
 # ---- one training, one editor ----
@@ -175,7 +180,7 @@ def loss_curves(log: pd.DataFrame) -> Figure:
 def distributions(table: pd.DataFrame, columns: int = 4) -> Figure:
     """How each metric is spread over the pictures, per prompt; ``columns`` panels in a row."""
     names = [name for name in MAIN if name in table and table[name].dtype.kind == "f"]
-    names = [name for name in names if not name.startswith(("success", "kid", "round_trip"))]
+    names = [name for name in names if not name.startswith(("success", "clean", "kid", "round_trip"))]
     rows = -(-len(names) // columns)
     height = 0.7 + 0.4 * table.prompt.nunique()
     figure, axes = panels(rows, columns, (2.6 * columns + 1, height * rows), sharey=True)
@@ -197,22 +202,25 @@ def tradeoff_curves(
     grouped = table.drop(columns="index", errors="ignore").groupby([label, value], sort=False)
     means = grouped.mean(numeric_only=True).reset_index()
     names = [name for name in means.columns if name not in (label, value, x)]
-    figure, axes = panels(1, len(names), (2.8 * len(names), 2.6))
+    figure, axes = panels(1, len(names), (2.5 * len(names), 2.7))
     for axis, name in zip(axes[0], names, strict=True):
         for what, line in means.groupby(label, sort=False):
             axis.plot(line[x], line[name], marker="o", label=what)
             for at, *point in zip(line[value], line[x], line[name], strict=True):
                 axis.annotate(f"{at:g}", point, textcoords="offset points", xytext=(3, 3), fontsize=7)
+        axis.margins(0.15)
         axis.set(title=name.replace("_", " "), xlabel=x.replace("_", " "))
-    axes[0, 0].legend(fontsize=7)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
 def strength_curves(table: pd.DataFrame) -> Figure:
     """Gains and costs of an edit against its strength, by prompt; 95 % intervals over the pictures."""
     names = ("success_after", "clip_after", "heldout_clip_after", "identity", "leakage", "truth_distance")
-    names = [name for name in names if name in table]
-    figure, axes = panels(1, len(names), (3.2 * len(names), 2.8))
+    several = table.groupby("strength").count().gt(0).sum().gt(1)  # measured at more than one strength
+    names = [name for name in names if several.get(name, False)]
+    figure, axes = panels(1, len(names), (2.3 * len(names), 2.6))
     for axis, name in zip(axes[0], names, strict=True):
         first = axis is axes[0, 0]
         sns.lineplot(table, x="strength", y=name, hue="prompt", marker="o", ax=axis, legend=first, seed=0)
@@ -227,7 +235,8 @@ def leakage_matrix(table: pd.DataFrame) -> Figure:
     """Prompts [rows] x parts [columns]: how far each part moved; NaN (the part asked for) is blank."""
     figure, axes = panels(1, 1, (0.75 * len(table.columns) + 2, 0.45 * len(table) + 1.2))
     axis = axes[0, 0]
-    sns.heatmap(table, annot=True, fmt=".2f", vmin=0, vmax=1, cmap="rocket_r", linewidths=0.5, ax=axis)
+    look = {"cmap": "rocket_r", "linewidths": 0.5, "cbar_kws": {"label": "1 = two random faces"}}
+    sns.heatmap(table, annot=True, fmt=".2f", vmin=0, vmax=1, ax=axis, **look)
     parts = [text.get_text().replace("_", " ") for text in axis.get_xticklabels()]
     axis.set_xticklabels(parts, rotation=40, ha="right")
     return figure
@@ -285,30 +294,36 @@ def tradeoff(each: pd.DataFrame, x: str = "identity", y: str = "success_after") 
     return _with_legend(figure, each)
 
 
-def ablation_figure(each: pd.DataFrame, names: Sequence[str] = ()) -> Figure:
-    """One panel per metric: trainings as dots, means with 95 % intervals, the first row's mean as a line.
+def ablation_figure(best: pd.DataFrame, names: Sequence[str] = ABLATED) -> Figure:
+    """How far each row is from the first one at the same prompt and seed: a panel per metric.
 
-    each: trainings ``by="row"``, one line per training; ``names``: which metrics, all by default.
+    A dot is a training, coloured by its prompt; black is the mean with its 95 % interval over prompts and
+    seeds (:func:`.stats.crossed`), none without two of each. best: :func:`.tables.headline` ``by="row"``.
     """
-    shown = [
-        name for name in columns_of(each) if not name.endswith("_before") and (not names or name in names)
-    ]
-    size = 2.4 * len(shown) + 1.5, 0.9 + 0.35 * each.method.nunique()
-    figure, axes = panels(1, len(shown), size, sharey=True)
-    dots = {"color": "0.7", "size": 4, "jitter": False}
-    bars = {
-        "linestyle": "none",
-        "color": "C0",
-        "markersize": 5,
-        "capsize": 0.3,
-        "err_kws": {"linewidth": 1.5},
-    }
-    for axis, name in zip(axes[0], shown, strict=True):
-        sns.stripplot(each, x=name, y="method", ax=axis, **dots)
-        sns.pointplot(each, x=name, y="method", ax=axis, errorbar=interval, **bars)
-        first = each.loc[each.method == each.method.iloc[0], name].mean()
-        axis.axvline(first, color="0.5", linewidth=0.8, zorder=0)
-        axis.set(xlabel=name.replace("_", " "), ylabel="")
+    first, *rows = best.method.cat.remove_unused_categories().cat.categories
+    names = [name for name in names if name in columns_of(best)]
+    prompts = {prompt: f"C{i}" for i, prompt in enumerate(best.prompt.unique())}
+    figure, axes = panels(1, len(names), (2.6 * len(names) + 1.5, 1.5 + 0.45 * len(rows)), sharey=True)
+    for axis, name in zip(axes[0], names, strict=True):
+        scale = 100 if name in PERCENT else 1
+        axis.axvline(0, color="0.5", linewidth=0.8, zorder=0)
+        for at, row in enumerate(rows):
+            table = scale * differences(best, row, first, name)
+            if table.empty:
+                continue
+            for prompt, values in table.iterrows():
+                axis.plot(
+                    values, [at - 0.15] * len(values), "o", color=prompts[prompt], markersize=4, alpha=0.7
+                )
+            over = crossed(table)
+            half = 0 if np.isnan(over.error) else over.half
+            axis.errorbar(over.mean, at + 0.15, xerr=half, marker="D", color="black", markersize=4, capsize=3)
+        axis.set_xlabel(label(name).replace(" %", ", points"))
+        axis.set_yticks(range(len(rows)), rows)
+        axis.set_ylim(max(len(rows), 1) - 0.5, -0.5)
+    figure.suptitle(f"difference from {first}", fontsize=11)
+    dots = [plt.Line2D([], [], marker="o", linestyle="", color=c, label=name) for name, c in prompts.items()]
+    figure.legend(handles=dots, loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 

@@ -29,11 +29,19 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def plus_minus(mean: float, half: float, scale: float = 1, form: str = ".3g") -> str:
-    """ "12 ± 3", or "12" without an interval, or "–" without a number. ``form``: format of the mean."""
+    """ "12.0 ± 3.4": two digits of the half width, and the mean to the same place.
+
+    "12" without an interval, or "–" without a number; ``form``: format of such a mean, "+" of any.
+    """
     if np.isnan(mean):
         return "–"
-    half = 0.0 if half < 1e-9 * abs(mean) else half  # equal numbers whose mean was rounded
-    return f"{scale * mean:{form}}" + ("" if np.isnan(half) else f" ± {scale * half:.2g}")
+    mean, half = scale * mean, scale * half
+    if np.isnan(half):
+        return f"{mean:{form}}"
+    if half < 1e-6 * max(abs(mean), 1e-3):  # equal numbers whose mean was rounded
+        return f"{mean:{form}} ± 0"
+    places = min(max(0, 1 - int(np.floor(np.log10(half)))), 4)
+    return f"{mean:{'+' * form.startswith('+')}.{places}f} ± {half:.{places}f}"
 
 
 # ---- the mixed model ----
@@ -89,13 +97,18 @@ def _error(squares: np.ndarray, prompts: int, seeds: int) -> tuple[float, float]
     return float(np.sqrt(largest / (prompts * seeds))), float(max(freedom, 1.0))
 
 
+def complete(table: pd.DataFrame) -> pd.DataFrame:
+    """``table`` without the rows, or else the columns, that have a gap: whichever leaves more numbers."""
+    return max(table.dropna(), table.dropna(axis=1), key=lambda rest: rest.size)
+
+
 def crossed(table: pd.DataFrame) -> Crossed:
     """Mean, standard error and spread of a table of numbers, one row per prompt and one column per seed.
 
-    A table with gaps loses the rows, or else the columns, that have any: whichever leaves more numbers. The
-    method of moments for two crossed random effects without replication (Searle et al. 1992, section 4.5).
+    Of a table with gaps it is the :func:`complete` part. The method of moments for two crossed random effects
+    without replication (Searle et al. 1992, section 4.5).
     """
-    table = max(table.dropna(), table.dropna(axis=1), key=lambda rest: rest.size)
+    table = complete(table)
     values, (prompts, seeds) = table.to_numpy(float), table.shape
     nothing = float("nan")
     if min(prompts, seeds) < 2:

@@ -200,6 +200,39 @@ def _at_best(training: pd.DataFrame) -> dict[str, Any]:
     return order.iloc[0].to_dict()
 
 
+def differences(best: pd.DataFrame, ours: str, other: str, column: str = "area") -> pd.DataFrame:
+    """``column`` of ``ours`` less that of ``other``: a table of prompts x seeds, NaN where one is missing.
+
+    best: :func:`headline`, of methods or rows.
+    """
+    if column not in columns_of(best):
+        return pd.DataFrame()
+    a, b = (
+        best[best.method == name].pivot(index="prompt", columns="seed", values=column)
+        for name in (ours, other)
+    )
+    return (a - b).dropna(how="all").dropna(how="all", axis=1)
+
+
+def against_first(best: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """A line per method or row: its means, and in brackets their difference from those of the first one.
+
+    The interval of a difference is over prompts and seeds (:func:`.stats.crossed`), at equal prompt and seed.
+    """
+    first, *others = best.method.cat.remove_unused_categories().cat.categories
+    names, lines = [name for name in names if name in columns_of(best)], []
+    for method in (first, *others):
+        line = {"method": method}
+        for name in names:
+            scale = 100 if name in PERCENT else 1
+            line[label(name)] = plus_minus(best.loc[best.method == method, name].mean(), np.nan, scale)
+            if len(apart := differences(best, method, first, name)) and method != first:
+                over = crossed(apart)
+                line[label(name)] += f" ({plus_minus(over.mean, over.half, scale, '+.2g')})"
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
 def headline_table(best: pd.DataFrame) -> pd.DataFrame:
     """:func:`headline` for people: a line per group and method, those with the largest area first.
 

@@ -22,17 +22,17 @@ def example(domain: Domain, folder: str | os.PathLike) -> Path:
     cells += [(ABLATION, row, prompts[0], s) for row in ("CF-CLIP", "negatives: none") for s in seeds]
     for notebook, name, prompt, seed in cells:
         run = f"{notebook}-{slug(name)}-{slug(prompt)}-{seed}"
-        given = {"domain": domain.name, "prompt": prompt, "settings": {"steps": 1}, "n": n}
-        options = {"out": folder / run, "progress": False, "seed": seed}
-        options |= {"steps": 1, "batch": 1, "train_latents": 1}
+        given = {"domain": domain.name, "settings": {"steps": 1}, "n": n}
+        small = {"steps": 1, "batch": 1, "train_latents": 1}
         if notebook == TRAINING:
-            editor = fit(name, domain, prompt, **options)
+            editor = fit(name, domain, prompt, out=folder / run, progress=False, seed=seed, **small)
             w = domain.latents(n, "test", seed)
             rows = pd.DataFrame(metrics.over_strengths(domain, prompt, editor.edit, w, strengths))
-            given |= {"method": name, "seed": seed}
+            given |= {"method": name, "prompt": prompt, "seed": seed}
         else:
-            rows = ablation.run_row(domain, name, prompt, n=n, strengths=strengths, **options)
-            given |= {"rows": [name], "seeds": [seed]}
+            jobs = ablation.jobs([name], [prompt], [seed], small, folder / run)
+            rows, _ = ablation.run(domain, jobs, n, strengths)
+            given |= {"rows": [name], "prompts": [prompt], "seeds": [seed]}
         write_rows(folder / run / "metrics.jsonl", rows.to_dict("records"))
         runs.write_record(runs.Run(run, spec.find_notebook(notebook), given, {}), folder / run, "finished")
     return folder

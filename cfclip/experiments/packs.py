@@ -22,7 +22,7 @@ from cfclip.domains import load_domain
 from cfclip.evaluation import ablation
 from cfclip.experiments.runs import KERNEL_ENVIRONMENT, Outcome, Run, code_hash
 from cfclip.experiments.spec import find_notebook
-from cfclip.files import FolderInUse, locked, slug
+from cfclip.files import FolderInUse, locked
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +38,8 @@ def _training(p: dict[str, Any], folder: Path) -> list[Job]:
 
 
 def _ablation(p: dict[str, Any], folder: Path) -> list[Job]:
-    """Of 03_ablation_directions: what :func:`.ablation.run_row` trains for each row and seed."""
-    return [
-        Job("cfclip", p["prompt"], f"{folder}/{slug(row)}-{seed}", p["settings"] | changed | {"seed": seed})
-        for row in ablation.choose(p["rows"])
-        for changed in [ablation.ROWS[row]]
-        for seed in p["seeds"]
-    ]
+    """Of 03_ablation_directions: what its cell ``ablation.jobs(…)`` names."""
+    return [*ablation.jobs(p["rows"], p["prompts"], p["seeds"], p["settings"], folder).values()]
 
 
 TRAINED_BY = {"02_training": _training, "03_ablation_directions": _ablation}

@@ -125,14 +125,19 @@ def _papermill(name: str, value: Any, wanted: str) -> str:
 
 def check_settings(values: Mapping[str, Any], what: str = "settings") -> None:
     """ValueError unless a training with these parameters of a notebook can have its settings."""
-    if not {"prompt", "settings"} <= values.keys() or not {"method", "rows"} & values.keys():
+    one, many = {"method", "prompt", "settings"}, {"rows", "prompts", "settings"}
+    if not one <= values.keys() and not many <= values.keys():
         return
     given = {"seed": values.get("seed", 0)} | values["settings"]
     try:
         if twice := {"method", "prompt"} & given.keys():
             raise ValueError(f"{', '.join(sorted(twice))} is a parameter, not one of the settings")
-        for row in ablation.choose(values["rows"]) if "rows" in values else [""]:
-            changes = ablation.ROWS.get(row, {})
-            baselines.configure(values.get("method", "cfclip"), values["prompt"], **(given | changes))
+        if "rows" in values:
+            wanted = ablation.jobs(values["rows"], values["prompts"], [given["seed"]], given)
+            trainings = [(job.method, job.prompt, job.settings) for job in wanted.values()]
+        else:
+            trainings = [(values["method"], values["prompt"], given)]
+        for method, prompt, changed in trainings:
+            baselines.configure(method, prompt, **changed)
     except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{what}: {error}") from None

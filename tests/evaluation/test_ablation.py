@@ -49,7 +49,7 @@ def test_the_interval_is_over_trainings_not_faces(table):
     assert shown.to_dict("records")[0] == {
         "method": "CF-CLIP",
         "success % ↑": "50 ± 0",
-        "identity ↑": "2 ± 2.5",
+        "identity ↑": "2.0 ± 2.5",
     }
 
 
@@ -57,6 +57,17 @@ def test_one_training_has_no_interval(table):
     summary = tables.over_seeds(trainings(table[table.seed == 0]), ["method"])
     assert summary.half.isna().all()
     assert tables.wide(summary, ["method"])["identity ↑"].tolist() == ["1", "5"]
+
+
+def test_a_row_is_compared_with_the_first_at_equal_prompt_and_seed(table):
+    """Its prompts are 10 apart, and the row always 1 above: the interval knows nothing of the prompts' spread."""
+    both = pd.concat([table, table.assign(prompt="q", identity=table.identity + 10)])
+    both.loc[both.row == "views: none", "identity"] = both.identity[both.row == "CF-CLIP"].to_numpy() + 1
+    each = trainings(both)
+    line = tables.against_first(each, ("identity",)).set_index("method")["identity ↑"]
+    assert line.to_dict() == {"CF-CLIP": "7", "views: none": "8 (+1 ± 0)"}
+    both.loc[both.prompt == "q", "seed"] += 7  # no seed of both prompts: a mean of nothing
+    assert ablation_figure(trainings(both[both.row == "CF-CLIP"])).axes
 
 
 def test_the_report_is_written(table, tmp_path):
@@ -69,22 +80,30 @@ def test_the_report_is_written(table, tmp_path):
     report.write(tmp_path, files)
     assert {path.name for path in tmp_path.iterdir()} == files.keys()
     text = (tmp_path / "ablation.md").read_text(encoding="utf-8")
-    assert "2 ± 2.5" in text and "a note" in text and text.endswith("\n\n![ablation](ablation.png)\n")
+    assert "2.0 ± 2.5" in text and "a note" in text and text.endswith("\n\n![ablation](ablation.png)\n")
     assert len(pd.read_csv(tmp_path / "ablation.csv")) == 12
 
 
 def test_a_row_is_trained_as_its_name_says_and_measured(domain, tmp_path):
-    given = {"steps": 2, "train_latents": 4, "num_views": 5, "out": tmp_path}
-    table = ablation.run_row(domain, "views: none", "green lipstick", seed=3, n=4, **given)
-    config = load_editor(tmp_path, domain).config
+    given = {"steps": 2, "train_latents": 4, "num_views": 5}
+    jobs = ablation.jobs(["views: none"], ["green lipstick", "blue hair"], [3], given, tmp_path)
+    table, editors = ablation.run(domain, jobs, 4, [1.0])
+    config = load_editor(tmp_path / "views-none-green-lipstick-3", domain).config
     assert (config.num_views, config.seed) == (0, 3)
+    assert [config.prompt for config in (one.config for one in editors.values())] == [
+        "green lipstick",
+        "blue hair",
+    ]
+    table = table[table.prompt == "green lipstick"]
     assert table["index"].tolist() == [0, 1, 2, 3] and set(table.row) == {"views: none"}
     assert {"clip_after", "clip_direction", "identity", "success_after", "leakage"} <= set(table.columns)
     # the tiny network's edit moves the picture: before and after differ
     assert (table.clip_before - table.clip_after).abs().min() > 1e-6
 
 
-def test_an_unknown_row_is_named(domain):
+def test_an_unknown_row_is_named_and_a_failed_training_is_raised(domain):
     assert ablation.choose(["query: image"]) == ["query: image"] and ablation.choose() == list(ablation.ROWS)
     with pytest.raises(ValueError, match=r"unknown rows \['query: x'\]"):
-        ablation.run_row(domain, "query: x", "green lipstick")
+        ablation.jobs(["query: x"], ["green lipstick"], [0], {})
+    with pytest.raises(ValueError, match="guides"):
+        ablation.run(domain, ablation.jobs(["CF-CLIP"], ["a"], [0], {"guides": 9}), 1, [1.0])

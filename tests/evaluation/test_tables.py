@@ -106,7 +106,7 @@ def test_the_null_edit_has_no_success():
     each = each_of(rows("cfclip"), null)
     table = tables.wide(tables.over_seeds(each), ["group", "method"]).set_index("group")
     assert (
-        table.loc["null edit", "success % ↑"] == "–" and table.loc["null edit", "identity ↑"] == "0.9 ± 0.25"
+        table.loc["null edit", "success % ↑"] == "–" and table.loc["null edit", "identity ↑"] == "0.90 ± 0.25"
     )
     best = tables.headline(each).set_index(["group", "seed"])
     assert best.area["null edit"].isna().all() and best.area["counterfactual"].notna().all()
@@ -443,7 +443,8 @@ def test_names_in_the_papers_sweep_tell_its_runs_apart():
     assert {cell["method"] for cell in methods} == set(METHODS)
     tuned = load_spec(NOTEBOOKS / "presets" / "paper-toonfaces-tuning.yaml")
     trials = [cell for block in tuned.grid for cell, _ in cells(block)]
-    assert not {cell["prompt"] for cell in trials} & {cell["prompt"] for cell in every}
+    shown = {prompt for cell in every for prompt in cell.get("prompts", [cell.get("prompt")])}
+    assert not {cell["prompt"] for cell in trials} & shown
     assert not {cell["seed"] for cell in trials} & {cell["seed"] for cell in methods}
     sizes = (
         pd.DataFrame(trials).groupby("method").settings.agg(lambda given: len({str(one) for one in given}))
@@ -458,7 +459,7 @@ grid:
   - notebook: 02_training
     method: {cfclip: , styleclip-optimization: {settings: {steps: 1, batch: 1}}}
     prompt: green lipstick
-  - {notebook: 03_ablation_directions, rows: [[CF-CLIP], ["views: 1"]], seeds: [[0]]}
+  - {notebook: 03_ablation_directions, rows: [[CF-CLIP], ["views: 1"]], prompts: [[green lipstick]], seeds: [[0]]}
 then:
   - notebook: 06_paper_tables
 """

@@ -77,7 +77,7 @@ def test_the_notebooks_train_what_the_sweep_takes_for_their_training():
     assert 'chosen = {"seed": seed} | settings\n' in training
     assert "baselines.fit(method, d, prompt, out=out or None, **chosen)" in training
     rows = "\n".join(source for source, _ in code_of(find_notebook("03_ablation_directions")))
-    assert 'f"{out}/{slug(row)}-{seed}" if out else None for row in chosen for seed in seeds' in rows
+    assert "ablation.jobs(rows, prompts, seeds, settings, out)" in rows
 
 
 def planned(out: Path, text: str) -> list:
@@ -92,7 +92,7 @@ grid:
   - {notebook: 02_training, method: [styleclip-global, nada-generator], prompt: [a, b], settings: [{}]}
   - {notebook: 02_training, prompt: [a, b], settings: [{steps: 9}]}
   - {notebook: 02_training, prompt: [c], settings: [{steps: 9, guides: 2}]}
-  - {notebook: 03_ablation_directions, prompt: [a, b], seeds: [[3]], rows: [["two guides"], ["query: image"]]}
+  - {notebook: 03_ablation_directions, prompts: [[a], [b]], seeds: [[3]], rows: [["two guides"], ["query: image"]]}
   - {notebook: 00_tour}
 """
     runs = planned(tmp_path, text)
@@ -114,10 +114,11 @@ grid:
 
 def test_a_row_of_the_ablation_is_trained_where_its_notebook_looks(tmp_path):
     (run,) = planned(
-        tmp_path, 'grid: [{notebook: 03_ablation_directions, rows: [["query: image"]], seeds: [[3, 4]]}]'
+        tmp_path,
+        'grid: [{notebook: 03_ablation_directions, rows: [["query: image"]], prompts: [[a]], seeds: [[3, 4]]}]',
     )
     three, four = packs.trainings(run, tmp_path)
-    assert three.out == f"{tmp_path}/{run.id}/query-image-3" and four.settings["seed"] == 4
+    assert three.out == f"{tmp_path}/{run.id}/query-image-a-3" and four.settings["seed"] == 4
     assert three.settings == run.parameters["settings"] | {"query": "image", "seed": 3}
 
 
