@@ -60,7 +60,7 @@ def test_one_training_has_no_interval(table):
 
 
 def test_a_row_is_compared_with_the_first_at_equal_prompt_and_seed(table):
-    """Its prompts are 10 apart, and the row always 1 above: the interval knows nothing of the prompts' spread."""
+    """Its prompts are 10 apart, and the row always 1 above: the prompts' spread is not in the interval."""
     both = pd.concat([table, table.assign(prompt="q", identity=table.identity + 10)])
     both.loc[both.row == "views: none", "identity"] = both.identity[both.row == "CF-CLIP"].to_numpy() + 1
     each = trainings(both)

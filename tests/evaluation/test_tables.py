@@ -459,7 +459,7 @@ grid:
   - notebook: 02_training
     method: {cfclip: , styleclip-optimization: {settings: {steps: 1, batch: 1}}}
     prompt: green lipstick
-  - {notebook: 03_ablation_directions, rows: [[CF-CLIP], ["views: 1"]], prompts: [[green lipstick]], seeds: [[0]]}
+  - {notebook: 03_ablation_directions, rows: [[CF-CLIP], ["views: 1"]], prompts: [[blue hair]], seeds: [[0]]}
 then:
   - notebook: 06_paper_tables
 """

@@ -92,7 +92,10 @@ grid:
   - {notebook: 02_training, method: [styleclip-global, nada-generator], prompt: [a, b], settings: [{}]}
   - {notebook: 02_training, prompt: [a, b], settings: [{steps: 9}]}
   - {notebook: 02_training, prompt: [c], settings: [{steps: 9, guides: 2}]}
-  - {notebook: 03_ablation_directions, prompts: [[a], [b]], seeds: [[3]], rows: [["two guides"], ["query: image"]]}
+  - notebook: 03_ablation_directions
+    prompts: [[a], [b]]
+    seeds: [[3]]
+    rows: [["two guides"], ["query: image"]]
   - {notebook: 00_tour}
 """
     runs = planned(tmp_path, text)
@@ -115,7 +118,8 @@ grid:
 def test_a_row_of_the_ablation_is_trained_where_its_notebook_looks(tmp_path):
     (run,) = planned(
         tmp_path,
-        'grid: [{notebook: 03_ablation_directions, rows: [["query: image"]], prompts: [[a]], seeds: [[3, 4]]}]',
+        "grid: [{notebook: 03_ablation_directions, "
+        'rows: [["query: image"]], prompts: [[a]], seeds: [[3, 4]]}]',
     )
     three, four = packs.trainings(run, tmp_path)
     assert three.out == f"{tmp_path}/{run.id}/query-image-a-3" and four.settings["seed"] == 4
