@@ -85,9 +85,10 @@ def compass(stages: Mapping[str, Directions]) -> Figure:
             arrows = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": width}
             above.quiver(0 * x, 0 * y, x, y, color=COLOURS[name], alpha=0.8, **arrows)
             far = int(x.square().add(y.square()).argmax())
-            tip = 1.12 * x[far], 1.12 * y[far]
+            beyond = 1 + 0.12 / max(float(torch.hypot(x[far], y[far])), 0.12)
+            tip = beyond * x[far], beyond * y[far]
             above.text(*tip, LABELS[name], color=COLOURS[name], ha="center", va="center", fontsize=13)
-        above.set(xlim=(-0.7, 1.2), ylim=(-0.9, 1), aspect="equal", title=title, xticks=[], yticks=[])
+        above.set(xlim=(-0.7, 1.2), ylim=(-0.9, 1.2), aspect="equal", title=title, xticks=[], yticks=[])
         above.plot(0, 0, "o", color="black", markersize=4)
         look = {"palette": COLOURS, "hue": "with", "legend": False, "size": 3, "alpha": 0.5, "ax": below}
         sns.stripplot(cosines(directions), x="cosine", y="with", **look)

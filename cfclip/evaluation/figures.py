@@ -356,7 +356,7 @@ def search_figure(trials: pd.DataFrame) -> Figure:
             axis.errorbar(line.mean, setting, marker="o", color="C3" if line.chosen else "0.5", **bar)
         axis.set_title(name, fontsize=9, loc="left")
         axis.tick_params(labelsize=7)
-        axis.margins(y=0.04)
+        axis.margins(y=0.12)
     axes[-1, 0].set_xlabel(label("area").replace(" %", ""))
     return drawn
 

@@ -35,20 +35,23 @@ HEADLINE = (
     "identity",
 )
 """The columns of the first table of 04_evaluation."""
+SHARES = ("kept", "done", "predicted")
+"""Columns that are shares of few pictures, as success is."""
 
 
 def _cell(column: str, value: float) -> str:
     if np.isnan(value):
         return "–"
-    if column in PERCENT or column.startswith("success"):
-        return f"{100 * value:.1f} %"
-    if column == "n_with_part":
+    if column in (*PERCENT, *SHARES) or column.startswith("success"):
+        return f"{100 * value:.0f} %"
+    if column in ("n_with_part", "n_judged", "seconds"):
         return f"{value:.0f}"
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+    return f"{value:.1f}" if abs(value) >= 10 or column.startswith(("clip", "heldout")) else f"{value:.3f}"
 
 
 def markdown(table: pd.DataFrame, note: str = "", across: str = "") -> str:
-    """A Markdown table: success in per cent, counts whole, other floats with three decimals, "–" for NaN.
+    """A Markdown table: shares in per cent, counts whole, 100 cosines with one decimal, other floats with
+    three, "–" for NaN.
 
     ``across``: the column whose values become the header; a table of many columns is easier to read so.
     """

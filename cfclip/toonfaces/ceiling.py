@@ -173,7 +173,8 @@ def write_ceiling(
         "limit of the generator."
     )
     table = markdown(ceiling_table(rows), note)
-    return write_text(path, f"# Ceiling\n\nWritten by `cfclip toonfaces ceiling`.\n\n{table}")
+    title = "The best edits that this generator can draw"
+    return write_text(path, f"# {title}\n\nWritten by `cfclip toonfaces ceiling`.\n\n{table}")
 
 
 def ceiling_table(rows: Sequence[dict]) -> pd.DataFrame:

@@ -14,7 +14,7 @@ def test_a_table_across_has_its_columns_as_rows():
     table = pd.DataFrame({"prompt": ["a", "b"], "success_after": [1.0, 0.5], "leakage": [0.1, float("nan")]})
     lines = [re.sub(r"\s+", " ", line) for line in report.markdown(table, across="prompt").splitlines()]
     assert lines[0] == "| | a | b |"
-    assert lines[2:] == ["| success after | 100.0 % | 50.0 % |", "| leakage | 0.100 | – |"]
+    assert lines[2:] == ["| success after | 100 % | 50 % |", "| leakage | 0.100 | – |"]
 
 
 def test_a_page_links_to_the_others_by_their_titles(tmp_path):
