@@ -149,7 +149,7 @@ def write_evaluation(
 
 
 def by_prompt(each: pd.DataFrame) -> str:
-    """Markdown: one section per group, in it one table per metric, methods by prompts.
+    """Markdown: one section per group, in it one table per metric, prompts by methods.
 
     each: :func:`cfclip.evaluation.tables.headline`.
     """
@@ -158,7 +158,7 @@ def by_prompt(each: pd.DataFrame) -> str:
         parts.append(f"## {group[0].upper()}{group[1:]}\n")
         for metric, one in long.groupby("metric", sort=False):
             if one["mean"].notna().any() and not metric.endswith("_before"):
-                parts.append(f"{label(metric)}\n\n{markdown(wide(one, ['method'], 'prompt'))}")
+                parts.append(f"{label(metric)}\n\n{markdown(wide(one, ['prompt'], 'method'))}")
     return "\n".join(parts)
 
 
