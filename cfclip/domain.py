@@ -103,6 +103,15 @@ class GroundTruth(Protocol):
         """The same on ``device``; the original stays where it is."""
 
 
+def asked(truth: GroundTruth, prompt: str, seen: Measurement) -> np.ndarray:
+    """bool [N]: where ``prompt`` asks for something: there is the part, or not yet the shape.
+
+    All of them if nothing that it says can be measured.
+    """
+    done = [*truth.done(prompt, seen, seen).values()]
+    return ~np.isnan(done).all(0) if done else np.ones(len(seen.area), bool)
+
+
 def null_edit(prompt: str, source_text: str) -> str:
     """A sentence that says so if ``prompt`` asks for what the pictures show already, else ""."""
     if prompt.lower().split() != source_text.lower().split():

@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from pytorch_optimizer import Ranger
 from torch import Tensor, nn
 
 from cfclip.checkpoints.mappers import save_mapper
-from cfclip.domain import Domain, fingerprint, warn_null_edit
+from cfclip.domain import Domain, asked, fingerprint, warn_null_edit
 from cfclip.method.config import TrainingConfig, flat
 from cfclip.method.loop import Loop, Step, begin_run, described, drive, learning_rate, looped
 from cfclip.method.losses import identity_loss_from_features, latent_l2
@@ -210,8 +209,7 @@ class MapperTrainer:
         seen = truth.measure(torch.cat([self.networks.synthesise(w) for w in parts]))
         found, every = [], torch.arange(len(self.w))
         for prompt in self.config.prompts:
-            hits = [*truth.done(prompt, seen, seen).values()]
-            some = every[torch.from_numpy(~np.isnan(hits).all(0))] if hits else every
+            some = every[torch.from_numpy(asked(truth, prompt, seen))]
             found.append(some if len(some) else every)
         return found
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from cfclip.checkpoints import weights
 from cfclip.checkpoints.mappers import load_mapper
-from cfclip.evaluation.many_prompts import compare
+from cfclip.evaluation.many_prompts import compare, faces_for
 from cfclip.files import DATA
 from cfclip.method.config import CFCLIPConfig, MultiPromptConfig
 from cfclip.method.loop import Callback, generator_for
@@ -191,9 +191,10 @@ def test_a_sentence_is_taken_apart_only_where_its_clauses_say_the_same(domain):
 def test_each_slot_that_colours_gets_the_least_gain_that_is_as_good_as_any(domain, monkeypatch):
     config = configured(prompts=("blue hair", "bald"), shapes=("bald",), text="tokens", levels=("fine",))
     mapper = MapperTrainer(dataclasses.replace(domain, level_split=(1, 3)), config).mapper
-    before, w = [group.move.detach().clone() for group in mapper.groups], domain.latents(32, "train")
-    prompts = ("red eyes", "blue eyes", "blue hair")
+    before = [group.move.detach().clone() for group in mapper.groups]
+    prompts, codes = ("red eyes", "blue eyes", "blue hair"), domain.latents(2, "train")
     monkeypatch.setattr(multi, "split", lambda: (sum(((one, "") for one in prompts), ()), ()))
+    monkeypatch.setattr(multi, "faces_for", lambda domain, asked, n, split: dict.fromkeys(asked, codes))
     monkeypatch.setattr(
         mapper.groups[-1], "sizes", lambda w, words: torch.eye(16)[[2 + bool((words - hair).any())]]
     )
@@ -204,8 +205,8 @@ def test_each_slot_that_colours_gets_the_least_gain_that_is_as_good_as_any(domai
     }  # fmt: skip
     identity = {1.0: 1.0, 1.15: 0.9, 1.3: 0.9, 1.45: 0.9, 1.6: 0.2}
 
-    def compared(domain, mapper, asked, n, gain, split):
-        assert (split, n, tuple(asked)) == ("train", len(w), prompts)
+    def compared(domain, mapper, asked, gain):
+        assert tuple(asked) == prompts
         found = dict(zip(prompts, success[gain], strict=True))
         rows = [(prompt, hit) for prompt in asked for hit in found[prompt]]
         table = pd.DataFrame(rows, columns=["prompt", "success_after"])
@@ -312,11 +313,23 @@ def test_prompts_are_compared_face_by_face(domain, monkeypatch):
     torch.manual_seed(0)
     g = domain.generator
     mapper = Mapper(MapperConfig(g.num_ws, g.w_dim, domain.clip.embed_dim, norm_axis="channel"))
-    table = compare(domain, mapper, ("blue hair", "purple skin"), n=3)
+    w = domain.latents(3)
+    table = compare(domain, mapper, {"blue hair": w, "purple skin": w})
     assert len(table) == 2 * 3 and table.columns[:3].tolist() == ["prompt", "strength", "index"]
     assert {"success_after", "leakage", "identity"} <= set(table)
     assert table["prompt"].unique().tolist() == ["blue hair", "purple skin"]
     assert not table["identity"].eq(1).any()
+
+
+def test_prompts_are_tried_on_faces_where_they_ask_for_something(domain):
+    prompts = ("blue hair", "red hair", "pink beard", "no beard", "smiling")
+    faces, every = faces_for(domain, prompts, 3, "train", 5), domain.latents(24, "train", 5)
+    seen = domain.truth.measure(domain.generator.synthesis(every))
+    for prompt, part in {"blue hair": "hair", "pink beard": "beard", "no beard": "beard"}.items():
+        rows = np.flatnonzero(seen.has(part))[:3]
+        assert torch.equal(faces[prompt], every[rows if len(rows) else range(3)])
+    assert faces["red hair"] is faces["blue hair"], "so that the sources are drawn once"
+    assert torch.equal(faces["smiling"], every[:3])
 
 
 # ---- toonfaces ----
