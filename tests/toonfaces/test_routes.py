@@ -64,7 +64,11 @@ def test_pairs_read_how_a_text_differs_from_the_source(domain, few, tmp_path):
 
 def test_teachers_that_fail_are_left_out(domain, few, tmp_path, monkeypatch):
     monkeypatch.setattr(routes, "TAUGHT", 0.5)
-    monkeypatch.setattr(routes, "success_on_training_faces", lambda d, m, prompt: prompt == "blue hair")
+
+    def compared(domain, offset, faces):
+        return pd.DataFrame({"success_after": [float("blue hair" in faces), np.nan, 1.0]})
+
+    monkeypatch.setattr(routes, "compare", compared)
     teachers, _ = routes.teach(domain, SEEN, tmp_path, 0)
     assert list(teachers) == ["blue hair"]
     fixed = teachers["blue hair"][: domain.level_split[1]]

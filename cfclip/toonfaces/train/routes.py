@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cfclip.baselines.offset import OffsetTrainer
 from cfclip.domain import Domain
@@ -70,11 +70,11 @@ class Trained(NamedTuple):
 def teach(domain: Domain, prompts: Sequence[str], out: Path, seed: int) -> tuple[dict[str, Tensor], float]:
     """Prompt -> the offset [L, D] that CF-CLIP's objective finds, where it succeeds; seconds."""
     teachers, seconds = {}, 0.0
-    for prompt in prompts:
+    for prompt, faces in faces_for(domain, prompts, 16, "train", 1).items():
         c = CFCLIPConfig(prompt=prompt, seed=seed, optimizer="adam", dtype="auto", **TEACHER)
         offset, rows = train_mapper(domain, c, out / slug(prompt), trainer=OffsetTrainer, progress=False)
         seconds += rows[-1]["seconds"]
-        if success_on_training_faces(domain, offset, prompt) >= TAUGHT:
+        if compare(domain, offset, {prompt: faces})["success_after"].fillna(0).mean() >= TAUGHT:
             teachers[prompt] = RESIDUAL_SCALE * (offset.delta * offset.edited).detach()
     return teachers, seconds
 
@@ -126,12 +126,6 @@ def learn_pairs(
 
     drawn = time.perf_counter() - begun
     return mapper, drawn + regress(mapper, loss, 1.0, steps, seed, out)  # weights have a spread of 100
-
-
-def success_on_training_faces(domain: Domain, mapper: nn.Module, prompt: str) -> float:
-    """Of 16 faces that have the part; 0 where none has."""
-    faces = compare(domain, mapper, faces_for(domain, [prompt], 16, "train", 1))
-    return float(faces["success_after"].fillna(0).mean())
 
 
 def regress(
