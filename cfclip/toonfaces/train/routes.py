@@ -39,7 +39,7 @@ TEACHER |= {"train_latents": 64}
 TAUGHT = 0.5
 """The success on training faces below which a teacher is left out."""
 PAIRS = 8_000
-STRENGTHS = (*multi.GAINS, 2.0, 4.0, 8.0)
+STRENGTHS = (1.0, 1.2, 1.4, 2.0, 4.0)
 """Of a route's edits, of which the best on seen prompts and training faces is taken."""
 
 
