@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -29,6 +29,14 @@ Claim = tuple[str, str]
 COUNTERFACTUAL = ("counterfactual", "counterfactual, held out from CLIP")
 GROUPS = (*COUNTERFACTUAL, "in the domain", "null edit", "other")
 """Kinds of edit. A null edit asks for the source text; "other" does not name the colour of a part."""
+
+
+class Clause(NamedTuple):
+    """A part of a prompt, and what it asks for; neither where that is not known."""
+
+    text: str
+    colours: bool
+    shapes: bool
 
 
 class Measurement(Protocol):
@@ -67,8 +75,8 @@ class GroundTruth(Protocol):
     def claims(self, prompt: str) -> tuple[str, ...]:
         """All that ``prompt`` says and that can be measured, each claim in one wording of many."""
 
-    def only_colours(self, prompt: str) -> bool:
-        """Whether ``prompt`` asks for the colours of parts, and for nothing else."""
+    def clauses(self, prompt: str) -> tuple[Clause, ...]:
+        """``prompt`` taken apart, at "and" for example, into clauses that together claim what it claims."""
 
     def done(self, prompt: str, before: Measurement, after: Measurement) -> dict[str, np.ndarray]:
         """Each of :meth:`claims` -> 1 or 0 for each of N pictures.
@@ -93,6 +101,15 @@ class GroundTruth(Protocol):
 
     def to(self, device: torch.device) -> "GroundTruth":
         """The same on ``device``; the original stays where it is."""
+
+
+def asked(truth: GroundTruth, prompt: str, seen: Measurement) -> np.ndarray:
+    """bool [N]: where ``prompt`` asks for something: there is the part, or not yet the shape.
+
+    All of them if nothing that it says can be measured.
+    """
+    done = [*truth.done(prompt, seen, seen).values()]
+    return ~np.isnan(done).all(0) if done else np.ones(len(seen.area), bool)
 
 
 def null_edit(prompt: str, source_text: str) -> str:
@@ -197,17 +214,23 @@ class Domain:
     ) -> Tensor:
         """The codes ``w`` [N, L, D] edited by ``mapper``, else by the domain's own.
 
-        A mapper that reads words draws in the coarse and medium layers. A prompt that asks for colours alone
-        leaves these as they are, as it did in the training.
+        Of a mapper that reads words the moves of all clauses of ``prompt`` add up. A clause moves the layers
+        that its like moved in the training: colours the fine ones, shapes the coarse and medium ones.
 
         strength: one number, or one a layer [L, 1].
         """
         mapper = self.mapper if mapper is None else mapper
-        edited = mapper.edit(w, mapper.read(self.clip, prompt), strength)
-        if isinstance(mapper, WordMapper) and self.truth is not None and self.truth.only_colours(prompt):
-            fine = mapper.config.split[1]
-            edited[:, :fine] = w[:, :fine]
-        return edited
+        if not isinstance(mapper, WordMapper) or self.truth is None:
+            return mapper.edit(w, mapper.read(self.clip, prompt), strength)
+        fine, moves = mapper.config.split[1], torch.zeros_like(w)
+        for clause in self.truth.clauses(prompt):
+            moved = mapper.edit(w, mapper.read(self.clip, clause.text), strength) - w
+            if clause.colours and not clause.shapes:
+                moved[:, :fine] = 0
+            if clause.shapes and not clause.colours:
+                moved[:, fine:] = 0
+            moves += moved
+        return w + moves
 
     @torch.no_grad()
     def edit(

@@ -1,38 +1,51 @@
 """A mapper of many prompts, measured prompt by prompt."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from cfclip.domain import Domain
+from cfclip.domain import Domain, asked
 from cfclip.evaluation import metrics
 from cfclip.models.mapper import Mapper
 from cfclip.models.stylegan2 import max_batch
 
 
 @torch.no_grad()
+def faces_for(
+    domain: Domain, prompts: Iterable[str], n: int = 32, split: str = "test", seed: int = 0
+) -> dict[str, Tensor]:
+    """prompt -> codes [n, L, D] of the first faces of a ``split`` where it asks for something.
+
+    They are sought among 8 n, so of a rare part there may be fewer. If there are none, it is any faces.
+    """
+    every, found = domain.latents(8 * n, split, seed), {}
+    parts = every.split(max_batch(domain.generator))
+    seen = domain.truth.measure(torch.cat([domain.generator.synthesis(w) for w in parts]))
+    rows = {prompt: tuple(np.flatnonzero(asked(domain.truth, prompt, seen))[:n]) for prompt in prompts}
+    rows = {prompt: some or tuple(range(n)) for prompt, some in rows.items()}
+    return {prompt: found.setdefault(some, every[list(some)]) for prompt, some in rows.items()}
+
+
+@torch.no_grad()
 def compare(
-    domain: Domain,
-    mapper: nn.Module,
-    prompts: Iterable[str],
-    n: int = 32,
-    strength: float = 1.0,
-    split: str = "test",
-    seed: int = 0,
+    domain: Domain, mapper: nn.Module, faces: Mapping[str, Tensor], strength: float = 1.0
 ) -> pd.DataFrame:
-    """Edits of the same ``n`` faces of a ``split`` by each of ``prompts``: a row per prompt and face.
+    """Edits of ``faces``, prompt -> codes [N, L, D], see :func:`faces_for`: a row per prompt and face.
 
     Columns: ``prompt``, ``strength``, ``index`` of the face, and those of :func:`metrics.ground_truth` and
     :func:`metrics.identity`.
     """
-    rows, parts = [], domain.latents(n, split, seed).split(max_batch(domain.generator))
-    source = metrics.Pictures(domain, torch.cat([domain.generator.synthesis(w) for w in parts]))
-    for prompt in prompts:
+    rows, sources = [], {}
+    for prompt, codes in faces.items():
+        parts = codes.split(max_batch(domain.generator))
+        if id(codes) not in sources:
+            images = torch.cat([domain.generator.synthesis(w) for w in parts])
+            sources[id(codes)] = metrics.Pictures(domain, images)
         edited = torch.cat([domain.edit(w, prompt, mapper, strength) for w in parts])
-        edit = metrics.Edit(domain, prompt, source, edited)
+        edit = metrics.Edit(domain, prompt, sources[id(codes)], edited)
         measured = metrics.ground_truth(edit) | metrics.identity(edit)
         rows += metrics.rows(measured, prompt=prompt, strength=strength)
     return pd.DataFrame(rows)

@@ -106,6 +106,7 @@ class CFCLIPConfig(TrainingConfig):
 
     forms: ClassVar[tuple[str, ...]] = ("{}",)
     shapes: ClassVar[tuple[str, ...]] = ()
+    applicable_only: ClassVar[bool] = False
     prompts_at_once: ClassVar[int] = 1
     ramp_down: ClassVar[float] = 0.0
 
@@ -126,6 +127,8 @@ class MultiPromptConfig(TrainingConfig):
     shapes: tuple[str, ...] = setting((), lambda value: None)
     # the share of them in a step, as whole prompts; None: as often as the others
     shape_share: float | None = setting(None, number(0, 1, optional=True))
+    # a prompt is trained on faces where it asks for something: that have the part, or not yet the shape
+    applicable_only: bool = setting(False, flag)
     prompts_at_once: int = setting(
         1, int_at_least(1)
     )  # different prompts in a step; they share its batch equally

@@ -17,7 +17,7 @@ from pytorch_optimizer import Ranger
 from torch import Tensor, nn
 
 from cfclip.checkpoints.mappers import save_mapper
-from cfclip.domain import Domain, fingerprint, warn_null_edit
+from cfclip.domain import Domain, asked, fingerprint, warn_null_edit
 from cfclip.method.config import TrainingConfig, flat
 from cfclip.method.loop import Loop, Step, begin_run, described, drive, learning_rate, looped
 from cfclip.method.losses import identity_loss_from_features, latent_l2
@@ -33,6 +33,7 @@ from cfclip.models.mapper import (
     level_slices,
     text_width,
 )
+from cfclip.models.stylegan2 import max_batch
 
 Networks = Callable[[str, int], FrozenNetworks]
 SILENCE = 3.0
@@ -178,6 +179,7 @@ class MapperTrainer:
         self.networks = (networks or partial(FrozenNetworks, domain))(c.dtype, c.guides)
         self.sources = self.networks.sources(c.train_latents, c.seed)
         self.w, self.source_clip, self.source_id = self.sources
+        self.applicable = self._applicable() if c.applicable_only else None
 
     def first_mapper(self, start: Mapper | None) -> nn.Module:
         """The mapper before the first step."""
@@ -196,6 +198,20 @@ class MapperTrainer:
             for name in SHAPE_LEVELS if prompt in c.shapes else c.levels:
                 row[layers[name]] = True
         return free.to(self.domain.device)
+
+    @torch.no_grad()
+    def _applicable(self) -> list[Tensor]:
+        """For each prompt the numbers of the sources where it asks for something; all if there is none."""
+        truth = self.domain.truth
+        if truth is None:
+            raise ValueError(f"applicable_only needs a ground truth, and domain {self.domain.name} has none")
+        parts = self.w.split(max_batch(self.domain.generator))
+        seen = truth.measure(torch.cat([self.networks.synthesise(w) for w in parts]))
+        found, every = [], torch.arange(len(self.w))
+        for prompt in self.config.prompts:
+            some = every[torch.from_numpy(asked(truth, prompt, seen))]
+            found.append(some if len(some) else every)
+        return found
 
     def silence(self) -> None:
         """After the training: slots listen to no word that none of their prompts has, see :class:`Slots`.
@@ -264,6 +280,9 @@ class MapperTrainer:
         index = torch.randint(len(self.w), (c.batch,), generator=generator)
         chosen = self.choose_prompts(generator)
         prompts = torch.tensor(chosen).repeat_interleave(c.batch // len(chosen))
+        if self.applicable is not None:
+            among = [self.applicable[prompt] for prompt in prompts]
+            index = torch.stack([some[i % len(some)] for some, i in zip(among, index, strict=True)])
         text = self.read(chosen, generator)
         if len(text) > 1:
             text = text.repeat_interleave(c.batch // len(chosen), 0)

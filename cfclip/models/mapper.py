@@ -207,13 +207,20 @@ class Slots(nn.Module):
 
     def forward(self, w: Tensor, words: Tensor) -> Tensor:
         """w [N, L, D], words [1 or N, T, E] -> how ``layers`` move [N, L', D]."""
+        moved = torch.einsum("nkr,krd->nd", self.ways(w, words), self._weight("move"))
+        return moved.unflatten(1, (len(self.layers), -1))
+
+    def sizes(self, w: Tensor, words: Tensor) -> Tensor:
+        """How far each slot moves, over all of ``layers`` [N, K]."""
+        return torch.einsum("nkr,krd->nkd", self.ways(w, words), self._weight("move")).norm(dim=-1)
+
+    def ways(self, w: Tensor, words: Tensor) -> Tensor:
+        """Where each slot goes, from where it is, and how much of the words it has [N, K, r + 1]."""
         a = self.shares(words)
         said = torch.einsum("ntk,ntr->nkr", a, words.chunk(2, -1)[1] @ self._weight("target"))
         here = torch.einsum("nd,dkr->nkr", w[:, self.layers].flatten(1), self._weight("place"))
         amount = a.sum(1)[..., None]
-        way = torch.cat([said - amount * here, amount.expand(len(w), -1, 1)], -1)
-        moved = torch.einsum("nkr,krd->nd", way, self._weight("move"))
-        return moved.unflatten(1, (len(self.layers), -1))
+        return torch.cat([said - amount * here, amount.expand(len(w), -1, 1)], -1)
 
     @torch.no_grad()
     def silence(self, silent: Tensor, spoken: Tensor) -> None:

@@ -1,6 +1,7 @@
 """The ground truth of toonfaces: the renderer draws the right answer, the readout measures edits."""
 
 import copy
+import re
 from functools import lru_cache
 from itertools import count, islice
 
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cfclip.domain import GROUPS, Claim
+from cfclip.domain import GROUPS, Claim, Clause
 from cfclip.domain import Measurement as Seen
 from cfclip.images import to_tensor
 from cfclip.toonfaces.captions import Fact, claim_of, claims_of, phrase
@@ -19,6 +20,8 @@ from cfclip.toonfaces.render import MASKS, render, render_image
 # the seeds of faces that no network was trained on start with these numbers
 NATURAL_FACES, PHOTOS, COUNTERFACTUALS = 40_000, 70_000, 80_000
 COUNTERFACTUAL, HELD_OUT_FROM_CLIP, IN_THE_DOMAIN = GROUPS[:3]
+
+BETWEEN_CLAUSES = re.compile(r"\s*(?:[,;+]|\band\b|\bwith\b)\s*", re.IGNORECASE)
 
 
 def measurable(prompt: str) -> list[Fact]:
@@ -65,9 +68,15 @@ class ToonTruth:
     def claims(self, prompt: str) -> tuple[str, ...]:
         return tuple(in_words(fact) for fact in measurable(prompt))
 
-    def only_colours(self, prompt: str) -> bool:
-        asked = {key for key, _ in claims_of(prompt)} - {"person"}
-        return bool(asked) and asked <= set(PARTS)
+    def clauses(self, prompt: str) -> tuple[Clause, ...]:
+        parts = [part for part in BETWEEN_CLAUSES.split(prompt) if part]
+        if set().union(*map(claims_of, parts)) != claims_of(prompt):
+            parts = [prompt]  # "without glasses and a beard"
+        asked = [{key for key, _ in claims_of(part)} - {"person"} for part in parts]
+        return tuple(
+            Clause(part, bool(keys & set(PARTS)), bool(keys - set(PARTS)))
+            for part, keys in zip(parts, asked, strict=True)
+        )
 
     def done(self, prompt: str, before: Seen, after: Seen) -> dict[str, np.ndarray]:
         found = {}

@@ -6,6 +6,7 @@ from collections import Counter
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 
 from cfclip.checkpoints import weights
 from cfclip.checkpoints.mappers import load_mapper
-from cfclip.evaluation.many_prompts import compare
+from cfclip.evaluation.many_prompts import compare, faces_for
 from cfclip.files import DATA
 from cfclip.method.config import CFCLIPConfig, MultiPromptConfig
 from cfclip.method.loop import Callback, generator_for
@@ -148,33 +149,89 @@ def test_slots_listen_to_no_word_that_none_of_their_prompts_has(domain):
     assert torch.allclose(colours.shares(read("blue hair")), untouched, atol=0.05), "one step hardly moved it"
 
 
-def test_at_use_a_prompt_of_colours_alone_leaves_the_layers_that_draw(domain):
+def test_at_use_each_clause_moves_the_layers_of_its_kind_and_the_moves_add_up(domain):
     domain = dataclasses.replace(domain, level_split=(1, 3))
     config = configured(prompts=("blue hair", "bald"), shapes=("bald",), text="tokens", levels=("fine",))
     mapper, w = MapperTrainer(domain, config).mapper, domain.latents(2)
-    for prompt, left in {"blue hair": 3, "a man with green lips": 3, "bald": 0, "long blue hair": 0}.items():
-        edited, whole = domain.edited(w, prompt, mapper), mapper.edit(w, mapper.read(domain.clip, prompt))
-        assert torch.equal(edited[:, :left], w[:, :left]), prompt
-        assert torch.equal(edited[:, left:], whole[:, left:]) and not torch.equal(whole[:, :3], w[:, :3])
+    layers = {"blue hair": slice(3, None), "bald": slice(3), "long blue hair": slice(None), "": slice(None)}
+    moves = {text: torch.zeros_like(w) for text in layers}
+    for text, some in layers.items():
+        whole = mapper.edit(w, mapper.read(domain.clip, text or "something else"))
+        assert (whole != w).any(2).all()
+        moves[text][:, some] = (whole - w)[:, some]
+    for prompt, clauses in {
+        "blue hair": ["blue hair"],
+        "bald": ["bald"],
+        "long blue hair": ["long blue hair"],
+        "something else": [""],
+        "bald and blue hair": ["bald", "blue hair"],
+        "Blue hair, bald": ["bald", "blue hair"],
+    }.items():
+        edited = domain.edited(w, prompt, mapper)
+        assert torch.allclose(edited, w + sum(moves[clause] for clause in clauses), atol=1e-5), prompt
     assert torch.equal(domain.edit(w, prompt, mapper), domain.generator.synthesis(edited))
     plain = Mapper.initialised(MapperConfig(*w.shape[1:], domain.clip.embed_dim), generator_for(0, 0))
     assert (domain.edited(w, "blue hair", plain) != w).any(2).all(), "as published, a mapper moves all layers"
 
 
-def test_the_colours_of_a_mapper_get_the_least_gain_that_is_as_good_as_any(domain, monkeypatch):
+def test_a_sentence_is_taken_apart_only_where_its_clauses_say_the_same(domain):
+    def clauses(prompt):
+        return [tuple(clause) for clause in domain.truth.clauses(prompt)]
+
+    assert clauses("a man with a red moustache and long hair") == [
+        ("a man", False, False), ("a red moustache", True, False), ("long hair", False, True)
+    ]  # fmt: skip
+    assert clauses("green lips, bald") == [("green lips", True, False), ("bald", False, True)]
+    both = "without glasses and a beard"
+    assert clauses(both) == [(both, False, True)]
+    assert clauses("a long blond bob") == [("a long blond bob", True, True)]
+    assert clauses("sandwiches") == [("sandwiches", False, False)]
+
+
+def test_each_slot_that_colours_gets_the_least_gain_that_is_as_good_as_any(domain, monkeypatch):
     config = configured(prompts=("blue hair", "bald"), shapes=("bald",), text="tokens", levels=("fine",))
     mapper = MapperTrainer(dataclasses.replace(domain, level_split=(1, 3)), config).mapper
     before = [group.move.detach().clone() for group in mapper.groups]
-    success = {1.0: [1, 0, 1], 1.15: [1, 1, float("nan")], 1.3: [1, 1, 1], 1.45: [1, 1, 1], 1.6: [1, 1, 1]}
-    identity = {1.0: 1.0, 1.15: 0.8, 1.3: 0.9, 1.45: 0.9, 1.6: 0.2}
+    prompts, codes = ("red eyes", "blue eyes", "blue hair"), domain.latents(2, "train")
+    monkeypatch.setattr(multi, "split", lambda: (sum(((one, "") for one in prompts), ()), ()))
+    monkeypatch.setattr(multi, "faces_for", lambda domain, asked, n, split: dict.fromkeys(asked, codes))
+    monkeypatch.setattr(
+        mapper.groups[-1], "sizes", lambda w, words: torch.eye(16)[[2 + bool((words - hair).any())]]
+    )
+    hair = mapper.read(domain.clip, "blue hair")
+    success = {  # of red eyes, blue eyes and blue hair
+        1.0: [(1, 0), (0, 1), (1, 1)], 1.15: [(1, 1), (0, float("nan")), (1, 1)],
+        1.3: [(1, 1), (1, 1), (1, 0)], 1.45: [(1, 1), (1, 1), (1, 0)], 1.6: [(1, 1), (1, 1), (1, 1)],
+    }  # fmt: skip
+    identity = {1.0: 1.0, 1.15: 0.9, 1.3: 0.9, 1.45: 0.9, 1.6: 0.2}
 
-    def compared(domain, mapper, prompts, n, gain, split):
-        assert split == "train" and set(prompts) < set(multi.split()[0])
-        return pd.DataFrame({"success_after": success[gain], "identity": identity[gain]})
+    def compared(domain, mapper, asked, gain):
+        assert tuple(asked) == prompts
+        found = dict(zip(prompts, success[gain], strict=True))
+        rows = [(prompt, hit) for prompt in asked for hit in found[prompt]]
+        table = pd.DataFrame(rows, columns=["prompt", "success_after"])
+        return table.assign(identity=identity[gain], strength=gain)
 
     monkeypatch.setattr(multi, "compare", compared)
     after = [group.move for group in multi.calibrate(domain, mapper).groups]
-    assert torch.equal(after[0], before[0]) and torch.allclose(after[1], 1.3 * before[1])
+    gains = torch.ones(16, 1, 1)
+    gains[3] = 1.3
+    assert torch.equal(after[0], before[0]) and torch.allclose(after[1], gains * before[1])
+
+
+def test_a_prompt_is_trained_on_faces_where_it_asks_for_something(domain):
+    prompts = ("blue glasses", "no beard", "smiling", "blue hair")
+    run = MapperTrainer(domain, configured(prompts=prompts, applicable_only=True, train_latents=24))
+    seen = domain.truth.measure(domain.generator.synthesis(run.w))
+    for prompt, part in {"blue glasses": "glasses", "no beard": "beard", "blue hair": "hair"}.items():
+        there = np.flatnonzero(seen.has(part)).tolist() or list(range(24))
+        assert run.applicable[prompts.index(prompt)].tolist() == there
+    assert run.applicable[2].tolist() == list(range(24)), "nobody measures smiles"
+    for i in range(20):
+        batch = run.draw(generator_for(0, i))
+        assert all(k in run.applicable[p] for k, p in zip(batch.index, batch.prompts, strict=True))
+    with pytest.raises(ValueError, match="applicable_only needs a ground truth, and domain"):
+        MapperTrainer(dataclasses.replace(domain, truth=None), run.config)
 
 
 def test_a_shape_must_be_a_prompt():
@@ -256,11 +313,23 @@ def test_prompts_are_compared_face_by_face(domain, monkeypatch):
     torch.manual_seed(0)
     g = domain.generator
     mapper = Mapper(MapperConfig(g.num_ws, g.w_dim, domain.clip.embed_dim, norm_axis="channel"))
-    table = compare(domain, mapper, ("blue hair", "purple skin"), n=3)
+    w = domain.latents(3)
+    table = compare(domain, mapper, {"blue hair": w, "purple skin": w})
     assert len(table) == 2 * 3 and table.columns[:3].tolist() == ["prompt", "strength", "index"]
     assert {"success_after", "leakage", "identity"} <= set(table)
     assert table["prompt"].unique().tolist() == ["blue hair", "purple skin"]
     assert not table["identity"].eq(1).any()
+
+
+def test_prompts_are_tried_on_faces_where_they_ask_for_something(domain):
+    prompts = ("blue hair", "red hair", "pink beard", "no beard", "smiling")
+    faces, every = faces_for(domain, prompts, 3, "train", 5), domain.latents(24, "train", 5)
+    seen = domain.truth.measure(domain.generator.synthesis(every))
+    for prompt, part in {"blue hair": "hair", "pink beard": "beard", "no beard": "beard"}.items():
+        rows = np.flatnonzero(seen.has(part))[:3]
+        assert torch.equal(faces[prompt], every[rows if len(rows) else range(3)])
+    assert faces["red hair"] is faces["blue hair"], "so that the sources are drawn once"
+    assert torch.equal(faces["smiling"], every[:3])
 
 
 # ---- toonfaces ----

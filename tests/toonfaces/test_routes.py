@@ -54,7 +54,7 @@ def test_a_mapper_that_reads_words_learns_what_teachers_do(domain, tmp_path):
 def test_pairs_read_how_a_text_differs_from_the_source(domain, few, tmp_path):
     mapper, _ = routes.learn_pairs(domain, tmp_path, 0)
     read = mapper.read(domain.clip, ["green lipstick", "blue hair"])
-    assert read.norm(dim=1).tolist() == pytest.approx([1, 1]) and mapper.gain in routes.GAINS
+    assert read.norm(dim=1).tolist() == pytest.approx([1, 1])
     a, b = (torch.nn.functional.normalize(domain.clip.encode_text(t), dim=-1) for t in ("blue hair", "face"))
     torch.testing.assert_close(read[1:], torch.nn.functional.normalize(a - b, dim=-1))
     w = domain.latents(2)
@@ -64,7 +64,11 @@ def test_pairs_read_how_a_text_differs_from_the_source(domain, few, tmp_path):
 
 def test_teachers_that_fail_are_left_out(domain, few, tmp_path, monkeypatch):
     monkeypatch.setattr(routes, "TAUGHT", 0.5)
-    monkeypatch.setattr(routes, "success_on_training_faces", lambda d, m, prompt: prompt == "blue hair")
+
+    def compared(domain, offset, faces):
+        return pd.DataFrame({"success_after": [float("blue hair" in faces), np.nan, 1.0]})
+
+    monkeypatch.setattr(routes, "compare", compared)
     teachers, _ = routes.teach(domain, SEEN, tmp_path, 0)
     assert list(teachers) == ["blue hair"]
     fixed = teachers["blue hair"][: domain.level_split[1]]
@@ -112,6 +116,20 @@ def test_a_success_on_somebody_else_is_not_kept(domain, few, tmp_path, monkeypat
     faces |= dict.fromkeys(("progress", "leakage"), 0.0)
     monkeypatch.setattr(routes, "compare", lambda *given: pd.DataFrame(faces))
     monkeypatch.setattr(routes, "trained", lambda *given: [("alone", 0, None, 1.0, ["pink hair"])])
+    monkeypatch.setattr(routes, "best_strength", lambda *given: 1.3)
     row = routes.compared(domain, tmp_path).iloc[0]
     assert row["kept"] == pytest.approx(1 / 3) and row["success_after"] == pytest.approx(2 / 3)
-    assert row["n_judged"] == 3
+    assert row["n_judged"] == 3 and row["strength"] == 1.3
+
+
+def test_a_route_gets_the_least_strength_that_is_as_good_as_any(domain, monkeypatch):
+    success = dict(zip(routes.STRENGTHS, [0.2, 0.6, 0.595, 0.604, 0.1], strict=True))
+    monkeypatch.setattr(
+        routes,
+        "compare",
+        lambda domain, mapper, faces, strength: pd.DataFrame({
+            "success_after": [success[strength]],
+            "identity": [1.0],
+        }),
+    )
+    assert routes.best_strength(domain, None, {}) == 1.2

@@ -10,21 +10,23 @@ W+ out; at use the difference of two texts goes in. Alone: a mapper of its own f
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cfclip.baselines.offset import OffsetTrainer
 from cfclip.domain import Domain
-from cfclip.evaluation.many_prompts import compare, kept
+from cfclip.evaluation.many_prompts import compare, faces_for, kept
+from cfclip.evaluation.report import commit
 from cfclip.files import slug
 from cfclip.method.config import CFCLIPConfig, MultiPromptConfig
 from cfclip.method.loop import run_loop
 from cfclip.method.trainer import mapper_sizes, train_mapper
 from cfclip.models.clip import ClipGuide
-from cfclip.models.mapper import RESIDUAL_SCALE, Mapper, MapperConfig, level_slices
+from cfclip.models.mapper import RESIDUAL_SCALE, Mapper, MapperConfig, WordMapper, level_slices
 from cfclip.models.stylegan2 import max_batch
 from cfclip.toonfaces.captions import claim_of, phrase
 from cfclip.toonfaces.factors import COUNTERFACTUAL, PARTS
@@ -37,22 +39,29 @@ TEACHER |= {"train_latents": 64}
 TAUGHT = 0.5
 """The success on training faces below which a teacher is left out."""
 PAIRS = 8_000
-GAINS = (1.0, 2.0, 4.0, 8.0)
-"""Strengths of pairs' edits, of which the one with most success on seen prompts and training faces is 1."""
+STRENGTHS = (1.0, 1.2, 1.4, 2.0, 4.0)
+"""Of a route's edits, of which the best on seen prompts and training faces is taken."""
 
 
 class PairMapper(Mapper):
     """A mapper that reads how a prompt differs from the source text: a direction in CLIP's space."""
 
-    source_text, gain = "face", 1.0
+    source_text = "face"
 
     def read(self, clip: ClipGuide, texts: str | Sequence[str]) -> Tensor:
         """The unit difference of each text's and the source text's unit feature [P, E]."""
         words, source = (F.normalize(clip.encode_text(one), dim=-1) for one in (texts, self.source_text))
         return F.normalize(words - source, dim=-1)
 
-    def edit(self, w: Tensor, text_feature: Tensor | None = None, strength: float = 1.0) -> Tensor:
-        return super().edit(w, text_feature, self.gain * strength)
+
+class Trained(NamedTuple):
+    """A mapper of a route."""
+
+    route: str
+    seed: int
+    mapper: Mapper
+    seconds: float  # of its training
+    taught: Sequence[str]  # the prompts that it was trained on
 
 
 # ---- trainings ----
@@ -61,11 +70,11 @@ class PairMapper(Mapper):
 def teach(domain: Domain, prompts: Sequence[str], out: Path, seed: int) -> tuple[dict[str, Tensor], float]:
     """Prompt -> the offset [L, D] that CF-CLIP's objective finds, where it succeeds; seconds."""
     teachers, seconds = {}, 0.0
-    for prompt in prompts:
+    for prompt, faces in faces_for(domain, prompts, 16, "train", 1).items():
         c = CFCLIPConfig(prompt=prompt, seed=seed, optimizer="adam", dtype="auto", **TEACHER)
         offset, rows = train_mapper(domain, c, out / slug(prompt), trainer=OffsetTrainer, progress=False)
         seconds += rows[-1]["seconds"]
-        if success_on_training_faces(domain, offset, prompt) >= TAUGHT:
+        if compare(domain, offset, {prompt: faces})["success_after"].fillna(0).mean() >= TAUGHT:
             teachers[prompt] = RESIDUAL_SCALE * (offset.delta * offset.edited).detach()
     return teachers, seconds
 
@@ -116,20 +125,7 @@ def learn_pairs(
         return (mapper.edit(w[rows], differs[rows]) - moved[rows])[:, first:].square().mean() / scale
 
     drawn = time.perf_counter() - begun
-    seconds = drawn + regress(mapper, loss, 1.0, steps, seed, out)  # weights have a spread of 100
-
-    def success(gain: float) -> float:
-        mapper.gain = gain
-        return success_on_training_faces(domain, mapper, *multi.split()[0])
-
-    mapper.gain = max(GAINS, key=success)
-    return mapper, seconds
-
-
-def success_on_training_faces(domain: Domain, mapper: nn.Module, *prompts: str) -> float:
-    """Mean over prompts, each over those of 16 faces that have the part; 0 where none has."""
-    faces = compare(domain, mapper, prompts, 16, split="train", seed=1)
-    return float(faces.groupby("prompt")["success_after"].mean().fillna(0).mean())
+    return mapper, drawn + regress(mapper, loss, 1.0, steps, seed, out)  # weights have a spread of 100
 
 
 def regress(
@@ -166,52 +162,68 @@ def own_prompts() -> tuple[str, ...]:
     return (*firsts.values(), *unseen)
 
 
-def trained(
-    domain: Domain, out: Path, seeds: Sequence[int]
-) -> Iterator[tuple[str, int, Mapper, float, Sequence[str]]]:
-    """(route, seed, mapper, seconds of its training, the prompts that it was trained on), one by one.
-
-    What ``out`` holds already is not trained again.
-    """
+def trained(domain: Domain, out: Path, seeds: Sequence[int]) -> Iterator[Trained]:
+    """The mappers of all routes, one by one. What ``out`` holds already is not trained again."""
     seed = seeds[0]  # of all but words
     for prompt in own_prompts():
         c = CFCLIPConfig(prompt=prompt, seed=seed, dtype="auto", **ALONE)
         mapper, rows = train_mapper(domain, c, out / f"alone-{slug(prompt)}-{seed}", progress=False)
-        yield "alone", seed, mapper, rows[-1]["seconds"], [prompt]
+        yield Trained("alone", seed, mapper, rows[-1]["seconds"], [prompt])
     config = multi.heldout_config(seed=seed)
     for one in seeds:
         mapper, rows = train_mapper(domain, multi.heldout_config(seed=one), out / f"words-{one}")
-        yield "words", one, mapper, rows[-1]["seconds"], config.prompts
+        yield Trained("words", one, mapper, rows[-1]["seconds"], config.prompts)
     teachers, seconds = teach(domain, config.prompts, out / f"teachers-{seed}", seed)
     start, more = learn(domain, teachers, config, out / f"taught-{seed}")
-    yield "teachers", seed, start, seconds + more, [*teachers]
+    yield Trained("teachers", seed, start, seconds + more, [*teachers])
     config = multi.heldout_config(seed=seed, steps=500, lr=0.01, ramp_down=1.0)
     mapper, rows = train_mapper(domain, config, out / f"teachers-words-{seed}", start=start)
-    yield "teachers, then words", seed, mapper, seconds + more + rows[-1]["seconds"], config.prompts
+    seconds += more + rows[-1]["seconds"]
+    yield Trained("teachers, then words", seed, mapper, seconds, config.prompts)
     mapper, seconds = learn_pairs(domain, out / f"pairs-{seed}", seed)
-    yield "pairs", seed, mapper, seconds, []
+    yield Trained("pairs", seed, mapper, seconds, config.prompts)  # prompts chose its strength, no more
     mapper, rows = train_mapper(domain, multi.pooled_config(seed=seed), out / f"whole-{seed}")
-    yield "whole", seed, mapper, rows[-1]["seconds"], config.prompts
+    yield Trained("whole", seed, mapper, rows[-1]["seconds"], config.prompts)
+
+
+@torch.no_grad()
+def best_strength(domain: Domain, mapper: Mapper, faces: Mapping[str, Tensor]) -> float:
+    """Of :data:`STRENGTHS` the one at which most of ``faces`` are kept; the smallest within a point of it.
+
+    A mapper that reads words has a strength for each of its slots instead, see :func:`.multi.calibrate`.
+    """
+    if isinstance(mapper, WordMapper):
+        multi.calibrate(domain, mapper)
+        return 1.0
+    found = {strength: kept(compare(domain, mapper, faces, strength)).mean() for strength in STRENGTHS}
+    return min(strength for strength in STRENGTHS if found[strength] > max(found.values()) - 0.01)
 
 
 MEASURED = ("kept", "success_after", "progress", "leakage", "identity")
 
 
 def compared(domain: Domain, out: Path, seeds: Sequence[int] = (0, 1, 2), n: int = 32) -> pd.DataFrame:
-    """Every route's edits of ``n`` test faces by :func:`own_prompts`: means per route, seed and prompt.
+    """Every route's edits by :func:`own_prompts` of ``n`` test faces each that have the part.
 
-    ``kept``: see :func:`.many_prompts.kept`, among faces that have the part. ``seen``: is the prompt among
-    those for training? ``n_judged``: faces that have the part. ``failed``: the prompts whose teachers failed
-    and were left out.
+    Means per route, seed and prompt. ``kept``: see :func:`.many_prompts.kept`. ``seen``: is the prompt among
+    those for training? ``strength``: of the edits, chosen on training faces. ``n_judged``: faces that have
+    the part. ``failed``: the prompts whose teachers failed and were left out. ``commit``: of the code.
     """
     rows, seen = [], multi.split()[0]
+    every = dict.fromkeys((*seen[::2], *own_prompts()))
+    training, test = (faces_for(domain, every, n, split) for split in ("train", "test"))
     for route, seed, mapper, seconds, taught in trained(domain, out, seeds):
-        faces = compare(domain, mapper, taught if route == "alone" else own_prompts(), n)
+        alone = route == "alone"
+        tried = {prompt: training[prompt] for prompt in (taught if alone else seen[::2])}
+        strength = best_strength(domain, mapper, tried)
+        asked = taught if alone else own_prompts()
+        faces = compare(domain, mapper, {prompt: test[prompt] for prompt in asked}, strength)
         faces["kept"] = kept(faces)
         each = faces.groupby("prompt", sort=False)
         means = each[list(MEASURED)].mean().assign(n_judged=each["success_after"].count()).reset_index()
         failed = ", ".join(prompt for prompt in seen if prompt not in taught) if route == "teachers" else ""
-        rows.append(means.assign(route=route, seed=seed, seconds=seconds, failed=failed))
+        about = {"route": route, "seed": seed, "strength": strength, "seconds": seconds, "failed": failed}
+        rows.append(means.assign(**about, commit=commit(), device=str(domain.device)))
     table = pd.concat(rows, ignore_index=True)
     claims = table["prompt"].map(claim_of)
     table.insert(0, "seen", table["prompt"].isin(seen))
