@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import resource
+import sys
 import threading
 import time
 from dataclasses import fields, replace
@@ -25,7 +26,7 @@ from cfclip.baselines.library import scan
 from cfclip.checkpoints.mappers import load_mapper
 from cfclip.domains import DOMAINS
 from cfclip.explorer import model
-from cfclip.explorer.frames import SHOWS, edit_label
+from cfclip.explorer.frames import SHOWS, edit_label, strip
 from cfclip.explorer.model import HISTORY_LENGTH, MERGE_SECONDS, Explorer
 from cfclip.explorer.recipe import MAX_SEED, Recipe, draw_faces, render
 from cfclip.explorer.view import View
@@ -249,8 +250,8 @@ def test_an_exported_recipe_opens_again(explorer, tmp_path):
     explorer.wait()
     explorer.export()
     explorer.wait()
-    png, gif, recipe, code = explorer.exported
-    assert explorer.note == f"exported: {png.name}, {gif.name}, {recipe.name}, {code.name}"
+    png, gif, *_, recipe, code = explorer.exported
+    assert explorer.note.startswith("exported: " + ", ".join(file.name for file in explorer.exported))
     assert np.array_equal(np.asarray(Image.open(png)), explorer.frame.sheet)
     assert Image.open(gif).n_frames >= 9 and Image.open(gif).size == (48, 16)
     assert code.read_text(encoding="utf-8") == explorer.recipe.code()
@@ -282,6 +283,30 @@ def test_an_exported_recipe_opens_again(explorer, tmp_path):
     explorer.change(strength=0.5)
     check(explorer)
     assert explorer.message == ""
+
+
+def test_a_film_shows_what_the_gif_shows(explorer):
+    av = pytest.importorskip("av", reason="needs pip install -e '.[film]'")
+    explorer.change(faces=(3, 1, 4, 1, 5))
+    explorer.export()
+    assert explorer.wait() and explorer.message == ""
+    _, gif, mp4, *_ = explorer.exported
+    gif = Image.open(gif)
+    with av.open(str(mp4)) as film:
+        shown = [np.asarray(frame.to_image(), int) for frame in film.decode(video=0)]
+    assert len(shown) == 3 * sum(gif.seek(i) or gif.info["duration"] // 70 for i in range(gif.n_frames))
+    for images, at in ((explorer.frame.source, 0), (explorer.frame.edited, 9)):
+        expected = Image.fromarray(strip(to_uint8(images))).resize((5 * 256, 256))
+        assert np.abs(shown[at] - np.asarray(expected)).mean() < 4
+    assert np.abs(shown[9] - shown[0]).mean() > 8
+
+
+def test_where_nothing_writes_a_film_the_note_says_what_to_install(explorer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    explorer.export()
+    assert explorer.wait() and explorer.message == ""
+    assert [file.suffix for file in explorer.exported] == [".png", ".gif", ".json", ".py"]
+    assert explorer.note.endswith("; for an MP4 too: pip install av")
 
 
 @pytest.mark.parametrize(
@@ -431,7 +456,7 @@ def test_a_long_prompt_can_be_exported(explorer):
     check(explorer)
     explorer.export()
     assert explorer.wait()
-    assert len(explorer.exported) == 4 and all(file.exists() for file in explorer.exported)
+    assert len(explorer.exported) >= 4 and all(file.exists() for file in explorer.exported)
     assert len(explorer.note) < 600
 
 
