@@ -220,16 +220,14 @@ def _of_several(truth: GroundTruth, done: Mapping[str, float]) -> str:
 def write_film(path: Path, pictures: Sequence[Image.Image]) -> None:
     """Write pictures of one even size as an MP4 (H.264), :data:`FRAME_MS` each. Needs :data:`FILM_NEEDS`."""
     import av
-    from av.video.reformatter import ColorRange, Colorspace
+    from av.video.reformatter import Colorspace
 
     with av.open(str(path), "w", format="mp4") as film:
         stream = film.add_stream("libx264", rate=Fraction(1000, FRAME_MS), options={"preset": "veryfast"})
-        stream.width, stream.height = pictures[0].size
-        # said, because players guess the colours by the size of a film that does not say
-        stream.colorspace, stream.color_range = Colorspace.ITU709, ColorRange.MPEG
+        (stream.width, stream.height), stream.pix_fmt = pictures[0].size, "yuv420p"
+        stream.colorspace = Colorspace.ITU601  # as it is; players of a film that does not say go by its size
         for picture in pictures:
-            frame = av.VideoFrame.from_image(picture)
-            film.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)))
+            film.mux(stream.encode(av.VideoFrame.from_image(picture)))
         film.mux(stream.encode())
 
 
