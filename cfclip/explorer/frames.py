@@ -62,6 +62,7 @@ class Frame:
     source: Tensor
     edited: Tensor
     moved: tuple[bool, ...]
+    sketch: bool = False  # drawn fast, and about to be replaced
     seconds: float = 0.0  # that drawing took
     scores: Mapping[str, float] = field(default_factory=dict)
     photo_scores: Mapping[str, float] = field(default_factory=dict)
@@ -78,10 +79,10 @@ def strip(row: np.ndarray) -> np.ndarray:
     return np.concatenate(list(row), 1)
 
 
-def encode(row: np.ndarray) -> bytes:
-    """The :func:`strip` of ``row`` as PNG."""
-    file = io.BytesIO()
-    Image.fromarray(strip(row)).save(file, "PNG", compress_level=1)
+def encode(row: np.ndarray, sketch: bool = False) -> bytes:
+    """The :func:`strip` of ``row`` as PNG; of a ``sketch`` as JPEG, in a tenth of the time."""
+    file, how = io.BytesIO(), {"quality": 95, "subsampling": 0} if sketch else {"compress_level": 1}
+    Image.fromarray(strip(row)).save(file, "JPEG" if sketch else "PNG", **how)
     return file.getvalue()
 
 
@@ -143,7 +144,8 @@ def draw(
         each = zip(recipe.faces, photos, strict=True)
         headers = tuple(photo.name if photo else str(face) for face, photo in each)
         tips = tuple(photo.advice if photo else "" for photo in photos)
-    return Frame(recipe, show, drawn, headers, tips, faces.images, edited, _moved(domain, recipe))
+    moved, sketch = _moved(domain, recipe), dtype is not None
+    return Frame(recipe, show, drawn, headers, tips, faces.images, edited, moved, sketch)
 
 
 def edit_label(recipe: Recipe) -> str:

@@ -231,7 +231,7 @@ class Explorer(HasTraits):
             self._trained, mappers = self._mappers_of(recipe.domain)
         with self.hold_trait_notifications():
             self.mappers, self.history, self.at, self.recipe = mappers, history, at, recipe
-        self.refresh()
+            self.refresh()  # inside: it is drawn while the controls are told
 
     def set_prompt(self, prompt: str) -> None:
         """Set the prompt; a mapper that was trained for another prompt is replaced."""

@@ -348,6 +348,7 @@ class View(ipw.VBox):
         at = labels.index(edited) if faces and edited in labels else -1
         self.stage.show(
             rows,
+            frame.sketch,
             faces=self._heads(frame),
             notes=list(frame.notes),
             note_row=at,
