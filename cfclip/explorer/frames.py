@@ -5,8 +5,10 @@ Shapes: N faces, R = resolution.
 
 import hashlib
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +36,13 @@ MISSING = "missing: "
 _RISING = np.linspace(0, 1, 9).tolist()
 ANIMATION = (*_RISING, *[1.0] * 4, *_RISING[::-1], *[0.0] * 2)
 """Shares of the strength in the frames of an exported animation."""
+FRAME_MS = 70
+FILM_ROUNDS = 3
+"""How often an MP4 shows the animation, because players do not begin again by themselves."""
+FILM_SIDE, FILM_WIDTH = 256, 4096
+"""Pixels of a face in an MP4, which has colours at half of its resolution; and the most that players show."""
+FILM_NEEDS = "pip install av"
+"""What writes MP4s, where it is missing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +62,7 @@ class Frame:
     source: Tensor
     edited: Tensor
     moved: tuple[bool, ...]
+    sketch: bool = False  # drawn fast, and about to be replaced
     seconds: float = 0.0  # that drawing took
     scores: Mapping[str, float] = field(default_factory=dict)
     photo_scores: Mapping[str, float] = field(default_factory=dict)
@@ -69,10 +79,10 @@ def strip(row: np.ndarray) -> np.ndarray:
     return np.concatenate(list(row), 1)
 
 
-def encode(row: np.ndarray) -> bytes:
-    """The :func:`strip` of ``row`` as PNG."""
-    file = io.BytesIO()
-    Image.fromarray(strip(row)).save(file, "PNG", compress_level=1)
+def encode(row: np.ndarray, sketch: bool = False) -> bytes:
+    """The :func:`strip` of ``row`` as PNG; of a ``sketch`` as JPEG, in a tenth of the time."""
+    file, how = io.BytesIO(), {"quality": 95, "subsampling": 0} if sketch else {"compress_level": 1}
+    Image.fromarray(strip(row)).save(file, "JPEG" if sketch else "PNG", **how)
     return file.getvalue()
 
 
@@ -134,7 +144,8 @@ def draw(
         each = zip(recipe.faces, photos, strict=True)
         headers = tuple(photo.name if photo else str(face) for face, photo in each)
         tips = tuple(photo.advice if photo else "" for photo in photos)
-    return Frame(recipe, show, drawn, headers, tips, faces.images, edited, _moved(domain, recipe))
+    moved, sketch = _moved(domain, recipe), dtype is not None
+    return Frame(recipe, show, drawn, headers, tips, faces.images, edited, moved, sketch)
 
 
 def edit_label(recipe: Recipe) -> str:
@@ -208,8 +219,24 @@ def _of_several(truth: GroundTruth, done: Mapping[str, float]) -> str:
     return "✓" if any(hit == 1 for hit in done.values()) else "so before"
 
 
+def write_film(path: Path, pictures: Sequence[Image.Image]) -> None:
+    """Write pictures of one even size as an MP4 (H.264), :data:`FRAME_MS` each. Needs :data:`FILM_NEEDS`."""
+    import av
+    from av.video.reformatter import Colorspace
+
+    with av.open(str(path), "w", format="mp4") as film:
+        stream = film.add_stream("libx264", rate=Fraction(1000, FRAME_MS), options={"preset": "veryfast"})
+        (stream.width, stream.height), stream.pix_fmt = pictures[0].size, "yuv420p"
+        stream.colorspace = Colorspace.ITU601  # as it is; players of a film that does not say go by its size
+        for picture in pictures:
+            film.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        film.mux(stream.encode())
+
+
 def export(folder: Path, domain: Domain, frame: Frame) -> tuple[Path, ...]:
-    """Write the picture (.png), an animation of the strength (.gif), the recipe (.json), its cell (.py)."""
+    """Write the picture (.png), an animation of the strength (.gif, and .mp4 where :data:`FILM_NEEDS` was
+    done), the recipe (.json) and its cell (.py).
+    """
     recipe, text = frame.recipe, frame.recipe.to_json()
     key = hashlib.sha256((text + frame.show).encode()).hexdigest()[:6]
     stem = writable(folder) / f"{first_bytes(slug(recipe.prompt), 100)}-{key}"
@@ -222,10 +249,18 @@ def export(folder: Path, domain: Domain, frame: Frame) -> tuple[Path, ...]:
     drawn = {share: at_share(share) for share in dict.fromkeys(ANIMATION)}
     first, *more = (drawn[share] for share in ANIMATION)
     sheet = Image.fromarray(frame.sheet)
-    gif = {"format": "GIF", "save_all": True, "append_images": more, "duration": 70, "loop": 0}
+    gif = {"format": "GIF", "save_all": True, "append_images": more, "duration": FRAME_MS, "loop": 0}
+    films = []
+    if find_spec("av"):
+        count = len(recipe.faces)
+        side = min(max(FILM_SIDE, first.height), FILM_WIDTH // count) // 2 * 2
+        large = {share: picture.resize((count * side, side)) for share, picture in drawn.items()}
+        pictures = FILM_ROUNDS * [large[share] for share in ANIMATION]
+        films.append(atomic_write(stem.with_suffix(".mp4"), lambda part: write_film(part, pictures)))
     return (
         atomic_write(stem.with_suffix(".png"), lambda part: sheet.save(part, format="PNG")),
         atomic_write(stem.with_suffix(".gif"), lambda part: first.save(part, **gif)),
+        *films,
         write_text(stem.with_suffix(".json"), text),
         write_text(stem.with_suffix(".py"), recipe.code()),
     )

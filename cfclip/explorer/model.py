@@ -23,7 +23,7 @@ from cfclip.domain import Domain
 from cfclip.domains import DOMAINS, load_domain
 from cfclip.evaluation.confidence import predicted_success
 from cfclip.explorer import advice, photos
-from cfclip.explorer.frames import SHOWS, Frame, draw, export, score
+from cfclip.explorer.frames import FILM_NEEDS, SHOWS, Frame, draw, export, score
 from cfclip.explorer.recipe import (
     MAX_FACES,
     MAX_SEED,
@@ -231,7 +231,7 @@ class Explorer(HasTraits):
             self._trained, mappers = self._mappers_of(recipe.domain)
         with self.hold_trait_notifications():
             self.mappers, self.history, self.at, self.recipe = mappers, history, at, recipe
-        self.refresh()
+            self.refresh()  # inside: it is drawn while the controls are told
 
     def set_prompt(self, prompt: str) -> None:
         """Set the prompt; a mapper that was trained for another prompt is replaced."""
@@ -480,7 +480,8 @@ class Explorer(HasTraits):
                 why = f": {self.message}" if self.message else ""
                 raise ValueError(f"there is no picture of this recipe to export{why}")
             self.exported = export(self.out, self.domain, self.frame)
-            return "exported: " + ", ".join(path.name for path in self.exported)
+            names = ", ".join(path.name for path in self.exported)
+            return f"exported: {names}" + ("" if ".mp4" in names else f"; for an MP4 too: {FILM_NEEDS}")
 
         self._task("exporting …", job)
 

@@ -1,5 +1,5 @@
 // The explorer's pictures: rows of faces, one face large under a wipe, and what mouse, keyboard and files do.
-// Widget state: rows [{label, png}], faces [{title, tip, locked, photo}], notes, note_row, before, fixed, busy,
+// Widget state: rows [{label, image}], faces [{title, tip, locked, photo}], notes, note_row, before, fixed, busy,
 // align, main. Events to the kernel: {event: lock | remove | key | photo | recipe | ping, …}.
 
 const POINTS = ["left eye", "right eye", "tip of the nose", "left corner of the mouth", "right corner of the mouth"]
@@ -106,7 +106,7 @@ function render({ model, el: root }) {
 
   async function decode() {
     const mine = ++serial
-    const decoded = await Promise.all(get("rows").map(row => createImageBitmap(new Blob([row.png]))))
+    const decoded = await Promise.all(get("rows").map(row => createImageBitmap(new Blob([row.image]))))
     if (mine !== serial) return
     strips = decoded
     build()

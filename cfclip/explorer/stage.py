@@ -17,7 +17,7 @@ class Stage(anywidget.AnyWidget):
 
     _esm = HERE / "stage.js"
     _css = HERE / "explorer.css"
-    rows = List(help='{"label": text, "png": the pictures of a row side by side}').tag(sync=True)
+    rows = List(help='{"label": text, "image": the pictures of a row side by side}').tag(sync=True)
     faces = List(help='{"title", "tip", "locked", "photo"} of each column').tag(sync=True)
     notes = List(Unicode(), help="a few words on each face").tag(sync=True)
     note_row = Int(-1, help="the row that the notes are below").tag(sync=True)
@@ -27,14 +27,16 @@ class Stage(anywidget.AnyWidget):
     align = Bool(help="ask for the five points of a photo").tag(sync=True)
     main = Bool().tag(sync=True)
 
-    def show(self, rows: dict[str, np.ndarray], **state: Any) -> None:
+    def show(self, rows: dict[str, np.ndarray], sketch: bool = False, **state: Any) -> None:
         """Show ``rows``, label -> uint8 [N, R, R, 3]; a row that stays is not encoded again."""
         before = getattr(self, "_shown", {})
         self._shown = {}
         for label, row in rows.items():
-            old, png = before.get(label, (None, b""))
-            self._shown[label] = row, png if old is not None and np.array_equal(old, row) else encode(row)
+            old, image, lossy = before.get(label, (None, b"", False))
+            if old is None or lossy > sketch or not np.array_equal(old, row):
+                image, lossy = encode(row, sketch), sketch
+            self._shown[label] = row, image, lossy
         with self.hold_sync():
             for name, value in state.items():
                 setattr(self, name, value)
-            self.rows = [{"label": label, "png": png} for label, (_, png) in self._shown.items()]
+            self.rows = [{"label": label, "image": image} for label, (_, image, _) in self._shown.items()]

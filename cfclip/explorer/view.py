@@ -20,7 +20,13 @@ from cfclip.models.mapper import LEVELS, level_slices
 
 MAX_CHIPS = 8
 MAX_LABEL = 60
-TYPES = {".png": "image/png", ".gif": "image/gif", ".json": "application/json", ".py": "text/x-python"}
+TYPES = {
+    ".png": "image/png",
+    ".gif": "image/gif",
+    ".mp4": "video/mp4",
+    ".json": "application/json",
+    ".py": "text/x-python",
+}
 """Endings of exported files -> what a browser calls them."""
 
 SCORES = (
@@ -257,7 +263,7 @@ class View(ipw.VBox):
 
     def _export(self) -> ipw.Widget:
         e = self.explorer
-        write = _named(_button("export PNG, GIF, recipe, cell", "save", e.export), "cfx-export")
+        write = _named(_button("export PNG, GIF, MP4, recipe, cell", "save", e.export), "cfx-export")
         opened = ipw.FileUpload(
             accept=".json", description="open a recipe", tooltip="", layout=Layout(width="auto")
         )
@@ -342,6 +348,7 @@ class View(ipw.VBox):
         at = labels.index(edited) if faces and edited in labels else -1
         self.stage.show(
             rows,
+            frame.sketch,
             faces=self._heads(frame),
             notes=list(frame.notes),
             note_row=at,

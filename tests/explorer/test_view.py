@@ -1,16 +1,20 @@
 """The panel without a browser: a control changes the recipe, and the recipe moves every control."""
 
+import io
 import subprocess
 import sys
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from panels import PROMPTS, domain_folder, started
+from PIL import Image
 
-from cfclip.explorer.frames import STRENGTHS_SHOWN
+from cfclip.explorer.frames import STRENGTHS_SHOWN, strip
 from cfclip.explorer.model import MERGE_SECONDS, Explorer
+from cfclip.explorer.stage import Stage
 from cfclip.explorer.view import View, scores_html
 from cfclip.models.mapper import Mapper, MapperConfig
 
@@ -64,17 +68,32 @@ def test_the_panel_shows_the_pictures_and_the_message(view):
     view.show.value = "strengths"
     e.wait()
     assert [row["label"] for row in view.stage.rows] == [f"× {s:g}" for s in STRENGTHS_SHOWN]
-    assert all(row["png"].startswith(b"\x89PNG") for row in view.stage.rows)
-    picture = view.stage.rows[1]["png"]
+    assert all(row["image"].startswith(b"\x89PNG") for row in view.stage.rows)
+    picture = view.stage.rows[1]["image"]
     view.prompt.value = "word " * 40
     e.wait()
-    assert "shorten it" in view.message.value and view.stage.rows[1]["png"] == picture
+    assert "shorten it" in view.message.value and view.stage.rows[1]["image"] == picture
     view.prompt.value = "<b>"
     e.wait()
     assert "<b>" not in view.hint.value + view.message.value
     view.prompt.value = "green lipstick"
     e.wait()
     assert view.message.value == "" and "identity" in view.scores.value
+
+
+def test_a_sketch_comes_as_jpeg_and_what_is_exact_stays_exact():
+    stage, row = Stage(), np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
+    smooth = np.repeat(row[:, :1, :1], 16, 1).repeat(16, 2)
+
+    def shown(sketch: bool) -> tuple[str, np.ndarray]:
+        stage.show({"green lips": smooth}, sketch)
+        image = Image.open(io.BytesIO(stage.rows[0]["image"]))
+        return image.format, np.asarray(image, int)
+
+    (first, sketch), (second, exact), (third, again) = shown(True), shown(False), shown(True)
+    assert (first, second, third) == ("JPEG", "PNG", "PNG")
+    assert np.array_equal(exact, strip(smooth)) and np.array_equal(again, exact)
+    assert 0 < np.abs(sketch - exact).max() < 12
 
 
 def test_scores_are_shown_before_and_after_the_edit():
@@ -132,7 +151,7 @@ def test_files_go_to_the_browser_and_no_path_of_the_server_is_shown(view, monkey
     monkeypatch.setattr(view.stage, "send", lambda content, buffers=(): sent.append((content, buffers)))
     view.explorer.export()
     view.explorer.wait()
-    assert str(view.explorer.out) not in view.note.value and len(view.downloads.children) == 4
+    assert str(view.explorer.out) not in view.note.value and len(view.downloads.children) >= 4
     for button, file in zip(view.downloads.children, view.explorer.exported, strict=True):
         button.click()
         content, (data,) = sent.pop()
