@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-import papermill
 
 from cfclip.checkpoints.sources import SOURCES
-from cfclip.evaluation.report import versions
+from cfclip.evaluation.versions import versions
 from cfclip.experiments.spec import code_of, find_notebook, parameters_of
 from cfclip.files import (
     DATA,
@@ -44,7 +43,7 @@ OUTPUT_PARAMS = ("out", "runs", "reports")
 """Parameters that the sweep sets; they are not part of a run's content."""
 _PRESENTATION = tuple(
     f"evaluation/{name}.py"
-    for name in ("claims", "explain", "figures", "frames", "report", "stats", "tables")
+    for name in ("claims", "explain", "figures", "frames", "report", "stats", "tables", "versions")
 )
 NOT_HASHED = ("cli.py", "bench/", "experiments/", "explorer/", *_PRESENTATION)
 """Code of the package that no run's numbers depend on: to change it makes no run outdated."""
@@ -117,6 +116,8 @@ def run_notebook(
     notebook: str | os.PathLike, folder: str | os.PathLike, parameters: Mapping[str, Any]
 ) -> Path:
     """Execute ``notebook``; the executed copy, also of a failed run, is in ``folder``."""
+    import papermill  # two seconds that neither a kernel nor a pack has to wait for
+
     source = find_notebook(notebook)
     path = Path(folder) / source.name
     path.parent.mkdir(parents=True, exist_ok=True)
