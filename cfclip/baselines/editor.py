@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from cfclip.checkpoints import weights
 from cfclip.domain import Domain
 from cfclip.method.config import flat
+from cfclip.method.loop import Loop
 from cfclip.settings import Settings
 
 Rows = list[dict[str, float]]
@@ -52,6 +53,12 @@ class Editor:
     def fit(cls, method: str, domain: Domain, config: Any, out: Path | None, **loop: Any) -> "Editor":
         """Train what the editor needs, or resume it in ``out``; ``loop``: see :func:`run_loop`."""
         raise NotImplementedError
+
+    @classmethod
+    def loop(cls, method: str, domain: Domain, config: Any, out: Path | None, **loop: Any) -> Loop:
+        """:meth:`fit` as a generator that yields a trainer and its steps; nothing where there is none."""
+        yield from ()
+        return cls.fit(method, domain, config, out, **loop)
 
     @classmethod
     def open(cls, path: Path, domain: Domain) -> nn.Module:
