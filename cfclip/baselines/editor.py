@@ -20,6 +20,7 @@ class Editor:
     """The result of :func:`cfclip.baselines.fit`. ``rows``: the log of its training."""
 
     KIND: ClassVar[str]  # of its file, which is <KIND>.safetensors
+    path: Path | None = None  # the file that it was opened from
 
     def __init__(
         self, method: str, domain: Domain, config: Settings, module: nn.Module, rows: Rows | None = None
