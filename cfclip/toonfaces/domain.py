@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from cfclip.checkpoints import weights
@@ -119,7 +118,6 @@ def load_toonfaces(folder: Path = DATA / "toonfaces") -> Domain:
     if missing := [name for name in REQUIRED if not path_of(name).exists()]:
         raise weights.WeightsError(f"{folder} does not have the embedded {', '.join(missing)}: {HOW}")
     generator, guide = load("generator"), ClipGuide(load("clip"))
-    readout = load("readout").to(memory_format=torch.channels_last)  # a quarter faster on a CPU
     encoder = mapper = None
     if path_of("encoder").exists():
         encoder = load("encoder")
@@ -132,7 +130,7 @@ def load_toonfaces(folder: Path = DATA / "toonfaces") -> Domain:
         generator=generator,
         clip=guide,
         identity=FaceIdentity(load("identity"), crop=False),
-        truth=ToonTruth(readout, generator.resolution),
+        truth=ToonTruth(load("readout"), generator.resolution),
         source_text="face",
         prompts=PROMPTS,
         level_split=LEVEL_SPLIT,
