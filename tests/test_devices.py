@@ -120,7 +120,7 @@ def test_two_devices_in_one_operator_are_refused(there):
 def test_a_training_step_runs_on_the_device(config, there):
     run = MapperTrainer(there, config)
     assert set(run.step(0, generator_for(0, 0))) >= {"loss", "l2", "id"}
-    assert run.w.device.type == run.source_clip.device.type == "cuda"
+    assert run.w.device.type == run.sources.clip.device.type == "cuda"
 
 
 def test_a_step_of_a_pack_runs_on_the_device(there):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from cfclip.checkpoints import weights
 from cfclip.domain import Domain
 from cfclip.method.config import flat
+from cfclip.method.loop import Loop
 from cfclip.settings import Settings
 
 Rows = list[dict[str, float]]
@@ -19,6 +20,7 @@ class Editor:
     """The result of :func:`cfclip.baselines.fit`. ``rows``: the log of its training."""
 
     KIND: ClassVar[str]  # of its file, which is <KIND>.safetensors
+    path: Path | None = None  # the file that it was opened from
 
     def __init__(
         self, method: str, domain: Domain, config: Settings, module: nn.Module, rows: Rows | None = None
@@ -52,6 +54,12 @@ class Editor:
     def fit(cls, method: str, domain: Domain, config: Any, out: Path | None, **loop: Any) -> "Editor":
         """Train what the editor needs, or resume it in ``out``; ``loop``: see :func:`run_loop`."""
         raise NotImplementedError
+
+    @classmethod
+    def loop(cls, method: str, domain: Domain, config: Any, out: Path | None, **loop: Any) -> Loop:
+        """:meth:`fit` as a generator that yields a trainer and its steps; nothing where there is none."""
+        yield from ()
+        return cls.fit(method, domain, config, out, **loop)
 
     @classmethod
     def open(cls, path: Path, domain: Domain) -> nn.Module:

@@ -58,6 +58,7 @@ class Trained:
             given = {k: v for k, v in self.training.items() if k not in ("prompt", *known.fixed)}
             config = configure(self.method, self.prompt, **given)
             _OPEN[key] = known.editor(self.method, domain, config, known.editor.open(self.path, domain))
+            _OPEN[key].path = self.path
         return _OPEN[key]
 
 

@@ -5,7 +5,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -13,17 +12,19 @@ import torch
 
 from cfclip.baselines.editor import Editor
 from cfclip.baselines.mappers import MapperEditor
-from cfclip.baselines.methods import METHODS, checked, configure, fit
+from cfclip.baselines.methods import METHODS, configure, fit_loop
 from cfclip.domain import Domain
 from cfclip.method.config import TrainingConfig
 from cfclip.method.loop import Loop, resolve_dtype
 from cfclip.method.networks import FrozenNetworks
 from cfclip.method.pack import packable, run_together, shared
+from cfclip.method.trainer import driven
 
 logger = logging.getLogger(__name__)
 
 MOST = {"cpu": 8, "cuda": 64}
 """More members of a pack gain nothing: a processor is busy with 32 pictures, a GPU with 256."""
+FAILURES = (RuntimeError, ValueError, OSError)
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,8 @@ class Job:
         return shared(config) if mapper and packable(config) else None
 
     def loop(self, domain: Domain, **loop: Any) -> Loop:
-        """:func:`fit` as a generator, see :func:`.mapper_loop`."""
-        config = checked(self.method, domain, self.prompt, self.settings)
-        editor = METHODS[self.method].editor
-        out = None if self.out is None else Path(self.out)
-        fitted = yield from editor.loop(self.method, domain, config, out, **loop)
-        if out is not None:
-            fitted.save(out)
-        return fitted
+        """:func:`fit` as a generator, see :meth:`Editor.loop`."""
+        return fit_loop(self.method, domain, self.prompt, self.out, self.settings, **loop)
 
 
 def sensible_pack(domain: Domain, config: TrainingConfig) -> int:
@@ -82,9 +77,7 @@ def fit_many(
     result but by rounding: see :mod:`cfclip.method.pack`. By default as many as memory allows; a pack for
     which it was not enough is done again in smaller ones. The other jobs are done one by one.
     """
-    loop = {"progress": progress} | (
-        {} if checkpoint_every is None else {"checkpoint_every": checkpoint_every}
-    )
+    loop = {} if checkpoint_every is None else {"checkpoint_every": checkpoint_every}
     done: dict[int, Editor | Exception] = {}
     groups: dict[tuple[str, int], list[int]] = {}
     for k, job in enumerate(jobs):
@@ -101,17 +94,16 @@ def fit_many(
         while len(members) > 1 < size:
             some, rest = members[:size], members[size:]
             try:
-                given = loop | {"progress": False, "networks": networks}
-                loops = [jobs[k].loop(domain, **given) for k in some]
+                loops = [jobs[k].loop(domain, progress=False, networks=networks, **loop) for k in some]
                 done |= zip(some, run_together(loops, f"{len(some)} trainings", progress), strict=True)
                 members = rest
-            except RuntimeError:  # e.g. out of memory
+            except FAILURES:  # e.g. out of memory
                 size //= 2
                 logger.warning("a pack of %d trainings failed; with %d on", len(some), size, exc_info=True)
     for k, job in enumerate(jobs):
         if k not in done:
             try:
-                done[k] = fit(job.method, domain, job.prompt, out=job.out, **loop, **job.settings)
-            except (RuntimeError, ValueError, OSError) as error:
+                done[k] = driven(job.loop(domain, progress=progress, **loop))
+            except FAILURES as error:
                 done[k] = error
     return [done[k] for k in range(len(jobs))]

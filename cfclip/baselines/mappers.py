@@ -11,8 +11,8 @@ from cfclip.baselines.editor import Editor
 from cfclip.checkpoints.mappers import load_mapper, save_mapper
 from cfclip.domain import Domain
 from cfclip.method.config import flat
-from cfclip.method.loop import Loop, begin_run, drive
-from cfclip.method.trainer import MapperTrainer, mapper_loop, started
+from cfclip.method.loop import Loop, begin_run
+from cfclip.method.trainer import MapperTrainer, mapper_loop
 from cfclip.models.mapper import Mapper
 
 
@@ -38,12 +38,8 @@ class MapperEditor(Editor):
         return save_mapper(self.module, Path(out) / "mapper.safetensors", **card)
 
     @classmethod
-    def fit(cls, method: str, domain: Domain, config: Any, out: Path | None, **loop: Any) -> Editor:
-        return drive(*started(cls.loop(method, domain, config, out, **loop)))
-
-    @classmethod
     def loop(cls, method: str, domain: Domain, config: Any, out: Path | None, **loop: Any) -> Loop:
-        """:meth:`fit` as a generator, see :func:`.mapper_loop`: it can be one of a pack."""
+        """As :func:`.mapper_loop`: it can be one of a pack."""
         config = begin_run(config, domain.device, out, method=method, **domain.described)
         module, rows = yield from mapper_loop(domain, config, out, method, trainer=cls.TRAINER, **loop)
         return cls(method, domain, config, cls.kept(module), rows)

@@ -20,8 +20,9 @@ from cfclip.baselines.optimization import OptimizationConfig, OptimizationEditor
 from cfclip.baselines.stylespace import GlobalConfig, GlobalEditor
 from cfclip.domain import Domain
 from cfclip.method.config import CFCLIPConfig, flat, with_settings
-from cfclip.method.loop import Callback
+from cfclip.method.loop import Callback, Loop
 from cfclip.method.objectives import ClipDistance, Directional
+from cfclip.method.trainer import driven
 from cfclip.settings import Settings
 
 
@@ -92,19 +93,25 @@ def fit(
     run is resumed. Channel statistics are kept beside the folder, for other prompts. Raises ValueError if
     ``out`` holds another run.
     """
-    config = checked(method, domain, prompt, given)
-    out = None if out is None else Path(out)
     loop = {"progress": progress, "callbacks": tuple(callbacks)}
     loop |= {} if checkpoint_every is None else {"checkpoint_every": checkpoint_every}
-    editor = METHODS[method].editor.fit(method, domain, config, out, **loop)
+    return driven(fit_loop(method, domain, prompt, out, given, **loop))
+
+
+def fit_loop(
+    method: str,
+    domain: Domain,
+    prompt: str,
+    out: str | os.PathLike | None,
+    given: Mapping[str, Any],
+    **loop: Any,
+) -> Loop:
+    """:func:`fit` as a generator, see :meth:`Editor.loop`."""
+    config = configure(method, prompt, **given)
+    for guide in domain.first_guides(config.guides):
+        guide.tokenize(prompt)  # one that cannot be read fails here, not after minutes
+    out = None if out is None else Path(out)
+    editor = yield from METHODS[method].editor.loop(method, domain, config, out, **loop)
     if out is not None:
         editor.save(out)
     return editor
-
-
-def checked(method: str, domain: Domain, prompt: str, given: Mapping[str, Any]) -> Settings:
-    """The configuration; a prompt that cannot be read fails here, not after minutes."""
-    config = configure(method, prompt, **given)
-    for guide in domain.first_guides(config.guides):
-        guide.tokenize(prompt)
-    return config

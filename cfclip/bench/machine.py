@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import torch
 
-from cfclip.evaluation.report import machine, versions
+from cfclip.evaluation.versions import machine, versions
 from cfclip.experiments.runs import KERNEL_ENVIRONMENT
 
 ALLOCATOR = {name: value for name, value in KERNEL_ENVIRONMENT.items() if name.startswith("MALLOC")}

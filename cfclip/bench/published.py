@@ -206,13 +206,13 @@ class Published:
                 times = max(1, c.num_views) if on.source_views else 1
                 source = run.networks.clip(picture.repeat(times, 1, 1, 1))
             else:
-                source = run.source_clip[index]
+                source = run.sources.clip[index]
             nce = clip_nce(views, source, target_text, source_text, c.objective.temperature)
             l2 = latent_l2(w_edited, w)
             loss = c.lambda_nce * nce + c.lambda_l2 * l2
             logs = {"nce": nce, "l2": l2}
             if c.lambda_id:
-                source_id = d.identity(picture).detach() if on.sources else run.source_id[index]
+                source_id = d.identity(picture).detach() if on.sources else run.sources.identity[index]
                 logs["id"] = identity_loss_from_features(d.identity(edited), source_id)
                 loss = loss + c.lambda_id * logs["id"]
             if c.lambda_perc:

@@ -1,17 +1,14 @@
 """Reports: Markdown pages, CSV files and figures in a folder, and what they were made with."""
 
 import os
-import platform
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 
 from cfclip.baselines.methods import METHODS
@@ -21,8 +18,8 @@ from cfclip.evaluation.figures import save_figure
 from cfclip.evaluation.frames import FRAMES
 from cfclip.evaluation.metrics import MAIN, PERCENT
 from cfclip.evaluation.tables import label, means, ordered, over_seeds, wide
+from cfclip.evaluation.versions import machine, versions
 from cfclip.files import ROOT, writable, write_csv, write_rows, write_text
-from cfclip.models.ops import fast_dtype, name_of
 
 HEADLINE = (
     "prompt",
@@ -192,26 +189,6 @@ def read(path: Path) -> pd.DataFrame:
     return table.assign(**{
         name: ordered(table[name], order) for name, order in orders.items() if name in table
     })
-
-
-def versions(device: str = "cpu") -> dict[str, str]:
-    """What numbers computed on ``device`` depend on."""
-    return {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "device": device,
-        "threads": str(torch.get_num_threads()),
-        "dtype auto": name_of(fast_dtype(torch.device(device))),
-    } | {name: version(name) for name in ("torch", "torchvision", "open_clip_torch", "numpy")}
-
-
-def machine() -> str:
-    """The processor's name and its number of cores."""
-    name, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} cores"
 
 
 def made_with() -> str:

@@ -5,8 +5,8 @@ runs at once), executors, sweep (driving).
 """
 
 from cfclip.experiments.parameters import check_parameters
-from cfclip.experiments.runs import gather, records
+from cfclip.experiments.runs import gather, measured, records
 from cfclip.experiments.spec import load_preset, load_spec
 from cfclip.experiments.sweep import plan, sweep
 
-__all__ = ["check_parameters", "gather", "load_preset", "load_spec", "plan", "records", "sweep"]
+__all__ = ["check_parameters", "gather", "load_preset", "load_spec", "measured", "plan", "records", "sweep"]

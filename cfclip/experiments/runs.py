@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-import papermill
 
+from cfclip.baselines import Editor
 from cfclip.checkpoints.sources import SOURCES
-from cfclip.evaluation.report import versions
+from cfclip.evaluation import measure
+from cfclip.evaluation.versions import versions
 from cfclip.experiments.spec import code_of, find_notebook, parameters_of
 from cfclip.files import (
     DATA,
@@ -44,7 +45,7 @@ OUTPUT_PARAMS = ("out", "runs", "reports")
 """Parameters that the sweep sets; they are not part of a run's content."""
 _PRESENTATION = tuple(
     f"evaluation/{name}.py"
-    for name in ("claims", "explain", "figures", "frames", "report", "stats", "tables")
+    for name in ("claims", "explain", "figures", "frames", "report", "stats", "tables", "versions")
 )
 NOT_HASHED = ("cli.py", "bench/", "experiments/", "explorer/", *_PRESENTATION)
 """Code of the package that no run's numbers depend on: to change it makes no run outdated."""
@@ -117,6 +118,8 @@ def run_notebook(
     notebook: str | os.PathLike, folder: str | os.PathLike, parameters: Mapping[str, Any]
 ) -> Path:
     """Execute ``notebook``; the executed copy, also of a failed run, is in ``folder``."""
+    import papermill  # two seconds that neither a kernel nor a pack has to wait for
+
     source = find_notebook(notebook)
     path = Path(folder) / source.name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -251,6 +254,22 @@ def records(out: str | os.PathLike) -> list[dict[str, Any]]:
         else:
             logger.warning("%s is a record of run %s, and is left out", path, record["run"])
     return found
+
+
+def measured(editor: Editor, n: int, seed: int, strengths: list[float], **where: Any) -> list[dict]:
+    """:func:`.measure` on the first ``n`` held-out faces of ``seed``.
+
+    Read from the run in whose folder the editor is, if that measured just this, with today's code.
+    where: more parameters that the run must have, such as its device.
+    """
+    wanted = where | {"n": n, "seed": seed, "strengths": strengths}
+    record = _record(editor.path.parent) if editor.path else {}
+    same = record and wanted == {name: record["parameters"].get(name) for name in wanted}
+    kind = record.get("status"), record.get("notebook"), record.get("content", {}).get("code")
+    if same and kind == ("finished", "02_training", code_hash()):
+        rows = read_rows(editor.path.parent / "metrics.jsonl")
+        return [{name: value for name, value in row.items() if value == value} for row in rows]  # no NaN
+    return measure(editor, editor.domain.latents(n, "test", seed), strengths)
 
 
 def gather(out: str | os.PathLike) -> pd.DataFrame:

@@ -8,7 +8,7 @@ import copy
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from cfclip.checkpoints.mappers import save_mapper
 from cfclip.domain import Domain, asked, fingerprint, warn_null_edit
 from cfclip.method.config import TrainingConfig, flat
-from cfclip.method.loop import Loop, Step, begin_run, described, drive, learning_rate, looped
+from cfclip.method.loop import Loop, begin_run, described, drive, learning_rate, looped
 from cfclip.method.losses import identity_loss_from_features, latent_l2
 from cfclip.method.networks import FrozenNetworks, Sources, check_networks
 from cfclip.method.objectives import Features
@@ -162,6 +162,8 @@ class MapperTrainer:
     ):
         self.domain, self.config, c = domain, config, config
         check_networks(domain, c)
+        if c.applicable_only and domain.truth is None:
+            raise ValueError(f"applicable_only needs a ground truth, and domain {domain.name} has none")
         warn_null_edit(domain, c)
         guides = domain.first_guides(c.guides)
         self.widths = [guide.embed_dim for guide in guides]
@@ -177,9 +179,16 @@ class MapperTrainer:
         self.text_feature = self.mapper.read(domain.clip, [c.forms[0].format(prompt) for prompt in c.prompts])
         self.optimizer = OPTIMIZERS[c.optimizer](self.mapper.parameters(), lr=c.lr)
         self.networks = (networks or partial(FrozenNetworks, domain))(c.dtype, c.guides)
-        self.sources = self.networks.sources(c.train_latents, c.seed)
-        self.w, self.source_clip, self.source_id = self.sources
-        self.applicable = self._applicable() if c.applicable_only else None
+
+    @cached_property
+    def sources(self) -> Sources:
+        """The codes to edit; encoded at the first step, which a finished training never takes."""
+        return self.networks.sources(self.config.train_latents, self.config.seed)
+
+    @property
+    def w(self) -> Tensor:
+        """[N, L, D]."""
+        return self.sources.w
 
     def first_mapper(self, start: Mapper | None) -> nn.Module:
         """The mapper before the first step."""
@@ -199,12 +208,11 @@ class MapperTrainer:
                 row[layers[name]] = True
         return free.to(self.domain.device)
 
+    @cached_property
     @torch.no_grad()
-    def _applicable(self) -> list[Tensor]:
+    def applicable(self) -> list[Tensor]:
         """For each prompt the numbers of the sources where it asks for something; all if there is none."""
         truth = self.domain.truth
-        if truth is None:
-            raise ValueError(f"applicable_only needs a ground truth, and domain {self.domain.name} has none")
         parts = self.w.split(max_batch(self.domain.generator))
         seen = truth.measure(torch.cat([self.networks.synthesise(w) for w in parts]))
         found, every = [], torch.arange(len(self.w))
@@ -280,7 +288,7 @@ class MapperTrainer:
         index = torch.randint(len(self.w), (c.batch,), generator=generator)
         chosen = self.choose_prompts(generator)
         prompts = torch.tensor(chosen).repeat_interleave(c.batch // len(chosen))
-        if self.applicable is not None:
+        if c.applicable_only:
             among = [self.applicable[prompt] for prompt in prompts]
             index = torch.stack([some[i % len(some)] for some, i in zip(among, index, strict=True)])
         text = self.read(chosen, generator)
@@ -290,7 +298,7 @@ class MapperTrainer:
         perspectives = sent(draw_perspectives(c.num_views, *size, generator=generator), device)
         starts = {prompt: k * (c.batch // len(chosen)) for k, prompt in enumerate(chosen)}
         index = sent(index, device)
-        first = {prompt: self.source_clip[index[start : start + 1]] for prompt, start in starts.items()}
+        first = {prompt: self.sources.clip[index[start : start + 1]] for prompt, start in starts.items()}
         return Batch(index, prompts, text, first, perspectives)
 
     def edit(self, batch: Batch) -> Edit:
@@ -302,7 +310,7 @@ class MapperTrainer:
 
     def terms(self, batch: Batch, edit: Edit, seen: Seen) -> dict[str, Tensor]:
         """Each term of the loss, unweighted, and their weighted sum "loss"; means over pictures."""
-        source, pull = self.source_clip[batch.index], torch.zeros((), device=edit.w.device)
+        source, pull = self.sources.clip[batch.index], torch.zeros((), device=edit.w.device)
         for prompt, s_0 in batch.first.items():
             mine = slice(None) if len(batch.first) == 1 else (batch.prompts == prompt).nonzero()[:, 0]
             if len(compared := source[mine]):
@@ -382,13 +390,16 @@ def train_mapper(
     such as ``progress``, ``callbacks``, ``checkpoint_every``. A ``trainer`` of another kind of mapper saves
     it itself. Raises ValueError if ``out`` holds another run.
     """
-    return drive(*started(mapper_loop(domain, config, out, method, start, trainer, **loop)))
+    return driven(mapper_loop(domain, config, out, method, start, trainer, **loop))
 
 
-def started(loop: Loop) -> tuple[Loop, Step]:
-    """``loop`` of :func:`mapper_loop`, and the step of its trainer."""
-    run = next(loop)
-    return loop, run.step
+def driven(loop: Loop) -> Any:
+    """What ``loop`` of :func:`mapper_loop` returns, after the steps of its trainer; it may have none."""
+    try:
+        run = next(loop)
+    except StopIteration as end:
+        return end.value
+    return drive(loop, run.step)
 
 
 def mapper_loop(

@@ -99,7 +99,7 @@ def test_a_shape_moves_the_layers_that_draw_and_a_colour_those_that_colour(domai
     drawn = []
     synthesise, run.networks.synthesise = run.networks.synthesise, lambda w: drawn.append(w) or synthesise(w)
     index, prompts = torch.tensor([0, 1]), torch.tensor([0, 1])
-    first = dict.fromkeys((0, 1), run.source_clip[:1])
+    first = dict.fromkeys((0, 1), run.sources.clip[:1])
     perspectives = draw_perspectives(8, 16, 16, generator=generator_for(0, 0))
     logs = run.losses(Batch(index, prompts, run.text_feature, first, perspectives))
     w = run.w[index]

@@ -80,6 +80,21 @@ def test_every_member_is_its_training_alone(domain, tmp_path):
         assert again.rows == editor.rows, "a finished training is found"
 
 
+def test_a_finished_training_is_opened_without_its_sources(domain, tmp_path, monkeypatch):
+    """And where they cannot be encoded, each job has the error."""
+    jobs = jobs_in(tmp_path, ("red", "offset"))
+    done = fit_many(domain, jobs, progress=False)
+
+    def damaged(*_):
+        raise ValueError("damaged codes")
+
+    monkeypatch.setattr(FrozenNetworks, "sources", damaged)
+    for job, editor in zip(jobs, done, strict=True):
+        assert fit_alone(domain, job, job.out).rows == editor.rows
+    errors = fit_many(domain, jobs_in(tmp_path / "new", ("red", "offset")), progress=False)
+    assert [str(error) for error in errors] == ["damaged codes"] * 2
+
+
 def test_a_result_depends_on_its_own_settings_alone(domain, tmp_path):
     """So that the comparison above could fail."""
     red, blue = fit_many(domain, jobs_in(tmp_path, ("red", "blue")), progress=False)

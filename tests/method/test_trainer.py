@@ -91,7 +91,7 @@ def test_an_objective_shows_its_directions(domain):
     w = run.w[:2]
     with torch.no_grad():
         views = run.networks.clip(run.networks.synthesise(run.mapper.edit(w, run.text_feature)), 8)
-        features = run.features(0, views, run.source_clip[:2], run.source_clip[:1])
+        features = run.features(0, views, run.sources.clip[:2], run.sources.clip[:1])
     q, p1, p2, n_k = run.config.objective.directions(features)
     assert (q.shape, p1.shape, p2.shape, n_k.shape) == ((16, 16), (1, 16), (16, 16), (79, 16))
     for x in (q, p1, p2, n_k):
