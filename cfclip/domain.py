@@ -81,7 +81,8 @@ class GroundTruth(Protocol):
     def done(self, prompt: str, before: Measurement, after: Measurement) -> dict[str, np.ndarray]:
         """Each of :meth:`claims` -> 1 or 0 for each of N pictures.
 
-        A colour is NaN where the part was not there before, a shape where it was there already.
+        A colour is NaN where the part was not there before, unless ``prompt`` asked for it and it is there
+        now; a shape is NaN where it was there already.
         """
 
     def masks(self, images: Tensor) -> Tensor:

@@ -44,11 +44,13 @@ def outcome(domain: Domain, frame: Frame) -> str:
         return "; ".join(filter(None, [what, unknown if truth else ""]))
     part, colour = claim
     without = frame.notes.count(f"no {part}")
+    tip = f'try "{part} and {prompt}"' if len(truth.claims(f"{part} and {prompt}")) > 1 else ""
     if without == faces:
-        return f"no face here has {part}: draw new faces"
+        return f"no face here has {part}: {' or '.join(filter(None, ['draw new faces', tip]))}"
     done = frame.notes.count("✓") + frame.notes.count(f"{colour} before")
     of = f"{faces - without} faces that have {part}" if without else f"{faces} faces"
-    return f"{colour} {part} on {done} of {of}" + (f"; {without} have none" if without else "")
+    others = ": ".join(filter(None, [f"; {without} have none", tip])) if without else ""
+    return f"{colour} {part} on {done} of {of}{others}"
 
 
 def prospects(known: Iterable[float | None], frame: Frame, seconds: float) -> str:

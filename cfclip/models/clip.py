@@ -145,14 +145,18 @@ class ClipGuide(nn.Module):
 
         The first half of a row is the token's embedding e_t, the second half c_t = e_(t-1) + c_(t-1) / 2, so
         that the word just before a noun, such as its colour, counts most. The unit is the spread of all
-        embeddings. A text with fewer tokens than the longest ends in zeros. Warns as :meth:`encode_text`.
+        embeddings. A token that this CLIP does not know says nothing: zeros. A text with fewer tokens than
+        the longest ends in zeros, too. Warns as :meth:`encode_text`.
         """
         texts = [texts] if isinstance(texts, str) else texts
         self._warn_of_unknown(texts)
         rows, spread = [], self.model.token_embedding.weight.float().std()
         for text in texts:
-            tokens = self.tokenize(text).to(self.mean.device)
-            words = self.model.token_embedding(tokens[:, 1 : int(tokens.argmax())])[0].float() / spread
+            tokens = self.tokenize(text)[0]
+            tokens = tokens[1 : int(tokens.argmax())]
+            known = torch.tensor([[float(self._knows([token]))] for token in tokens.tolist()])
+            words = self.model.token_embedding(tokens.to(self.mean.device)).float() / spread
+            words = words * known.reshape(-1, 1).to(words)
             said = [torch.zeros_like(words[0]), *accumulate(words[:-1], lambda said, word: word + said / 2)]
             rows.append(torch.cat([words, torch.stack(said)], -1))
         return nn.utils.rnn.pad_sequence(rows, batch_first=True)
@@ -162,11 +166,12 @@ class ClipGuide(nn.Module):
 
         [] if there are none, and always where the vocabulary is open, as OpenAI's is.
         """
-        knows = getattr(self.model.token_embedding, "knows", None)
-        if knows is None:
-            return []
         words = self.tokenizer.pat.findall(self.tokenizer.clean_fn(text))
-        return [word for word in dict.fromkeys(words) if not knows(self.tokenizer.encode(word))]
+        return [word for word in dict.fromkeys(words) if not self._knows(self.tokenizer.encode(word))]
+
+    def _knows(self, tokens: Sequence[int]) -> bool:
+        knows = getattr(self.model.token_embedding, "knows", None)
+        return knows is None or knows(tokens)
 
     def describe_unknown(self, text: str) -> str:
         """A sentence that names the :meth:`unknown_words` of ``text``, and known words near them; or ""."""

@@ -79,11 +79,12 @@ class ToonTruth:
         )
 
     def done(self, prompt: str, before: Seen, after: Seen) -> dict[str, np.ndarray]:
-        found = {}
-        for key, value in measurable(prompt):
+        found, claims = {}, measurable(prompt)
+        for key, value in claims:
             if key in PARTS:
                 hits = np.array([name == value for name in after.colour(key)])
-                found[in_words((key, value))] = np.where(before.has(key), hits, np.nan)
+                there = before.has(key) | (after.has(key) & ((f"{key}?", "yes") in claims))
+                found[in_words((key, value))] = np.where(there, hits, np.nan)
                 continue
             if key == "style":
                 was, now = (seen.hair_style == HAIR_STYLES.index(value) for seen in (before, after))

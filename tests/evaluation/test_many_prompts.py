@@ -108,7 +108,7 @@ def test_a_shape_moves_the_layers_that_draw_and_a_colour_those_that_colour(domai
         torch.cat([w[0, :fine], edited[0, fine:]]),
         torch.cat([edited[1, :fine], w[1, fine:]]),
     ])
-    assert torch.equal(drawn[0], expected) and not torch.equal(expected, edited)
+    assert torch.equal(drawn[-1], expected) and not torch.equal(expected, edited)
     silence = latent_l2(edited, expected)
     assert logs["silence"].item() == pytest.approx(silence.item()) and silence > 0
     terms = 0.3 * logs["nce"] + 0.2 * logs["id"] + 0.8 * latent_l2(expected, w) + 3 * silence

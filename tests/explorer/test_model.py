@@ -791,9 +791,15 @@ def test_each_face_says_what_became_of_it(tmp_path):
         assert note == ("no beard" if not hair else "✓" if blue else note)
     assert 0 < has.sum() < 8
     assert (
-        f"blue beard on {sum(has & done)} of {has.sum()} faces that have beard; {8 - has.sum()} have none"
-        in explorer.hint
+        f"blue beard on {sum(has & done)} of {has.sum()} faces that have beard; {8 - has.sum()} have none: "
+        'try "beard and blue beard"' in explorer.hint
     )
+    explorer.change(prompt="beard and blue beard")
+    assert explorer.wait(600)
+    now = truth.measure(explorer.frame.edited)
+    blue = [colour == "blue" for colour in now.colour("beard")]
+    counted = sum(blue & (has | now.has("beard")))
+    assert has.sum() < counted and f"blue beard on {counted} of 8 faces" in explorer.hint
     explorer.close()
 
 

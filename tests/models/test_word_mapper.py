@@ -93,6 +93,17 @@ def test_it_reads_the_words_of_a_prompt(domain):
     assert sizes.fits(domain.generator, clip)
 
 
+def test_an_unknown_word_says_nothing(domain, monkeypatch):
+    plain, half = domain.clip.encode_words("blue hair")[0], domain.clip.word_dim // 2
+    known, embedding = set(domain.clip.tokenizer.encode("blue hair")), domain.clip.model.token_embedding
+    monkeypatch.setattr(embedding, "knows", lambda tokens: set(tokens) <= known, raising=False)
+    monkeypatch.setattr(embedding, "words", ["blue", "hair"], raising=False)
+    with pytest.warns(UserWarning, match="does not know 'frobnicated'"):
+        put = domain.clip.encode_words("blue frobnicated hair")[0]
+    assert not put[1:-1, :half].any() and torch.equal(put[-1, :half], plain[-1, :half])
+    assert torch.allclose(put[-1, half:] * 2 ** (len(put) - 2), plain[-1, half:])
+
+
 def test_a_word_is_its_embedding_and_what_was_said_before_it(domain):
     m, tokens = domain.clip.model, domain.clip.tokenize("long blue hair")[0, 1:4]
     long, blue, hair = m.token_embedding(tokens).double() / m.token_embedding.weight.double().std()
