@@ -138,14 +138,17 @@ def toonfaces_routes(
     out: Annotated[Path, typer.Option(help="where the table goes, for 08_many_prompts")] = Path(
         "reports/many_prompts/routes.csv"
     ),
+    only: Annotated[list[str] | None, typer.Option(help="of the routes; may be given often")] = None,
 ) -> None:
     """Compare the ways to train one mapper for many prompts, on prompts that none of them saw."""
     from cfclip.files import write_csv
     from cfclip.toonfaces.domain import load_toonfaces
-    from cfclip.toonfaces.train.routes import compared
+    from cfclip.toonfaces.train.routes import ROUTES, compared
 
     with _plain_errors():
-        typer.echo(write_csv(out, compared(load_toonfaces(), runs, range(seeds), n)))
+        if wrong := set(only or ()) - set(ROUTES):
+            raise ValueError(f"--only must be one of {'; '.join(ROUTES)}, not {'; '.join(sorted(wrong))}")
+        typer.echo(write_csv(out, compared(load_toonfaces(), runs, range(seeds), n, only or ROUTES)))
 
 
 @app.command("sweep")

@@ -87,6 +87,8 @@ def test_every_route_has_its_rows_and_nothing_is_trained_twice(domain, few, tmp_
     assert len(lines) == 12 and set(lines["prompts"]) == {1}
     assert list(routes.by_part(table).columns) == ["part", *every]
     monkeypatch.setattr(MapperTrainer, "step", None)  # a second training would fail
+    some = routes.compared(domain, tmp_path, (0, 1), 2, ["words", "teachers, then words"])
+    assert list(dict.fromkeys(some["route"])) == ["words", "teachers, then words"]
     again = routes.compared(domain, tmp_path, (0, 1), 2)
     pd.testing.assert_frame_equal(table.drop(columns="seconds"), again.drop(columns="seconds"))
 

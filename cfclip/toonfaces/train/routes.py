@@ -7,8 +7,9 @@ that reads words learns these by regression, then some steps of CF-CLIP's object
 W+ out; at use the difference of two texts goes in. Alone: a mapper of its own for each unseen prompt.
 """
 
+import copy
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -162,28 +163,41 @@ def own_prompts() -> tuple[str, ...]:
     return (*firsts.values(), *unseen)
 
 
-def trained(domain: Domain, out: Path, seeds: Sequence[int]) -> Iterator[Trained]:
-    """The mappers of all routes, one by one. What ``out`` holds already is not trained again."""
+ROUTES = ("alone", "words", "teachers", "teachers, then words", "pairs", "whole")
+
+
+def trained(
+    domain: Domain, out: Path, seeds: Sequence[int], only: Collection[str] = ROUTES
+) -> Iterator[Trained]:
+    """The mappers of the routes ``only``, one by one. What ``out`` holds already is not trained again."""
     seed = seeds[0]  # of all but words
-    for prompt in own_prompts():
+    config = multi.heldout_config(seed=seed)
+    for prompt in own_prompts() if "alone" in only else ():
         c = CFCLIPConfig(prompt=prompt, seed=seed, dtype="auto", **ALONE)
         mapper, rows = train_mapper(domain, c, out / f"alone-{slug(prompt)}-{seed}", progress=False)
         yield Trained("alone", seed, mapper, rows[-1]["seconds"], [prompt])
-    config = multi.heldout_config(seed=seed)
-    for one in seeds:
+    for one in seeds if "words" in only else ():
         mapper, rows = train_mapper(domain, multi.heldout_config(seed=one), out / f"words-{one}")
         yield Trained("words", one, mapper, rows[-1]["seconds"], config.prompts)
-    teachers, seconds = teach(domain, config.prompts, out / f"teachers-{seed}", seed)
-    start, more = learn(domain, teachers, config, out / f"taught-{seed}")
-    yield Trained("teachers", seed, start, seconds + more, [*teachers])
-    config = multi.heldout_config(seed=seed, steps=500, lr=0.01, ramp_down=1.0)
-    mapper, rows = train_mapper(domain, config, out / f"teachers-words-{seed}", start=start)
-    seconds += more + rows[-1]["seconds"]
-    yield Trained("teachers, then words", seed, mapper, seconds, config.prompts)
-    mapper, seconds = learn_pairs(domain, out / f"pairs-{seed}", seed)
-    yield Trained("pairs", seed, mapper, seconds, config.prompts)  # prompts chose its strength, no more
-    mapper, rows = train_mapper(domain, multi.pooled_config(seed=seed), out / f"whole-{seed}")
-    yield Trained("whole", seed, mapper, rows[-1]["seconds"], config.prompts)
+    if {"teachers", "teachers, then words"} & set(only):
+        teachers, seconds = teach(domain, config.prompts, out / f"teachers-{seed}", seed)
+        start, more = learn(domain, teachers, config, out / f"taught-{seed}")
+        seconds += more
+    if "teachers" in only:
+        yield Trained(
+            "teachers", seed, copy.deepcopy(start), seconds, [*teachers]
+        )  # its slots are calibrated
+    if "teachers, then words" in only:
+        config = multi.heldout_config(seed=seed, steps=500, lr=0.01, ramp_down=1.0)
+        mapper, rows = train_mapper(domain, config, out / f"teachers-words-{seed}", start=start)
+        seconds += rows[-1]["seconds"]
+        yield Trained("teachers, then words", seed, mapper, seconds, config.prompts)
+    if "pairs" in only:
+        mapper, seconds = learn_pairs(domain, out / f"pairs-{seed}", seed)
+        yield Trained("pairs", seed, mapper, seconds, config.prompts)  # prompts chose its strength, no more
+    if "whole" in only:
+        mapper, rows = train_mapper(domain, multi.pooled_config(seed=seed), out / f"whole-{seed}")
+        yield Trained("whole", seed, mapper, rows[-1]["seconds"], config.prompts)
 
 
 @torch.no_grad()
@@ -202,8 +216,10 @@ def best_strength(domain: Domain, mapper: Mapper, faces: Mapping[str, Tensor]) -
 MEASURED = ("kept", "success_after", "progress", "leakage", "identity")
 
 
-def compared(domain: Domain, out: Path, seeds: Sequence[int] = (0, 1, 2), n: int = 32) -> pd.DataFrame:
-    """Every route's edits by :func:`own_prompts` of ``n`` test faces each that have the part.
+def compared(
+    domain: Domain, out: Path, seeds: Sequence[int] = (0, 1, 2), n: int = 32, only: Collection[str] = ROUTES
+) -> pd.DataFrame:
+    """Edits of the routes ``only`` by :func:`own_prompts` of ``n`` test faces each that have the part.
 
     Means per route, seed and prompt. ``kept``: see :func:`.many_prompts.kept`. ``seen``: is the prompt among
     those for training? ``strength``: of the edits, chosen on training faces. ``n_judged``: faces that have
@@ -212,7 +228,7 @@ def compared(domain: Domain, out: Path, seeds: Sequence[int] = (0, 1, 2), n: int
     rows, seen = [], multi.split()[0]
     every = dict.fromkeys((*seen[::2], *own_prompts()))
     training, test = (faces_for(domain, every, n, split) for split in ("train", "test"))
-    for route, seed, mapper, seconds, taught in trained(domain, out, seeds):
+    for route, seed, mapper, seconds, taught in trained(domain, out, seeds, only):
         alone = route == "alone"
         tried = {prompt: training[prompt] for prompt in (taught if alone else seen[::2])}
         strength = best_strength(domain, mapper, tried)
