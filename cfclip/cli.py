@@ -138,7 +138,7 @@ def toonfaces_routes(
     out: Annotated[Path, typer.Option(help="where the table goes, for 08_many_prompts")] = Path(
         "reports/many_prompts/routes.csv"
     ),
-    only: Annotated[list[str] | None, typer.Option(help="of the routes; may be given often")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="the table of this route; may be repeated")] = None,
 ) -> None:
     """Compare the ways to train one mapper for many prompts, on prompts that none of them saw."""
     from cfclip.files import write_csv

@@ -223,6 +223,7 @@ class Domain:
         mapper = self.mapper if mapper is None else mapper
         if not isinstance(mapper, WordMapper) or self.truth is None:
             return mapper.edit(w, mapper.read(self.clip, prompt), strength)
+        self.clip.tokenize(prompt)  # one that cannot be read is refused as a whole
         fine, moves = mapper.config.split[1], torch.zeros_like(w)
         for clause in self.truth.clauses(prompt):
             moved = mapper.edit(w, mapper.read(self.clip, clause.text), strength) - w

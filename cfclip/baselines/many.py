@@ -97,9 +97,11 @@ def fit_many(
                 loops = [jobs[k].loop(domain, progress=False, networks=networks, **loop) for k in some]
                 done |= zip(some, run_together(loops, f"{len(some)} trainings", progress), strict=True)
                 members = rest
-            except FAILURES:  # e.g. out of memory
+            except RuntimeError:  # e.g. out of memory
                 size //= 2
                 logger.warning("a pack of %d trainings failed; with %d on", len(some), size, exc_info=True)
+            except (ValueError, OSError):  # of one of them, which will say so where each is done alone
+                members = rest
     for k, job in enumerate(jobs):
         if k not in done:
             try:

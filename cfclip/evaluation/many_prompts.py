@@ -35,8 +35,8 @@ def compare(
 ) -> pd.DataFrame:
     """Edits of ``faces``, prompt -> codes [N, L, D], see :func:`faces_for`: a row per prompt and face.
 
-    Columns: ``prompt``, ``strength``, ``index`` of the face, and those of :func:`metrics.ground_truth` and
-    :func:`metrics.identity`.
+    Columns: ``prompt``, ``strength``, ``index`` of the face among its prompt's, and those of
+    :func:`metrics.ground_truth` and :func:`metrics.identity`.
     """
     rows, sources = [], {}
     for prompt, codes in faces.items():

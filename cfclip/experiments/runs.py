@@ -259,14 +259,15 @@ def records(out: str | os.PathLike) -> list[dict[str, Any]]:
 def measured(editor: Editor, n: int, seed: int, strengths: list[float], **where: Any) -> list[dict]:
     """:func:`.measure` on the first ``n`` held-out faces of ``seed``.
 
-    Read from the run in whose folder the editor is, if that measured just this, with today's code.
+    Read from the run in whose folder the editor is, if that measured just this by today's code and weights.
     where: more parameters that the run must have, such as its device.
     """
     wanted = where | {"n": n, "seed": seed, "strengths": strengths}
     record = _record(editor.path.parent) if editor.path else {}
     same = record and wanted == {name: record["parameters"].get(name) for name in wanted}
-    kind = record.get("status"), record.get("notebook"), record.get("content", {}).get("code")
-    if same and kind == ("finished", "02_training", code_hash()):
+    kind, content = (record.get("status"), record.get("notebook")), record.get("content", {})
+    today = {"code": code_hash(), "weights": weights_hash(editor.domain.name, {})} if same else {}
+    if same and kind == ("finished", "02_training") and today.items() <= content.items():
         rows = read_rows(editor.path.parent / "metrics.jsonl")
         return [{name: value for name, value in row.items() if value == value} for row in rows]  # no NaN
     return measure(editor, editor.domain.latents(n, "test", seed), strengths)

@@ -157,8 +157,9 @@ class ClipGuide(nn.Module):
             known = torch.tensor([[float(self._knows([token]))] for token in tokens.tolist()])
             words = self.model.token_embedding(tokens.to(self.mean.device)).float() / spread
             words = words * known.reshape(-1, 1).to(words)
-            said = [torch.zeros_like(words[0]), *accumulate(words[:-1], lambda said, word: word + said / 2)]
-            rows.append(torch.cat([words, torch.stack(said)], -1))
+            before = torch.cat([torch.zeros_like(words[:1]), words[:-1]])
+            said = [*accumulate(before, lambda said, word: word + said / 2)]
+            rows.append(torch.cat([words, torch.stack(said) if said else words], -1))
         return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     def unknown_words(self, text: str) -> list[str]:

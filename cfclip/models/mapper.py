@@ -202,8 +202,9 @@ class Slots(nn.Module):
 
     def shares(self, words: Tensor) -> Tensor:
         """words [N, T, E] -> a [N, T, K]: how much of a word goes to each slot."""
-        shares = torch.softmax(words.chunk(2, -1)[0] @ self._weight("share"), -1)[..., :-1]
-        return shares * (words != 0).any(-1, keepdim=True)  # zeros are no word
+        meant = words.chunk(2, -1)[0]
+        shares = torch.softmax(meant @ self._weight("share"), -1)[..., :-1]
+        return shares * (meant != 0).any(-1, keepdim=True)  # zeros are no word
 
     def forward(self, w: Tensor, words: Tensor) -> Tensor:
         """w [N, L, D], words [1 or N, T, E] -> how ``layers`` move [N, L', D]."""

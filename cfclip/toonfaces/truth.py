@@ -71,7 +71,7 @@ class ToonTruth:
     def clauses(self, prompt: str) -> tuple[Clause, ...]:
         parts = [part for part in BETWEEN_CLAUSES.split(prompt) if part]
         if set().union(*map(claims_of, parts)) != claims_of(prompt):
-            parts = [prompt]  # "without glasses and a beard"
+            parts = [prompt]  # such as "without glasses and a beard"
         asked = [{key for key, _ in claims_of(part)} - {"person"} for part in parts]
         return tuple(
             Clause(part, bool(keys & set(PARTS)), bool(keys - set(PARTS)))

@@ -137,7 +137,7 @@ def test_a_sweep_with_packs_gives_the_table_of_one_without(folder):
     pd.testing.assert_frame_equal(table(folder / "runs"), table(folder / "alone"), rtol=1e-4, atol=1e-5)
 
 
-SETTINGS = {"steps": 60, "batch": 1, "train_latents": 2, "num_views": 1}
+SETTINGS = {"steps": 100, "batch": 1, "train_latents": 2, "num_views": 1}
 KILLED = {
     "notebook": "02_training",
     "method": ["cfclip", "nada"],

@@ -102,6 +102,11 @@ def test_an_unknown_word_says_nothing(domain, monkeypatch):
         put = domain.clip.encode_words("blue frobnicated hair")[0]
     assert not put[1:-1, :half].any() and torch.equal(put[-1, :half], plain[-1, :half])
     assert torch.allclose(put[-1, half:] * 2 ** (len(put) - 2), plain[-1, half:])
+    slots = Mapper.initialised(
+        MapperConfig(10, 8, domain.clip.word_dim, text="tokens"), torch.Generator().manual_seed(0)
+    )
+    shares = slots.groups[0].shares(put[None])[0]
+    assert (shares[1:-1] == 0).all() and (shares[[0, -1]] > 0).all()
 
 
 def test_a_word_is_its_embedding_and_what_was_said_before_it(domain):

@@ -138,9 +138,8 @@ def measure_multi(domain: Domain, path: Path) -> str:
         raise _unfit(path)
     groups, parts = multi.measure(domain)
     note = (
-        "Edits of test faces at strength 1. n: prompts x faces. "
-        "Success and leakage are measured by the readout; a face without the part, for instance a bald one "
-        "if the prompt names hair, neither succeeds nor fails. Test latents, seed 0."
+        "Edits of test faces that have the part, at strength 1. n: prompts x faces. "
+        "Success and leakage are measured by the readout. Test latents, seed 0."
     )
     known = multi.calibration(domain)
     write_json(path.with_name(CONFIDENCE), known)

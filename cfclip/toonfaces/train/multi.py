@@ -122,7 +122,7 @@ def calibrate(domain: Domain, mapper: WordMapper, n: int = 32) -> WordMapper:
     rows = pd.concat([compare(domain, mapper, faces, gain) for gain in GAINS], ignore_index=True)
     found = kept(rows).groupby([rows["prompt"].map(slot), rows["strength"]]).mean().unstack()
     for k, shares in found.iterrows():
-        slots.move[k] *= min(gain for gain in GAINS if shares[gain] > shares.max() - 0.01)
+        slots.move[k] *= min((gain for gain in GAINS if shares[gain] > shares.max() - 0.01), default=1.0)
     return mapper
 
 
