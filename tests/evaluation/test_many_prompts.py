@@ -208,6 +208,7 @@ def test_each_slot_that_colours_gets_the_least_gain_that_is_as_good_as_any(domai
         mapper.groups[-1], "sizes", lambda w, words: torch.eye(16)[[2 + bool((words - hair).any())]]
     )
     hair = mapper.read(domain.clip, "blue hair")
+    monkeypatch.setattr(multi, "GAINS", (1.0, 1.15, 1.3, 1.45, 1.6))
     success = {  # of red eyes, blue eyes and blue hair
         1.0: [(1, 0), (0, 1), (1, 1)], 1.15: [(1, 1), (0, float("nan")), (1, 1)],
         1.3: [(1, 1), (1, 1), (1, 0)], 1.45: [(1, 1), (1, 1), (1, 0)], 1.6: [(1, 1), (1, 1), (1, 1)],

@@ -102,7 +102,7 @@ def train(
     return calibrate(domain, train_mapper(domain, config, out)[0])
 
 
-GAINS = (1.0, 1.15, 1.3, 1.45, 1.6)
+GAINS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5)
 """How much stronger :func:`calibrate` may make what a slot moves."""
 
 
