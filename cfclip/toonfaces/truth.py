@@ -72,11 +72,17 @@ class ToonTruth:
         parts = [part for part in BETWEEN_CLAUSES.split(prompt) if part]
         if set().union(*map(claims_of, parts)) != claims_of(prompt):
             parts = [prompt]  # such as "without glasses and a beard"
-        asked = [{key for key, _ in claims_of(part)} - {"person"} for part in parts]
-        return tuple(
-            Clause(part, bool(keys & set(PARTS)), bool(keys - set(PARTS)))
-            for part, keys in zip(parts, asked, strict=True)
-        )
+        clauses = []
+        for part in parts:
+            facts = sorted(fact for fact in claims_of(part) if fact[0] != "person")
+            colours, shapes = (
+                any((key in PARTS) == is_colour for key, _ in facts) for is_colour in (True, False)
+            )
+            if colours and shapes:  # "long purple hair" is done better as long hair and purple hair
+                clauses += [Clause(in_words(fact), fact[0] in PARTS, fact[0] not in PARTS) for fact in facts]
+            else:
+                clauses.append(Clause(part, colours, shapes))
+        return tuple(clauses)
 
     def done(self, prompt: str, before: Seen, after: Seen) -> dict[str, np.ndarray]:
         found, claims = {}, measurable(prompt)
