@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +15,6 @@ import pandas as pd
 import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_notebook
-from psutil import Process, wait_procs
 
 from cfclip.experiments import gather, load_spec, packs, plan, sweep
 from cfclip.experiments.runs import KERNEL_ENVIRONMENT, Outcome
@@ -137,110 +137,34 @@ def test_a_sweep_with_packs_gives_the_table_of_one_without(folder):
     pd.testing.assert_frame_equal(table(folder / "runs"), table(folder / "alone"), rtol=1e-4, atol=1e-5)
 
 
-SETTINGS = {"steps": 100, "batch": 1, "train_latents": 2, "num_views": 1}
-KILLED = {
-    "notebook": "02_training",
-    "method": ["cfclip", "nada"],
-    "seed": [0, 1],
-    "prompt": "red hair",
-    "settings": [SETTINGS],
-    "n": 2,
-    "preview": 1,
-    "strengths": [[1.0]],
-}
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory) -> Path:
-    """A sweep of 02_training without packs: its spec, and its runs."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    (folder / "grid.yaml").write_text(yaml.safe_dump({"grid": [KILLED]}))
+@pytest.mark.long
+def test_a_pack_that_is_killed_is_resumed(folder):
+    """Its members from their checkpoints, in the pack of the next sweep or by their notebooks."""
+    spec = grid(folder, "cfclip", "nada", steps=60)
+    runs, _ = plan(spec, folder / "runs")
+    jobs = [job for run in runs for job in packs.trainings(run, folder / "runs")]
+    given = {
+        "jobs": list(map(asdict, jobs)),
+        "most": None,
+        "domain": "toonfaces",
+        "device": "cpu",
+        "label": None,
+    }
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(packs.COMMAND, env=env, stdin=subprocess.PIPE) as process:
+        process.stdin.write(json.dumps(given).encode() + b"\n")
+        process.stdin.flush()
+        end = time.monotonic() + 120
+        while not all((Path(job.out) / "checkpoint.pt").exists() for job in jobs):
+            assert time.monotonic() < end and process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert {load_checkpoint(job.out)["step"] for job in jobs} == {50}
     with ThreadPoolExecutor(1) as executor:
-        spec = load_spec(folder / "grid.yaml")
-        sweep(spec, folder / "runs", folder / "reports", executor, pack=1, kernel=False)
-    return folder
-
-
-def start(module: str, *arguments: str | Path) -> subprocess.Popen:
-    env = os.environ | KERNEL_ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen([sys.executable, "-m", module, *map(str, arguments)], env=env)
-
-
-def wait_for(condition, seconds: float = 600) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.02)
-
-
-def kill_in_the_middle(sweeping: subprocess.Popen, out: Path, *others: subprocess.Popen) -> None:
-    """``kill -9``, when all trainings of the packs are at their first checkpoint."""
-    wait_for(lambda: sweeping.poll() is not None or len(list(out.glob("*/checkpoint.pt"))) == 4)
-    assert sweeping.poll() is None and not list(out.glob("*/run.json"))
-    started = [child for one in (sweeping, *others) for child in Process(one.pid).children(recursive=True)]
-    for one in (sweeping, *others):
-        one.kill()
-        one.wait()
-    _, left = wait_procs(started, 60)
-    assert not left, "what they had started ends with them"
-    steps = [load_checkpoint(folder.parent)["step"] for folder in out.glob("*/checkpoint.pt")]
-    assert min(steps) == packs.CHECKPOINT_EVERY < SETTINGS["steps"]
-
-
-def trained_before_it_began(run: Path) -> bool:
-    """Whether a pack did, and not the notebook."""
-    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    begun = (run / "run.json").stat().st_mtime - record["seconds"]
-    return (run / "checkpoint.pt").stat().st_mtime < begun
-
-
-def same_table(out: Path, uninterrupted: Path) -> None:
-    assert all(map(trained_before_it_began, [path.parent for path in out.glob("*/run.json")]))
-    assert not any(
-        map(trained_before_it_began, [path.parent for path in uninterrupted.glob("runs/*/run.json")])
-    )
-    tables = [gather(one).drop(columns="settings") for one in (out, uninterrupted / "runs")]
-    assert len(tables[0]) == 4 * KILLED["n"]
-    pd.testing.assert_frame_equal(*tables, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.long
-def test_a_sweep_that_is_killed_in_its_packs_has_the_table_of_the_uninterrupted_one(uninterrupted, tmp_path):
-    places = ("--out", tmp_path / "runs", "--reports", tmp_path / "reports", "--workers", "1", "--no-kernel")
-    command = ("cfclip.cli", "sweep", uninterrupted / "grid.yaml", *places)
-    kill_in_the_middle(start(*command), tmp_path / "runs")
-    assert start(*command).wait() == 0
-    same_table(tmp_path / "runs", uninterrupted)
-
-
-@pytest.mark.long
-def test_so_has_one_on_two_workers_of_a_cluster(uninterrupted, tmp_path):
-    """The sweep and one of the workers are killed; another worker comes."""
-    distributed = pytest.importorskip("distributed", reason="needs dask: pip install 'cfclip[cluster]'")
-    with distributed.LocalCluster(n_workers=0, dashboard_address=None, host="127.0.0.1") as cluster:
-        places = ("--out", tmp_path / "runs", "--reports", tmp_path / "reports", "--no-kernel")
-        places += ("--scheduler", cluster.scheduler_address)
-        options = ("--nthreads=1", "--resources=run=1", "--no-nanny", "--no-dashboard")
-        options += ("--local-directory", tmp_path / "dask")
-
-        def begin_worker() -> subprocess.Popen:
-            before = len(cluster.scheduler.workers)
-            worker = start("dask", "worker", cluster.scheduler_address, *options)
-            wait_for(lambda: len(cluster.scheduler.workers) > before)
-            return worker
-
-        workers = [begin_worker(), begin_worker()]
-        try:
-            sweeping = start("cfclip.cli", "sweep", uninterrupted / "grid.yaml", *places)
-            kill_in_the_middle(sweeping, tmp_path / "runs", workers[0])
-            wait_for(lambda: len(cluster.scheduler.workers) == 1)
-            workers.append(begin_worker())
-            assert start("cfclip.cli", "sweep", uninterrupted / "grid.yaml", *places).wait() == 0
-        finally:
-            for worker in workers:
-                worker.kill()
-                worker.wait()
-    same_table(tmp_path / "runs", uninterrupted)
+        sweep(spec, folder / "runs", folder / "reports", executor)
+        sweep(spec, folder / "alone", folder / "reports", executor, pack=1)
+    assert len(gather(folder / "runs")) == 2 * 3
+    pd.testing.assert_frame_equal(table(folder / "runs"), table(folder / "alone"), rtol=1e-2, atol=1e-3)
 
 
 def test_a_pack_ends_with_the_process_that_started_it(tmp_path):
