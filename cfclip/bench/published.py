@@ -152,6 +152,7 @@ class Published:
 
     def __init__(self, run: MapperTrainer, wastes: Wastes | None = None):
         self.run, self.wastes = run, wastes or Wastes()
+        run.sources  # noqa: B018 -- encoded now, not in the first step
         d, on = run.domain, self.wastes
         plain = on.plane_filters or on.sample_weights
         if run.config.dtype != "float32" and (plain or on.weight_gradients or on.texts):

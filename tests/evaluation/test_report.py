@@ -25,7 +25,7 @@ def test_means_and_markdown_by_hand():
         {"prompt": "a", "n": 1, "success_after": 1.0, "clip_after": 5.0},
     ]
     text = report.markdown(summary, "a note")
-    assert "50.0 %" in text and "| 25.0" in text and text.endswith("a note\n")
+    assert "50 %" in text and "| 25.0" in text and text.endswith("a note\n")
 
 
 def test_a_number_that_is_not_there_is_a_dash():
@@ -41,14 +41,14 @@ def test_a_number_that_is_not_there_is_a_dash():
     assert summary.success_inverted[0] == 0.5
     lines = report.markdown(summary).splitlines()[2:]
     shown = [[cell.strip() for cell in line.split("|")[4:6]] for line in lines]
-    assert shown == [["50.0 %", "1.000"], ["–", "–"]]
+    assert shown == [["50 %", "1.000"], ["–", "–"]]
 
 
 def test_shares_are_per_cent_and_counts_are_whole_also_where_some_are_missing():
     table = pd.DataFrame({"success_a": [0.25, None], "progress": [0.25, None], "n_with_part": [3, None]})
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.markdown(table).splitlines()]
     assert lines[0] == ["success a", "progress", "n with part"]
-    assert lines[2:] == [["25.0 %", "0.250", "3"], ["–", "–", "–"]]
+    assert lines[2:] == [["25 %", "0.250", "3"], ["–", "–", "–"]]
 
 
 def test_a_page_leaves_out_what_is_empty():
