@@ -21,7 +21,7 @@ from cfclip.models.arcface import FaceIdentity
 from cfclip.models.clip import ClipGuide
 from cfclip.models.mapper import PUBLISHED_SPLIT, Mapper, WordMapper
 from cfclip.models.perceptual import PerceptualDistance, feature_distance
-from cfclip.models.stylegan2 import Generator
+from cfclip.models.stylegan2 import Generator, max_batch
 from cfclip.models.vgg import VGG19
 
 Claim = tuple[str, str]
@@ -32,7 +32,7 @@ GROUPS = (*COUNTERFACTUAL, "in the domain", "null edit", "other")
 
 
 class Clause(NamedTuple):
-    """A part of a prompt, and what it asks for; neither where that is not known."""
+    """A part of a prompt, and which of the two it asks for; neither where that is not known."""
 
     text: str
     colours: bool
@@ -227,12 +227,17 @@ class Domain:
         fine, moves = mapper.config.split[1], torch.zeros_like(w)
         for clause in self.truth.clauses(prompt):
             moved = mapper.edit(w, mapper.read(self.clip, clause.text), strength) - w
-            if clause.colours and not clause.shapes:
+            if clause.colours:
                 moved[:, :fine] = 0
-            if clause.shapes and not clause.colours:
+            elif clause.shapes:
                 moved[:, fine:] = 0
             moves += moved
         return w + moves
+
+    @torch.no_grad()
+    def pictures(self, w: Tensor) -> Tensor:
+        """Pictures [N, 3, R, R] of any number of codes [N, L, D], as many at a time as fit in memory."""
+        return torch.cat([self.generator.synthesis(part) for part in w.split(max_batch(self.generator))])
 
     @torch.no_grad()
     def edit(

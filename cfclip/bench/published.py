@@ -152,7 +152,7 @@ class Published:
 
     def __init__(self, run: MapperTrainer, wastes: Wastes | None = None):
         self.run, self.wastes = run, wastes or Wastes()
-        run.sources  # noqa: B018 -- encoded now, not in the first step
+        self.sources = run.sources  # encoded now, not in the first step
         d, on = run.domain, self.wastes
         plain = on.plane_filters or on.sample_weights
         if run.config.dtype != "float32" and (plain or on.weight_gradients or on.texts):
@@ -207,13 +207,13 @@ class Published:
                 times = max(1, c.num_views) if on.source_views else 1
                 source = run.networks.clip(picture.repeat(times, 1, 1, 1))
             else:
-                source = run.sources.clip[index]
+                source = self.sources.clip[index]
             nce = clip_nce(views, source, target_text, source_text, c.objective.temperature)
             l2 = latent_l2(w_edited, w)
             loss = c.lambda_nce * nce + c.lambda_l2 * l2
             logs = {"nce": nce, "l2": l2}
             if c.lambda_id:
-                source_id = d.identity(picture).detach() if on.sources else run.sources.identity[index]
+                source_id = d.identity(picture).detach() if on.sources else self.sources.identity[index]
                 logs["id"] = identity_loss_from_features(d.identity(edited), source_id)
                 loss = loss + c.lambda_id * logs["id"]
             if c.lambda_perc:

@@ -22,8 +22,7 @@ def faces_for(
     They are sought among 8 n, so of a rare part there may be fewer. If there are none, it is any faces.
     """
     every, found = domain.latents(8 * n, split, seed), {}
-    parts = every.split(max_batch(domain.generator))
-    seen = domain.truth.measure(torch.cat([domain.generator.synthesis(w) for w in parts]))
+    seen = domain.truth.measure(domain.pictures(every))
     rows = {prompt: tuple(np.flatnonzero(asked(domain.truth, prompt, seen))[:n]) for prompt in prompts}
     rows = {prompt: some or tuple(range(n)) for prompt, some in rows.items()}
     return {prompt: found.setdefault(some, every[list(some)]) for prompt, some in rows.items()}
@@ -40,10 +39,9 @@ def compare(
     """
     rows, sources = [], {}
     for prompt, codes in faces.items():
-        parts = codes.split(max_batch(domain.generator))
         if id(codes) not in sources:
-            images = torch.cat([domain.generator.synthesis(w) for w in parts])
-            sources[id(codes)] = metrics.Pictures(domain, images)
+            sources[id(codes)] = metrics.Pictures(domain, domain.pictures(codes))
+        parts = codes.split(max_batch(domain.generator))
         edited = torch.cat([domain.edit(w, prompt, mapper, strength) for w in parts])
         edit = metrics.Edit(domain, prompt, sources[id(codes)], edited)
         measured = metrics.ground_truth(edit) | metrics.identity(edit)

@@ -49,10 +49,7 @@ class TrueEdits:
     @cached_property
     def floor(self) -> np.ndarray:
         """Perceptual distance of the inverted renders G(w) to the renders [N]: the cost of inversion."""
-        parts = self.w.split(max_batch(self.domain.generator))
-        with torch.no_grad():
-            images = torch.cat([self.domain.generator.synthesis(part) for part in parts])
-        return distances(self.domain, images, self.renders)[1]
+        return distances(self.domain, self.domain.pictures(self.w), self.renders)[1]
 
     def columns(self, editor: Editor, strength: float) -> Columns:
         """Measurements of the edited inversions; ``truth_distance`` is to the true counterfactual."""

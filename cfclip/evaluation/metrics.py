@@ -309,8 +309,7 @@ def edits(
     edit: (w [N, L, D], strength) -> pictures [N, 3, R, R], e.g. an editor's ``edit``.
     """
     parts = w.split(max_batch(domain.generator))
-    with torch.no_grad():
-        source = Pictures(domain, torch.cat([domain.generator.synthesis(part) for part in parts]))
+    source = Pictures(domain, domain.pictures(w))
     for strength in strengths:
         yield strength, Edit(domain, prompt, source, torch.cat([edit(part, strength) for part in parts]))
 

@@ -75,9 +75,8 @@ class ToonTruth:
         clauses = []
         for part in parts:
             facts = sorted(fact for fact in claims_of(part) if fact[0] != "person")
-            colours, shapes = (
-                any((key in PARTS) == is_colour for key, _ in facts) for is_colour in (True, False)
-            )
+            keys = {key for key, _ in facts}
+            colours, shapes = bool(keys & set(PARTS)), bool(keys - set(PARTS))
             if colours and shapes:  # "long purple hair" is done better as long hair and purple hair
                 clauses += [Clause(in_words(fact), fact[0] in PARTS, fact[0] not in PARTS) for fact in facts]
             else:

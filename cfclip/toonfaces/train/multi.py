@@ -122,8 +122,13 @@ def calibrate(domain: Domain, mapper: WordMapper, n: int = 32) -> WordMapper:
     rows = pd.concat([compare(domain, mapper, faces, gain) for gain in GAINS], ignore_index=True)
     found = kept(rows).groupby([rows["prompt"].map(slot), rows["strength"]]).mean().unstack()
     for k, shares in found.iterrows():
-        slots.move[k] *= min((gain for gain in GAINS if shares[gain] > shares.max() - 0.01), default=1.0)
+        slots.move[k] *= least_of_the_best(shares)
     return mapper
+
+
+def least_of_the_best(shares: pd.Series) -> float:
+    """The smallest strength, of those in the index, within a point of the best; 1 if all are NaN."""
+    return min(shares.index[shares > shares.max() - 0.01], default=1.0)
 
 
 def measure(domain: Domain, n: int = 32) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -170,13 +175,12 @@ def calibration(domain: Domain, n: int = 32) -> dict[str, Any]:
     truth, shapes = domain.truth, [texts for fact, texts in SHAPES.items() if fact[0] != "smile"]
     prompts, tried_on = sum([*split(), *shapes], ()), wordings(domain)
     faces = faces_for(domain, (*prompts, *tried_on), n, "train", 1)
+    different = {id(w): w for w in faces.values()}
+    before = {key: truth.measure(domain.generator.synthesis(w)) for key, w in different.items()}
 
     def success(prompt: str) -> dict[str, float]:
         w = faces[prompt]
-        before, after = (
-            truth.measure(one) for one in (domain.generator.synthesis(w), domain.edit(w, prompt))
-        )
-        done = truth.done(prompt, before, after)
+        done = truth.done(prompt, before[id(w)], truth.measure(domain.edit(w, prompt)))
         return {claim: float(np.nanmean(hits)) for claim, hits in done.items() if not np.isnan(hits).all()}
 
     found = {prompt: success(prompt) for prompt in prompts}

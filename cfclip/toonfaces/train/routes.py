@@ -184,9 +184,8 @@ def trained(
         start, more = learn(domain, teachers, config, out / f"taught-{seed}")
         seconds += more
     if "teachers" in only:
-        yield Trained(
-            "teachers", seed, copy.deepcopy(start), seconds, [*teachers]
-        )  # its slots are calibrated
+        calibrated = copy.deepcopy(start)  # whoever compares it changes its slots
+        yield Trained("teachers", seed, calibrated, seconds, [*teachers])
     if "teachers, then words" in only:
         config = multi.heldout_config(seed=seed, steps=500, lr=0.01, ramp_down=1.0)
         mapper, rows = train_mapper(domain, config, out / f"teachers-words-{seed}", start=start)
@@ -210,7 +209,7 @@ def best_strength(domain: Domain, mapper: Mapper, faces: Mapping[str, Tensor]) -
         multi.calibrate(domain, mapper)
         return 1.0
     found = {strength: kept(compare(domain, mapper, faces, strength)).mean() for strength in STRENGTHS}
-    return min(strength for strength in STRENGTHS if found[strength] > max(found.values()) - 0.01)
+    return multi.least_of_the_best(pd.Series(found))
 
 
 MEASURED = ("kept", "success_after", "progress", "leakage", "identity")
@@ -239,8 +238,8 @@ def compared(
         means = each[list(MEASURED)].mean().assign(n_judged=each["success_after"].count()).reset_index()
         failed = ", ".join(prompt for prompt in seen if prompt not in taught) if route == "teachers" else ""
         about = {"route": route, "seed": seed, "strength": strength, "seconds": seconds, "failed": failed}
-        rows.append(means.assign(**about, commit=commit(), device=str(domain.device)))
-    table = pd.concat(rows, ignore_index=True)
+        rows.append(means.assign(**about))
+    table = pd.concat(rows, ignore_index=True).assign(commit=commit(), device=str(domain.device))
     claims = table["prompt"].map(claim_of)
     table.insert(0, "seen", table["prompt"].isin(seen))
     table.insert(0, "group", [domain.truth.group(claim) for claim in claims])
