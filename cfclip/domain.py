@@ -46,6 +46,9 @@ class Measurement(Protocol):
     area: np.ndarray  # pixels of a 64 x 64 picture [N, P]
     lab: np.ndarray  # CIELAB (D65) of each part [N, P, 3], NaN where the part is too small to measure
 
+    def __getitem__(self, rows: slice) -> "Measurement":
+        """What was measured in some of the pictures."""
+
     def colour(self, part: str) -> list[str | None]:
         """The name of the nearest colour of ``part`` in each picture; None where the part is not visible."""
 

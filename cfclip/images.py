@@ -16,3 +16,8 @@ def to_uint8(images: Tensor) -> np.ndarray:
 def to_tensor(images: Sequence[np.ndarray] | np.ndarray) -> Tensor:
     """uint8 [R, R, 3] pictures -> float32 [N, 3, R, R] in [-1, 1]."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def at_once(images: Tensor) -> int:
+    """How many of ``images`` [N, 3, R, R] a network sees in one call: a GPU gains from more of small ones."""
+    return max(64, 512 * 64**2 // images.shape[-1] ** 2) if images.is_cuda else 64

@@ -63,21 +63,21 @@ def image_grid(
     """
     above = (0.4 if title else 0) + (0.45 if headers else 0)
     width, height = cell * columns + 1.6, cell * len(rows) + above
-    figure, axes = plt.subplots(len(rows), columns, figsize=(width, height), squeeze=False)
-    for row, (name, images) in zip(axes, rows.items(), strict=True):
-        for axis, picture in zip(row, to_uint8(images[:columns]), strict=False):
-            axis.imshow(picture, interpolation="lanczos")
-        for axis in row:
-            axis.axis("off")
-        row[0].text(
-            -0.12, 0.5, fill(name, 18), transform=row[0].transAxes, ha="right", va="center", fontsize=11
-        )
-    for axis, header in zip(axes[0], headers, strict=False):
-        axis.set_title(header, fontsize=8)
+    figure, axis = plt.subplots(figsize=(width, height))  # one for all: an axis takes longer than a picture
+    apart = 1.03
+    for y, (name, images) in enumerate(rows.items()):
+        for x, picture in enumerate(to_uint8(images[:columns])):
+            place = (apart * x, apart * x + 1, apart * y + 1, apart * y)
+            axis.imshow(picture, interpolation="lanczos", extent=place)
+        axis.text(-0.12, apart * y + 0.5, fill(name, 18), ha="right", va="center", fontsize=11)
+    for x, header in enumerate(headers[:columns]):
+        axis.text(apart * x + 0.5, -0.06, header, ha="center", va="bottom", fontsize=8)
+    axis.set(xlim=(0, apart * columns - 0.03), ylim=(apart * len(rows) - 0.03, 0))
+    axis.axis("off")
     if title:
         figure.suptitle(title, fontsize=13)
     top = 1 - (above - 0.05) / height if above else 1
-    figure.subplots_adjust(left=1.5 / width, right=1, bottom=0, top=top, wspace=0.03, hspace=0.03)
+    figure.subplots_adjust(left=1.5 / width, right=1, bottom=0, top=top)
     return figure
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cfclip.domain import Claim, Domain, GroundTruth, Measurement
+from cfclip.images import at_once
 from cfclip.models.clip import ClipGuide
 from cfclip.models.stylegan2 import max_batch
 
@@ -71,8 +72,23 @@ CLEAN_IDENTITY, CLEAN_LEAKAGE = 0.85, 0.25
 
 The mean leakage of the generator's best possible edits is 0.18 (``cfclip toonfaces ceiling``).
 """
+TOGETHER = 8
+"""Times as many pictures as a generator draws at once are measured at once, whatever their strength."""
 LEAST_SPREAD = 10.0
 """CIELAB distance that counts as another person's where all people are alike, as in the white of an eye."""
+
+
+def _feature(compute: Callable[["Pictures"], Any]) -> cached_property:
+    """A property that is computed once, and for all pictures of ``together`` in one go."""
+
+    def values(self: "Pictures") -> Any:
+        if self.together is None:
+            return compute(self)
+        every, rows = self.together
+        return getattr(every, compute.__name__)[rows]
+
+    values.__doc__ = compute.__doc__
+    return cached_property(values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,27 +97,33 @@ class Pictures:
 
     domain: Domain
     images: Tensor
+    together: tuple["Pictures", slice] | None = None  # more pictures, and which of them these are
+
+    def split(self, n: int) -> list["Pictures"]:
+        """``n`` pictures at a time. What one part computes is computed of all, in large batches."""
+        parts = [slice(i, i + n) for i in range(0, len(self.images), n)]
+        return [Pictures(self.domain, self.images[rows], (self, rows)) for rows in parts]
 
     @torch.no_grad()
     def _encode(self, network: Callable[[Tensor], Tensor]) -> Tensor:
-        return torch.cat([network(batch) for batch in self.images.split(64)])
+        return torch.cat([network(batch) for batch in self.images.split(at_once(self.images))])
 
-    @cached_property
+    @_feature
     def clip(self) -> Tensor:
         """Unit CLIP features [N, E]."""
         return F.normalize(self._encode(self.domain.clip.encode_image), dim=-1)
 
-    @cached_property
+    @_feature
     def heldout_clip(self) -> Tensor:
         """Unit features [N, E'] of the CLIP that no edit was optimised with."""
         return F.normalize(self._encode(self.domain.heldout_clip.encode_image), dim=-1)
 
-    @cached_property
+    @_feature
     def identity(self) -> Tensor:
         """Unit identity features, one row per picture."""
         return self._encode(self.domain.identity)
 
-    @cached_property
+    @_feature
     def seen(self) -> Measurement:
         """What the ground truth measures in them."""
         return self.domain.truth.measure(self.images)
@@ -114,10 +136,11 @@ class Edit:
     ``before`` of another edit.
     """
 
-    def __init__(self, domain: Domain, prompt: str, source: Tensor | Pictures, edited: Tensor):
+    def __init__(self, domain: Domain, prompt: str, source: Tensor | Pictures, edited: Tensor | Pictures):
         self.domain, self.prompt = domain, prompt
-        self.before = source if isinstance(source, Pictures) else Pictures(domain, source)
-        self.after = Pictures(domain, edited)
+        self.before, self.after = (
+            one if isinstance(one, Pictures) else Pictures(domain, one) for one in (source, edited)
+        )
 
     @cached_property
     def moved(self) -> np.ndarray:
@@ -193,7 +216,7 @@ def distances(domain: Domain, a: Tensor, b: Tensor) -> tuple[str, np.ndarray] | 
     """(name, [N]) of the domain's perceptual distance between a and b [N, 3, R, R]; None if it has none."""
     if (distance := domain.distance()) is None:
         return None
-    batches = zip(a.split(64), b.split(64), strict=True)
+    batches = zip(a.split(at_once(a)), b.split(at_once(b)), strict=True)
     return distance.name, torch.cat([distance.between(x, y) for x, y in batches]).cpu().numpy()
 
 
@@ -308,17 +331,19 @@ def edits(
 
     edit: (w [N, L, D], strength) -> pictures [N, 3, R, R], e.g. an editor's ``edit``.
     """
-    parts = w.split(max_batch(domain.generator))
-    source = Pictures(domain, domain.pictures(w))
-    for strength in strengths:
-        yield strength, Edit(domain, prompt, source, torch.cat([edit(part, strength) for part in parts]))
+    most, source = max_batch(domain.generator), Pictures(domain, domain.pictures(w))
+    group = max(1, TOGETHER * most // len(w))
+    for some in (strengths[i : i + group] for i in range(0, len(strengths), group)):
+        edited = torch.cat([edit(part, strength) for strength in some for part in w.split(most)])
+        for strength, after in zip(some, Pictures(domain, edited).split(len(w)), strict=True):
+            yield strength, Edit(domain, prompt, source, after)
 
 
 def rows(columns: Mapping[str, np.ndarray], **labels: Any) -> list[dict]:
-    """Columns [N] as N rows, which begin with ``labels`` and the ``index``; NaN is left out."""
+    """Columns [N] as N rows of six digits, which begin with ``labels`` and the ``index``; NaN is left out."""
     lines = []
     for i, values in enumerate(zip(*columns.values(), strict=True)):
-        defined = {name: float(v) for name, v in zip(columns, values, strict=True) if not np.isnan(v)}
+        defined = {name: float(f"{v:.6g}") for name, v in zip(columns, values, strict=True) if v == v}
         lines.append(labels | {"index": i} | defined)
     return lines
 

@@ -10,6 +10,9 @@ from contextlib import contextmanager
 
 logger = logging.getLogger(__name__)
 
+PACKS_ON_A_GPU = 3
+"""One alone waits for its launches; of many at a time each waits for the others' turns."""
+
 
 def cores() -> int:
     """The number of cores that this process may use."""
@@ -31,7 +34,7 @@ class LocalExecutor(ThreadPoolExecutor):
 
     def __init__(self, workers: int | None = None):
         super().__init__(workers or cores())
-        self.workers = {"cpu": workers or cores(), "cuda": 1}  # they share a GPU, which one pack keeps busy
+        self.workers = {"cpu": workers or cores(), "cuda": min(workers or cores(), PACKS_ON_A_GPU)}
         self._thread, self._pools = threading.local(), []
 
     def submit(self, fn, /, *args, **kwargs) -> Future:

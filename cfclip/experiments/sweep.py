@@ -6,9 +6,10 @@ So a sweep that is started again, after a crash or an edit, does only what is mi
 
 import itertools
 import logging
+import math
 import os
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, Future, wait
 from contextlib import suppress
@@ -20,7 +21,7 @@ from tabulate import tabulate
 from tqdm.auto import tqdm
 
 from cfclip.experiments.executors import LocalExecutor
-from cfclip.experiments.packs import packs, train
+from cfclip.experiments.packs import kind_of_device, packs, train
 from cfclip.experiments.parameters import CHECKS, check_settings
 from cfclip.experiments.runs import (
     OUTPUT_PARAMS,
@@ -174,22 +175,30 @@ def _drive(
     kernel: bool = True,
 ) -> dict[str, str]:
     """Execute all of ``runs``, those that are trained ``together`` after that; returns id -> error."""
-
-    def start(run: Run, patient: bool = False) -> None:
-        pending[executor.submit(execute, run, str(out), str(reports), patient, kernel)] = run
-
+    here = isinstance(executor, LocalExecutor)
+    room = executor.workers if here else {}  # a cluster has its own queue
+    packed = {run.id for some in together for run in some}
+    waiting, queue = list(together), deque((run, False) for run in runs if run.id not in packed)
     pending: dict[Future, Run] = {}
     training: dict[Future, Sequence[Run]] = {}
     failed: dict[str, str] = {}
     lost: Counter[str] = Counter()
+
+    def hand_over() -> None:
+        """What the workers can begin now: packs first, because many runs wait for one."""
+        busy = Counter(kind_of_device(some[0]) for some in training.values())
+        for some in waiting.copy():
+            if busy[device := kind_of_device(some[0])] < room.get(device, math.inf):
+                waiting.remove(some)
+                busy[device] += 1
+                training[executor.submit(train, some, str(out), pack)] = some
+        while queue and len(pending) + len(training) < room.get("cpu", math.inf):
+            run, patient = queue.popleft()
+            pending[executor.submit(execute, run, str(out), str(reports), patient, kernel)] = run
+
     try:
-        for some in together:
-            training[executor.submit(train, some, str(out), pack)] = some
-        trained = {run.id for some in together for run in some}
-        for run in runs:
-            if run.id not in trained:
-                start(run)
-        while pending or training:
+        while waiting or queue or pending or training:
+            hand_over()
             done, _ = wait([*pending, *training], timeout=1.0, return_when=FIRST_COMPLETED)
             if sys.stderr.isatty():
                 bar.refresh()  # keeps the clock running
@@ -198,19 +207,18 @@ def _drive(
                     logger.info(
                         "a pack did not end well (%s): its runs are trained one by one", outcome.error
                     )
-                for run in training.pop(future):
-                    start(run)
+                queue.extend((run, False) for run in training.pop(future))
             done = pending.keys() & done
             for future in done:
                 run = pending.pop(future)
                 outcome = _outcome(future)
                 if outcome.status == "busy":
-                    start(run, patient=True)  # at the end of the queue, behind the runs that are free
+                    queue.append((run, True))  # at the end of the queue, behind the runs that are free
                     continue
                 if outcome.status == "lost":
                     lost[run.id] += 1
                     if lost[run.id] < MAX_ATTEMPTS:
-                        start(run)
+                        queue.append((run, False))
                         continue
                     outcome = Outcome("failed", f"{outcome.error}, {MAX_ATTEMPTS} times")
                     with suppress(OSError):

@@ -1,12 +1,13 @@
 """The judge without CLIP: it says which parts a toon face has, segments them and measures their colours."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cfclip.images import at_once
 from cfclip.toonfaces.factors import HAIR_STYLES, PARTS, colours, lab_palette, to_lab
 from cfclip.toonfaces.render import MASKS
 
@@ -33,6 +34,10 @@ class Measurement:
     lab: np.ndarray  # CIELAB (D65) of each part [N, P, 3], NaN where the part is smaller than VISIBLE
     hair_style: np.ndarray  # index into HAIR_STYLES [N]
     present: np.ndarray  # bool [N, len(FLAGS)]
+
+    def __getitem__(self, rows: slice) -> "Measurement":
+        """What was measured in some of the pictures."""
+        return Measurement(*(getattr(self, field.name)[rows] for field in fields(self)))
 
     def has(self, part: str) -> np.ndarray:
         """bool [N]: whether the face has ``part``, one of ``FLAGS``, at all."""
@@ -89,10 +94,11 @@ class Readout(nn.Module):
     def measure(self, images: Tensor) -> Measurement:
         """Segment and measure; the colours of the parts are those that :func:`unmix` finds."""
         images = images.clamp(-1, 1)
-        batches = images.split(64)
+        n = at_once(images)
+        batches = images.split(n)
         logits, presence = (torch.cat(x) for x in zip(*map(self, batches), strict=True))
         masks = logits.softmax(1)
-        pairs = zip(batches, masks.split(64), strict=True)
+        pairs = zip(batches, masks.split(n), strict=True)
         rgb = torch.cat([unmix(batch * 127.5 + 127.5, parts) for batch, parts in pairs]).clamp(0, 255)
         area = masks.mean((2, 3)) * 64 * 64
         lab = torch.from_numpy(to_lab(rgb.cpu().numpy())).to(masks)

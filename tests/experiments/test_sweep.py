@@ -433,9 +433,10 @@ def test_the_papers_sweep_has_all_methods_prompts_and_seeds():
     path = NOTEBOOKS / "presets" / "paper-toonfaces.yaml"
     spec = load_spec(path)
     grid = [cell for block in spec.grid for cell, _ in cells(block)]
-    expected = {"02_training": 924, "03_ablation_directions": 18 * 8 * 6}
+    main, natural, guides = 12 * (4 * 6 + 3 * 3), 4 * 7, 2 * 3 * 6 * 3
+    expected = {"02_training": main + natural + guides, "03_ablation_directions": 18 * 7 * 6}
     assert Counter(cell["notebook"] for cell in grid) == expected
-    assert {"purple skin", "pink beard"} <= {cell.get("prompt") for cell in grid}
+    assert {"purple skin", "green glasses"} <= {cell.get("prompt") for cell in grid}
 
 
 def test_the_quick_sweep_trains_the_prompts_of_its_preset():
