@@ -25,7 +25,8 @@ RULE = (
     "samples (two-way random effects model); the interval of the mean difference is 95 %. A claim holds, or "
     "does not hold, if its p-value, adjusted by Holm for all claims, is below 0.05; else there is no "
     f"difference if all of the interval is within ± {100 * MATTERS:g} points; else it is undecided. Where "
-    "there is nothing to compare, it cannot be tested here."
+    "there is nothing to compare, it cannot be tested here. clean: the same difference of clean success at "
+    "each training's best strength, which says what the area does not, the leakage; no verdict is made of it."
 )
 
 
@@ -49,12 +50,16 @@ CLAIMS = (
 """At most a dozen, so that Holm's price stays low."""
 
 
+COLUMNS = ["claim", "verdict", "why", "difference", "half", "clean", "p", "power"]
+
+
 def judge(best: pd.DataFrame) -> pd.DataFrame:
     """:data:`CLAIMS` by :data:`RULE`, one line each.
 
     best: :func:`.tables.headline` of the methods and of the ablation's rows. Columns: ``claim``, ``verdict``,
-    ``why``, ``difference`` and its ``half`` (as shares: 0.1 is ten points), ``p`` (adjusted), ``power``: the
-    chance that this many prompts and seeds would have found ten points, by the spread that was found.
+    ``why``, ``difference`` and its ``half`` (as shares: 0.1 is ten points), ``clean``, ``p`` (adjusted),
+    ``power``: the chance that this many prompts and seeds would have found ten points, by the spread that was
+    found.
     """
     best = best[best.group.isin(COUNTERFACTUAL)]
     tables = [differences(best, one.ours, one.other) for one in CLAIMS]
@@ -72,10 +77,12 @@ def judge(best: pd.DataFrame) -> pd.DataFrame:
             rows.append({"claim": claim.says, "verdict": UNTESTED, "why": why})
             continue
         row = {"claim": claim.says, "verdict": verdict(one, p), "why": _why(best, claim, one, table)}
+        beside = differences(best, claim.ours, claim.other, "clean")
+        row["clean"] = _points(crossed(beside)) if beside.size else ""
         level = 0.05 / sum(each is not None for each in found)
         chance = np.nan if np.isnan(one.error) else power(one.spread, one.prompts, one.seeds, MATTERS, level)
         rows.append(row | {"difference": one.mean, "half": one.half, "p": p, "power": chance})
-    return pd.DataFrame(rows, columns=["claim", "verdict", "why", "difference", "half", "p", "power"])
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def verdict(found: Crossed, p: float) -> str:
@@ -92,9 +99,12 @@ def _why(best: pd.DataFrame, claim: Claim, found: Crossed, table: pd.DataFrame) 
         * best[best.method == name].set_index(["prompt", "seed"]).area.reindex(counted.stack().index).mean()
         for name in (claim.ours, claim.other)
     )
-    difference = plus_minus(found.mean, found.half, 100, "+.3g")
     ahead = f"ahead on {(counted.mean(axis=1) > 0).sum()} of {_number(found.prompts, 'prompt')}"
-    return f"{ours:.1f} against {other:.1f}: {difference} points; {ahead}, {_number(found.seeds, 'seed')}"
+    return f"{ours:.1f} against {other:.1f}: {_points(found)} points; {ahead}, {_number(found.seeds, 'seed')}"
+
+
+def _points(found: Crossed) -> str:
+    return plus_minus(found.mean, found.half, 100, "+.3g")
 
 
 def _number(count: int, what: str) -> str:
