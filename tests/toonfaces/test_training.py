@@ -52,7 +52,9 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_a_training_neither_reads_nor_changes_the_callers_random_state(name, toonfaces, tmp_path):
+def test_a_training_leaves_the_callers_random_state_alone(name, toonfaces, tmp_path, monkeypatch):
+    monkeypatch.setattr(multi, "calibrate", partial(multi.calibrate, n=1))
+    monkeypatch.setattr(multi, "GAINS", (1.0, 2.5))
     networks = []
     for user_seed in (1, 2):
         torch.manual_seed(user_seed)
