@@ -3,6 +3,7 @@
 The second kind shows what a mapper can do with prompts that it was not trained on, see :mod:`.routes`.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from cfclip.domain import GROUPS, Domain
 from cfclip.evaluation.confidence import predicted_success
 from cfclip.evaluation.many_prompts import compare, faces_for, kept
+from cfclip.evaluation.metrics import natural_spread
 from cfclip.method.config import MultiPromptConfig
 from cfclip.method.trainer import train_mapper
 from cfclip.models.clip import TEMPLATES
@@ -97,9 +99,72 @@ def pooled_config(**overrides: Any) -> MultiPromptConfig:
 def train(
     config: MultiPromptConfig, out: Path, device: torch.device | str = "cpu", domain: Domain | None = None
 ) -> Mapper:
-    """Train for ``domain`` (default: toonfaces), or resume in ``out``; then :func:`calibrate` it."""
+    """Train for ``domain`` (default: toonfaces), or resume in ``out``; then :func:`finish` it."""
     domain = (domain or load_toonfaces()).to(device)
-    return calibrate(domain, train_mapper(domain, config, out)[0])
+    return finish(domain, train_mapper(domain, config, out)[0])
+
+
+def finish(domain: Domain, mapper: WordMapper) -> WordMapper:
+    """What comes after the training, on training faces: :func:`purify`, then :func:`calibrate`."""
+    return calibrate(domain, purify(domain, mapper))
+
+
+def slots_of(domain: Domain, mapper: WordMapper, faces: Mapping[str, Tensor]) -> dict[str, int]:
+    """Prompt -> the slot of colours that moves most by it, on its ``faces``."""
+    slots = mapper.groups[-1]
+    return {
+        prompt: int(slots.sizes(w, mapper.read(domain.clip, prompt)).mean(0).argmax())
+        for prompt, w in faces.items()
+    }
+
+
+def purify(domain: Domain, mapper: WordMapper, n: int = 48, keep: float = 0.03) -> WordMapper:
+    """``mapper``, each slot that colours left with that of its move which colours its own part.
+
+    To first order a move u of W+ changes the colour of part q by J_q u. With A_q the mean of
+    ``J_q' J_q / s_q^2`` over ``n`` training faces, s_q the natural spread of the colour, the slot of part p
+    moves v instead of u:
+
+        v = argmin (v - u)' A_p (v - u) + sum_{q != p} v' A_q v + eps |v - u|^2
+          = (sum_q A_q + eps)^-1 (A_p + eps) u,
+
+    eps being ``keep`` times the mean eigenvalue of the sum. No colour is named here: the ground truth says
+    where the parts are, and the words still say where they go.
+    """
+    prompts, slots = split()[0], mapper.groups[-1]
+    by_slot: dict[int, list[str]] = {}
+    for prompt, k in slots_of(domain, mapper, faces_for(domain, prompts, 2, "train")).items():
+        by_slot.setdefault(k, []).append(claim_of(prompt)[0])
+    draw, sums = np.random.default_rng(0), 0.0
+    for w in domain.latents(n, "train", 1).split(8):
+        with torch.no_grad():  # where an edit is, half way
+            w = torch.cat([domain.edited(one[None], str(draw.choice(prompts)), mapper, 0.5) for one in w])
+        sums = sums + colour_gradients(domain, w, slots.layers)
+    spread = torch.from_numpy(natural_spread(domain.truth)[0]).to(sums)
+    each = sums / spread[:, None, None] ** 2
+    eps = keep * each.sum(0).diagonal().mean() * torch.eye(each.shape[1]).to(each)
+    for k, parts in by_slot.items():
+        own = each[domain.truth.parts.index(max(set(parts), key=parts.count))]
+        kept_of = torch.linalg.solve(each.sum(0) + eps, own + eps)
+        with torch.no_grad():
+            slots.move[k] = (slots.move[k].double() @ kept_of.T).to(slots.move)
+    return mapper
+
+
+def colour_gradients(domain: Domain, w: Tensor, layers: Sequence[int]) -> Tensor:
+    """``sum J_q' J_q`` over the faces w [N, L, D], of each part q [P, L' D, L' D] in float64.
+
+    J_q: the derivative of the colour of q, the mean of the pixels [0, 1] that it covers, by ``layers`` of w.
+    """
+    x = w[:, list(layers)].requires_grad_()
+    images = domain.generator.synthesis(w.index_copy(1, torch.tensor(layers, device=w.device), x))
+    with torch.no_grad():
+        masks = domain.truth.masks(images)
+        masks = masks / masks.sum((2, 3), keepdim=True).clamp_min(12.0)  # a few pixels say little
+    colours_of = torch.einsum("nphw,nchw->pcn", masks, images * 0.5 + 0.5)
+    rows = [torch.autograd.grad(one.sum(), x, retain_graph=True)[0] for one in colours_of.flatten(0, 1)]
+    j = torch.stack(rows).flatten(2).double().unflatten(0, colours_of.shape[:2])  # [P, 3, N, L' D]
+    return torch.einsum("pcni,pcnj->pij", j, j)
 
 
 GAINS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5)
@@ -114,15 +179,12 @@ def calibrate(domain: Domain, mapper: WordMapper, n: int = 32) -> WordMapper:
     of 0.85; tried with every other seen prompt, whose slot is the one that moves most. Leakage grows with
     strength, so of the gains within a point of the best one it is the smallest.
     """
-    slots, faces = mapper.groups[-1], faces_for(domain, split()[0][::2], n, "train")
-    slot = {
-        prompt: int(slots.sizes(w, mapper.read(domain.clip, prompt)).mean(0).argmax())
-        for prompt, w in faces.items()
-    }
+    faces = faces_for(domain, split()[0][::2], n, "train")
+    slot = slots_of(domain, mapper, faces)
     rows = pd.concat([compare(domain, mapper, faces, gain) for gain in GAINS], ignore_index=True)
     found = kept(rows).groupby([rows["prompt"].map(slot), rows["strength"]]).mean().unstack()
     for k, shares in found.iterrows():
-        slots.move[k] *= least_of_the_best(shares)
+        mapper.groups[-1].move[k] *= least_of_the_best(shares)
     return mapper
 
 

@@ -203,10 +203,10 @@ def trained(
 def best_strength(domain: Domain, mapper: Mapper, faces: Mapping[str, Tensor]) -> float:
     """Of :data:`STRENGTHS` the one at which most of ``faces`` are kept; the smallest within a point of it.
 
-    A mapper that reads words has a strength for each of its slots instead, see :func:`.multi.calibrate`.
+    A mapper that reads words has a strength for each of its slots instead, see :func:`.multi.finish`.
     """
     if isinstance(mapper, WordMapper):
-        multi.calibrate(domain, mapper)
+        multi.finish(domain, mapper)
         return 1.0
     found = {strength: kept(compare(domain, mapper, faces, strength)).mean() for strength in STRENGTHS}
     return multi.least_of_the_best(pd.Series(found))
