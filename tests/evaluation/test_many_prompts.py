@@ -229,6 +229,46 @@ def test_each_slot_that_colours_gets_the_least_gain_that_is_as_good_as_any(domai
     assert torch.equal(after[0], before[0]) and torch.allclose(after[1], gains * before[1])
 
 
+def test_a_slot_is_left_with_what_colours_its_own_part(domain, monkeypatch):
+    config = configured(prompts=("blue hair", "bald"), shapes=("bald",), text="tokens", levels=("fine",))
+    mapper = MapperTrainer(dataclasses.replace(domain, level_split=(1, 3)), config).mapper
+    slots = mapper.groups[-1]
+    before, n = slots.move.detach().clone(), slots.move.shape[-1]
+    first = (torch.arange(n) < n // 2).double()
+    by_part = torch.zeros(len(domain.truth.parts), n, n, dtype=torch.float64)
+    by_part[domain.truth.parts.index("eyes")] = first.diag()
+    by_part[domain.truth.parts.index("hair")] = (1 - first).diag()
+    monkeypatch.setattr(multi, "split", lambda: (("red eyes", "blue eyes", "blue hair"), ()))
+    found = {"red eyes": 2, "blue eyes": 2, "blue hair": 3}
+    monkeypatch.setattr(multi, "slots_of", lambda domain, mapper, faces: found)
+    monkeypatch.setattr(multi, "faces_for", lambda *given: {})
+    monkeypatch.setattr(multi, "colour_gradients", lambda domain, w, layers: by_part)
+    monkeypatch.setattr(multi, "natural_spread", lambda truth: (np.ones(len(truth.parts)),) * 2)
+    multi.purify(domain, mapper, n=8, keep=0.25)
+    kept = torch.ones_like(before)
+    kept[2] = torch.where(first > 0, 1.0, 0.25 / 1.25)  # eps = 0.25 of the mean eigenvalue, which is 1
+    kept[3] = torch.where(first > 0, 0.25 / 1.25, 1.0)
+    assert torch.allclose(slots.move, kept * before, atol=1e-6)
+
+
+def test_the_gradients_of_a_colour_foretell_how_it_moves(domain):
+    w, layers = domain.latents(2, "train"), [1, 2, 3]
+    found = multi.colour_gradients(domain, w, layers)
+    step = 1e-3 * torch.randn(w[:, layers].shape, generator=torch.Generator().manual_seed(0))
+    moved = w.clone()
+    moved[:, layers] += step
+    with torch.no_grad():
+        masks = domain.truth.masks(domain.generator.synthesis(w))
+        share = masks / masks.sum((2, 3), keepdim=True).clamp_min(12.0)
+        change = domain.generator.synthesis(moved) - domain.generator.synthesis(w)
+    colour = torch.einsum("nphw,nchw->npc", share, change / 2)
+    alone = [multi.colour_gradients(domain, w[k : k + 1], layers) for k in range(2)]
+    assert torch.allclose(found, alone[0] + alone[1], atol=1e-3 * float(found.abs().max()))
+    for k, u in enumerate(step.flatten(1).double()):
+        foretold = torch.einsum("i,pij,j->p", u, alone[k], u)
+        assert torch.allclose(foretold, colour[k].double().square().sum(1), rtol=0.05)
+
+
 @pytest.fixture
 def some_have(monkeypatch):
     """Every third face has hair and glasses, every third another one a beard."""
