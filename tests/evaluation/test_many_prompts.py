@@ -244,7 +244,7 @@ def test_a_slot_is_left_with_what_colours_its_own_part(domain, monkeypatch):
     monkeypatch.setattr(multi, "faces_for", lambda *given: {})
     monkeypatch.setattr(multi, "colour_gradients", lambda domain, w, layers: by_part)
     monkeypatch.setattr(multi, "natural_spread", lambda truth: (np.ones(len(truth.parts)),) * 2)
-    multi.purify(domain, mapper, n=8, keep=0.25)
+    multi.purify(domain, mapper, n=8, own=3.0, keep=0.25)
     kept = torch.ones_like(before)
     kept[2] = torch.where(first > 0, 1.0, 0.25 / 1.25)  # eps = 0.25 of the mean eigenvalue, which is 1
     kept[3] = torch.where(first > 0, 0.25 / 1.25, 1.0)

@@ -118,17 +118,19 @@ def slots_of(domain: Domain, mapper: WordMapper, faces: Mapping[str, Tensor]) ->
     }
 
 
-def purify(domain: Domain, mapper: WordMapper, n: int = 48, keep: float = 0.03) -> WordMapper:
+def purify(
+    domain: Domain, mapper: WordMapper, n: int = 48, own: float = 4.0, keep: float = 0.03
+) -> WordMapper:
     """``mapper``, each slot that colours left with that of its move which colours its own part.
 
     To first order a move u of W+ changes the colour of part q by J_q u. With A_q the mean of
     ``J_q' J_q / s_q^2`` over ``n`` training faces, s_q the natural spread of the colour, the slot of part p
     moves v instead of u:
 
-        v = argmin (v - u)' A_p (v - u) + sum_{q != p} v' A_q v + eps |v - u|^2
-          = (sum_q A_q + eps)^-1 (A_p + eps) u,
+        v = argmin own (v - u)' A_p (v - u) + sum_{q != p} v' A_q v + eps |v - u|^2
+          = (own A_p + sum_{q != p} A_q + eps)^-1 (own A_p + eps) u,
 
-    eps being ``keep`` times the mean eigenvalue of the sum. No colour is named here: the ground truth says
+    eps being ``keep`` times the mean eigenvalue of all A_q. No colour is named here: the ground truth says
     where the parts are, and the words still say where they go.
     """
     prompts, slots = split()[0], mapper.groups[-1]
@@ -144,8 +146,8 @@ def purify(domain: Domain, mapper: WordMapper, n: int = 48, keep: float = 0.03) 
     each = sums / spread[:, None, None] ** 2
     eps = keep * each.sum(0).diagonal().mean() * torch.eye(each.shape[1]).to(each)
     for k, parts in by_slot.items():
-        own = each[domain.truth.parts.index(max(set(parts), key=parts.count))]
-        kept_of = torch.linalg.solve(each.sum(0) + eps, own + eps)
+        part = domain.truth.parts.index(max(set(parts), key=parts.count))
+        kept_of = torch.linalg.solve(each.sum(0) + (own - 1) * each[part] + eps, own * each[part] + eps)
         with torch.no_grad():
             slots.move[k] = (slots.move[k].double() @ kept_of.T).to(slots.move)
     return mapper
