@@ -2,10 +2,8 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,7 +18,6 @@ from cfclip.experiments import gather, load_spec, packs, plan, sweep
 from cfclip.experiments.runs import KERNEL_ENVIRONMENT, Outcome
 from cfclip.experiments.spec import code_of, find_notebook
 from cfclip.files import locked
-from cfclip.method.loop import load_checkpoint
 
 PARAMETERS = """
 domain = "toonfaces"
@@ -135,36 +132,6 @@ def test_a_sweep_with_packs_gives_the_table_of_one_without(folder):
     assert set(gather(folder / "runs").begun) == {3}, "the notebooks find finished trainings"
     assert set(gather(folder / "alone").begun) == {0}
     pd.testing.assert_frame_equal(table(folder / "runs"), table(folder / "alone"), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.long
-def test_a_pack_that_is_killed_is_resumed(folder):
-    """Its members from their checkpoints, in the pack of the next sweep or by their notebooks."""
-    spec = grid(folder, "cfclip", "nada", steps=60)
-    runs, _ = plan(spec, folder / "runs")
-    jobs = [job for run in runs for job in packs.trainings(run, folder / "runs")]
-    given = {
-        "jobs": list(map(asdict, jobs)),
-        "most": None,
-        "domain": "toonfaces",
-        "device": "cpu",
-        "label": None,
-    }
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    with subprocess.Popen(packs.COMMAND, env=env, stdin=subprocess.PIPE) as process:
-        process.stdin.write(json.dumps(given).encode() + b"\n")
-        process.stdin.flush()
-        end = time.monotonic() + 120
-        while not all((Path(job.out) / "checkpoint.pt").exists() for job in jobs):
-            assert time.monotonic() < end and process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-    assert {load_checkpoint(job.out)["step"] for job in jobs} == {50}
-    with ThreadPoolExecutor(1) as executor:
-        sweep(spec, folder / "runs", folder / "reports", executor)
-        sweep(spec, folder / "alone", folder / "reports", executor, pack=1)
-    assert len(gather(folder / "runs")) == 2 * 3
-    pd.testing.assert_frame_equal(table(folder / "runs"), table(folder / "alone"), rtol=1e-2, atol=1e-3)
 
 
 def test_a_pack_ends_with_the_process_that_started_it(tmp_path):
