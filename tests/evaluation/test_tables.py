@@ -431,8 +431,10 @@ def test_the_example_has_runs_of_both_notebooks_and_their_pictures(domain, tmp_p
 
 
 def test_names_in_the_papers_sweep_tell_its_runs_apart():
-    spec = load_spec(NOTEBOOKS / "presets" / "paper-toonfaces.yaml")
-    blocks = [list(cells(block)) for block in spec.grid]
+    specs = [
+        load_spec(NOTEBOOKS / "presets" / f"paper-toonfaces{more}.yaml") for more in ("", "-more", "-budget")
+    ]
+    blocks = [list(cells(block)) for spec in specs for block in spec.grid]
     for block in blocks:
         assert len({name for _, name in block}) == len(block)
     every = [cell for block in blocks for cell, _ in block]

@@ -429,14 +429,20 @@ def test_without_a_kernel_the_numbers_are_the_same_and_a_failure_is_recorded(fol
         sweep(load_spec(write_spec(folder, "[fail]")), folder / "others", folder, kernel=False)
 
 
-def test_the_papers_sweep_has_all_methods_prompts_and_seeds():
-    path = NOTEBOOKS / "presets" / "paper-toonfaces.yaml"
-    spec = load_spec(path)
-    grid = [cell for block in spec.grid for cell, _ in cells(block)]
-    main, natural, guides = 12 * (4 * 6 + 3 * 3), 4 * 7, 2 * 3 * 6 * 3
-    expected = {"02_training": main + natural + guides, "03_ablation_directions": 18 * 7 * 6}
-    assert Counter(cell["notebook"] for cell in grid) == expected
-    assert {"purple skin", "green glasses"} <= {cell.get("prompt") for cell in grid}
+def test_the_papers_sweeps_have_all_methods_prompts_and_seeds():
+    def counted(name):
+        spec = load_spec(NOTEBOOKS / "presets" / name)
+        grid = [cell for block in spec.grid for cell, _ in cells(block)]
+        return {cell.get("prompt") for cell in grid}, Counter(cell["notebook"] for cell in grid)
+
+    prompts, count = counted("paper-toonfaces.yaml")
+    assert count == {"02_training": 12 * (4 * 6 + 3 * 3), "03_ablation_directions": 15 * 7 * 6}
+    assert {"purple skin", "green glasses"} <= prompts
+    natural, guides = 4 * 7, 2 * 3 * 6 * 3
+    prompts, count = counted("paper-toonfaces-more.yaml")
+    assert count == {"02_training": natural + guides, "03_ablation_directions": 3 * 7 * 6}
+    assert {"red lipstick", "face"} <= prompts
+    assert counted("paper-toonfaces-budget.yaml")[1] == {"02_training": 4}
 
 
 def test_the_quick_sweep_trains_the_prompts_of_its_preset():
