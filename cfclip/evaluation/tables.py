@@ -335,4 +335,4 @@ def budget(table: pd.DataFrame, records: Sequence[Mapping[str, Any]]) -> pd.Data
 
 
 def _listed(numbers: Iterable[float | None]) -> str:
-    return ", ".join(f"{number:g}" for number in sorted({n for n in numbers if pd.notna(n)}))
+    return ", ".join(f"{number:g}" for number in sorted({n for n in numbers if pd.notna(n)})) or "–"
