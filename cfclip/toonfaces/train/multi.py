@@ -153,6 +153,7 @@ def purify(
     return mapper
 
 
+@torch.enable_grad()
 def colour_gradients(domain: Domain, w: Tensor, layers: Sequence[int]) -> Tensor:
     """``sum J_q' J_q`` over the faces w [N, L, D], of each part q [P, L' D, L' D] in float64.
 
