@@ -26,6 +26,9 @@ from cfclip.models.mapper import LEVELS, Mapper, MapperConfig
 OFFICIAL_LEVELS = {"coarse": "course", "medium": "medium", "fine": "fine"}
 """Our name of a level -> that of the published files, which write "course"."""
 
+MOST_LAYERS = 64
+"""A StyleGAN2 of 16384 px has 26."""
+
 
 def load_mapper(path: str | os.PathLike) -> Mapper:
     """A latent mapper: CF-CLIP's or StyleCLIP's ``.pt``, under any key and prefix, or ours.
@@ -64,10 +67,12 @@ def _official_mapper(tree: Any) -> tuple[MapperConfig, dict[str, Tensor]]:
         )
     _, state = the_network(found, tree, "a mapper")
     levels = tuple(name for name in LEVELS if any(key.startswith(f"{stacks[name]}.") for key in state))
+    texts = len({key.split(".")[1] for key in state if key.startswith("text_mapper.")})
+    if texts > MOST_LAYERS:
+        raise ValueError(f"it has {texts} text mappers, more layers than any generator: the file is damaged")
     for key, tensor in state.items():
         if key.startswith(("mapper.", "text_mapper.")):
             check_numbers(key, tensor)
-    texts = len({key.split(".")[1] for key in state if key.startswith("text_mapper.")})
     if ("mapper.fc.weight" in state) != bool(texts):
         raise ValueError("it has only one of text_mapper.* and mapper.fc.*: the file is incomplete")
     renamed = {stacks[name]: f"levels.{name}" for name in levels}

@@ -284,7 +284,7 @@ class _Limit(TorchFunctionMode):
 
     def __init__(self, count: int):
         super().__init__()
-        self.calls = min(200 + 20 * count, 20_000)
+        self.calls = min(200 + 20 * count, 6_000)
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.calls -= 1
