@@ -26,8 +26,8 @@ from cfclip.models.mapper import LEVELS, Mapper, MapperConfig
 OFFICIAL_LEVELS = {"coarse": "course", "medium": "medium", "fine": "fine"}
 """Our name of a level -> that of the published files, which write "course"."""
 
-MOST_LAYERS = 64
-"""A StyleGAN2 of 16384 px has 26."""
+MOST_LAYERS = 1000
+"""A StyleGAN2 of 16384 px has 26; with more than these, reading them would take long."""
 
 
 def load_mapper(path: str | os.PathLike) -> Mapper:
