@@ -59,7 +59,11 @@ def trainings(run: Run, out: Path) -> list[Job]:
 
 def kind_of_device(run: Run) -> str:
     """ "cpu" or "cuda": where ``run`` happens."""
-    return "cpu" if run.parameters.get("device") == "cpu" else "cuda"
+    return _kind(run.parameters.get("device"))
+
+
+def _kind(device: str | None) -> str:
+    return "cpu" if device == "cpu" else "cuda"
 
 
 def packs(
@@ -133,7 +137,7 @@ def main() -> None:
 
     threading.Thread(target=follow, daemon=True).start()
     domain = load_domain(given["domain"], given["device"] or "cpu", given["label"])
-    jobs, every = [Job(**job) for job in given["jobs"]], CHECKPOINT_EVERY[domain.device.type]
+    jobs, every = [Job(**job) for job in given["jobs"]], CHECKPOINT_EVERY[_kind(domain.device.type)]
     for job, result in zip(jobs, fit_many(domain, jobs, given["most"], False, every), strict=True):
         if isinstance(result, Exception):  # its notebook will say so
             logger.warning("%s, %s: %s", job.method, job.prompt, result)

@@ -25,6 +25,7 @@ from cfclip.models.mapper import Mapper, WordMapper
 from cfclip.toonfaces.captions import caption, claim_of, facts_of, phrase
 from cfclip.toonfaces.domain import load_toonfaces
 from cfclip.toonfaces.factors import PARTS, colours, sample_face
+from cfclip.toonfaces.readout import VISIBLE
 
 UNSEEN: dict[str, tuple[str, ...]] = {
     "skin": ("purple", "cyan", "orange"),
@@ -144,10 +145,11 @@ def purify(
         sums = sums + colour_gradients(domain, w, slots.layers)
     spread = torch.from_numpy(natural_spread(domain.truth)[0]).to(sums)
     each = sums / spread[:, None, None] ** 2
-    eps = keep * each.sum(0).diagonal().mean() * torch.eye(each.shape[1]).to(each)
+    total = each.sum(0)
+    eps = keep * total.diagonal().mean() * torch.eye(len(total)).to(total)
     for k, parts in by_slot.items():
         part = domain.truth.parts.index(max(set(parts), key=parts.count))
-        kept_of = torch.linalg.solve(each.sum(0) + (own - 1) * each[part] + eps, own * each[part] + eps)
+        kept_of = torch.linalg.solve(total + (own - 1) * each[part] + eps, own * each[part] + eps)
         with torch.no_grad():
             slots.move[k] = (slots.move[k].double() @ kept_of.T).to(slots.move)
     return mapper
@@ -163,7 +165,7 @@ def colour_gradients(domain: Domain, w: Tensor, layers: Sequence[int]) -> Tensor
     images = domain.generator.synthesis(w.index_copy(1, torch.tensor(layers, device=w.device), x))
     with torch.no_grad():
         masks = domain.truth.masks(images)
-        masks = masks / masks.sum((2, 3), keepdim=True).clamp_min(12.0)  # a few pixels say little
+        masks = masks / masks.sum((2, 3), keepdim=True).clamp_min(VISIBLE)  # a few pixels say little
     colours_of = torch.einsum("nphw,nchw->pcn", masks, images * 0.5 + 0.5)
     rows = [torch.autograd.grad(one.sum(), x, retain_graph=True)[0] for one in colours_of.flatten(0, 1)]
     j = torch.stack(rows).flatten(2).double().unflatten(0, colours_of.shape[:2])  # [P, 3, N, L' D]
@@ -241,7 +243,7 @@ def calibration(domain: Domain, n: int = 32) -> dict[str, Any]:
     prompts, tried_on = sum([*split(), *shapes], ()), wordings(domain)
     faces = faces_for(domain, (*prompts, *tried_on), n, "train", 1)
     different = {id(w): w for w in faces.values()}
-    before = {key: truth.measure(domain.generator.synthesis(w)) for key, w in different.items()}
+    before = {key: truth.measure(domain.pictures(w)) for key, w in different.items()}
 
     def success(prompt: str) -> dict[str, float]:
         w = faces[prompt]
