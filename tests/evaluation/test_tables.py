@@ -490,7 +490,7 @@ def test_the_budget_is_what_a_run_really_took():
     ])
     budget = tables.budget(table, [{"run": run, "seconds": one} for run, one in enumerate(seconds)])
     assert budget.drop(columns="pictures").to_numpy().tolist() == [
-        ["cfclip", 2, "", "0, 1", "20"],
+        ["cfclip", 2, "–", "0, 1", "20"],
         ["nada", 1, "9", "0", "5"],
-        ["styleclip-global", 1, "", "0", "1"],
+        ["styleclip-global", 1, "–", "0", "1"],
     ]
