@@ -22,7 +22,6 @@ from cfclip.models.clip import ClipGuide
 from cfclip.models.mapper import PUBLISHED_SPLIT, Mapper, WordMapper
 from cfclip.models.perceptual import PerceptualDistance, feature_distance
 from cfclip.models.stylegan2 import Generator, max_batch
-from cfclip.models.vgg import VGG19
 
 Claim = tuple[str, str]
 """What a prompt asks for: (part, colour), e.g. ("lipstick", "green")."""
@@ -165,7 +164,7 @@ class Domain:
     truncation: float = 1.0  # psi of the latents that are edited
     level_split: tuple[int, int] = PUBLISHED_SPLIT  # which layers are coarse, medium and fine
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    perceptual: VGG19 | None = None  # preserves the rest of the picture where there is no identity network
+    perceptual: nn.Module | None = None  # pictures -> what lambda_perc holds: VGG19's features, or the pixels
     encoder: nn.Module | None = None  # photos -> W+, see cfclip.inversion.encode
     more_guides: tuple[ClipGuide, ...] = ()  # of other makes, for trainings by several guides
     heldout_clip: ClipGuide | None = None  # judges edits; no training uses it

@@ -133,6 +133,12 @@ def test_the_step_with_the_perceptual_term_is_the_published_loss(folder):
     assert perc > 0 and "id" not in logs
 
 
+def test_on_toonfaces_the_perceptual_term_is_the_change_of_the_pixels():
+    config = CFCLIPConfig("blue hair", lambda_perc=2.0, train_latents=6)
+    logs, _, _, x, edited, _ = one_step(MapperTrainer(toonfaces.load_toonfaces(), config))
+    assert logs["perc"] == pytest.approx((edited - x).abs().mean().item(), rel=1e-5) and logs["perc"] > 0
+
+
 def test_a_loss_without_its_network_is_named(folder, domain):
     dog = domains.load_afhq("dog", ("blue dog",), folder)
     identity = r"lambda_id is 0\.2, but domain afhq-dog has no identity network: set lambda_id=0"

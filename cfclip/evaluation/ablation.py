@@ -30,12 +30,14 @@ ROWS: dict[str, dict[str, Any]] = {
     "PixelNorm over channels": {"norm_axis": "channel"},
     "levels: all": {"levels": LEVELS},
     "two guides": {"guides": 2},
+    "pixels held": {"lambda_perc": 3.0},
     "loss: StyleCLIP": {"objective": "clip", "lambda_nce": 1.0},
     "loss: directional": {"objective": "directional", "lambda_nce": 1.0},
 }
 """Row -> the settings of CFCLIPConfig that it changes. The other losses have the weights of their papers.
 
 All levels are the paper's; on toonfaces the preset has only the fine ones, which colour.
+"pixels held" is of toonfaces, which has the pixels in the place of VGG19's features.
 """
 
 

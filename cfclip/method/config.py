@@ -80,7 +80,8 @@ class TrainingConfig(GuidedConfig):
     lambda_nce: float = setting(0.3, number())  # weight of the objective, whichever it is
     lambda_id: float = setting(0.2, number())
     lambda_l2: float = setting(0.8, number())
-    lambda_perc: float = setting(0.0, number())  # VGG19; the paper's dogs and cats: 0.02, with lambda_id 0
+    # of how much the domain's `perceptual` changes; the paper's dogs and cats: 0.02, with lambda_id 0
+    lambda_perc: float = setting(0.0, number())
     num_views: int = setting(
         8, int_at_least(0, maximum=1000)
     )  # perspective views of each edited image; 0: the image itself

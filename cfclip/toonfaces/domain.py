@@ -134,6 +134,7 @@ def load_toonfaces(folder: Path = DATA / "toonfaces") -> Domain:
         source_text="face",
         prompts=PROMPTS,
         level_split=LEVEL_SPLIT,
+        perceptual=nn.Identity(),  # VGG19 was trained on photographs
         encoder=encoder,
         more_guides=(ClipGuide(load("guide2")),) if path_of("guide2").exists() else (),
         heldout_clip=ClipGuide(load("heldout_clip")) if path_of("heldout_clip").exists() else None,
