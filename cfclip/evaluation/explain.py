@@ -107,17 +107,17 @@ class Pulls(NamedTuple):
     on_code: dict[str, Tensor]  # for w' [N, L, D]
 
 
-def pulls(run: MapperTrainer, mapper: Mapper, w: Tensor, num_views: int, prompt: int = 0) -> Pulls:
+def pulls(run: MapperTrainer, mapper: Mapper, w: Tensor, num_views: int) -> Pulls:
     """The loss of ``run`` where ``mapper`` edits w [N, L, D], seen in ``num_views`` perspectives."""
     c, networks = run.config, run.networks
     with torch.no_grad():
         source = networks.synthesise(w)
         source_clip = networks.clip(source)
-        w_edited = mapper.edit(w, run.text_feature[[prompt]])
+        w_edited = mapper.edit(w, run.text_feature[[0]])
     w_edited = w_edited.requires_grad_()
     edited = networks.synthesise(w_edited)
     views = networks.clip(edited, num_views, generator_for(c.seed, 0))
-    terms = {"CLIP-NCE": c.lambda_nce * run.pull(run.features(prompt, views, source_clip, source_clip[:1]))}
+    terms = {"CLIP-NCE": c.lambda_nce * run.pull(run.features(0, views, source_clip, source_clip[:1]))}
     if c.lambda_id:
         terms["identity"] = c.lambda_id * identity_loss(run.domain.identity, edited, source)
     terms["latent L2"] = c.lambda_l2 * latent_l2(w_edited, w)
@@ -161,7 +161,7 @@ def along(pull: Tensor, layers: slice, length: float) -> Tensor:
 
 
 def film(
-    run: MapperTrainer, w: Tensor, at: Sequence[int], prompt: int = 0
+    run: MapperTrainer, w: Tensor, at: Sequence[int]
 ) -> tuple[dict[int, Tensor], list[dict[str, float]]]:
     """Train ``run`` to its end: (step -> its edits of ``w`` after so many steps, the logged rows).
 
@@ -172,7 +172,7 @@ def film(
     @torch.no_grad()
     def take(step: int) -> None:
         if step in at:
-            pictures[step] = run.domain.generator.synthesis(run.mapper.edit(w, run.text_feature[[prompt]]))
+            pictures[step] = run.domain.generator.synthesis(run.mapper.edit(w, run.text_feature[[0]]))
 
     take(0)
     options = {"seed": run.config.seed, "callbacks": [Callback(1, take)], "log_every": 10, "progress": False}

@@ -47,25 +47,10 @@ METRIC_DIRECTIONS: dict[str, str] = {
 PERCENT = ("area", "clean", "success_before", "success_after", "success_inverted")
 """Columns that are shares of pictures, or a mean of such shares (:func:`.tables.area`)."""
 MAIN = (
-    "prompt",
-    "group",
-    "n",
-    "n_with_part",
-    *PERCENT,
-    "progress",
-    "leakage",
-    "clip_before",
-    "clip_after",
-    "heldout_clip_after",
-    "clip_direction",
-    "heldout_direction",
-    "identity",
-    "lpips_alex",
-    "lpips_readout",
-    "kid_counterfactual",
-    "truth_distance",
-    "round_trip_identity",
-)
+    "prompt", "group", "n", "n_with_part", *PERCENT, "progress", "leakage",
+    "clip_before", "clip_after", "heldout_clip_after", "clip_direction", "heldout_direction",
+    "identity", "lpips_alex", "lpips_readout", "kid_counterfactual", "truth_distance", "round_trip_identity",
+)  # fmt: skip
 """The columns of a report's page, in order; its files have all columns."""
 CLEAN_IDENTITY, CLEAN_LEAKAGE = 0.85, 0.25
 """A clean success keeps this identity and leaks this much at most: a quarter of the way to another person.
@@ -159,48 +144,40 @@ def metric(function: Callable[[Edit], Columns]) -> Callable[[Edit], Columns]:
     return function
 
 
-def _clip_score(guide: ClipGuide, prompt: str, feature: Tensor) -> np.ndarray:
-    text = F.normalize(guide.template_features(prompt).mean(0), dim=-1)
-    return (100 * feature @ text).cpu().numpy()
+def _clip_scores(guide: ClipGuide, edit: Edit, before: Tensor, after: Tensor) -> list[np.ndarray]:
+    """``100 cos(image, text)`` before and after, and the directional score; 0 for a null edit.
 
-
-def _clip_direction(guide: ClipGuide, edit: Edit, before: Tensor, after: Tensor) -> np.ndarray:
+    text: the mean of the prompt's unit template features. Directional: ``100 cos(edited - source image,
+    target - source text)``.
+    """
     target, source = guide.template_features(edit.prompt), guide.template_features(edit.domain.source_text)
-    return (100 * F.cosine_similarity(after - before, (target - source).mean(0)[None])).cpu().numpy()
+    text = F.normalize(target.mean(0), dim=-1)
+    moved = F.cosine_similarity(after - before, (target - source).mean(0)[None])
+    return [score.cpu().numpy() for score in (100 * before @ text, 100 * after @ text, 100 * moved)]
 
 
 @metric
-def clip_score(edit: Edit) -> Columns:
-    """``100 cos(image, text)`` before and after; text: the mean of the prompt's unit template features."""
-    return {
-        f"clip_{when}": _clip_score(edit.domain.clip, edit.prompt, pictures.clip)
-        for when, pictures in (("before", edit.before), ("after", edit.after))
-    }
-
-
-@metric
-def clip_direction(edit: Edit) -> Columns:
-    """Directional CLIP score, ``100 cos(edited - source image, target - source text)``; 0 for a null edit."""
-    return {"clip_direction": _clip_direction(edit.domain.clip, edit, edit.before.clip, edit.after.clip)}
+def clip(edit: Edit) -> Columns:
+    """The scores of :func:`_clip_scores` by the first guide."""
+    names = ("clip_before", "clip_after", "clip_direction")
+    scores = _clip_scores(edit.domain.clip, edit, edit.before.clip, edit.after.clip)
+    return dict(zip(names, scores, strict=True))
 
 
 @metric
 def heldout_clip(edit: Edit) -> Columns:
-    """The same three scores by the held-out CLIP, because those of the CLIP that was optimised are biased."""
+    """The same three by the held-out CLIP, because those of the CLIP that was optimised are biased."""
     if (guide := edit.domain.heldout_clip) is None:
         return {}
-    before, after = edit.before.heldout_clip, edit.after.heldout_clip
-    return {
-        "heldout_clip_before": _clip_score(guide, edit.prompt, before),
-        "heldout_clip_after": _clip_score(guide, edit.prompt, after),
-        "heldout_direction": _clip_direction(guide, edit, before, after),
-    }
+    names = ("heldout_clip_before", "heldout_clip_after", "heldout_direction")
+    scores = _clip_scores(guide, edit, edit.before.heldout_clip, edit.after.heldout_clip)
+    return dict(zip(names, scores, strict=True))
 
 
 def judged_direction(edit: Edit) -> np.ndarray:
     """The directional score [N] in [-1, 1] by the held-out CLIP; by the first guide where there is none."""
-    columns = heldout_clip(edit) or clip_direction(edit)
-    return columns.get("heldout_direction", columns.get("clip_direction")) / 100
+    *_, direction = (heldout_clip(edit) or clip(edit)).values()
+    return direction / 100
 
 
 @metric
