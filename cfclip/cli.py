@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from cfclip.files import DATA, DOWNLOADS, ROOT
+from cfclip.files import DATA, DOWNLOADS, NOTEBOOKS, ROOT
 
 
 class Commands(TyperGroup):
@@ -187,8 +187,9 @@ def run_notebooks(
 ) -> None:
     """Execute the committed notebooks at their own parameters, and put them in place with their outputs."""
     from cfclip.experiments import notebooks
+    from cfclip.experiments.spec import find_notebook
 
-    for path in notebooks.find(names or ()):
+    for path in map(find_notebook, names or sorted(NOTEBOOKS.glob("*.ipynb"))):
         notebooks.renew_links(path)
         if not links:
             typer.echo(notebooks.execute(path))

@@ -171,9 +171,7 @@ class Domain:
     heldout_clip: ClipGuide | None = None  # judges edits; no training uses it
     mapper: Mapper | None = None  # edits by any prompt at once
     confidence: Mapping[str, Any] | None = None  # of the mapper, see cfclip.evaluation.confidence
-    latent_files: Mapping[str, Path] = field(
-        default_factory=dict
-    )  # split -> codes of real photos; else sampled
+    latent_files: Mapping[str, Path] = field(default_factory=dict)  # split -> codes of photos; else sampled
     label: int | None = None  # the class that is sampled, of a class-conditional generator
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from tqdm.auto import tqdm
 
@@ -27,14 +28,7 @@ from cfclip.models.ops import name_of
 
 logger = logging.getLogger(__name__)
 
-PARTS = {
-    "generator": "(a)",
-    "step": "(b) and (c)",
-    "explorer": "(d)",
-    "scaling": "(e)",
-    "fidelity": "(f)",
-    "profile": "where the time of a step goes",
-}
+PARTS = ("generator", "step", "explorer", "scaling", "fidelity", "profile")
 
 
 @dataclass(frozen=True)
@@ -216,19 +210,20 @@ def run_jobs(jobs: Sequence[Job], threads: int, file: Path, columns: Mapping[str
 
     Every row has the ``columns``. Jobs that do not fit into the free memory are skipped.
     """
-    busy, free = machine.busy(), machine.free_gb(jobs[0].arguments["device"])
+    others = psutil.cpu_percent(interval=0.3) / 100  # the share of the processor that they use
+    free = machine.free_gb(jobs[0].arguments["device"])
     for job in jobs:
         if job.need_gb > free:
             why = f"it needs {job.need_gb:.0f} GB, and {free:.0f} GB are free"
             append_row(file, {**columns, **job.row("skipped", why)})
     if not (jobs := [job for job in jobs if job.need_gb <= free]):
         return
-    given = [{"id": job.id} | asdict(job) for job in jobs], {"others": busy, **columns}
+    given = [{"id": job.id} | asdict(job) for job in jobs], {"others": others, **columns}
     command = [sys.executable, "-m", "cfclip.bench.worker", str(file), *map(json.dumps, given)]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
         process = subprocess.Popen(
             command,
-            env=machine.environment(threads),
+            env=os.environ | machine.ALLOCATOR | {"OMP_NUM_THREADS": str(threads)},
             stdin=subprocess.DEVNULL,
             stdout=errors,
             stderr=errors,

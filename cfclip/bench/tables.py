@@ -53,11 +53,6 @@ def make_table(rows: Rows, columns: Mapping[str, str | Callable[[Row], Any]]) ->
     ])
 
 
-def same_names(*names: str) -> dict[str, str]:
-    """Columns of :func:`make_table` that are called as the keys of the rows."""
-    return dict(zip(names, names, strict=True))
-
-
 TIMES = {"ms": lambda row: 1000 * row["median"], "low–high, ms": lambda row: spread(row, 1000), "n": "n"}
 
 
@@ -111,7 +106,7 @@ def generator_table(rows: Rows) -> pd.DataFrame:
         seconds, by = floor(best, {row["dtype"]: (fewest * 1e12, row["moved_gb"] * 1e9)})
         return f"{100 * seconds / row['median']:.0f} % ({by})"
 
-    columns = same_names(*case) | {
+    columns = {name: name for name in case} | {
         "generator": "name",
         "dtype": "dtype",
         "images/s": lambda row: row["batch"] / row["median"],
@@ -198,7 +193,8 @@ def memory_table(rows: Rows) -> pd.DataFrame:
     what = {"step": "step", "generator": "generator forward + backward"}
     measured = [row for part in what for row in select(rows, part) if "peak_gb" in row]
     columns = {"device": "device", "what": lambda row: f"{what[row['part']]}, {row['name']}"}
-    return make_table(measured, columns | same_names("dtype", "resolution", "batch") | {"peak GB": "peak_gb"})
+    columns |= {name: name for name in ("dtype", "resolution", "batch")} | {"peak GB": "peak_gb"}
+    return make_table(measured, columns)
 
 
 def unequal(rows: Rows) -> str:

@@ -5,26 +5,19 @@ import base64
 import io
 import re
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
 from PIL import Image
 
 from cfclip.experiments.runs import notebook_hash, run_notebook
-from cfclip.experiments.spec import find_notebook
-from cfclip.files import NOTEBOOKS, write_text
+from cfclip.files import write_text
 
 EXECUTED = "executed"
 """The key of a notebook's metadata that holds the hash of the code its outputs are of."""
 WIDGET = "application/vnd.jupyter.widget-view+json"
 LINK = re.compile(r"\[`(?P<name>[\w.]+)`\]\((?P<path>[\w./]+\.py)(?:#L\d+)?\)")
 """A link of a Markdown text to a thing in a file of code: [`Class.method`](../file.py#L12)."""
-
-
-def find(names: Sequence[str] = ()) -> list[Path]:
-    """These notebooks, or all of ``notebooks/``. ValueError for one that does not exist."""
-    return [find_notebook(name) for name in names] or sorted(NOTEBOOKS.glob("*.ipynb"))
 
 
 def execute(path: Path) -> Path:
