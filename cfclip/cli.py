@@ -75,7 +75,7 @@ def toonfaces_measure(name: Name = None) -> None:
 
 Prompts = Annotated[list[str] | None, typer.Argument(help="a part's colour; default: two of every part")]
 FirstLayer = Annotated[
-    int, typer.Option(min=0, help="the first layer of W+ that edits change; 4: the first that colours")
+    int, typer.Option(min=0, help="first layer of W+ that edits change; 4: of those that colour")
 ]
 FaceSeed = Annotated[int, typer.Option(min=0, help="of the faces")]
 Networks = Annotated[Path, typer.Option(help="where the networks are")]
@@ -211,9 +211,8 @@ def run_bench(
     """Measure speed and memory on this machine. If it was stopped, the same command does the rest."""
     from cfclip.bench.run import bench
 
-    where = out or (Path("reports/runs/bench") if quick else None)
     devices = (device,) if device else ("cpu", "cuda")
-    report = bench(parts.split(",") if parts else (), quick, where, threads, devices)
+    report = bench(parts.split(",") if parts else (), quick, out, threads, devices)
     typer.echo(report.read_text(encoding="utf-8"))
 
 

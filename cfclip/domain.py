@@ -194,9 +194,7 @@ class Domain:
     def first_guides(self, count: int) -> tuple[ClipGuide, ...]:
         """The guides of a training whose setting ``guides`` is ``count``. ValueError if there are fewer."""
         if count > len(self.guides):
-            raise ValueError(
-                f"guides is {count}, but domain {self.name} has {len(self.guides)}: set it to that or less"
-            )
+            raise ValueError(f"guides is {count}, but domain {self.name} has {len(self.guides)}: lower it")
         return self.guides[:count]
 
     def latents(self, n: int, split: str = "train", seed: int = 0) -> Tensor:

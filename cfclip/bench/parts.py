@@ -117,11 +117,9 @@ def generator(device: str, sizes: Sequence[tuple[int, int]], repeats: int, tiny:
             for name, fold in ways.items():
                 # a copy has its own cache of kernels
                 draws[name, name_of(dtype)] = _ours(copy.deepcopy(g), dtype, fold)
-        calls = {
-            (*key, which): call
-            for key, draw in draws.items()
-            for which, call in _passes(draw, g, batch, device).items()
-        }
+        calls = {}
+        for key, draw in draws.items():
+            calls |= {(*key, name): call for name, call in _passes(draw, g, batch, device).items()}
         work = {key: work_of(call) for key, call in calls.items()}  # this also warms up
         seconds = {key: [] for key in calls}
         for _ in range(repeats):
@@ -369,8 +367,15 @@ class Phases:
     def __init__(self, run: MapperTrainer, device: str):
         self.device, self.work, self.run = device, Work(), run
         networks, identity = run.networks, run.domain.identity
-        synthesise = self._watched(networks.synthesise)
-        networks.synthesise = self._around(synthesise, "mapper", "generator, forward")
+        draw = networks.synthesise
+
+        def watched(w: Tensor) -> Tensor:
+            pictures = draw(w)
+            if pictures.requires_grad:
+                pictures.register_hook(lambda _: self.mark("CLIP, identity and views, backward"))
+            return pictures
+
+        networks.synthesise = self._around(watched, "mapper", "generator, forward")
         networks.encode = self._around(networks.encode, "generator, forward", "views and CLIP, forward")
         run.losses = self._around(run.losses, "mapper", "losses")
         run.optimizer.step = self._around(run.optimizer.step, "generator and mapper, backward", "optimiser")
@@ -385,15 +390,6 @@ class Phases:
             return result
 
         return wrapped
-
-    def _watched(self, synthesise: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        def watched(w: Tensor) -> Tensor:
-            pictures = synthesise(w)
-            if pictures.requires_grad:
-                pictures.register_hook(lambda _: self.mark("CLIP, identity and views, backward"))
-            return pictures
-
-        return watched
 
     def mark(self, phase: str) -> None:
         """The end of ``phase``, or of a part of it."""

@@ -39,11 +39,10 @@ def spread(row: Row, scale: float = 1) -> str:
 
 def to_markdown(table: pd.DataFrame, note: str = "") -> str:
     """``table`` in Markdown with three significant digits, and ``note`` below."""
-    shown = table.copy()
-    for name in shown.columns:
-        if shown[name].dtype.kind == "f":
-            shown[name] = [number(value) for value in shown[name]]
-    return markdown(shown.where(shown.notna(), "–"), note) if len(shown) else "Nothing was measured.\n"
+    if table.empty:
+        return "Nothing was measured.\n"
+    shown = table.apply(lambda column: column.map(number) if column.dtype.kind == "f" else column)
+    return markdown(shown.where(shown.notna(), "–"), note)
 
 
 def make_table(rows: Rows, columns: Mapping[str, str | Callable[[Row], Any]]) -> pd.DataFrame:

@@ -123,9 +123,8 @@ def pulls(run: MapperTrainer, mapper: Mapper, w: Tensor, num_views: int) -> Pull
     terms["latent L2"] = c.lambda_l2 * latent_l2(w_edited, w)
     on_picture, on_code = {}, {}
     for name, term in terms.items():
-        of_code, of_picture = torch.autograd.grad(
-            term, (w_edited, edited), retain_graph=True, allow_unused=True
-        )
+        options = {"retain_graph": True, "allow_unused": True}
+        of_code, of_picture = torch.autograd.grad(term, (w_edited, edited), **options)
         on_code[name] = -of_code
         if of_picture is not None:
             on_picture[name] = -of_picture
@@ -142,12 +141,9 @@ def as_pictures(pull: Tensor) -> Tensor:
 def pull_by_layer(on_code: Mapping[str, Tensor]) -> Figure:
     """How strongly each term pulls on each layer of W+: :class:`Pulls`' ``on_code``."""
     figure, axes = panels(1, 1, (8, 2.4))
-    lines = [
-        {"term": name, "layer": layer, "pull": size}
-        for name, pull in on_code.items()
-        for layer, size in enumerate(pull.norm(dim=-1).mean(0).tolist())
-    ]
-    sns.barplot(pd.DataFrame(lines), x="layer", y="pull", hue="term", ax=axes[0, 0])
+    sizes = pd.DataFrame({name: pull.norm(dim=-1).mean(0).tolist() for name, pull in on_code.items()})
+    lines = sizes.rename_axis("layer").reset_index().melt("layer", var_name="term", value_name="pull")
+    sns.barplot(lines, x="layer", y="pull", hue="term", ax=axes[0, 0])
     axes[0, 0].set(yscale="log", xlabel="layer of W+", ylabel="length of the pull")
     sns.move_legend(axes[0, 0], "center left", bbox_to_anchor=(1, 0.5), title="", frameon=False)
     return figure

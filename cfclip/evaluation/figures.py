@@ -33,11 +33,6 @@ def panels(rows: int, columns: int, size: tuple[float, float], **options: Any) -
     return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **options)
 
 
-def words(name: str) -> str:
-    """A column as a title of a panel: "clip_after" -> "clip"."""
-    return name.removesuffix("_after").replace("_", " ")
-
-
 def save_figure(figure: Figure, path: str | os.PathLike) -> Path:
     """PNG or PDF by the suffix, atomically. It has no time stamp: the same run writes the same file."""
     kind = Path(path).suffix.removeprefix(".")
@@ -217,7 +212,7 @@ def strength_curves(table: pd.DataFrame) -> Figure:
     for axis, name in zip(axes[0], names, strict=True):
         first = axis is axes[0, 0]
         sns.lineplot(table, x="strength", y=name, hue="prompt", marker="o", ax=axis, legend=first, seed=0)
-        axis.set(title=words(name), ylabel="")
+        axis.set(title=name.removesuffix("_after").replace("_", " "), ylabel="")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     axes[0, 0].get_legend().remove()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)

@@ -49,9 +49,7 @@ def frames(
         claim = domain.truth and domain.truth.claim(prompt)
         editors = {"do nothing": lambda w, strength: g.synthesis(w)}
         if claim:
-            editors["composite"] = lambda w, strength, claim=claim: recolour(
-                domain.truth, g.synthesis(w), claim
-            )
+            editors["composite"] = lambda w, strength, to=claim: recolour(domain.truth, g.synthesis(w), to)
         for method, edit in editors.items():
             for seed in seeds:
                 measured = over_strengths(domain, prompt, edit, domain.latents(n, "test", seed), [1.0])

@@ -76,10 +76,8 @@ def other_pages(folder: Path) -> str:
     """A block of :func:`page`: links to the other pages of results in ``folder``, by their titles."""
     found = sorted({*folder.glob("*.md"), *folder.glob("*/README.md")} - {folder / "README.md"})
     lines = [path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ") for path in found]
-    links = [
-        f"- [{title}]({path.relative_to(folder).as_posix()})"
-        for title, path in zip(lines, found, strict=True)
-    ]
+    paths = [path.relative_to(folder).as_posix() for path in found]
+    links = [f"- [{title}]({path})" for title, path in zip(lines, paths, strict=True)]
     return "\n".join(["## Other pages", "", *links]) if links else ""
 
 
@@ -171,10 +169,10 @@ def read(path: Path) -> pd.DataFrame:
     if not path.exists():
         return pd.DataFrame()
     table = pd.read_csv(path)
-    orders = {"method": [*METHODS, *ROWS, *FRAMES], "group": GROUPS}
-    return table.assign(**{
-        name: ordered(table[name], order) for name, order in orders.items() if name in table
-    })
+    for name, order in {"method": [*METHODS, *ROWS, *FRAMES], "group": GROUPS}.items():
+        if name in table:
+            table[name] = ordered(table[name], order)
+    return table
 
 
 def made_with() -> str:

@@ -121,9 +121,8 @@ def crossed(table: pd.DataFrame) -> Crossed:
         prompts * ((by_seed - mean) ** 2).sum() / (seeds - 1),
         (rest**2).sum() / ((prompts - 1) * (seeds - 1)),
     ])
-    parts = np.maximum(
-        [(squares[0] - squares[2]) / seeds, (squares[1] - squares[2]) / prompts, squares[2]], 0
-    )
+    beyond = squares - squares[2] * np.array([1, 1, 0])
+    parts = np.maximum(beyond / [seeds, prompts, 1], 0)
     return Crossed(float(mean), *_error(squares, prompts, seeds), Spread(*np.sqrt(parts)), prompts, seeds)
 
 

@@ -74,17 +74,14 @@ def trainings(table: pd.DataFrame, group_of: Callable[[str], str], by: str = "me
     training differ in other settings, or if a face is there twice: the mean would be meaningless.
     """
     table = table[table[by].notna()] if by in table else table.iloc[:0]
-    group = table.prompt.map(group_of) if len(table) else None
-    if "success_after" in table and len(table):
-        table = table[~group.isin(GROUPS[:3]) | table.success_after.notna()]
+    table = table.assign(group=[group_of(prompt) for prompt in table.get("prompt", ())])
+    if "success_after" in table:
+        table = table[~table.group.isin(GROUPS[:3]) | table.success_after.notna()]
     names = columns_of(table)
     if table.empty:
         return pd.DataFrame(columns=[*KEYS, *names])
-    table = table.assign(
-        method=ordered(table[by], [*METHODS, *ROWS, *FRAMES]),
-        group=ordered(table.prompt.map(group_of), GROUPS),
-        seed=table.seed.astype(int),
-    )
+    method, group = ordered(table[by], [*METHODS, *ROWS, *FRAMES]), ordered(table.group, GROUPS)
+    table = table.assign(method=method, group=group, seed=table.seed.astype(int))
     if "run" in table:
         runs = table.groupby(["method", "prompt", "seed"], observed=True).run.nunique()
         if len(several := runs[runs > 1]):
@@ -201,10 +198,8 @@ def differences(best: pd.DataFrame, ours: str, other: str, column: str = "area")
     """
     if column not in columns_of(best):
         return pd.DataFrame()
-    a, b = (
-        best[best.method == name].pivot(index="prompt", columns="seed", values=column)
-        for name in (ours, other)
-    )
+    by_seed = {"index": "prompt", "columns": "seed", "values": column}
+    a, b = (best[best.method == name].pivot(**by_seed) for name in (ours, other))
     return (a - b).dropna(how="all").dropna(how="all", axis=1)
 
 
@@ -236,9 +231,8 @@ def headline_table(best: pd.DataFrame) -> pd.DataFrame:
     shown = [*KEYS[:4], *(name for name in HEADLINE if name in best)]
     table = wide(over_seeds(best[shown]), by).set_index(by)
     rank = best.groupby(by, observed=True)
-    table["open %"] = [
-        plus_minus(100 * share, np.nan, form=".0f") for share in rank.open.mean().reindex(table.index)
-    ]
+    is_open = rank.open.mean().reindex(table.index)
+    table["open %"] = [plus_minus(100 * share, np.nan, form=".0f") for share in is_open]
     order = rank.area.mean().reindex(table.index).fillna(-1).reset_index()
     order = order.sort_values(["group", "area"], ascending=[True, False], kind="stable")
     return table.loc[pd.MultiIndex.from_frame(order[by])].reset_index()

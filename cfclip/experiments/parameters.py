@@ -94,9 +94,8 @@ def check_parameters(**values: Any) -> None:
 def injected() -> list[str]:
     """The names that papermill set in this kernel; none anywhere else."""
     shell = get_ipython()
-    cells = [
-        cell for cell in (shell.user_ns.get("In", []) if shell else []) if cell.startswith("# Parameters\n")
-    ]
+    executed = shell.user_ns.get("In", []) if shell else []
+    cells = [cell for cell in executed if cell.startswith("# Parameters\n")]
     assigned = [node for cell in cells for node in ast.parse(cell).body if isinstance(node, ast.Assign)]
     return [node.targets[0].id for node in assigned]
 
