@@ -74,14 +74,17 @@ def trainings(table: pd.DataFrame, group_of: Callable[[str], str], by: str = "me
     training differ in other settings, or if a face is there twice: the mean would be meaningless.
     """
     table = table[table[by].notna()] if by in table else table.iloc[:0]
-    table = table.assign(group=[group_of(prompt) for prompt in table.get("prompt", ())])
-    if "success_after" in table:
-        table = table[~table.group.isin(GROUPS[:3]) | table.success_after.notna()]
+    group = table.prompt.map(group_of) if len(table) else None
+    if "success_after" in table and len(table):
+        table = table[~group.isin(GROUPS[:3]) | table.success_after.notna()]
     names = columns_of(table)
     if table.empty:
         return pd.DataFrame(columns=[*KEYS, *names])
-    method, group = ordered(table[by], [*METHODS, *ROWS, *FRAMES]), ordered(table.group, GROUPS)
-    table = table.assign(method=method, group=group, seed=table.seed.astype(int))
+    table = table.assign(
+        method=ordered(table[by], [*METHODS, *ROWS, *FRAMES]),
+        group=ordered(table.prompt.map(group_of), GROUPS),
+        seed=table.seed.astype(int),
+    )
     if "run" in table:
         runs = table.groupby(["method", "prompt", "seed"], observed=True).run.nunique()
         if len(several := runs[runs > 1]):
