@@ -170,9 +170,7 @@ class Domain:
     heldout_clip: ClipGuide | None = None  # judges edits; no training uses it
     mapper: Mapper | None = None  # edits by any prompt at once
     confidence: Mapping[str, Any] | None = None  # of the mapper, see cfclip.evaluation.confidence
-    latent_files: Mapping[str, Path] = field(
-        default_factory=dict
-    )  # split -> codes of real photos; else sampled
+    latent_files: Mapping[str, Path] = field(default_factory=dict)  # split -> codes of photos; else sampled
     label: int | None = None  # the class that is sampled, of a class-conditional generator
 
     def __post_init__(self) -> None:
@@ -195,9 +193,7 @@ class Domain:
     def first_guides(self, count: int) -> tuple[ClipGuide, ...]:
         """The guides of a training whose setting ``guides`` is ``count``. ValueError if there are fewer."""
         if count > len(self.guides):
-            raise ValueError(
-                f"guides is {count}, but domain {self.name} has {len(self.guides)}: set it to that or less"
-            )
+            raise ValueError(f"guides is {count}, but domain {self.name} has {len(self.guides)}: lower it")
         return self.guides[:count]
 
     def latents(self, n: int, split: str = "train", seed: int = 0) -> Tensor:

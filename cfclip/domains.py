@@ -86,9 +86,7 @@ def load_domain(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # checked first: loading takes minutes
         why = str(error).splitlines()[0]
-        raise ValueError(
-            f'device {str(device)!r} cannot be used on this machine ({why}); "cpu" always can'
-        ) from None
+        raise ValueError(f"device '{device}' cannot be used on this machine ({why}); cpu can") from None
     domain = DOMAINS[name]()
     try:
         domain = domain if label is None else replace(domain, label=label)

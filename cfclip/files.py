@@ -156,9 +156,8 @@ def writable(folder: str | os.PathLike) -> Path:
         with tempfile.NamedTemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise PermissionError(
-            f"cannot write to {folder} ({error.strerror}): choose another folder or change its permissions"
-        ) from None
+        fix = "choose another folder or change its permissions"
+        raise PermissionError(f"cannot write to {folder} ({error.strerror}): {fix}") from None
     return folder
 
 
@@ -173,9 +172,7 @@ def locked(folder: str | os.PathLike, name: str, wait: bool = False) -> Iterator
         with FileLock(folder / f".{name}.lock", timeout=-1 if wait else 0):
             yield
     except Timeout:
-        raise FolderInUse(
-            f"{folder} is in use by another process: wait for it, or choose another folder"
-        ) from None
+        raise FolderInUse(f"{folder} is in use: wait for its process, or choose another folder") from None
 
 
 def slug(text: str) -> str:

@@ -6,7 +6,7 @@ class Config(Settings):
 """
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 LARGEST = 1e30
@@ -116,11 +116,7 @@ def defaults(config: type | Settings) -> dict[str, Any]:
     """name -> default of each optional field of a configuration's class, or of the values of an instance."""
     if isinstance(config, Settings):
         return {one.name: getattr(config, one.name) for one in fields(config)}
-    return {one.name: one.default for one in fields(config) if _has_default(one)}
-
-
-def _has_default(one: Field) -> bool:
-    return one.default is not MISSING
+    return {one.name: one.default for one in fields(config) if one.default is not MISSING}
 
 
 def check_known(given: Mapping[str, Any], known: Collection[str], what: str) -> None:

@@ -10,6 +10,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from example import example
 from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
 
@@ -17,7 +18,6 @@ from cfclip.domains import load_domain
 from cfclip.evaluation import claims, report, tables
 from cfclip.evaluation.frames import FRAMES
 from cfclip.experiments import check_parameters, gather, notebooks
-from cfclip.experiments.example import example
 from cfclip.experiments.runs import notebook_hash, run_notebook
 from cfclip.experiments.spec import load_preset, parameters_of
 from cfclip.files import NOTEBOOKS, ROOT, slug

@@ -31,9 +31,7 @@ class Panel:
     """The browser's side of the explorer's widgets."""
 
     def __init__(self, faces: int, folder: str):
-        self.manager, self.client = start_new_kernel(
-            kernel_name="python3", startup_timeout=300, cwd=str(NOTEBOOKS)
-        )
+        self.manager, self.client = start_new_kernel(startup_timeout=300, cwd=str(NOTEBOOKS))
         for cell in nbformat.read(NOTEBOOKS / "05_explorer.ipynb", 4).cells:
             if cell.cell_type == "code":
                 self.run(cell.source)
@@ -44,22 +42,18 @@ class Panel:
 
     def run(self, code: str) -> str:
         """What ``code`` prints in the kernel. RuntimeError with the kernel's message if it fails."""
-        printed = []
-        reply = self.client.execute_interactive(
-            code, timeout=600, output_hook=lambda message: printed.append(message["content"].get("text", ""))
-        )["content"]
+        seen = []
+        reply = self.client.execute_interactive(code, timeout=600, output_hook=seen.append)["content"]
         if reply["status"] == "error":
             raise RuntimeError(f"{reply['ename']}: {reply['evalue']}")
-        return "".join(printed)
+        return "".join(message["content"].get("text", "") for message in seen)
 
     def settle(self) -> None:
         """Wait until the kernel has finished, scores included, and all its messages are read."""
         self.run("explorer.wait(60)")
-        try:
+        with suppress(Empty):
             while True:
                 self.client.get_iopub_msg(timeout=0.1)
-        except Empty:
-            pass
 
     def _send(self, widget: str, **data: Any) -> None:
         message = self.client.session.msg("comm_msg", {"comm_id": self.ids[widget], "data": data})
@@ -102,12 +96,12 @@ class Panel:
         came = came if len(came) > 1 else [start, time.perf_counter()]  # none: at best one from now on
         return [after - before for before, after in pairwise(came)]
 
-    def first_preview(self, timeout: float = 300) -> float:
+    def first_preview(self) -> float:
         """Seconds from the press of the button until a refined picture is here; the training is cancelled."""
         start, pictures = time.perf_counter(), 0
         self._send("refine", method="custom", content={"event": "click"})
         while pictures < 2:  # the first has the instant edit only
-            comm, _, has = self._next(timeout)
+            comm, _, has = self._next(300)
             pictures += comm == self.ids["preview"] and has
         seconds = time.perf_counter() - start
         self._send("cancel", method="custom", content={"event": "click"})

@@ -14,6 +14,7 @@ from cfclip.evaluation.versions import machine, versions
 from cfclip.experiments.runs import KERNEL_ENVIRONMENT
 
 ALLOCATOR = {name: value for name, value in KERNEL_ENVIRONMENT.items() if name.startswith("MALLOC")}
+"""In the environment of every process that measures, as ``make`` sets it."""
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16")
 """Instruction sets that matter for speed; the last one that a processor has is part of its folder's name."""
 
@@ -22,11 +23,6 @@ def name(where: dict[str, Any]) -> str:
     """A folder name for the machine of :func:`describe`: processor, cores, best instruction set, GPU."""
     words = f"{where['cpu']} {next(iter(where['flags'][::-1]), '')} {where['gpu'] or ''}"
     return "-".join(re.findall(r"[a-z0-9]+", words.lower().replace("_", " ")))
-
-
-def environment(threads: int) -> dict[str, str]:
-    """The environment of every process that measures: the allocator as ``make`` sets it, and ``threads``."""
-    return os.environ | ALLOCATOR | {"OMP_NUM_THREADS": str(threads)}
 
 
 def describe(threads: int) -> dict[str, Any]:
@@ -49,8 +45,3 @@ def describe(threads: int) -> dict[str, Any]:
 def free_gb(device: str) -> float:
     """Memory that a new process can have on ``device``, GB."""
     return (torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available) / 1e9
-
-
-def busy() -> float:
-    """The share of the processor that other processes use now, from 0 to 1."""
-    return psutil.cpu_percent(interval=0.3) / 100

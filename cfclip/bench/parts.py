@@ -21,6 +21,7 @@ from cfclip.baselines.methods import configure, fit
 from cfclip.bench.measure import Work, dtypes, peak_gb, reset_peak, stats, synchronise, timed, work_of
 from cfclip.bench.networks import random_domain, random_generator
 from cfclip.bench.published import NAMES, PlainGenerator, Published, Wastes
+from cfclip.domain import Domain
 from cfclip.domains import load_domain
 from cfclip.evaluation import metrics
 from cfclip.experiments.runs import write_record
@@ -116,11 +117,9 @@ def generator(device: str, sizes: Sequence[tuple[int, int]], repeats: int, tiny:
             for name, fold in ways.items():
                 # a copy has its own cache of kernels
                 draws[name, name_of(dtype)] = _ours(copy.deepcopy(g), dtype, fold)
-        calls = {
-            (*key, which): call
-            for key, draw in draws.items()
-            for which, call in _passes(draw, g, batch, device).items()
-        }
+        calls = {}
+        for key, draw in draws.items():
+            calls |= {(*key, name): call for name, call in _passes(draw, g, batch, device).items()}
         work = {key: work_of(call) for key, call in calls.items()}  # this also warms up
         seconds = {key: [] for key in calls}
         for _ in range(repeats):
@@ -194,10 +193,8 @@ def step(device: str, repeats: int, sources: bool = False, again: bool = False, 
     yield {"name": name + " (again)" * again, "peak_gb": peak_gb(device)} | measured
 
 
-def _timed_wastes(run: MapperTrainer) -> list[str]:
-    """The wastes that take time in ``run``."""
-    without_time = ["second_clip"] + ["gram"] * (run.domain.perceptual is None)
-    return [name for name in NAMES if name not in without_time]
+TIMED = [name for name in NAMES if name != "second_clip"]
+"""The wastes that take time."""
 
 
 def ladder(device: str, resolution: int, tiny: bool, repeats: int) -> Rows:
@@ -209,23 +206,21 @@ def ladder(device: str, resolution: int, tiny: bool, repeats: int) -> Rows:
     measured = _repeated(run, Published(run, wastes).step, repeats, warm=1)
     yield {"name": "published", "off": None, "peak_gb": peak_gb(device)} | measured
     copy_gb = sum(p.numel() * p.element_size() for p in run.domain.clip.parameters()) / 1e9
-    timed_wastes = _timed_wastes(run)
     for name in NAMES:
         wastes = replace(wastes, **{name: False})
         row = {"name": f"- {name}", "off": name} | _sizes(run)
-        if name in timed_wastes:
+        if name in TIMED:
             yield row | _repeated(run, Published(run, wastes).step)
-        elif name == "second_clip":
+        else:
             yield row | {"saves_gb": copy_gb}
 
 
 def wastes(device: str, resolution: int, tiny: bool, rounds: int) -> Rows:
     """All wastes, each turned off alone, each turned on alone, and none; ``rounds`` times in turns."""
     run = _trainer(device, resolution, tiny)
-    names = _timed_wastes(run)
     variants = {("all", None): Wastes()}
-    variants |= {("off", name): replace(Wastes(), **{name: False}) for name in names}
-    for name in names:  # views of a source need the source
+    variants |= {("off", name): replace(Wastes(), **{name: False}) for name in TIMED}
+    for name in TIMED:  # views of a source need the source
         variants["on", name] = Wastes.none(**{name: True, "sources": name in ("sources", "source_views")})
     variants["none", None] = Wastes.none()
     measured = {key: [] for key in variants}
@@ -239,6 +234,11 @@ def wastes(device: str, resolution: int, tiny: bool, rounds: int) -> Rows:
 
 
 # ---- (e) how cost grows ----
+
+
+def _toonfaces(device: str, tiny: bool) -> Domain:
+    """Or, if ``tiny``, tiny random networks."""
+    return random_domain(16, True, device) if tiny else load_domain("toonfaces", device)
 
 
 def growing_steps(device: str, name: str, values: Sequence[int], repeats: int, **fixed: Any) -> Rows:
@@ -258,8 +258,7 @@ def growing_prompts(
 
     ``tiny``: on tiny random networks.
     """
-    domain = random_domain(16, True, device) if tiny else load_domain("toonfaces", device)
-    texts = load_domain("toonfaces").truth.prompts if tiny else domain.truth.prompts
+    domain, texts = _toonfaces(device, tiny), load_domain("toonfaces").truth.prompts
     together = [(max(prompts), k) for k in prompts_at_once if k > 1]
     for count, k in [(count, 1) for count in prompts] + together:
         config = MultiPromptConfig(prompts=texts[:count], prompts_at_once=k, batch=8, train_latents=8)
@@ -276,18 +275,14 @@ def growing_pack(device: str, values: Sequence[int], dtype: str, repeats: int, t
 
     They have eight prompts, and other seeds. ``tiny``: on tiny random networks.
     """
-    domain = random_domain(16, True, device) if tiny else load_domain("toonfaces", device)
+    domain = _toonfaces(device, tiny)
     settings = load_preset(NOTEBOOKS / "presets" / "toonfaces.yaml")["settings"]
     settings |= {"dtype": dtype, "train_latents": 2 * settings["batch"]}
     prompts, networks = load_domain("toonfaces").truth.prompts[:8], cache(partial(FrozenNetworks, domain))
     for count in values:
         reset_peak(device)
-        members = [
-            MapperTrainer(
-                domain, configure("cfclip", prompts[k % 8], **settings, seed=k // 8), networks=networks
-            )
-            for k in range(count)
-        ]
+        configs = [configure("cfclip", prompts[k % 8], **settings, seed=k // 8) for k in range(count)]
+        members = [MapperTrainer(domain, config, networks=networks) for config in configs]
         pack, steps = Pack(), iter(range(settings["steps"]))
 
         def take(members: list[MapperTrainer] = members, pack: Pack = pack, steps: Iterator = steps) -> None:
@@ -372,8 +367,15 @@ class Phases:
     def __init__(self, run: MapperTrainer, device: str):
         self.device, self.work, self.run = device, Work(), run
         networks, identity = run.networks, run.domain.identity
-        synthesise = self._watched(networks.synthesise)
-        networks.synthesise = self._around(synthesise, "mapper", "generator, forward")
+        draw = networks.synthesise
+
+        def watched(w: Tensor) -> Tensor:
+            pictures = draw(w)
+            if pictures.requires_grad:
+                pictures.register_hook(lambda _: self.mark("CLIP, identity and views, backward"))
+            return pictures
+
+        networks.synthesise = self._around(watched, "mapper", "generator, forward")
         networks.encode = self._around(networks.encode, "generator, forward", "views and CLIP, forward")
         run.losses = self._around(run.losses, "mapper", "losses")
         run.optimizer.step = self._around(run.optimizer.step, "generator and mapper, backward", "optimiser")
@@ -388,15 +390,6 @@ class Phases:
             return result
 
         return wrapped
-
-    def _watched(self, synthesise: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        def watched(w: Tensor) -> Tensor:
-            pictures = synthesise(w)
-            if pictures.requires_grad:
-                pictures.register_hook(lambda _: self.mark("CLIP, identity and views, backward"))
-            return pictures
-
-        return watched
 
     def mark(self, phase: str) -> None:
         """The end of ``phase``, or of a part of it."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from cfclip.method.losses import clip_nce, identity_loss_from_features, latent_l2
 from cfclip.method.trainer import MapperTrainer
 from cfclip.method.views import perspective_views
-from cfclip.models.clip import TEMPLATES, ClipGuide
+from cfclip.models.clip import TEMPLATES
 from cfclip.models.ops import modulated_conv2d, upfirdn2d
 from cfclip.models.stylegan2 import Generator, StyledConv, ToRGB
 
@@ -26,7 +26,7 @@ from cfclip.models.stylegan2 import Generator, StyledConv, ToRGB
 class Wastes:
     """Work of the published step that its losses do not need. All on: the published step; all off: ours."""
 
-    # both sets of 79 templated texts go through CLIP's text tower again, ``text_passes`` times
+    # both sets of 79 templated texts go through CLIP's text tower again, twice
     texts: bool = True
     # the source pictures go through CLIP once per view of the edit (8 times); off: once
     source_views: bool = True
@@ -38,12 +38,8 @@ class Wastes:
     sample_weights: bool = True
     # a second copy of CLIP encodes the mapper's text; costs memory, no time
     second_clip: bool = True
-    # Gram matrices of the perceptual features, never used; only where the domain has a perceptual network
-    gram: bool = True
     # the source pictures are synthesised and encoded in each step; off: their features are cached per latent
     sources: bool = True
-    # the text direction needs both sets; positive 2 needs the targets again, the negatives the sources
-    text_passes: int = 2
 
     @classmethod
     def none(cls, **on: bool) -> "Wastes":
@@ -51,7 +47,7 @@ class Wastes:
         return cls(**dict.fromkeys(NAMES, False) | on)
 
 
-NAMES = tuple(f.name for f in fields(Wastes) if f.type is bool)
+NAMES = tuple(f.name for f in fields(Wastes))
 """The switches as the ladder turns them off; the sources last, because caching them needs few latents."""
 
 WORDS = {
@@ -61,21 +57,9 @@ WORDS = {
     "plane_filters": "FIR plane by plane",
     "sample_weights": "weights per sample",
     "second_clip": "second copy of CLIP",
-    "gram": "unused Gram matrices",
     "sources": "sources synthesised and encoded again",
 }
 """What the tables call each switch."""
-
-
-def plane_filter(x: Tensor, f: Tensor, up: int, pad: tuple[int, int], gain: float) -> Tensor:
-    """The published FIR: zeros inserted, padded (before, after) and convolved, each plane by itself.
-
-    [N, C, H, W] -> [N, C, H', W'].
-    """
-    n, c, h, w = x.shape
-    x = F.pad(x.reshape(n * c, 1, h, 1, w, 1), (0, up - 1, 0, 0, 0, up - 1)).reshape(n * c, 1, h * up, w * up)
-    x = F.conv2d(F.pad(x, pad * 2), (f * gain).flip(0, 1)[None, None])
-    return x.reshape(n, c, *x.shape[-2:])
 
 
 class PlainGenerator:
@@ -100,10 +84,17 @@ class PlainGenerator:
         return image
 
     def filter(self, x: Tensor, up: int, pad: tuple[int, int]) -> Tensor:
-        """FIR with gain 4 on x [N, C, H, W], after zeros are inserted where ``up`` is 2."""
-        if self.plane_filters:
-            return plane_filter(x, self.generator.fir, up, pad, 4.0)
-        return upfirdn2d(x, self.generator.fir, up=up, pad=pad * 2, gain=4.0)
+        """FIR with gain 4 on x [N, C, H, W], after zeros are inserted where ``up`` is 2 -> [N, C, H', W'].
+
+        The published one pads (before, after) and convolves plane by plane.
+        """
+        fir, (n, c, h, w) = self.generator.fir, x.shape
+        if not self.plane_filters:
+            return upfirdn2d(x, fir, up=up, pad=pad * 2, gain=4.0)
+        x = F.pad(x.reshape(n * c, 1, h, 1, w, 1), (0, up - 1, 0, 0, 0, up - 1))
+        x = F.pad(x.reshape(n * c, 1, h * up, w * up), pad * 2)
+        x = F.conv2d(x, (fir * 4.0).flip(0, 1)[None, None])
+        return x.reshape(n, c, *x.shape[-2:])
 
     def modulated(
         self, x: Tensor, layer: StyledConv | ToRGB, style: Tensor, demodulate: bool = True, up: bool = False
@@ -129,23 +120,8 @@ class PlainGenerator:
         return self.filter(x, 1, (1, 1)) if up else x
 
 
-def gram(features: Tensor) -> Tensor:
-    """[N, C, H, W] -> [N, C, C]."""
-    x = features.flatten(2)
-    return x @ x.transpose(1, 2) / x.shape[-1]
-
-
-def encode_templates(clip: ClipGuide, prompt: str) -> Tensor:
-    """:meth:`ClipGuide.template_features` [T, E] without its cache.
-
-    It builds a graph, which is dropped, while CLIP's weights require gradients.
-    """
-    tokens = torch.cat([clip.tokenize(template(prompt)) for template in TEMPLATES]).to(clip.mean.device)
-    return F.normalize(clip.model.encode_text(tokens), dim=-1).detach()
-
-
 class Published:
-    """Steps of ``run`` (one prompt and guide, the paper's objective) with ``wastes``: the same losses.
+    """Steps of ``run`` (a prompt, a guide, the objective for faces) with ``wastes``: the same losses.
 
     Raises ValueError for a dtype other than float32, unless the wastes that need float32 are off.
     """
@@ -160,7 +136,7 @@ class Published:
         self.synthesise = run.networks.synthesise
         if plain:
             self.synthesise = PlainGenerator(d.generator, on.plane_filters, on.sample_weights)
-        self.networks = [n for n in (d.generator, d.clip, d.identity, d.perceptual) if n is not None]
+        self.networks = (d.generator, d.clip, d.identity)
         for network in self.networks:
             network.zero_grad(set_to_none=True)  # gradients that the steps of another Published have left
         self.text_clip = copy.deepcopy(d.clip) if on.second_clip else d.clip
@@ -181,13 +157,15 @@ class Published:
 
     def texts(self) -> tuple[Tensor, Tensor]:
         """Unit features of the target and of the source text under each template, [T, E] each."""
-        run = self.run
+        run, clip = self.run, self.run.domain.clip
         if not self.wastes.texts:
             return run.target_text[0], run.source_text
         prompts = run.config.prompt, run.config.source_text or run.domain.source_text
-        for _ in range(self.wastes.text_passes):
-            target, source = (encode_templates(run.domain.clip, prompt) for prompt in prompts)
-        return target, source
+        for _ in range(2):  # positive 2 needs the targets again, the negatives the sources
+            tokens = [torch.cat([clip.tokenize(form(prompt)) for form in TEMPLATES]) for prompt in prompts]
+            # a graph is built, and dropped, while CLIP's weights require gradients
+            target, source = (clip.model.encode_text(one.to(clip.mean.device)) for one in tokens)
+        return F.normalize(target, dim=-1).detach(), F.normalize(source, dim=-1).detach()
 
     def step(self, i: int, generator: torch.Generator) -> dict[str, float]:
         """One step, as :meth:`MapperTrainer.step`."""
@@ -195,10 +173,8 @@ class Published:
         with self.weight_gradients():
             index = torch.randint(len(run.w), (c.batch,), generator=generator)
             w = run.w[index]
-            picture = None
-            if on.sources or c.lambda_perc:
-                with torch.no_grad():
-                    picture = self.synthesise(w)
+            with torch.no_grad():
+                picture = self.synthesise(w) if on.sources else None
             w_edited = run.mapper.edit(w, self.text)
             edited = self.synthesise(w_edited)
             target_text, source_text = self.texts()
@@ -210,19 +186,10 @@ class Published:
                 source = self.sources.clip[index]
             nce = clip_nce(views, source, target_text, source_text, c.objective.temperature)
             l2 = latent_l2(w_edited, w)
-            loss = c.lambda_nce * nce + c.lambda_l2 * l2
-            logs = {"nce": nce, "l2": l2}
-            if c.lambda_id:
-                source_id = d.identity(picture).detach() if on.sources else self.sources.identity[index]
-                logs["id"] = identity_loss_from_features(d.identity(edited), source_id)
-                loss = loss + c.lambda_id * logs["id"]
-            if c.lambda_perc:
-                before, after = d.perceptual(picture).detach(), d.perceptual(edited)
-                if on.gram:
-                    gram(before), gram(after)
-                logs["perc"] = F.l1_loss(after, before)
-                loss = loss + c.lambda_perc * logs["perc"]
+            source_id = d.identity(picture).detach() if on.sources else self.sources.identity[index]
+            same = identity_loss_from_features(d.identity(edited), source_id)
+            loss = c.lambda_nce * nce + c.lambda_l2 * l2 + c.lambda_id * same
             run.optimizer.zero_grad()
             loss.backward()
             run.optimizer.step()
-        return {"loss": loss.item()} | {name: value.item() for name, value in logs.items()}
+        return {"loss": loss.item(), "nce": nce.item(), "l2": l2.item(), "id": same.item()}

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import pandas as pd
 from matplotlib.figure import Figure
 
 from cfclip.bench import tables
@@ -15,44 +16,36 @@ from cfclip.files import write_text
 NOTES = {
     "floors": "The best of the repeats. A copy reads and writes; both are counted.",
     "generator": (
-        "plain: the published operators, un-fused, weights frozen. folded: ours with every FIR filter "
-        "folded into the kernel of its convolution; unfolded: with none. ours folds none in float32, and in "
-        "half precision what is faster. forward + backward: the gradient with respect to w. of the floor: "
-        "the minimum time over the measured time; the minimum is that of the arithmetic (the fewest FLOP of "
-        "these rows) or of the traffic (inputs and outputs of every convolution and matrix product, once "
-        "each) at the rates above."
+        "plain: the published operators, un-fused, weights frozen. folded: ours with every FIR filter folded "
+        "into a kernel; unfolded: with none. ours folds none in float32, and in half precision what is "
+        "faster. backward: the gradient with respect to w. of the floor: the minimum time over the measured "
+        "time; the minimum is that of the arithmetic (the fewest FLOP of these rows) or of the traffic "
+        "(inputs and outputs of convolutions and matrix products, once each) at the rates above."
     ),
     "step": (
         "The same mapper, latents and random numbers in every row. loss differs by: relative to the "
-        'published step. Ours caches the features of the sources; "sources drawn" does not, as with more '
-        "latents than fit."
+        'published step. Ours caches the features of the sources; "sources drawn" does not.'
     ),
     "ladder": (
-        "From the published step to ours, one waste after the other, n = 1 each. Our fused operators are "
-        "used once both the FIR filters and the weights per sample are off. The last row still holds all "
-        "views at full size; ours shrinks each view before it makes the next."
+        "From the published step to ours, one waste after the other, n = 1. Our fused operators are used "
+        "once both the FIR filters and the weights per sample are off. The last row still holds all views at "
+        "full size; ours shrinks each view before it makes the next."
     ),
-    "wastes": (
-        "Without the sources there are no views of them either. The Gram matrices need a perceptual "
-        "network, which faces do not have."
-    ),
-    "memory": (
-        "On a CPU: of a process, from its start, in which the four sources are synthesised. On CUDA: of its "
-        "tensors."
-    ),
+    "wastes": "Without the sources there are no views of them either.",
+    "memory": "On a CPU: of a process that also draws the four sources. On CUDA: of its tensors.",
     "explorer": (
-        "Through a Jupyter kernel that runs 05_explorer: from the message of a control until the new "
-        "picture has come and the panel has stopped drawing. dragged: a value every 60 ms, whatever has "
-        "come; 1000 / ms is pictures a second. Preview: from the button until a trained picture has come."
+        "Through a Jupyter kernel that runs 05_explorer: from the message of a control until the new picture "
+        "has come and the panel has stopped drawing. dragged: a value every 60 ms, whatever has come; "
+        "1000 / ms is pictures a second. Preview: from the button until a trained picture has come."
     ),
     "pictures": (
         "toonfaces' pictures of held-out latents, seed 0: their difference from those of the reference "
         "operators in float32, in grey levels of 255."
     ),
     "success": (
-        "Mappers trained alike on toonfaces: the readout's success (%) and the identity of held-out faces "
-        "at strength 1, mean ± half of the 95 % interval over the seeds (Student's t). difference: from the "
-        "reference operators with the same seed, in percentage points, with its interval."
+        "Mappers trained alike on toonfaces: success (%) and identity of held-out faces at strength 1, mean "
+        "± half of the 95 % interval over the seeds (Student's t). difference: from the reference operators "
+        "with the same seed, in percentage points, with its interval."
     ),
     "phases": "FLOP and bytes of convolutions, matrix products and attention only.",
 }
@@ -65,8 +58,8 @@ SCALING = {
     "sweep, resume": "The same command when every run is finished.",
 }
 PACK = (
-    "Trainings in lock-step, each with a mapper of its own, on toonfaces with its preset's settings; ms: a "
-    "step of all. An hour's trainings are of their steps alone, without what is computed before them."
+    "Trainings in lock-step on toonfaces with its preset's settings; ms: a step of all. An hour's trainings "
+    "are of their steps alone, without what is computed before them."
 )
 
 
@@ -101,40 +94,28 @@ def wastes_figure(rows: Rows, device: str) -> Figure:
 
 def scaling_figure(rows: Rows, device: str) -> Figure:
     """Cost against what makes it grow; both axes logarithmic."""
+    rows, points = [row for row in rows if row.get("device") == device], []
+    for row in tables.generator_table(rows).to_dict("records"):
+        panel, line = f"generator, {row['pass']}: images/s", f"{row['generator']}, {row['dtype']}"
+        points.append((panel, "resolution", line, row["resolution"], row["images/s"]))
+    for name in SCALING:
+        x = "runs" if name.startswith("sweep") else name.partition(" ")[0]
+        panel = "sweep: ms" if x == "runs" else f"step against {x}: ms"
+        for row in select(rows, "scaling", name=name):
+            points.append((panel, x, name, row["value"], 1000 * row["median"]))
+    for row in tables.pack_table(rows).to_dict("records"):
+        panel = "a pack: trainings an hour"
+        points.append((panel, "trainings together", row["dtype"], row["together"], row["trainings an hour"]))
+    panels = pd.DataFrame(points, columns=["panel", "x", "line", "at", "cost"]).groupby("panel", sort=False)
     figure, axes = plt.subplots(2, 4, figsize=(16, 6.6), layout="constrained")
-
-    def curve(axis: plt.Axes, x: list[float], y: list[float], label: str) -> None:
-        if x:
-            axis.plot(x, y, marker="o", label=label)
-
-    table = tables.generator_table([row for row in rows if row.get("device") == device])
-    packs = tables.pack_table([row for row in rows if row.get("device") == device])
-    for dtype, group in packs.groupby("dtype", sort=False) if len(packs) else ():
-        curve(axes[1, 3], list(group["together"]), list(group["trainings an hour"]), dtype)
-    axes[1, 3].set(title="a pack", xlabel="trainings together", ylabel="trainings an hour")
-    axes[0, 3].set_axis_off()
-    for axis, which in zip(axes[0, :2], ("forward", "forward + backward"), strict=True):
-        if len(table):
-            groups = table[table["pass"] == which].groupby(["generator", "dtype"], sort=False)
-            for (name, dtype), group in groups:
-                curve(axis, list(group["resolution"]), list(group["images/s"]), f"{name}, {dtype}")
-        axis.set(title=f"generator, {which}", xlabel="resolution", ylabel="images/s")
-    panels = zip((axes[0, 2], *axes[1, :3]), ("resolution", "batch", "prompts", "sweep"), strict=True)
-    for axis, subject in panels:
-        for name in (name for name in SCALING if name.startswith(subject)):
-            measured = select(rows, "scaling", device=device, name=name)
-            curve(axis, [row["value"] for row in measured], [1000 * row["median"] for row in measured], name)
-        if subject == "sweep":
-            axis.set(title="sweep", xlabel="runs", ylabel="ms")
-        else:
-            axis.set(title=f"step against {subject}", xlabel=subject, ylabel="ms")
-    for axis in axes.flat:
-        if axis.lines:
-            axis.set_xscale("log", base=2)
-            axis.set_yscale("log")
-            axis.legend(fontsize=7)
-        elif axis.axison:
-            axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (panel, shown) in zip(axes.flat, panels, strict=False):
+        for line, curve in shown.groupby("line", sort=False):
+            axis.plot(curve["at"], curve["cost"], marker="o", label=line)
+        axis.set(title=panel, xlabel=shown["x"].iloc[0], yscale="log")
+        axis.set_xscale("log", base=2)
+        axis.legend(fontsize=7)
     return figure
 
 

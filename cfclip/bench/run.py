@@ -1,6 +1,5 @@
 """The jobs of a bench, and doing them one after the other, each in a process of its own."""
 
-import hashlib
 import json
 import logging
 import os
@@ -15,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from tqdm.auto import tqdm
 
@@ -27,14 +27,7 @@ from cfclip.models.ops import name_of
 
 logger = logging.getLogger(__name__)
 
-PARTS = {
-    "generator": "(a)",
-    "step": "(b) and (c)",
-    "explorer": "(d)",
-    "scaling": "(e)",
-    "fidelity": "(f)",
-    "profile": "where the time of a step goes",
-}
+PARTS = ("generator", "step", "explorer", "scaling", "fidelity", "profile")
 
 
 @dataclass(frozen=True)
@@ -169,7 +162,7 @@ def bench(
     Args:
         parts: some of :data:`PARTS`; default: all.
         small: the smallest sizes, to see that everything runs.
-        out: default: a folder of reports/bench with the machine's name; each machine has its own numbers.
+        out: default: a folder of reports/bench with the machine's name; reports/runs/bench with ``small``.
         threads: default: the number of cores, or 1 with ``small``.
         devices: some of "cpu" and "cuda".
     """
@@ -178,10 +171,10 @@ def bench(
         raise ValueError(f"unknown part {names}; the parts are: {', '.join(PARTS)}")
     threads = threads or (1 if small else cores())  # tiny tensors are slower on several threads
     where = machine.describe(threads)
-    out = writable(out or Path("reports/bench") / machine.name(where))
+    out = writable(out or Path("reports/runs/bench" if small else f"reports/bench/{machine.name(where)}"))
     file = out / "bench.jsonl"
     same_key = [{name: value for name, value in where.items() if name != "date"}, code_hash(), small]
-    key = {"key": hashlib.sha256(json.dumps(same_key).encode()).hexdigest()[:16]}
+    key = {"key": runs.digest(same_key)[:16]}
     before = [row for row in read_rows(file) if row["key"] == key["key"]] if file.exists() else []
     done = {row["job"] for row in before if row.get("status") == "done"}
     about = {"job": "machine", "part": "machine", "quick": small, "allocator": machine.ALLOCATOR} | where
@@ -216,24 +209,20 @@ def run_jobs(jobs: Sequence[Job], threads: int, file: Path, columns: Mapping[str
 
     Every row has the ``columns``. Jobs that do not fit into the free memory are skipped.
     """
-    busy, free = machine.busy(), machine.free_gb(jobs[0].arguments["device"])
+    others = psutil.cpu_percent(interval=0.3) / 100  # the share of the processor that they use
+    free = machine.free_gb(jobs[0].arguments["device"])
     for job in jobs:
         if job.need_gb > free:
             why = f"it needs {job.need_gb:.0f} GB, and {free:.0f} GB are free"
             append_row(file, {**columns, **job.row("skipped", why)})
     if not (jobs := [job for job in jobs if job.need_gb <= free]):
         return
-    given = [{"id": job.id} | asdict(job) for job in jobs], {"others": busy, **columns}
+    given = [{"id": job.id} | asdict(job) for job in jobs], {"others": others, **columns}
     command = [sys.executable, "-m", "cfclip.bench.worker", str(file), *map(json.dumps, given)]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
-        process = subprocess.Popen(
-            command,
-            env=machine.environment(threads),
-            stdin=subprocess.DEVNULL,
-            stdout=errors,
-            stderr=errors,
-            start_new_session=True,
-        )
+        env = os.environ | machine.ALLOCATOR | {"OMP_NUM_THREADS": str(threads)}
+        streams = {"stdin": subprocess.DEVNULL, "stdout": errors, "stderr": errors}
+        process = subprocess.Popen(command, env=env, start_new_session=True, **streams)
         why = _wait(process, sum(job.limit for job in jobs), bar)
         errors.seek(0)
         lines = [line for line in errors.read().splitlines() if line.strip()]

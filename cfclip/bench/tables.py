@@ -39,11 +39,10 @@ def spread(row: Row, scale: float = 1) -> str:
 
 def to_markdown(table: pd.DataFrame, note: str = "") -> str:
     """``table`` in Markdown with three significant digits, and ``note`` below."""
-    shown = table.copy()
-    for name in shown.columns:
-        if shown[name].dtype.kind == "f":
-            shown[name] = [number(value) for value in shown[name]]
-    return markdown(shown.where(shown.notna(), "–"), note) if len(shown) else "Nothing was measured.\n"
+    if table.empty:
+        return "Nothing was measured.\n"
+    shown = table.apply(lambda column: column.map(number) if column.dtype.kind == "f" else column)
+    return markdown(shown.where(shown.notna(), "–"), note)
 
 
 def make_table(rows: Rows, columns: Mapping[str, str | Callable[[Row], Any]]) -> pd.DataFrame:
@@ -51,11 +50,6 @@ def make_table(rows: Rows, columns: Mapping[str, str | Callable[[Row], Any]]) ->
     return pd.DataFrame([
         {name: of(row) if callable(of) else row.get(of) for name, of in columns.items()} for row in rows
     ])
-
-
-def same_names(*names: str) -> dict[str, str]:
-    """Columns of :func:`make_table` that are called as the keys of the rows."""
-    return dict(zip(names, names, strict=True))
 
 
 TIMES = {"ms": lambda row: 1000 * row["median"], "low–high, ms": lambda row: spread(row, 1000), "n": "n"}
@@ -111,7 +105,7 @@ def generator_table(rows: Rows) -> pd.DataFrame:
         seconds, by = floor(best, {row["dtype"]: (fewest * 1e12, row["moved_gb"] * 1e9)})
         return f"{100 * seconds / row['median']:.0f} % ({by})"
 
-    columns = same_names(*case) | {
+    columns = {name: name for name in case} | {
         "generator": "name",
         "dtype": "dtype",
         "images/s": lambda row: row["batch"] / row["median"],
@@ -198,7 +192,8 @@ def memory_table(rows: Rows) -> pd.DataFrame:
     what = {"step": "step", "generator": "generator forward + backward"}
     measured = [row for part in what for row in select(rows, part) if "peak_gb" in row]
     columns = {"device": "device", "what": lambda row: f"{what[row['part']]}, {row['name']}"}
-    return make_table(measured, columns | same_names("dtype", "resolution", "batch") | {"peak GB": "peak_gb"})
+    columns |= {name: name for name in ("dtype", "resolution", "batch")} | {"peak GB": "peak_gb"}
+    return make_table(measured, columns)
 
 
 def unequal(rows: Rows) -> str:

@@ -41,13 +41,6 @@ All levels are the paper's; on toonfaces the preset has only the fine ones, whic
 """
 
 
-def choose(rows: Sequence[str] = ()) -> list[str]:
-    """``rows``, or all rows if it is empty. ValueError names an unknown one."""
-    if unknown := set(rows) - set(ROWS):
-        raise ValueError(f"unknown rows {sorted(unknown)}; there are: {list(ROWS)}")
-    return list(rows) or list(ROWS)
-
-
 def jobs(
     rows: Sequence[str],
     prompts: Sequence[str],
@@ -57,8 +50,11 @@ def jobs(
 ) -> dict[tuple[str, str, int], Job]:
     """(row, prompt, seed) -> its training; what the row changes takes precedence over ``settings``.
 
-    out: the folder in which each training has one; "": nothing is kept.
+    rows: [] for all. out: the folder in which each training has one; "": nothing is kept.
+    ValueError names an unknown row.
     """
+    if unknown := set(rows) - set(ROWS):
+        raise ValueError(f"unknown rows {sorted(unknown)}; there are: {list(ROWS)}")
     return {
         (row, prompt, seed): Job(
             "cfclip",
@@ -66,7 +62,7 @@ def jobs(
             f"{out}/{slug(row)}-{slug(prompt)}-{seed}" if out else None,
             {**settings, **ROWS[row], "seed": seed},
         )
-        for row in choose(rows)
+        for row in rows or ROWS
         for prompt in prompts
         for seed in seeds
     }

@@ -68,12 +68,9 @@ def judge(best: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for claim, one, p, table in zip(CLAIMS, found, adjusted, tables, strict=True):
         if one is None:
-            absent = [name for name in (claim.ours, claim.other) if name not in set(best.method)]
-            why = (
-                f"no runs of {' and '.join(absent)}"
-                if absent
-                else "no prompt and seed at which both are defined"
-            )
+            why = "no prompt and seed at which both are defined"
+            if absent := [name for name in (claim.ours, claim.other) if name not in set(best.method)]:
+                why = f"no runs of {' and '.join(absent)}"
             rows.append({"claim": claim.says, "verdict": UNTESTED, "why": why})
             continue
         row = {"claim": claim.says, "verdict": verdict(one, p), "why": _why(best, claim, one, table)}
@@ -94,10 +91,9 @@ def verdict(found: Crossed, p: float) -> str:
 
 def _why(best: pd.DataFrame, claim: Claim, found: Crossed, table: pd.DataFrame) -> str:
     counted = complete(table)
+    areas = best.set_index(["method", "prompt", "seed"]).area
     ours, other = (
-        100
-        * best[best.method == name].set_index(["prompt", "seed"]).area.reindex(counted.stack().index).mean()
-        for name in (claim.ours, claim.other)
+        100 * areas[name].reindex(counted.stack().index).mean() for name in (claim.ours, claim.other)
     )
     ahead = f"ahead on {(counted.mean(axis=1) > 0).sum()} of {_number(found.prompts, 'prompt')}"
     return f"{ours:.1f} against {other:.1f}: {_points(found)} points; {ahead}, {_number(found.seeds, 'seed')}"

@@ -107,25 +107,24 @@ class Pulls(NamedTuple):
     on_code: dict[str, Tensor]  # for w' [N, L, D]
 
 
-def pulls(run: MapperTrainer, mapper: Mapper, w: Tensor, num_views: int, prompt: int = 0) -> Pulls:
+def pulls(run: MapperTrainer, mapper: Mapper, w: Tensor, num_views: int) -> Pulls:
     """The loss of ``run`` where ``mapper`` edits w [N, L, D], seen in ``num_views`` perspectives."""
     c, networks = run.config, run.networks
     with torch.no_grad():
         source = networks.synthesise(w)
         source_clip = networks.clip(source)
-        w_edited = mapper.edit(w, run.text_feature[[prompt]])
+        w_edited = mapper.edit(w, run.text_feature[[0]])
     w_edited = w_edited.requires_grad_()
     edited = networks.synthesise(w_edited)
     views = networks.clip(edited, num_views, generator_for(c.seed, 0))
-    terms = {"CLIP-NCE": c.lambda_nce * run.pull(run.features(prompt, views, source_clip, source_clip[:1]))}
+    terms = {"CLIP-NCE": c.lambda_nce * run.pull(run.features(0, views, source_clip, source_clip[:1]))}
     if c.lambda_id:
         terms["identity"] = c.lambda_id * identity_loss(run.domain.identity, edited, source)
     terms["latent L2"] = c.lambda_l2 * latent_l2(w_edited, w)
     on_picture, on_code = {}, {}
     for name, term in terms.items():
-        of_code, of_picture = torch.autograd.grad(
-            term, (w_edited, edited), retain_graph=True, allow_unused=True
-        )
+        options = {"retain_graph": True, "allow_unused": True}
+        of_code, of_picture = torch.autograd.grad(term, (w_edited, edited), **options)
         on_code[name] = -of_code
         if of_picture is not None:
             on_picture[name] = -of_picture
@@ -142,12 +141,9 @@ def as_pictures(pull: Tensor) -> Tensor:
 def pull_by_layer(on_code: Mapping[str, Tensor]) -> Figure:
     """How strongly each term pulls on each layer of W+: :class:`Pulls`' ``on_code``."""
     figure, axes = panels(1, 1, (8, 2.4))
-    lines = [
-        {"term": name, "layer": layer, "pull": size}
-        for name, pull in on_code.items()
-        for layer, size in enumerate(pull.norm(dim=-1).mean(0).tolist())
-    ]
-    sns.barplot(pd.DataFrame(lines), x="layer", y="pull", hue="term", ax=axes[0, 0])
+    sizes = pd.DataFrame({name: pull.norm(dim=-1).mean(0).tolist() for name, pull in on_code.items()})
+    lines = sizes.rename_axis("layer").reset_index().melt("layer", var_name="term", value_name="pull")
+    sns.barplot(lines, x="layer", y="pull", hue="term", ax=axes[0, 0])
     axes[0, 0].set(yscale="log", xlabel="layer of W+", ylabel="length of the pull")
     sns.move_legend(axes[0, 0], "center left", bbox_to_anchor=(1, 0.5), title="", frameon=False)
     return figure
@@ -161,7 +157,7 @@ def along(pull: Tensor, layers: slice, length: float) -> Tensor:
 
 
 def film(
-    run: MapperTrainer, w: Tensor, at: Sequence[int], prompt: int = 0
+    run: MapperTrainer, w: Tensor, at: Sequence[int]
 ) -> tuple[dict[int, Tensor], list[dict[str, float]]]:
     """Train ``run`` to its end: (step -> its edits of ``w`` after so many steps, the logged rows).
 
@@ -172,7 +168,7 @@ def film(
     @torch.no_grad()
     def take(step: int) -> None:
         if step in at:
-            pictures[step] = run.domain.generator.synthesis(run.mapper.edit(w, run.text_feature[[prompt]]))
+            pictures[step] = run.domain.generator.synthesis(run.mapper.edit(w, run.text_feature[[0]]))
 
     take(0)
     options = {"seed": run.config.seed, "callbacks": [Callback(1, take)], "log_every": 10, "progress": False}

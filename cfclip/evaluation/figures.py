@@ -23,10 +23,8 @@ from cfclip.evaluation.tables import columns_of, differences, label, whole_curve
 from cfclip.files import atomic_write
 from cfclip.images import to_uint8
 
-HEADLINE = ("area", "clean", "success_after", "progress", "identity", "leakage", "heldout_clip_after")
-"""The metrics that figures of a sweep show."""
 ABLATED = ("area", "clean", "leakage", "identity")
-"""Those of the ablation."""
+"""The metrics that the ablation's figure shows."""
 MARKERS = "oXsPD^v*"
 
 
@@ -35,34 +33,25 @@ def panels(rows: int, columns: int, size: tuple[float, float], **options: Any) -
     return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **options)
 
 
-def words(name: str) -> str:
-    """A column as a title of a panel: "clip_after" -> "clip"."""
-    return name.removesuffix("_after").replace("_", " ")
-
-
-def save_figure(figure: Figure, path: str | os.PathLike, dpi: int = 120) -> Path:
+def save_figure(figure: Figure, path: str | os.PathLike) -> Path:
     """PNG or PDF by the suffix, atomically. It has no time stamp: the same run writes the same file."""
     kind = Path(path).suffix.removeprefix(".")
     untimed = {"CreationDate" if kind == "pdf" else "Software": None}
-    return atomic_write(path, lambda part: figure.savefig(part, dpi=dpi, format=kind, metadata=untimed))
+    return atomic_write(path, lambda part: figure.savefig(part, dpi=120, format=kind, metadata=untimed))
 
 
 # ---- pictures ----
 
 
 def image_grid(
-    rows: Mapping[str, Tensor],
-    columns: int = 8,
-    cell: float = 1.0,
-    title: str = "",
-    headers: Sequence[str] = (),
+    rows: Mapping[str, Tensor], columns: int = 8, title: str = "", headers: Sequence[str] = ()
 ) -> Figure:
     """One row of pictures per entry of ``rows``: label -> [N, 3, R, R] in [-1, 1].
 
-    ``headers``: texts above the columns; ``cell``: the side of a picture, in inches.
+    ``headers``: texts above the columns.
     """
     above = (0.4 if title else 0) + (0.45 if headers else 0)
-    width, height = cell * columns + 1.6, cell * len(rows) + above
+    width, height = columns + 1.6, len(rows) + above
     figure, axis = plt.subplots(figsize=(width, height))  # one for all: an axis takes longer than a picture
     apart = 1.03
     for y, (name, images) in enumerate(rows.items()):
@@ -177,8 +166,9 @@ def loss_curves(log: pd.DataFrame) -> Figure:
     return figure
 
 
-def distributions(table: pd.DataFrame, columns: int = 4) -> Figure:
-    """How each metric is spread over the pictures, per prompt; ``columns`` panels in a row."""
+def distributions(table: pd.DataFrame) -> Figure:
+    """How each metric is spread over the pictures, per prompt."""
+    columns = 4
     names = [name for name in MAIN if name in table and table[name].dtype.kind == "f"]
     names = [name for name in names if not name.startswith(("success", "clean", "kid", "round_trip"))]
     rows = -(-len(names) // columns)
@@ -192,21 +182,19 @@ def distributions(table: pd.DataFrame, columns: int = 4) -> Figure:
     return figure
 
 
-def tradeoff_curves(
-    table: pd.DataFrame, label: str = "varied", value: str = "value", x: str = "centre_distance"
-) -> Figure:
-    """Means over photos against ``x``, one panel per number: lines are ``label``, points are ``value``.
+def tradeoff_curves(table: pd.DataFrame) -> Figure:
+    """Means over photos against the distance to the centre of W, one panel per number.
 
-    table: rows of :func:`cfclip.evaluation.inversions.tradeoff`.
+    table: rows of :func:`cfclip.evaluation.inversions.tradeoff`; lines: what is varied, points: its values.
     """
-    grouped = table.drop(columns="index", errors="ignore").groupby([label, value], sort=False)
-    means = grouped.mean(numeric_only=True).reset_index()
-    names = [name for name in means.columns if name not in (label, value, x)]
+    x, means = "centre_distance", table.groupby(["varied", "value"], sort=False).mean(numeric_only=True)
+    means = means.reset_index()
+    names = [name for name in means.columns if name not in ("varied", "value", "index", x)]
     figure, axes = panels(1, len(names), (2.5 * len(names), 2.7))
     for axis, name in zip(axes[0], names, strict=True):
-        for what, line in means.groupby(label, sort=False):
+        for what, line in means.groupby("varied", sort=False):
             axis.plot(line[x], line[name], marker="o", label=what)
-            for at, *point in zip(line[value], line[x], line[name], strict=True):
+            for at, *point in zip(line["value"], line[x], line[name], strict=True):
                 axis.annotate(f"{at:g}", point, textcoords="offset points", xytext=(3, 3), fontsize=7)
         axis.margins(0.15)
         axis.set(title=name.replace("_", " "), xlabel=x.replace("_", " "))
@@ -224,7 +212,7 @@ def strength_curves(table: pd.DataFrame) -> Figure:
     for axis, name in zip(axes[0], names, strict=True):
         first = axis is axes[0, 0]
         sns.lineplot(table, x="strength", y=name, hue="prompt", marker="o", ax=axis, legend=first, seed=0)
-        axis.set(title=words(name), ylabel="")
+        axis.set(title=name.removesuffix("_after").replace("_", " "), ylabel="")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     axes[0, 0].get_legend().remove()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
@@ -245,42 +233,13 @@ def leakage_matrix(table: pd.DataFrame) -> Figure:
 # ---- a sweep: tables of cfclip.evaluation.tables.trainings ----
 
 
-def curves(each: pd.DataFrame, names: Sequence[str] = HEADLINE) -> Figure:
-    """Metrics [rows] x groups [columns] against the strength: a line per method, with intervals over seeds.
-
-    The mean over the prompts of a group comes first, seed by seed.
-    """
-    names = [name for name in names if name in columns_of(each)]
-    groups = list(each.group.cat.categories)
-    keys = ["group", "method", "seed", "strength"]
-    per_seed = each.groupby(keys, observed=True)[names].mean().reset_index()
-    markers = dict(zip(each.method.cat.categories, MARKERS, strict=False))
-    lines = {"hue": "method", "style": "method", "markers": markers, "dashes": False, "legend": False}
-    size = 3.1 * len(groups) + 0.4, 2.1 * len(names) + 0.6
-    figure, axes = panels(len(names), len(groups), size, sharex=True, sharey="row")
-    for row, name in zip(axes, names, strict=True):
-        for axis, group in zip(row, groups, strict=True):
-            shown = per_seed[(per_seed.group == group) & per_seed[name].notna()]
-            if shown.empty:
-                center = {"transform": axis.transAxes, "ha": "center", "va": "center"}
-                axis.text(0.5, 0.5, "undefined", color="0.5", **center)
-            else:
-                sns.lineplot(shown, x="strength", y=name, ax=axis, errorbar=interval, **lines)
-            axis.set(title="", xlabel="", ylabel="")
-        row[0].set_ylabel(label(name).replace(" %", ""))
-    for axis, group in zip(axes[0], groups, strict=True):
-        axis.set_title(group)
-    for axis in axes[-1]:
-        axis.set_xlabel("strength")
-    return _with_legend(figure, each)
-
-
-def tradeoff(each: pd.DataFrame, x: str = "identity", y: str = "success_after") -> Figure:
-    """``y`` against ``x``, one panel per group: a line per method, with a point per strength.
+def tradeoff(each: pd.DataFrame) -> Figure:
+    """Success against identity, one panel per group: a line per method, with a point per strength.
 
     Each line begins at the source (strength 0).
     """
-    groups = [group for group in each.group.cat.categories if each.loc[each.group == group, y].notna().any()]
+    defined = set(each.group[each.success_after.notna()])
+    groups = [group for group in each.group.cat.categories if group in defined]
     size = max(3.4 * len(groups) + 0.4, 6.0), 3.3  # the legend needs as much
     figure, axes = panels(1, len(groups), size, sharex=True, sharey=True)
     for axis, group in zip(axes[0], groups, strict=True):
@@ -288,20 +247,20 @@ def tradeoff(each: pd.DataFrame, x: str = "identity", y: str = "success_after") 
         for method, style in _styles(each).items():
             means = shown[shown.method == method].groupby("strength")[columns_of(each)].mean().reset_index()
             if len(means):
-                axis.plot(*whole_curve(means, x, y), markersize=5, linewidth=1.2, **style)
-        axis.set(title=group, xlabel=words(x), ylabel=words(y))
+                axis.plot(*whole_curve(means), markersize=5, linewidth=1.2, **style)
+        axis.set(title=group, xlabel="identity", ylabel="success")
     axes[0, 0].invert_xaxis()  # so that strength grows to the right
     return _with_legend(figure, each)
 
 
-def ablation_figure(best: pd.DataFrame, names: Sequence[str] = ABLATED) -> Figure:
+def ablation_figure(best: pd.DataFrame) -> Figure:
     """How far each row is from the first one at the same prompt and seed: a panel per metric.
 
     A dot is a training, coloured by its prompt; black is the mean with its 95 % interval over prompts and
     seeds (:func:`.stats.crossed`), none without two of each. best: :func:`.tables.headline` ``by="row"``.
     """
     first, *rows = best.method.cat.remove_unused_categories().cat.categories
-    names = [name for name in names if name in columns_of(best)]
+    names = [name for name in ABLATED if name in columns_of(best)]
     prompts = {prompt: f"C{i}" for i, prompt in enumerate(best.prompt.unique())}
     figure, axes = panels(1, len(names), (2.6 * len(names) + 1.5, 1.5 + 0.45 * len(rows)), sharey=True)
     for axis, name in zip(axes[0], names, strict=True):
@@ -312,9 +271,8 @@ def ablation_figure(best: pd.DataFrame, names: Sequence[str] = ABLATED) -> Figur
             if table.empty:
                 continue
             for prompt, values in table.iterrows():
-                axis.plot(
-                    values, [at - 0.15] * len(values), "o", color=prompts[prompt], markersize=4, alpha=0.7
-                )
+                heights = [at - 0.15] * len(values)
+                axis.plot(values, heights, "o", color=prompts[prompt], markersize=4, alpha=0.7)
             over = crossed(table)
             half = 0 if np.isnan(over.error) else over.half
             axis.errorbar(over.mean, at + 0.15, xerr=half, marker="D", color="black", markersize=4, capsize=3)

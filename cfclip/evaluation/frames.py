@@ -14,11 +14,11 @@ FRAMES = ("do nothing", "composite", "ceiling")
 
 
 @torch.no_grad()
-def recolour(truth: GroundTruth, images: Tensor, claim: Claim, n: int = 64) -> Tensor:
+def recolour(truth: GroundTruth, images: Tensor, claim: Claim) -> Tensor:
     """``images`` [N, 3, R, R] with their part moved to the colour of ``claim``: no generator, no CLIP.
 
     ``x' = x + m (c - c_x)``: m are the shares of the part in each pixel, as the ground truth segments it,
-    c_x is the part's mean colour in this picture and c that in ``n`` renders that show the claim; shades
+    c_x is the part's mean colour in this picture and c that in 64 renders that show the claim; shades
     stay. A picture without the part stays as it is.
     """
     part = truth.parts.index(claim[0])
@@ -29,7 +29,7 @@ def recolour(truth: GroundTruth, images: Tensor, claim: Claim, n: int = 64) -> T
         pure = shares.square()
         return shares, pure.sum((2, 3), keepdim=True), (pure * pictures).sum((2, 3), keepdim=True)
 
-    _, much, sums = seen(truth.renders(n, claim))
+    _, much, sums = seen(truth.renders(64, claim))
     wanted = sums.sum(0) / much.sum(0)
     shares, much, sums = seen(images)
     return (images + shares * (wanted - sums / much.clamp_min(1e-6)) * (much > 1)).clamp(-1, 1)
@@ -49,9 +49,7 @@ def frames(
         claim = domain.truth and domain.truth.claim(prompt)
         editors = {"do nothing": lambda w, strength: g.synthesis(w)}
         if claim:
-            editors["composite"] = lambda w, strength, claim=claim: recolour(
-                domain.truth, g.synthesis(w), claim
-            )
+            editors["composite"] = lambda w, strength, to=claim: recolour(domain.truth, g.synthesis(w), to)
         for method, edit in editors.items():
             for seed in seeds:
                 measured = over_strengths(domain, prompt, edit, domain.latents(n, "test", seed), [1.0])

@@ -78,11 +78,8 @@ def typed(
     source = metrics.Pictures(domain, domain.generator.synthesis(w))
     for sentence in sentences:
         edit = metrics.Edit(domain, sentence, source, domain.edit(w, sentence, mapper, strength))
-        line = {
-            "sentence": sentence,
-            "claim": "",
-            "identity": float(metrics.identity(edit)["identity"].mean()),
-        }
+        same = float(metrics.identity(edit)["identity"].mean())
+        line = {"sentence": sentence, "claim": "", "identity": same}
         done = domain.truth.done(sentence, edit.before.seen, edit.after.seen)
         for claim, hits in done.items():
             judged = hits[~np.isnan(hits)]

@@ -10,19 +10,8 @@ from torch import Tensor
 
 from cfclip.baselines.editor import Editor
 from cfclip.domain import Claim, Domain
+from cfclip.evaluation import metrics
 from cfclip.evaluation.kid import kid_to_renders
-from cfclip.evaluation.metrics import (
-    Columns,
-    Edit,
-    Pictures,
-    distances,
-    edits,
-    evaluate,
-    identity,
-    leakage_by_part,
-    perceptual,
-    rows,
-)
 from cfclip.inversion.projector import encode
 from cfclip.models.stylegan2 import max_batch
 
@@ -49,26 +38,27 @@ class TrueEdits:
     @cached_property
     def floor(self) -> np.ndarray:
         """Perceptual distance of the inverted renders G(w) to the renders [N]: the cost of inversion."""
-        return distances(self.domain, self.domain.pictures(self.w), self.renders)[1]
+        return metrics.distances(self.domain, self.domain.pictures(self.w), self.renders)[1]
 
-    def columns(self, editor: Editor, strength: float) -> Columns:
+    def columns(self, editor: Editor, strength: float) -> metrics.Columns:
         """Measurements of the edited inversions; ``truth_distance`` is to the true counterfactual."""
         (part, colour), parts = self.claim, self.w.split(max_batch(self.domain.generator))
-        edited = Pictures(self.domain, torch.cat([editor.edit(w, strength) for w in parts]))
+        edited = metrics.Pictures(self.domain, torch.cat([editor.edit(w, strength) for w in parts]))
         return {
-            "truth_distance": distances(self.domain, edited.images, self.wanted)[1],
+            "truth_distance": metrics.distances(self.domain, edited.images, self.wanted)[1],
             "truth_floor": self.floor,
             "success_inverted": np.array([name == colour for name in edited.seen.colour(part)], dtype=float),
         }
 
 
-def round_trip(editor: Editor, w: Tensor, strength: float, source: Pictures) -> Columns:
+def round_trip(editor: Editor, w: Tensor, strength: float, source: metrics.Pictures) -> metrics.Columns:
     """Identity and distance to the source after the edit and its reverse; {} if it cannot be reversed."""
     parts = [editor.round_trip(part, strength) for part in w.split(max_batch(editor.domain.generator))]
     if parts[0] is None:
         return {}
-    back = Edit(editor.domain, editor.config.prompt, source, torch.cat(parts))
-    return {f"round_trip_{name}": values for name, values in (identity(back) | perceptual(back)).items()}
+    back = metrics.Edit(editor.domain, editor.config.prompt, source, torch.cat(parts))
+    scores = metrics.identity(back) | metrics.perceptual(back)
+    return {f"round_trip_{name}": values for name, values in scores.items()}
 
 
 def measure(
@@ -83,12 +73,12 @@ def measure(
     """
     domain, prompt, lines = editor.domain, editor.config.prompt, []
     true_edits = TrueEdits.of(domain, prompt, len(w))
-    for strength, edit in edits(domain, prompt, editor.edit, w, strengths):
-        columns = evaluate(edit)
-        columns |= {f"leakage_{part}": values for part, values in leakage_by_part(edit).items()}
+    for strength, edit in metrics.edits(domain, prompt, editor.edit, w, strengths):
+        columns = metrics.evaluate(edit)
+        columns |= {f"leakage_{part}": values for part, values in metrics.leakage_by_part(edit).items()}
         if whole is None or strength in whole:
             columns |= {name: np.full(len(w), value) for name, value in kid_to_renders(edit).items()}
             columns |= round_trip(editor, w, strength, edit.before)
             columns |= true_edits.columns(editor, strength) if true_edits else {}
-        lines += rows(columns, strength=strength)
+        lines += metrics.rows(columns, strength=strength)
     return lines

@@ -1,4 +1,4 @@
-"""Metrics of an edit: a registry of functions from an :class:`Edit` to columns with one number per picture.
+"""Metrics of an edit: functions from an :class:`Edit` to columns with one number per picture.
 
 N pictures, P parts of a picture, E the width of CLIP features.
 """
@@ -20,6 +20,8 @@ from cfclip.models.stylegan2 import max_batch
 
 Columns = dict[str, np.ndarray]
 """Name of a column -> its values [N]."""
+Draw = Callable[[Tensor, float], Tensor]
+"""(w [N, L, D], strength) -> pictures [N, 3, R, R], e.g. an editor's ``edit``."""
 METRIC_DIRECTIONS: dict[str, str] = {
     "area": "↑",
     "clean": "↑",
@@ -47,25 +49,10 @@ METRIC_DIRECTIONS: dict[str, str] = {
 PERCENT = ("area", "clean", "success_before", "success_after", "success_inverted")
 """Columns that are shares of pictures, or a mean of such shares (:func:`.tables.area`)."""
 MAIN = (
-    "prompt",
-    "group",
-    "n",
-    "n_with_part",
-    *PERCENT,
-    "progress",
-    "leakage",
-    "clip_before",
-    "clip_after",
-    "heldout_clip_after",
-    "clip_direction",
-    "heldout_direction",
-    "identity",
-    "lpips_alex",
-    "lpips_readout",
-    "kid_counterfactual",
-    "truth_distance",
-    "round_trip_identity",
-)
+    "prompt", "group", "n", "n_with_part", *PERCENT, "progress", "leakage",
+    "clip_before", "clip_after", "heldout_clip_after", "clip_direction", "heldout_direction",
+    "identity", "lpips_alex", "lpips_readout", "kid_counterfactual", "truth_distance", "round_trip_identity",
+)  # fmt: skip
 """The columns of a report's page, in order; its files have all columns."""
 CLEAN_IDENTITY, CLEAN_LEAKAGE = 0.85, 0.25
 """A clean success keeps this identity and leaks this much at most: a quarter of the way to another person.
@@ -138,9 +125,8 @@ class Edit:
 
     def __init__(self, domain: Domain, prompt: str, source: Tensor | Pictures, edited: Tensor | Pictures):
         self.domain, self.prompt = domain, prompt
-        self.before, self.after = (
-            one if isinstance(one, Pictures) else Pictures(domain, one) for one in (source, edited)
-        )
+        self.before = source if isinstance(source, Pictures) else Pictures(domain, source)
+        self.after = edited if isinstance(edited, Pictures) else Pictures(domain, edited)
 
     @cached_property
     def moved(self) -> np.ndarray:
@@ -149,61 +135,40 @@ class Edit:
         return np.concatenate([values / unit for values, unit in zip(moved, spread, strict=True)], 1)
 
 
-METRICS: dict[str, Callable[[Edit], Columns]] = {}
-"""Name -> function; it returns {} where it does not apply."""
+def _clip_scores(guide: ClipGuide, edit: Edit, before: Tensor, after: Tensor) -> list[np.ndarray]:
+    """``100 cos(image, text)`` before and after, and the directional score; 0 for a null edit.
 
-
-def metric(function: Callable[[Edit], Columns]) -> Callable[[Edit], Columns]:
-    """Register a metric under its function's name."""
-    METRICS[function.__name__] = function
-    return function
-
-
-def _clip_score(guide: ClipGuide, prompt: str, feature: Tensor) -> np.ndarray:
-    text = F.normalize(guide.template_features(prompt).mean(0), dim=-1)
-    return (100 * feature @ text).cpu().numpy()
-
-
-def _clip_direction(guide: ClipGuide, edit: Edit, before: Tensor, after: Tensor) -> np.ndarray:
+    text: the mean of the prompt's unit template features. Directional: ``100 cos(edited - source image,
+    target - source text)``.
+    """
     target, source = guide.template_features(edit.prompt), guide.template_features(edit.domain.source_text)
-    return (100 * F.cosine_similarity(after - before, (target - source).mean(0)[None])).cpu().numpy()
+    text = F.normalize(target.mean(0), dim=-1)
+    moved = F.cosine_similarity(after - before, (target - source).mean(0)[None])
+    return [score.cpu().numpy() for score in (100 * before @ text, 100 * after @ text, 100 * moved)]
 
 
-@metric
-def clip_score(edit: Edit) -> Columns:
-    """``100 cos(image, text)`` before and after; text: the mean of the prompt's unit template features."""
-    return {
-        f"clip_{when}": _clip_score(edit.domain.clip, edit.prompt, pictures.clip)
-        for when, pictures in (("before", edit.before), ("after", edit.after))
-    }
+def clip(edit: Edit) -> Columns:
+    """The scores of :func:`_clip_scores` by the first guide."""
+    names = ("clip_before", "clip_after", "clip_direction")
+    scores = _clip_scores(edit.domain.clip, edit, edit.before.clip, edit.after.clip)
+    return dict(zip(names, scores, strict=True))
 
 
-@metric
-def clip_direction(edit: Edit) -> Columns:
-    """Directional CLIP score, ``100 cos(edited - source image, target - source text)``; 0 for a null edit."""
-    return {"clip_direction": _clip_direction(edit.domain.clip, edit, edit.before.clip, edit.after.clip)}
-
-
-@metric
 def heldout_clip(edit: Edit) -> Columns:
-    """The same three scores by the held-out CLIP, because those of the CLIP that was optimised are biased."""
+    """The same three by the held-out CLIP, because those of the CLIP that was optimised are biased."""
     if (guide := edit.domain.heldout_clip) is None:
         return {}
-    before, after = edit.before.heldout_clip, edit.after.heldout_clip
-    return {
-        "heldout_clip_before": _clip_score(guide, edit.prompt, before),
-        "heldout_clip_after": _clip_score(guide, edit.prompt, after),
-        "heldout_direction": _clip_direction(guide, edit, before, after),
-    }
+    names = ("heldout_clip_before", "heldout_clip_after", "heldout_direction")
+    scores = _clip_scores(guide, edit, edit.before.heldout_clip, edit.after.heldout_clip)
+    return dict(zip(names, scores, strict=True))
 
 
 def judged_direction(edit: Edit) -> np.ndarray:
     """The directional score [N] in [-1, 1] by the held-out CLIP; by the first guide where there is none."""
-    columns = heldout_clip(edit) or clip_direction(edit)
-    return columns.get("heldout_direction", columns.get("clip_direction")) / 100
+    *_, direction = (heldout_clip(edit) or clip(edit)).values()
+    return direction / 100
 
 
-@metric
 def identity(edit: Edit) -> Columns:
     """Cosine of the identity features of source and edit, in [-1, 1]; 1 for the same person."""
     if edit.domain.identity is None:
@@ -220,14 +185,12 @@ def distances(domain: Domain, a: Tensor, b: Tensor) -> tuple[str, np.ndarray] | 
     return distance.name, torch.cat([distance.between(x, y) for x, y in batches]).cpu().numpy()
 
 
-@metric
 def perceptual(edit: Edit) -> Columns:
     """Perceptual distance of edit and source; the column's name says which distance it is."""
     named = distances(edit.domain, edit.before.images, edit.after.images)
     return {} if named is None else dict([named])
 
 
-@metric
 def ground_truth(edit: Edit) -> Columns:
     """Success, progress and leakage, if the prompt names the colour of a part or is a null edit.
 
@@ -254,9 +217,7 @@ def ground_truth(edit: Edit) -> Columns:
 def _towards(before: Measurement, after: Measurement, claim: Claim) -> Columns:
     """Success before and after, and progress, see :func:`ground_truth`."""
     (part, colour), has = claim, before.has(claim[0])
-    first, last = (
-        np.array([name == colour for name in seen.colour(part)], dtype=float) for seen in (before, after)
-    )
+    first, last = (np.array([one == colour for one in seen.colour(part)], float) for seen in (before, after))
     was, is_now = before.distance(part, colour), after.distance(part, colour)
     away = has & (first == 0) & ~np.isnan(was)  # and then it is not at the colour itself: was > 0
     progress = np.full(len(has), np.nan)
@@ -268,7 +229,6 @@ def _towards(before: Measurement, after: Measurement, claim: Claim) -> Columns:
     }
 
 
-@metric
 def clean(edit: Edit) -> Columns:
     """1 where success, identity and leakage are good on the same face, else 0; NaN where success is.
 
@@ -277,10 +237,15 @@ def clean(edit: Edit) -> Columns:
     scores = ground_truth(edit) | identity(edit)
     if not {"success_after", "identity"} <= scores.keys():
         return {}
-    success, kept = scores["success_after"], scores["identity"] >= CLEAN_IDENTITY
-    return {
-        "clean": np.where(np.isnan(success), np.nan, success * (kept & (scores["leakage"] <= CLEAN_LEAKAGE)))
-    }
+    success = scores["success_after"]
+    good = (scores["identity"] >= CLEAN_IDENTITY) & (scores["leakage"] <= CLEAN_LEAKAGE)
+    return {"clean": np.where(np.isnan(success), np.nan, success * good)}
+
+
+METRICS: dict[str, Callable[[Edit], Columns]] = {
+    one.__name__: one for one in (clip, heldout_clip, identity, perceptual, ground_truth, clean)
+}
+"""Name -> function; it returns {} where it does not apply."""
 
 
 def leakage_by_part(edit: Edit) -> Columns:
@@ -302,18 +267,18 @@ def movement(before: Measurement, after: Measurement) -> tuple[np.ndarray, np.nd
 
 
 @lru_cache(maxsize=4)
-def natural_spread(truth: GroundTruth, n: int = 256) -> tuple[np.ndarray, np.ndarray]:
+def natural_spread(truth: GroundTruth) -> tuple[np.ndarray, np.ndarray]:
     """Median :func:`movement` between two random natural renders, per part: colours [P], shapes [P].
 
     That of a colour is at least :data:`LEAST_SPREAD`.
     """
-    images = truth.renders(2 * n)
-    colour, shape = movement(truth.measure(images[:n]), truth.measure(images[n:]))
+    images = truth.renders(512)
+    colour, shape = movement(truth.measure(images[:256]), truth.measure(images[256:]))
     return np.fmax(np.nanmedian(colour, 0), LEAST_SPREAD), np.nanmedian(shape, 0)
 
 
 def evaluate(edit: Edit) -> Columns:
-    """Every registered metric of ``edit``: column -> [N]."""
+    """All :data:`METRICS` of ``edit``: column -> [N]."""
     columns: Columns = {}
     for function in METRICS.values():
         columns |= function(edit)
@@ -321,16 +286,9 @@ def evaluate(edit: Edit) -> Columns:
 
 
 def edits(
-    domain: Domain,
-    prompt: str,
-    edit: Callable[[Tensor, float], Tensor],
-    w: Tensor,
-    strengths: Sequence[float],
+    domain: Domain, prompt: str, edit: Draw, w: Tensor, strengths: Sequence[float]
 ) -> Iterator[tuple[float, Edit]]:
-    """(strength, edit) for each strength; the features of the sources are computed once.
-
-    edit: (w [N, L, D], strength) -> pictures [N, 3, R, R], e.g. an editor's ``edit``.
-    """
+    """(strength, edit) for each strength; the features of the sources are computed once."""
     most, source = max_batch(domain.generator), Pictures(domain, domain.pictures(w))
     group = max(1, TOGETHER * most // len(w))
     for some in (strengths[i : i + group] for i in range(0, len(strengths), group)):
@@ -349,11 +307,7 @@ def rows(columns: Mapping[str, np.ndarray], **labels: Any) -> list[dict]:
 
 
 def over_strengths(
-    domain: Domain,
-    prompt: str,
-    edit: Callable[[Tensor, float], Tensor],
-    w: Tensor,
-    strengths: Sequence[float],
+    domain: Domain, prompt: str, edit: Draw, w: Tensor, strengths: Sequence[float]
 ) -> list[dict]:
     """:func:`evaluate` at each strength, one row per strength and picture; arguments as for :func:`edits`.
 

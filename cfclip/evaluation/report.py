@@ -22,15 +22,8 @@ from cfclip.evaluation.versions import machine, versions
 from cfclip.files import ROOT, writable, write_csv, write_rows, write_text
 
 HEADLINE = (
-    "prompt",
-    "n",
-    "n_with_part",
-    "success_before",
-    "success_after",
-    "progress",
-    "leakage",
-    "identity",
-)
+    "prompt", "n", "n_with_part", "success_before", "success_after", "progress", "leakage", "identity",
+)  # fmt: skip
 """The columns of the first table of 04_evaluation."""
 SHARES = ("kept", "done", "predicted")
 """Columns that are shares of few pictures, as success is."""
@@ -83,10 +76,8 @@ def other_pages(folder: Path) -> str:
     """A block of :func:`page`: links to the other pages of results in ``folder``, by their titles."""
     found = sorted({*folder.glob("*.md"), *folder.glob("*/README.md")} - {folder / "README.md"})
     lines = [path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ") for path in found]
-    links = [
-        f"- [{title}]({path.relative_to(folder).as_posix()})"
-        for title, path in zip(lines, found, strict=True)
-    ]
+    paths = [path.relative_to(folder).as_posix() for path in found]
+    links = [f"- [{title}]({path})" for title, path in zip(lines, paths, strict=True)]
     return "\n".join(["## Other pages", "", *links]) if links else ""
 
 
@@ -98,32 +89,6 @@ def commit() -> str:
     return subprocess.run(described, capture_output=True, text=True, encoding="utf-8").stdout.strip()
 
 
-def evaluation_page(folder: Path, summary: pd.DataFrame, drawn: Iterable[str], note: str, how: str) -> str:
-    """``reports/README.md``: the figures first, success and leakage, then every number.
-
-    summary: a line per prompt; drawn: the figures that are in ``folder``; note: what the numbers are over;
-    how: what they were made with.
-    """
-    main = [name for name in MAIN if name in summary and name != "group"]
-    return page(
-        "Results",
-        "What CF-CLIP does on faces that no training saw, written by `make reproduce`.",
-        pictures([name for name in drawn if name == "grid"], pdf=False),
-        "## Success and leakage",
-        markdown(summary[[name for name in HEADLINE if name in summary]], note),
-        "## More strength, and where it leaks",
-        pictures([name for name in drawn if name not in ("grid", "distributions")], pdf=False),
-        "## Every number",
-        markdown(summary[main], across="prompt"),
-        pictures([name for name in drawn if name == "distributions"], pdf=False),
-        "What the rows mean: [04_evaluation](../notebooks/04_evaluation.ipynb). `table.csv` has a line per "
-        "face, `strengths.csv` one per strength, `metrics.jsonl` the means with all digits.",
-        "## How it was made",
-        how,
-        other_pages(folder),
-    )
-
-
 def write_evaluation(
     folder: str | os.PathLike,
     curves: pd.DataFrame,
@@ -132,14 +97,33 @@ def write_evaluation(
     note: str,
     drawn: Mapping[str, Figure | None],
 ) -> Path:
-    """The tables, figures and the page of 04_evaluation.
+    """The tables, figures and the page of 04_evaluation: the figures first, then every number.
 
-    curves: a row per face and strength; table: those at one strength; summary: their means.
+    curves: a row per face and strength; table: those at one strength; summary: their means, a line per
+    prompt; note: what the numbers are over.
     """
     folder, figures = writable(folder), {name: figure for name, figure in drawn.items() if figure}
     by_strength = means(curves, by=["prompt", "group", "strength"]).drop(columns="n")
-    text = evaluation_page(
-        folder, summary, figures, note, f"`make reproduce` at commit {commit()} on {machine()}: {made_with()}"
+
+    def shown(*names: str) -> str:
+        return pictures([name for name in names if name in figures], pdf=False)
+
+    text = page(
+        "Results",
+        "What CF-CLIP does on faces that no training saw, written by `make reproduce`.",
+        shown("grid"),
+        "## Success and leakage",
+        markdown(summary[[name for name in HEADLINE if name in summary]], note),
+        "## More strength, and where it leaks",
+        shown("strength", "leakage"),
+        "## Every number",
+        markdown(summary[[name for name in MAIN if name in summary and name != "group"]], across="prompt"),
+        shown("distributions"),
+        "What the rows mean: [04_evaluation](../notebooks/04_evaluation.ipynb). `table.csv` has a line per "
+        "face, `strengths.csv` one per strength, `metrics.jsonl` the means with all digits.",
+        "## How it was made",
+        f"`make reproduce` at commit {commit()} on {machine()}: {made_with()}",
+        other_pages(folder),
     )
     files = {"table.csv": table, "metrics.jsonl": summary, "strengths.csv": by_strength, "README.md": text}
     return write(folder, files | {f"{name}.png": figure for name, figure in figures.items()})
@@ -185,10 +169,10 @@ def read(path: Path) -> pd.DataFrame:
     if not path.exists():
         return pd.DataFrame()
     table = pd.read_csv(path)
-    orders = {"method": [*METHODS, *ROWS, *FRAMES], "group": GROUPS}
-    return table.assign(**{
-        name: ordered(table[name], order) for name, order in orders.items() if name in table
-    })
+    for name, order in {"method": [*METHODS, *ROWS, *FRAMES], "group": GROUPS}.items():
+        if name in table:
+            table[name] = ordered(table[name], order)
+    return table
 
 
 def made_with() -> str:

@@ -12,15 +12,15 @@ import pandas as pd
 from scipy import stats
 
 
-def half_width(values: Sequence[float], confidence: float = 0.95) -> float:
-    """Half of Student's t interval of the mean of k values: ``t_{(1 + confidence) / 2, k - 1} s / sqrt(k)``.
+def half_width(values: Sequence[float]) -> float:
+    """Half of Student's 95 % interval of the mean of k values: ``t_{0.975, k - 1} s / sqrt(k)``.
 
     NaN for fewer than two values: one training says nothing about the spread of trainings.
     """
     k = len(values)
     if k < 2:
         return float("nan")
-    return float(stats.t.ppf((1 + confidence) / 2, k - 1) * np.std(values, ddof=1) / np.sqrt(k))
+    return float(stats.t.ppf(0.975, k - 1) * np.std(values, ddof=1) / np.sqrt(k))
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -121,9 +121,8 @@ def crossed(table: pd.DataFrame) -> Crossed:
         prompts * ((by_seed - mean) ** 2).sum() / (seeds - 1),
         (rest**2).sum() / ((prompts - 1) * (seeds - 1)),
     ])
-    parts = np.maximum(
-        [(squares[0] - squares[2]) / seeds, (squares[1] - squares[2]) / prompts, squares[2]], 0
-    )
+    beyond = squares - squares[2] * np.array([1, 1, 0])
+    parts = np.maximum(beyond / [seeds, prompts, 1], 0)
     return Crossed(float(mean), *_error(squares, prompts, seeds), Spread(*np.sqrt(parts)), prompts, seeds)
 
 
@@ -173,7 +172,6 @@ def plan(
         for seeds in range(2, most[1] + 1):
             least = min(power(one, prompts, seeds, difference, level) for one in pilots)
             if least >= wanted:
-                row = {"prompts": prompts, "seeds": seeds, "trainings": prompts * seeds, "power": least}
-                rows.append(row)
+                rows.append((prompts, seeds, prompts * seeds, least))
                 break
     return pd.DataFrame(rows, columns=["prompts", "seeds", "trainings", "power"])

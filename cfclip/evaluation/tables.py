@@ -123,18 +123,11 @@ def wide(long: pd.DataFrame, rows: Sequence[str], across: str = "metric") -> pd.
     return table.rename_axis(columns=None).reset_index()
 
 
-def whole_curve(training: pd.DataFrame, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
-    """(x, y) of one training over growing strength, from strength 0: the source itself.
-
-    There identity is 1, and ``<metric>_after`` is ``<metric>_before``.
-    """
+def whole_curve(training: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """(identity, success) of one training over growing strength, from strength 0: the source itself."""
     curve = training[training.strength > 0].sort_values("strength")
-    start = [1.0 if name == "identity" else training[_before(name)].iloc[0] for name in (x, y)]
-    return tuple(np.concatenate([[zero], curve[name]]) for name, zero in zip((x, y), start, strict=True))
-
-
-def _before(metric: str) -> str:
-    return metric.replace("_after", "_before")
+    success = np.concatenate([training.success_before.iloc[:1], curve.success_after])
+    return np.concatenate([[1.0], curve.identity]), success
 
 
 def best_where(x: np.ndarray, y: np.ndarray, at: float) -> float:
@@ -145,7 +138,7 @@ def best_where(x: np.ndarray, y: np.ndarray, at: float) -> float:
     return float(max(values)) if values else float("nan")
 
 
-def area(identity: np.ndarray, success: np.ndarray, lowest: float = LOWEST_IDENTITY) -> float:
+def area(identity: np.ndarray, success: np.ndarray) -> float:
     """The headline: the area under *success over identity*, of one training.
 
     ``1 / (1 - lowest)  integral from lowest to 1 of S(i) di``, where S(i) is the most success at any
@@ -157,6 +150,7 @@ def area(identity: np.ndarray, success: np.ndarray, lowest: float = LOWEST_IDENT
     (identity 1): [K], see :func:`whole_curve`. Between two strengths the curve is a line; beyond the
     largest, S stays.
     """
+    lowest = LOWEST_IDENTITY
     kinks = identity[(identity > lowest) & (identity < 1)]
     at = np.unique([*np.linspace(lowest, 1, 41), *kinks, *(kinks + 1e-9).clip(max=1)])
     return float(np.trapezoid([best_where(identity, success, i) for i in at], at) / (1 - lowest))
@@ -180,7 +174,7 @@ def headline(each: pd.DataFrame) -> pd.DataFrame:
     for _, training in each.groupby(KEYS[:-1], observed=True):
         scores, curve = {"area": np.nan, "open": np.nan}, ("identity", "success_after")
         if set(curve) <= set(each) and training[[*curve]].notna().all(axis=None):
-            identity, success = whole_curve(training, *curve)
+            identity, success = whole_curve(training)
             larger = identity[-1] > LOWEST_IDENTITY and success.max() < 1
             scores = {"area": area(identity, success), "open": float(larger)}
         rows.append(_at_best(training) | scores)
@@ -207,10 +201,8 @@ def differences(best: pd.DataFrame, ours: str, other: str, column: str = "area")
     """
     if column not in columns_of(best):
         return pd.DataFrame()
-    a, b = (
-        best[best.method == name].pivot(index="prompt", columns="seed", values=column)
-        for name in (ours, other)
-    )
+    by_seed = {"index": "prompt", "columns": "seed", "values": column}
+    a, b = (best[best.method == name].pivot(**by_seed) for name in (ours, other))
     return (a - b).dropna(how="all").dropna(how="all", axis=1)
 
 
@@ -242,9 +234,8 @@ def headline_table(best: pd.DataFrame) -> pd.DataFrame:
     shown = [*KEYS[:4], *(name for name in HEADLINE if name in best)]
     table = wide(over_seeds(best[shown]), by).set_index(by)
     rank = best.groupby(by, observed=True)
-    table["open %"] = [
-        plus_minus(100 * share, np.nan, form=".0f") for share in rank.open.mean().reindex(table.index)
-    ]
+    is_open = rank.open.mean().reindex(table.index)
+    table["open %"] = [plus_minus(100 * share, np.nan, form=".0f") for share in is_open]
     order = rank.area.mean().reindex(table.index).fillna(-1).reset_index()
     order = order.sort_values(["group", "area"], ascending=[True, False], kind="stable")
     return table.loc[pd.MultiIndex.from_frame(order[by])].reset_index()

@@ -73,9 +73,8 @@ def cluster_executor(scheduler: str) -> Iterator[Executor]:
     try:
         client = Client(scheduler, timeout=30)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"no dask scheduler answers at {scheduler} ({error}): start one with `dask scheduler`"
-        ) from None
+        start = "start one with `dask scheduler`"
+        raise ValueError(f"no dask scheduler answers at {scheduler} ({error}): {start}") from None
     with client:
         workers = client.scheduler_info(n_workers=-1)["workers"].values()
         offered = int(sum(worker["resources"].get("run", 0) for worker in workers))

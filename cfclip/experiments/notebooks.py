@@ -5,26 +5,19 @@ import base64
 import io
 import re
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
 from PIL import Image
 
 from cfclip.experiments.runs import notebook_hash, run_notebook
-from cfclip.experiments.spec import find_notebook
-from cfclip.files import NOTEBOOKS, write_text
+from cfclip.files import write_text
 
 EXECUTED = "executed"
 """The key of a notebook's metadata that holds the hash of the code its outputs are of."""
 WIDGET = "application/vnd.jupyter.widget-view+json"
 LINK = re.compile(r"\[`(?P<name>[\w.]+)`\]\((?P<path>[\w./]+\.py)(?:#L\d+)?\)")
 """A link of a Markdown text to a thing in a file of code: [`Class.method`](../file.py#L12)."""
-
-
-def find(names: Sequence[str] = ()) -> list[Path]:
-    """These notebooks, or all of ``notebooks/``. ValueError for one that does not exist."""
-    return [find_notebook(name) for name in names] or sorted(NOTEBOOKS.glob("*.ipynb"))
 
 
 def execute(path: Path) -> Path:
@@ -45,11 +38,8 @@ def clean(book: nbformat.NotebookNode) -> None:
         cell.metadata = nbformat.from_dict({"tags": tags} if (tags := cell.metadata.get("tags")) else {})
         if cell.cell_type != "code":
             continue
-        cell.outputs = [
-            output
-            for output in cell.outputs
-            if output.get("name") != "stderr" and WIDGET not in output.get("data", {})
-        ]
+        shown = [one for one in cell.outputs if one.get("name") != "stderr"]
+        cell.outputs = [one for one in shown if WIDGET not in one.get("data", {})]
         for output in cell.outputs:
             if "image/png" in output.get("data", {}):
                 output.data["image/png"] = _smaller(output.data["image/png"])
@@ -59,10 +49,8 @@ def clean(book: nbformat.NotebookNode) -> None:
 def _smaller(picture: str) -> str:
     """A PNG in base64 with 64 levels a channel, at most 2 of 255 away: half the size, and no eye sees it."""
     image = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")
-    file = io.BytesIO()
-    image.point([round(round(value / 255 * 63) * 255 / 63) for value in range(256)] * 3).save(
-        file, "PNG", optimize=True
-    )
+    file, levels = io.BytesIO(), [round(round(value / 255 * 63) * 255 / 63) for value in range(256)]
+    image.point(levels * 3).save(file, "PNG", optimize=True)
     return min(picture, base64.b64encode(file.getvalue()).decode(), key=len)
 
 

@@ -103,24 +103,16 @@ def train(runs: Sequence[Run], out: str, most: int | None = None) -> Outcome:
             return Outcome("finished")  # the notebooks do the rest, or say why they do not
         where = {name: runs[0].parameters.get(name) for name in ("domain", "device", "label")}
         given = {"jobs": [asdict(job) for job in jobs], "most": most} | where
-        process = subprocess.Popen(
-            COMMAND,
-            env=os.environ | KERNEL_ENVIRONMENT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-        try:
-            with suppress(BrokenPipeError):
-                process.stdin.write(json.dumps(given).encode() + b"\n")
-                process.stdin.flush()  # and stays open: its end is the end of this process
-            errors = process.stderr.read().decode(errors="replace")
-            code = process.wait()
-        finally:
-            process.kill()
-            process.wait()
-            process.stdin.close()
-            process.stderr.close()
+        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        with subprocess.Popen(COMMAND, env=os.environ | KERNEL_ENVIRONMENT, **streams) as process:
+            try:
+                with suppress(BrokenPipeError):
+                    process.stdin.write(json.dumps(given).encode() + b"\n")
+                    process.stdin.flush()  # and stays open: its end is the end of this process
+                errors = process.stderr.read().decode(errors="replace")
+                code = process.wait()
+            finally:
+                process.kill()
     if code:
         logger.warning("a pack of %d trainings failed, they are done one by one:\n%s", len(jobs), errors)
     return Outcome("failed", f"ended with {code}") if code else Outcome("finished")

@@ -46,41 +46,28 @@ def point(value: Any) -> str | None:
     return None if fine else "[x, y]"
 
 
-count = int_at_least(1)
 CHECKS: dict[str, Check] = {
     "domain": one_of(DOMAINS),
-    "device": text,
     "label": int_at_least(0, optional=True),
-    "method": text,
-    "prompt": text,
-    "prompts": list_of(text, "texts"),
-    "sentences": list_of(text, "texts"),
     "settings": mapping,
-    "compared": list_of(text, "texts"),
-    "snapshots": list_of(int_at_least(0), "whole numbers from 0, at least one", 1),
     "refine": settings_of_methods,
-    "rows": list_of(text, "texts"),
     "seed": seed_number,
     "seeds": list_of(seed_number, "whole numbers from 0, at least one", 1),
-    "n": count,
-    "preview": count,
-    "faces": count,
+    "snapshots": list_of(int_at_least(0), "whole numbers from 0, at least one", 1),
     "ceiling": int_at_least(0),
     "strength": finite,
     "strengths": list_of(finite, "finite numbers, at least one", 1),
-    "photo": any_text,
     "points": list_of(point, "five points [x, y]"),
     "detect": flag,
     "encoder": flag,
     "space": one_of(SPACES),
-    "inversion_steps": count,
-    "photo_steps": count,
     "w_centre": number(),
-    "curve_steps": list_of(count, "whole numbers from 1, at least one", 1),
+    "curve_steps": list_of(int_at_least(1), "whole numbers from 1, at least one", 1),
     "curve_centres": list_of(number(), "finite numbers from 0, at least one", 1),
-    "pictures": list_of(text, "texts"),
-    "command": any_text,
-    **dict.fromkeys(("out", "runs", "reports", "routes"), any_text),
+    **dict.fromkeys(("n", "preview", "faces", "inversion_steps", "photo_steps"), int_at_least(1)),
+    **dict.fromkeys(("device", "method", "prompt"), text),
+    **dict.fromkeys(("prompts", "sentences", "compared", "rows", "pictures"), list_of(text, "texts")),
+    **dict.fromkeys(("photo", "command", "out", "runs", "reports", "routes"), any_text),
 }
 """What these parameters must be in every notebook of cfclip that has them."""
 
@@ -107,9 +94,8 @@ def check_parameters(**values: Any) -> None:
 def injected() -> list[str]:
     """The names that papermill set in this kernel; none anywhere else."""
     shell = get_ipython()
-    cells = [
-        cell for cell in (shell.user_ns.get("In", []) if shell else []) if cell.startswith("# Parameters\n")
-    ]
+    executed = shell.user_ns.get("In", []) if shell else []
+    cells = [cell for cell in executed if cell.startswith("# Parameters\n")]
     assigned = [node for cell in cells for node in ast.parse(cell).body if isinstance(node, ast.Assign)]
     return [node.targets[0].id for node in assigned]
 

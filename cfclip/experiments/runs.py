@@ -43,11 +43,9 @@ KERNEL_ENVIRONMENT = {
 }
 OUTPUT_PARAMS = ("out", "runs", "reports")
 """Parameters that the sweep sets; they are not part of a run's content."""
-_PRESENTATION = tuple(
-    f"evaluation/{name}.py"
-    for name in ("claims", "explain", "figures", "frames", "report", "stats", "tables", "versions")
-)
-NOT_HASHED = ("cli.py", "bench/", "experiments/", "explorer/", *_PRESENTATION)
+_PRESENTATION = ("claims", "explain", "figures", "frames", "report", "stats", "tables", "versions")
+NOT_HASHED = ("cli.py", "bench/", "experiments/", "explorer/")
+NOT_HASHED += tuple(f"evaluation/{name}.py" for name in _PRESENTATION)
 """Code of the package that no run's numbers depend on: to change it makes no run outdated."""
 
 
@@ -77,9 +75,9 @@ def notebook_hash(notebook: Path) -> str:
 
 def code_hash(ignored: tuple[str, ...] = NOT_HASHED) -> str:
     """Of the installed package, without the files and folders ``ignored``."""
-    files = {p.relative_to(PACKAGE).as_posix(): p for p in PACKAGE.rglob("*") if p.suffix in (".py", ".json")}
-    hashed = sorted((name, path) for name, path in files.items() if not name.startswith(ignored))
-    return digest([(name, hashlib.sha256(path.read_bytes()).hexdigest()) for name, path in hashed])
+    files = (path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".json"))
+    names = sorted(path.relative_to(PACKAGE).as_posix() for path in files)
+    return digest([(name, sha256(PACKAGE / name)) for name in names if not name.startswith(ignored)])
 
 
 def weights_hash(domain: str, known: dict[str, list]) -> str:
@@ -90,9 +88,7 @@ def weights_hash(domain: str, known: dict[str, list]) -> str:
     files = {path.relative_to(DATA): path for path in found}
     files |= {Path("downloads", one.name): DOWNLOADS / one.name for one in SOURCES if domain in one.domains}
     hashes = []
-    for name, path in sorted(files.items()):
-        if not path.exists():
-            continue
+    for name, path in sorted((name, path) for name, path in files.items() if path.exists()):
         stat = path.stat()
         size_and_time = [stat.st_size, stat.st_mtime_ns]
         match known.get(str(path)):
@@ -206,9 +202,7 @@ def _execute(run: Run, folder: Path, reports: str, kernel: bool) -> Outcome:
     start = time.perf_counter()
     try:
         if (run.content["notebook"], run.content["code"]) != (notebook_hash(run.notebook), code_hash()):
-            raise RuntimeError(
-                "the notebook or the package changed since the sweep began: start the sweep again"
-            )
+            raise RuntimeError("the notebook or the package changed: start the sweep again")
         values = {**run.parameters, "out": str(folder)}
         if run.gathers is not None:
             _link(folder / "runs", run.gathers)

@@ -83,9 +83,8 @@ def _scalars(node: yaml.Node) -> list[yaml.ScalarNode]:
 
 def _there_are(folder: Path, pattern: str) -> str:
     """What an error says of the files that could have been meant."""
-    names = ", ".join(sorted(path.name.removesuffix(".ipynb") for path in folder.glob(pattern)))
-    if names:
-        return f"there are: {names}"
+    if names := sorted(path.name.removesuffix(".ipynb") for path in folder.glob(pattern)):
+        return f"there are: {', '.join(names)}"
     return f"there are none in {folder}: they are in cfclip's repository, so start in its folder"
 
 
@@ -93,9 +92,7 @@ def _read_yaml(path: Path, what: str) -> dict[str, Any]:
     if not path.exists():
         raise ValueError(f"{what} {path} does not exist; {_there_are(NOTEBOOKS / 'presets', '*.yaml')}")
     if path.stat().st_size > MAX_BYTES:
-        raise ValueError(
-            f"{what} {path} is larger than {MAX_BYTES:,} bytes: it is something else, or too much"
-        )
+        raise ValueError(f"{what} {path} is larger than {MAX_BYTES:,} bytes: it is something else")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError:

@@ -94,11 +94,8 @@ def plan(spec: Spec, out: str | os.PathLike = "reports/runs") -> tuple[list[Run]
         given = {key: value for key, value in cell.items() if key != "notebook"}
         parameters = _parameters(notebook, spec, given)
         used.update(parameters)
-        content = {
-            "notebook": notebook_hash(notebook),
-            "code": code,
-            "weights": weights(parameters["domain"]) if "domain" in parameters else "",
-        }
+        loaded = weights(parameters["domain"]) if "domain" in parameters else ""
+        content = {"notebook": notebook_hash(notebook), "code": code, "weights": loaded}
         if gathers is None:
             name = f"{name}-{digest([parameters, content])[:12]}"
         return Run(name, notebook, parameters, content, gathers)
@@ -115,9 +112,8 @@ def plan(spec: Spec, out: str | os.PathLike = "reports/runs") -> tuple[list[Run]
     # a preset serves many notebooks, and each takes what it has
     taken = used.union(OUTPUT_PARAMS, *map(parameters_of, NOTEBOOKS.glob("*.ipynb")))
     if unused := [name for name in spec.preset if name not in taken]:
-        raise ValueError(
-            f"no notebook has a parameter {', '.join(map(repr, unused))} of {spec.name}'s preset"
-        )
+        names = ", ".join(map(repr, unused))
+        raise ValueError(f"no notebook has a parameter {names} of {spec.name}'s preset")
     if known != before and hashes.parent.is_dir():
         write_json(hashes, known)
     return list(grid.values()), then
@@ -204,9 +200,7 @@ def _drive(
                 bar.refresh()  # keeps the clock running
             for future in training.keys() & done:
                 if (outcome := _outcome(future)).status != "finished":
-                    logger.info(
-                        "a pack did not end well (%s): its runs are trained one by one", outcome.error
-                    )
+                    logger.info("a pack failed (%s): its runs are trained one by one", outcome.error)
                 queue.extend((run, False) for run in training.pop(future))
             done = pending.keys() & done
             for future in done:

@@ -6,13 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from example import example
 
 from cfclip.baselines.library import load_editor
 from cfclip.baselines.methods import METHODS
 from cfclip.evaluation import ablation, claims, figures, report, tables
 from cfclip.evaluation.stats import crossed, half_width, plan
 from cfclip.experiments import gather, load_spec, records, sweep
-from cfclip.experiments.example import example
 from cfclip.experiments.spec import cells
 from cfclip.files import NOTEBOOKS
 from cfclip.toonfaces.truth import ToonTruth
@@ -111,7 +111,7 @@ def test_the_null_edit_has_no_success():
     best = tables.headline(each).set_index(["group", "seed"])
     assert best.area["null edit"].isna().all() and best.area["counterfactual"].notna().all()
     assert tables.headline_table(best.reset_index())["area % ↑"].tolist()[1] == "–"
-    figures.curves(each), figures.tradeoff(each)
+    figures.tradeoff(each)
 
 
 def test_success_is_that_of_the_faces_that_have_the_part():
@@ -392,8 +392,7 @@ def test_figures_are_written_and_the_same_twice(tmp_path):
     each = each_of(rows("cfclip"), rows("nada", success=(0.1, 0.2, 0.3)))
     judged = claims.judge(tables.headline(each))
     for folder in ("a", "b"):
-        drawn = {"curves": figures.curves(each), "claims": claims.figure(judged)}
-        drawn["tradeoff"] = figures.tradeoff(each)
+        drawn = {"tradeoff": figures.tradeoff(each), "claims": claims.figure(judged)}
         both = [tables.headline(each).assign(variant=name) for name in tables.VARIANTS[:2]]
         drawn["guides"] = figures.guides_figure(pd.concat(both))
         drawn["search"] = figures.search_figure(searched(*(("nada", {"lr": k}, 0.1 * k) for k in (1, 2))))
