@@ -34,9 +34,8 @@ class Features(NamedTuple):
 
     def of_guides(self, widths: Sequence[int]) -> list["Features"]:
         """Those of each guide, where the vectors of several lie side by side; ``widths``: E of each."""
-        return [
-            Features(*parts) for parts in zip(*(one.split(list(widths), -1) for one in self), strict=True)
-        ]
+        parts = (one.split(list(widths), -1) for one in self)
+        return [Features(*of_one) for of_one in zip(*parts, strict=True)]
 
 
 class Objective(Protocol):
