@@ -28,7 +28,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def objective_or_error(value: Any) -> str | None:
     """The check of an objective."""
     known = ", ".join(f"{one.__name__}()" for one in OBJECTIVES.values())
-    return None if isinstance(value, tuple(OBJECTIVES.values())) else f"one of {known}"
+    return None if isinstance(value, Objective) else f"one of {known}"
 
 
 def weights_or_none(value: Any) -> str | None:
