@@ -5,6 +5,7 @@ from collections import OrderedDict
 import official
 import pytest
 import torch
+from official import assert_same, save
 from safetensors import safe_open
 from safetensors.torch import save_file
 from typer.testing import CliRunner
@@ -34,11 +35,6 @@ KEYS = [
 ]
 WRAPPERS = [(keys, "") for keys in KEYS] + [((), prefix) for prefix in PREFIXES]
 WRAPPERS += [(("state_dict",), "G_ema."), (("params",), "module."), (("a", "b"), "net.")]
-
-
-def save(tree, path):
-    torch.save(tree, path)
-    return path
 
 
 def wrap(state, keys=(), prefix=""):
@@ -77,13 +73,6 @@ def nvidia_state(g: Generator) -> dict:
 
 
 LAYOUTS = {"rosinality": official.rosinality, "nvidia": nvidia_state}
-
-
-def assert_same(loaded, module):
-    ours, theirs = loaded.state_dict(), module.state_dict()
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, rtol=1e-6, atol=1e-6)
 
 
 # ---- any key, any prefix --------------------------------------------------------------------------
