@@ -235,7 +235,8 @@ def _assemble(
             "the file is incomplete"
         )
     if not 0 < len(style) <= MAX_STYLE:
-        raise ValueError(f"it has {f'{len(style)} mapping layers' if style else 'no mapping network'}")
+        depth = f"a mapping network of {len(style)} layers" if style else "no mapping network"
+        raise ValueError(f"it has {depth}")
     _check_constant(const)
     levels = range(len(resolutions))
     layers: dict[str, dict[str, Tensor]] = {}
