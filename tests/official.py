@@ -3,7 +3,9 @@
 import pickle
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -251,3 +253,16 @@ def shared_views(shapes: dict) -> dict:
         else:
             tensors[name] = torch.zeros((), dtype=torch.int64)
     return tensors
+
+
+def save(tree: Any, path: Path, zipped: bool = True) -> Path:
+    torch.save(tree, path, _use_new_zipfile_serialization=zipped)
+    return path
+
+
+def assert_same(a: torch.nn.Module, b: torch.nn.Module) -> None:
+    ours, theirs = a.state_dict(), b.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        message = lambda m, name=name: f"{name}: {m}"  # noqa: E731
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-6, atol=1e-6, msg=message)

@@ -126,7 +126,7 @@ def test_the_step_with_the_perceptual_term_is_the_published_loss(folder):
     d = domains.load_afhq("dog", ("blue dog",), folder)
     config = CFCLIPConfig("blue dog", lambda_id=0.0, lambda_perc=2.0, train_latents=6)
     logs, w, w_edited, x, edited, nce = one_step(MapperTrainer(d, config))
-    perc = perceptual_loss(d.perceptual, edited, x)
+    perc = perceptual_loss(d.perceptual(edited), d.perceptual(x))
     loss = 0.3 * nce + 2 * perc + 0.8 * latent_l2(w_edited, w)
     assert logs["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert logs["perc"] == pytest.approx(perc.item(), rel=1e-5)

@@ -56,10 +56,8 @@ def from_rosinality(state: Mapping[str, Tensor], latent_avg: Tensor | None = Non
         return value[0] if part == "weight" else value.reshape(-1) if part == "bias" else value
 
     depth = len(_indices(r"style\.(\d+)\.weight", flat))
-    style = [
-        (_take(flat, f"style.{i + 1}.weight"), _take(flat, f"style.{i + 1}.bias"), LR_MUL)
-        for i in range(depth)
-    ]
+    layers = [f"style.{i + 1}" for i in range(depth)]
+    style = [(_take(flat, f"{layer}.weight"), _take(flat, f"{layer}.bias"), LR_MUL) for layer in layers]
     if latent_avg is not None:  # [D], or e4e's [L, D] of one repeated row
         check_numbers("mean latent", latent_avg)
         latent_avg = latent_avg.reshape(-1, latent_avg.shape[-1])
@@ -90,9 +88,7 @@ def from_nvidia(network: Any) -> Parts:
     if "synthesis.input" in modules:
         raise ValueError("it is a StyleGAN3 (alias-free) generator: use a StyleGAN2 checkpoint")
     if "synthesis.b4" not in modules or "mapping" not in modules:
-        raise ValueError(
-            "its generator is not a StyleGAN2: it lacks a mapping network or the synthesis block b4"
-        )
+        raise ValueError("its generator is no StyleGAN2: it has no mapping network or no block b4")
     architectures = {_word(module.get("architecture", "skip")) for module in modules.values()}
     _check_architecture(architectures, skips=False)
     classes = max(_number(module.get("c_dim")) or 0 for module in (network, modules["mapping"]))
@@ -239,9 +235,8 @@ def _assemble(
             "the file is incomplete"
         )
     if not 0 < len(style) <= MAX_STYLE:
-        raise ValueError(
-            f"it has a mapping network of {len(style)} layers" if style else "it has no mapping network"
-        )
+        depth = f"a mapping network of {len(style)} layers" if style else "no mapping network"
+        raise ValueError(f"it has {depth}")
     _check_constant(const)
     levels = range(len(resolutions))
     layers: dict[str, dict[str, Tensor]] = {}
@@ -288,9 +283,7 @@ def _assemble(
 
 def _check_architecture(architectures: set, skips: bool) -> None:
     if architectures != {"skip"} or skips:
-        raise ValueError(
-            "it is a StyleGAN2 of another architecture (resnet, orig or config a-d), but only 'skip' works"
-        )
+        raise ValueError("it is a StyleGAN2 of another architecture than 'skip' (resnet, orig, config a-d)")
 
 
 def _check_constant(const: Tensor) -> None:
@@ -373,9 +366,7 @@ def _one_filter(flat: dict[str, Any], names: str, gain: float) -> Tensor | None:
         if other.shape != fir.shape or not torch.equal(other, fir):
             raise ValueError(f"its resampling filters {first} and {key} differ, but one for all is needed")
     if abs(float(fir.double().sum()) - gain) > 0.005 * gain:  # half precision may round it
-        raise ValueError(
-            f"its resampling filter {first} has the sum {float(fir.sum()):g}, but needs {gain:g}"
-        )
+        raise ValueError(f"its filter {first} has the sum {float(fir.sum()):g}, but needs {gain:g}")
     return fir
 
 

@@ -23,9 +23,7 @@ def to_rosinality(g: Generator) -> Written:
     Raises ValueError for a class-conditional generator.
     """
     if g.c_dim:
-        raise ValueError(
-            f"rosinality's layout has no place for {g.c_dim} classes: choose one of them with label (--label)"
-        )
+        raise ValueError(f"rosinality's layout has no place for {g.c_dim} classes: choose one with --label")
     state: dict[str, Tensor] = {}
     for i, layer in enumerate(g.style):
         state |= _named(layer, f"style.{i + 1}.")
@@ -48,9 +46,7 @@ def to_rosinality(g: Generator) -> Written:
         state |= _named(layer.affine, f"{place}.conv.modulation.")
     notes = []
     if g.conv_clamp is not None:
-        notes.append(
-            f"it has no place for the limit of {g.conv_clamp:g} on a layer's output, which is left out"
-        )
+        notes.append(f"it has no place for the limit of {g.conv_clamp:g} on a layer's output")
     widths = [[512] * 4 + [512 * m // 2**i for i in range(1, 6)] for m in (1, 2, 4)]
     if g.z_dim != g.w_dim or list(g.channels) not in [one[: len(g.channels)] for one in widths]:
         sizes = f"z of {g.z_dim}, w of {g.w_dim} and channels {list(g.channels)}"
@@ -88,9 +84,7 @@ def to_nvidia(g: Generator) -> Written:
     if (widths := _nvidia_widths(g)) is not None:
         synthesis |= widths
     else:
-        notes.append(
-            f"no channel_base of NVIDIA's Generator gives the widths {list(g.channels)}: change its code"
-        )
+        notes.append(f"no channel_base of NVIDIA's Generator gives the widths {list(g.channels)}")
     if not torch.equal(g.fir.cpu(), STANDARD_FIR):
         synthesis["resample_filter"] = g.fir.tolist()
     init = {"z_dim": g.z_dim, "c_dim": g.c_dim, "w_dim": g.w_dim, "img_resolution": g.resolution}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
-from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
+from zipfile import ZIP_DEFLATED, ZIP_STORED
 
 import numpy as np
 import torch
@@ -27,9 +27,7 @@ NAMES = ("w", "w_plus", "wplus", "ws", "latent", "latents", "codes", "dlatents",
 MADE_FOR = {2 * level - 2: 2**level for level in range(3, 13)}
 """Layers L of a W+ code -> size of the generator in pixels."""
 
-WANTED = (
-    "latents are needed: a float tensor [N, L, D] (W+) or [N, D] (W), or a list or dict of one code a picture"
-)
+WANTED = "latents are needed: floats [N, L, D] (W+) or [N, D] (W), or a list or dict of one code a picture"
 
 
 def load_latents(path: str | os.PathLike, generator: Generator | None = None) -> Tensor:
@@ -76,14 +74,13 @@ def _open_npz(path: Path) -> dict[str, Tensor]:
             raise ValueError("it is compressed in an unusual way: save it again with numpy.savez")
         arrays = {entry.filename.removesuffix(".npy"): entry for entry in entries}
         wanted = [name for name in NAMES if name in arrays] or list(arrays)
-        return {name: _array(BytesIO(_unpack(archive, arrays[name]))) for name in wanted}
-
-
-def _unpack(archive: ZipFile, entry: ZipInfo) -> bytes:
-    """One file of an archive; it is no larger than the archive declares, and paid for."""
-    spend(entry.file_size)
-    with archive.open(entry) as file:
-        return file.read(entry.file_size)  # without a size zipfile unpacks first, and cuts then
+        found = {}
+        for name in wanted:
+            size = arrays[name].file_size
+            spend(size)
+            with archive.open(arrays[name]) as entry:
+                found[name] = _array(BytesIO(entry.read(size)))  # without a size zipfile unpacks all first
+        return found
 
 
 def _array(file: BinaryIO) -> Tensor:

@@ -41,8 +41,7 @@ def load_mapper(path: str | os.PathLike) -> Mapper:
             tensors, config, _ = weights.read(path, "mapper")
             config = MapperConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
         else:
-            tree = read_torch(path)
-            config, tensors = _official_mapper(tree)
+            config, tensors = _official_mapper(read_torch(path))
         return build(lambda: Mapper.of(config), tensors, "mapper")
 
 
@@ -62,9 +61,7 @@ def _official_mapper(tree: Any) -> tuple[MapperConfig, dict[str, Tensor]]:
     for stack in stacks.values():
         found |= find_networks(tree, f"{stack}.")
     if not found and has_part(tree, "mapper."):
-        raise ValueError(
-            "it is a mapper of another type (SingleMapper or StyleSpace), but a LevelsMapper is needed"
-        )
+        raise ValueError("it is a mapper of another type than LevelsMapper: SingleMapper or StyleSpace")
     _, state = the_network(found, tree, "a mapper")
     levels = tuple(name for name in LEVELS if any(key.startswith(f"{stacks[name]}.") for key in state))
     texts = len({key.split(".")[1] for key in state if key.startswith("text_mapper.")})

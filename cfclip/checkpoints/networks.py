@@ -52,12 +52,8 @@ def load_identity(path: str | os.PathLike) -> FaceIdentity:
         if kind == "safetensors":
             tensors, config, _ = weights.read(path, "identity")
         else:
-            config, tensors = (
-                {},
-                official_state(
-                    read_torch(path), "model_ir_se50.pth", "input_layer.0.weight", "output_layer.3.weight"
-                ),
-            )
+            names, config = ("input_layer.0.weight", "output_layer.3.weight"), {}
+            tensors = official_state(read_torch(path), "model_ir_se50.pth", *names)
         backbone = build(lambda: IRSE(**config), tensors, "identity network")
         return FaceIdentity(backbone, crop=backbone.input_size == 112).eval()
 
@@ -136,8 +132,9 @@ def load_e4e(path: str | os.PathLike) -> Encoder4Editing:
         return build(lambda: Encoder4Editing(num_ws, dim), tensors, "encoder")
 
 
-def load_lpips(path: str | os.PathLike) -> lpips.LPIPS:
-    """LPIPS with AlexNet, from torchvision's ``alexnet-owt-7be5be79.pth``. Frozen. Raises WeightsError."""
+@lru_cache(maxsize=2)
+def load_lpips(path: str | os.PathLike, device: str | torch.device = "cpu") -> lpips.LPIPS:
+    """LPIPS with torchvision's ``alexnet-owt-7be5be79.pth``, frozen; opened once. Raises WeightsError."""
     path = Path(path)
     with about(path):
         tensors = official_state(read_torch(path), ALEXNET, "features.0.weight")
@@ -149,12 +146,7 @@ def load_lpips(path: str | os.PathLike) -> lpips.LPIPS:
         for name, module in network.net.named_modules():  # "slice2.3" is torchvision's "features.3"
             if isinstance(module, nn.Conv2d):
                 module.load_state_dict(part_of(tensors, f"features.{name.split('.')[-1]}."))
-        return network.eval().requires_grad_(False)
-
-
-@lru_cache(maxsize=2)
-def _open_lpips(path: Path, device: str) -> lpips.LPIPS:
-    return load_lpips(path).to(device)
+        return network.eval().requires_grad_(False).to(device)
 
 
 def lpips_file() -> Path | None:
@@ -168,7 +160,7 @@ def lpips_file() -> Path | None:
 def find_lpips(device: str | torch.device = "cpu") -> lpips.LPIPS | None:
     """LPIPS if its weights are on this machine, loaded once per device; never downloads. WeightsError."""
     path = lpips_file()
-    return None if path is None else _open_lpips(path, str(device))
+    return path and load_lpips(path, str(device))
 
 
 def lpips_note() -> str:

@@ -222,9 +222,7 @@ def the_network(found: Mapping[str, T], tree: Any, wanted: str, *names: str) -> 
         lacks = f" (no tensor is named {' or '.join(names)})" if names else ""
         raise ValueError(f"it holds {describe(tree)}, but {wanted} is needed{lacks}")
     places = ", ".join(repr(place.rstrip(": .")[:80] or "the file itself") for place in list(options)[:6])
-    raise ValueError(
-        f"it holds {len(options)} networks where one is needed, at {places}: save the one to use"
-    )
+    raise ValueError(f"it holds {len(options)} networks where one is needed, at {places}: save one alone")
 
 
 def official_state(tree: Any, wanted: str, *names: str) -> dict[str, Tensor]:
@@ -289,9 +287,7 @@ class _Limit(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.calls -= 1
         if self.calls < 0:
-            raise ValueError(
-                "it declares more layers than it has tensors, or than any network has: the file is damaged"
-            )
+            raise ValueError("it is damaged: it declares more layers than it has tensors, or any network has")
         return function(*args, **kwargs or {})
 
 

@@ -370,9 +370,7 @@ def load_zip(file: BinaryIO, content: UntypedStorage) -> Any:
             raise PickleError("it is a zip archive, but not a torch file: unpack it first")
         (root,) = roots
         if root + "constants.pkl" in entries:
-            raise PickleError(
-                "it is a TorchScript archive, which is a program: export a plain state dict instead"
-            )
+            raise PickleError("it is a TorchScript archive, a program: export a plain state dict instead")
         if any(e.compress_type != ZIP_STORED or e.file_size != e.compress_size for e in all_entries):
             raise PickleError("the torch file was re-compressed: save it again with torch.save")
         held = sum(entry.file_size for entry in all_entries)

@@ -6,7 +6,7 @@ what is there. Most authors publish no checksum: that of the first copy that ope
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -203,8 +203,8 @@ SOURCES = (
 def check_onnx(path: Path) -> None:
     """WeightsError unless the file begins as ONNX does: a protobuf whose first field is the version."""
     with path.open("rb") as file:
-        head = file.read(1)
-    if head != b"\x08":
+        is_onnx = file.read(1) == b"\x08"
+    if not is_onnx:
         raise WeightsError(f"{path} holds {sniff(path)}, but an ONNX network is needed")
 
 
@@ -308,10 +308,6 @@ def recorded(folder: Path) -> dict[str, str]:
         raise WeightsError(f"{path} is damaged: delete it, and every file will be opened again") from None
 
 
-def _record(folder: Path, checksums: Mapping[str, str]) -> None:
-    write_json(folder / RECORDED, dict(sorted(checksums.items())))
-
-
 def inspect(source: Source, folder: Path = DOWNLOADS, domain: str = "") -> Row:
     """Look at one file: its checksum, and if that does not decide, whether it opens as what it should be.
 
@@ -343,7 +339,7 @@ def inspect(source: Source, folder: Path = DOWNLOADS, domain: str = "") -> Row:
         detail = f"changed since its checksum was recorded; if you changed it, delete {line}"
         return Row(source, "corrupt", path, detail)
     if in_folder:
-        _record(folder, known | {source.name: digest})
+        write_json(folder / RECORDED, dict(sorted((known | {source.name: digest}).items())))
     detail = "opens; no checksum is published for it, so this one was recorded"
     if source.sha256:
         detail = "opens, but is not the copy documented here"
@@ -358,9 +354,8 @@ def check(domain: str, folder: Path = DOWNLOADS) -> list[Row]:
 def unmet(rows: list[Row]) -> list[str]:
     """The required roles that no good file fills."""
     filled = {row.source.role for row in rows if row.good}
-    return list(
-        dict.fromkeys(r.source.role for r in rows if r.source.required and r.source.role not in filled)
-    )
+    needed = dict.fromkeys(row.source.role for row in rows if row.source.required)
+    return [role for role in needed if role not in filled]
 
 
 def _resume(url: str, part: Path, limit: int, progress: bool) -> None:

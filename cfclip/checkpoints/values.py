@@ -102,9 +102,7 @@ class View:
         last = self.offset + sum((n - 1) * s for n, s in zip(self.size, self.stride, strict=True))
         held = self.storage.numel
         if count and (last >= held or count > EXPANSION * held):
-            raise PickleError(
-                f"a tensor of size {list(self.size)[:8]} is declared over a storage of {held} elements"
-            )
+            raise PickleError(f"a tensor of size {list(self.size)[:8]} is declared over {held} elements")
 
     def tensor(self) -> Tensor:
         return self.storage.tensor.as_strided(self.size, self.stride, self.offset)

@@ -69,6 +69,6 @@ def in_words(seconds: float) -> str:
     """A duration, as precise as an estimate is."""
     if seconds < 90:
         return f"about {max(5, 5 * round(seconds / 5))} s"
-    return (
-        f"about {round(seconds / 60)} minutes" if seconds < 5400 else f"about {round(seconds / 3600)} hours"
-    )
+    if seconds < 5400:
+        return f"about {round(seconds / 60)} minutes"
+    return f"about {round(seconds / 3600)} hours"

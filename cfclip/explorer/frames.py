@@ -176,14 +176,12 @@ def score(domain: Domain, frame: Frame, stale: Callable[[], bool] = lambda: Fals
             return frame
         measured |= metric(edit)
     is_photo = np.array([isinstance(face, str) for face in recipe.faces])
-    scores, photo_scores = (
-        {
-            name: float(np.nanmean(each[which]))
-            for name, each in measured.items()
-            if not np.isnan(each[which]).all()
-        }
-        for which in (~is_photo, is_photo)
-    )
+
+    def means(which: np.ndarray) -> dict[str, float]:
+        some = {name: each[which] for name, each in measured.items()}
+        return {name: float(np.nanmean(each)) for name, each in some.items() if not np.isnan(each).all()}
+
+    scores, photo_scores = means(~is_photo), means(is_photo)
     return replace(frame, scores=scores, photo_scores=photo_scores, notes=_notes(edit, measured))
 
 
@@ -196,9 +194,8 @@ def _notes(edit: metrics.Edit, measured: Mapping[str, np.ndarray]) -> tuple[str,
     if claim and len(truth.claims(edit.prompt)) == 1:
         part, colour = claim
         was, is_now = (pictures.seen.colour(part) for pictures in (edit.before, edit.after))
-        for i, (before, success) in enumerate(
-            zip(measured["success_before"], measured["success_after"], strict=True)
-        ):
+        successes = zip(measured["success_before"], measured["success_after"], strict=True)
+        for i, (before, success) in enumerate(successes):
             if np.isnan(success):
                 notes[i] = f"no {part}"
             elif success:
@@ -206,9 +203,8 @@ def _notes(edit: metrics.Edit, measured: Mapping[str, np.ndarray]) -> tuple[str,
             else:
                 notes[i] = f"{was[i]} → {is_now[i]}" if was[i] != is_now[i] else f"stays {was[i]}"
     elif truth and (done := truth.done(edit.prompt, edit.before.seen, edit.after.seen)):
-        notes = [
-            _of_several(truth, {name: hits[i] for name, hits in done.items()}) for i in range(len(notes))
-        ]
+        each = [{name: hits[i] for name, hits in done.items()} for i in range(len(notes))]
+        notes = [_of_several(truth, hits) for hits in each]
     return tuple(notes)
 
 

@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from traitlets import Bool, Dict, Enum, Float, HasTraits, Instance, Int, Tuple, Unicode
 
-from cfclip.baselines.library import Trained, committed, plain, preferred, scan
+from cfclip.baselines.library import Trained, plain
 from cfclip.baselines.methods import configure
 from cfclip.domain import Domain
 from cfclip.domains import DOMAINS, load_domain
-from cfclip.evaluation.confidence import predicted_success
-from cfclip.explorer import advice, photos
+from cfclip.explorer import advice, choices, photos
 from cfclip.explorer.frames import FILM_NEEDS, SHOWS, Frame, draw, export, score
 from cfclip.explorer.recipe import (
     MAX_FACES,
@@ -31,7 +30,6 @@ from cfclip.explorer.recipe import (
     MIN_STRENGTH,
     Faces,
     Recipe,
-    any_text,
     brief,
     codes,
     draw_faces,
@@ -59,9 +57,8 @@ OUT = Path("reports", "runs", "explorer")
 
 def _first_class(domain: Domain, label: int | None = None) -> int | None:
     """The class that the explorer begins with."""
-    if label is not None or domain.label is not None:
-        return domain.label if label is None else label
-    return 0 if domain.generator.c_dim else None
+    label = domain.label if label is None else label
+    return 0 if label is None and domain.generator.c_dim else label
 
 
 class Explorer(HasTraits):
@@ -122,7 +119,8 @@ class Explorer(HasTraits):
         self.recipe = Recipe(domain.name, prompt or domain.prompts[0], **first)
         self.recipe.chosen(domain)  # fails now if there is no such class
         self.find_mappers()
-        self.recipe = replace(self.recipe, mapper=self._mappers_for(self.recipe))
+        mapper = choices.editors_for(self.domain, self._trained, self.recipe.prompts)
+        self.recipe = replace(self.recipe, mapper=mapper)
         self.history = (self.recipe,)
         self.refresh()
 
@@ -147,59 +145,24 @@ class Explorer(HasTraits):
 
     @property
     def suggestions(self) -> dict[str, float | None]:
-        """Prompts that work -> on which share of faces, None if nobody measured it. Examples come first."""
+        """See :func:`.choices.working`."""
         key = self.recipe.domain, tuple(self.mappers)
         if self._suggested[0] != key:
-            domain = self.domain
-            trained = [*sorted(committed(domain)), *(prompt for _, prompt in self.mappers.values())]
-            claims = domain.truth.prompts if domain.truth else ()
-            sure = dict.fromkeys(
-                prompt for prompt in (*domain.prompts, *trained) if self.mapper_for(prompt) is not None
-            )
-            success = {prompt: self.success_of(prompt) for prompt in (*sure, *claims)}
-            works = {p: s for p, s in success.items() if (p in sure if s is None else s >= advice.WORKS)}
-            self._suggested = key, works
+            self._suggested = key, choices.working(self.domain, self._trained)
         return self._suggested[1]
-
-    def success_of(self, prompt: str) -> float | None:
-        """On which share of faces the mapper for ``prompt`` succeeded; None if nobody measured it."""
-        if path := self.mapper_for(prompt):
-            return next((one.success for one in self._trained if self._place(one) == path), None)
-        return predicted_success(self.domain, prompt)
 
     @property
     def parts(self) -> tuple[str, ...]:
         """What an edit can be restricted to."""
         return self.domain.truth.regions if self.domain.truth else ()
 
-    def mapper_for(self, prompt: str) -> str | None:
-        """What edits ``prompt``: one of :attr:`mappers` that was trained for exactly this prompt; without one
-        "", the domain's own; None if there is none of these.
-        """
-        own = self.domain.mapper is not None or plain(prompt) in committed(self.domain)
-        among = [one for one in self._trained if one.kind == "mapper" or not own]
-        found = preferred(prompt, among)
-        return self._place(found) if found else "" if own else None
-
-    def _mappers_for(self, recipe: Recipe) -> str | tuple[str, ...]:
-        """The ``mapper`` of a recipe with this prompt: each term of a combination has its own."""
-        each = [self.mapper_for(prompt) or "" for prompt in recipe.prompts]
-        if len(each) > 1:  # the folder of an editor edits by one prompt only
-            each = ["" if Path(path).is_dir() else path for path in each]
-        return each[0] if len(set(each)) == 1 else tuple(each) if each else ""
-
     def find_mappers(self) -> None:
         """Look again which editors the folders hold."""
         self._trained, self.mappers = self._mappers_of(self.recipe.domain)
 
-    @staticmethod
-    def _place(one: Trained) -> str:
-        return str(one.path if one.kind == "mapper" else one.path.parent)
-
     def _mappers_of(self, domain: str) -> tuple[list[Trained], dict[str, tuple[str, str]]]:
-        found = scan(*self.runs, skip_damaged=True)
-        found = [one for one in found if one.domain == domain and any_text(one.prompt) is None]
-        return found, {self._place(one): (f"{one.prompt} ({one.method})", one.prompt) for one in found}
+        found = choices.find(self.runs, domain)
+        return found, {choices.place(one): (f"{one.prompt} ({one.method})", one.prompt) for one in found}
 
     # ---- changing the recipe ----
 
@@ -243,7 +206,7 @@ class Explorer(HasTraits):
             return
         known = self.mappers.get(mapper) if isinstance(mapper, str) else None
         if mapper == "" or not isinstance(mapper, str) or (known and plain(known[1]) != plain(recipe.prompt)):
-            mapper = self._mappers_for(recipe)
+            mapper = choices.editors_for(self.domain, self._trained, recipe.prompts)
         self.change(prompt=prompt, mapper=mapper)
 
     def set_mapper(self, path: str) -> None:
@@ -348,10 +311,7 @@ class Explorer(HasTraits):
                 return
             self.message = brief(message, LONGEST_LINE) or self.message
             self.busy = False
-            if self._hinted != (
-                recipe.prompt,
-                recipe.mapper,
-            ):  # of the same, it stays until there is a new one
+            if self._hinted != (recipe.prompt, recipe.mapper):  # of the same it stays until there is another
                 self.hint = ""
         if frame is None:
             return
@@ -373,11 +333,8 @@ class Explorer(HasTraits):
                 f"nothing else was trained for {brief(recipe.prompt, 40)!r}: train it by another method "
                 "under Refine, or give a folder with runs of 02_training as 'runs'"
             )
-        success = [
-            self.success_of(prompt)
-            for prompt, file in zip(recipe.prompts, recipe.mappers, strict=True)
-            if not file
-        ]
+        own = [one for one, file in zip(recipe.prompts, recipe.mappers, strict=True) if not file]
+        success = [choices.success_of(self.domain, self._trained, prompt) for prompt in own]
         seconds = self._seconds_a_step or STEP_TO_DRAWING * frame.seconds
         steps = configure("cfclip", "x", **self.settings.get("cfclip", {})).steps
         found = [advice.outcome(domain, frame), advice.prospects(success, frame, steps * seconds)]
@@ -395,8 +352,8 @@ class Explorer(HasTraits):
             given = dict(zip(recipe.prompts, recipe.mappers, strict=True))
             prompts = dict.fromkeys((*given, *self.suggestions))
             for prompt in list(prompts)[: max(4, len(given))]:
-                mapper = given[prompt] if prompt in given else self.mapper_for(prompt) or ""
-                others[prompt] = replace(recipe, prompt=prompt, mapper=mapper)
+                found = choices.editor_for(self.domain, self._trained, prompt) or ""
+                others[prompt] = replace(recipe, prompt=prompt, mapper=given.get(prompt, found))
         return others
 
     def _score(self, frame: Frame, stale: Callable[[], bool]) -> None:
@@ -511,9 +468,8 @@ class Explorer(HasTraits):
         try:
             settings = self.settings.get(str(method), {})
             faces = draw_faces(domain, recipe.faces[:4])
-            training = Training(
-                domain, recipe, method, settings, self.out, faces, self._on_training, self._start(recipe)
-            )
+            where = self.out, faces, self._on_training, self._start(recipe)
+            training = Training(domain, recipe, method, settings, *where)
         except Exception as error:  # as in _draw
             self.message = one_line(error)
             return

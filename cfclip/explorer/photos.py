@@ -35,13 +35,8 @@ class Photo:
     @property
     def advice(self) -> str:
         """How good the reconstruction is, in words."""
-        quality = f"its reconstruction has {self.psnr:.1f} dB"
-        poor = (
-            "; this domain cannot draw such a picture, and edits another one"
-            if self.psnr < CANNOT_DRAW
-            else ""
-        )
-        return quality + poor
+        poor = "; this domain cannot draw such a picture, and edits another one"
+        return f"its reconstruction has {self.psnr:.1f} dB{poor if self.psnr < CANNOT_DRAW else ''}"
 
 
 def is_aligned(domain: Domain) -> bool:

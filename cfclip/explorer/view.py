@@ -56,16 +56,8 @@ def scores_html(scores: Mapping[str, float], of_photos: Mapping[str, float] | No
     return f'<div class="cfx-scores">{"".join(tiles)}</div>'
 
 
-def _named(widget: ipw.Widget, css_class: str) -> ipw.Widget:
-    return widget.add_class(css_class) if css_class else widget
-
-
-def _row(*children: ipw.Widget, name: str = "", **layout: Any) -> ipw.Box:
-    return _named(ipw.HBox(children, layout=Layout(**layout)), name)
-
-
 def _wrapped(*children: ipw.Widget) -> ipw.Box:
-    return _row(*children, flex_flow="row wrap")
+    return ipw.HBox(children, layout=Layout(flex_flow="row wrap"))
 
 
 def _button(text: str, icon: str, call: Callable[[], Any], tip: str = "") -> ipw.Button:
@@ -164,25 +156,25 @@ class View(ipw.VBox):
         finally:
             self._thread.updating = False
 
-    def _control(self, kind: type, text: str, flex: str, call: Callable, name: str = "", **options) -> Any:
+    def _control(self, kind: type, text: str, flex: str, call: Callable, **options) -> Any:
         """A control of the top rows."""
         layout = Layout(flex=flex, width="auto")
         widget = kind(description=text, layout=layout, style={"description_width": "58px"}, **options)
-        return _named(self._on_user(widget, call), name)
+        return self._on_user(widget, call)
 
     def _top(self) -> ipw.Widget:
         e, control = self.explorer, self._control
         free = {"placeholder": "green lipstick + blue hair", "ensure_option": False}
-        self.prompt = control(ipw.Combobox, "prompt", "3 1 260px", e.set_prompt, "cfx-prompt", **free)
+        self.prompt = control(ipw.Combobox, "prompt", "3 1 260px", e.set_prompt, **free)
+        self.prompt.add_class("cfx-prompt")
         self.source_text = control(ipw.Text, "source", "1 1 150px", lambda text: e.change(source_text=text))
         self.chips = _wrapped()
         limits = {"min": MIN_STRENGTH, "max": MAX_STRENGTH, "step": 0.05, "readout_format": ".2f"}
-        self.strength = control(
-            ipw.FloatSlider, "strength", "3 1 300px", lambda s: e.change(strength=s), "cfx-strength", **limits
-        )
+        strength = control(ipw.FloatSlider, "strength", "3 1 300px", lambda s: e.change(strength=s), **limits)
+        self.strength = strength.add_class("cfx-strength")
         self.levels = {}
         for name in LEVELS:
-            level = _named(ipw.ToggleButton(description=name), "cfx-level")
+            level = ipw.ToggleButton(description=name).add_class("cfx-level")
             self.levels[name] = self._on_user(level, lambda on, name=name: e.set_levels(**{name: on}))
         self.show = control(ipw.Dropdown, "show", "1 1 200px", e.set_show, options=SHOWS)
         self.domain = control(ipw.Dropdown, "domain", "1 1 150px", e.choose_domain, options=e.domains)
@@ -221,11 +213,9 @@ class View(ipw.VBox):
 
     def _layer_slider(self, i: int) -> ipw.Widget:
         limits = {"value": 1, "min": 0, "max": 2, "step": 0.05, "readout_format": ".2g"}
-        layout = Layout(width="56px", height="150px")
-        slider = ipw.FloatSlider(
-            description=str(i), orientation="vertical", layout=layout, tooltip="", **limits
-        )
-        return self._on_user(_named(slider, "cfx-layer"), self._set_layers)
+        look = {"orientation": "vertical", "layout": Layout(width="56px", height="150px"), "tooltip": ""}
+        slider = ipw.FloatSlider(description=str(i), **look, **limits)
+        return self._on_user(slider.add_class("cfx-layer"), self._set_layers)
 
     def _set_layers(self, _: Any) -> None:
         self.explorer.change(layers=tuple(slider.value for slider in self.layer_box.children))
@@ -244,29 +234,22 @@ class View(ipw.VBox):
     def _refine(self) -> ipw.Widget:
         e = self.explorer
         method = ipw.Dropdown(options=REFINING, description="method")
-        self.start = _named(
-            _button("train for this prompt", "play", lambda: e.refine(method.value)), "cfx-refine"
-        )
-        self.cancel = _named(
-            _button("cancel", "stop", e.cancel, "end the training; keep nothing"), "cfx-cancel"
-        )
-        self.keep = _named(
-            _button("keep this one", "check", e.keep, "end the training; keep what is seen"), "cfx-keep"
-        )
+        self.start = _button("train for this prompt", "play", lambda: e.refine(method.value))
+        self.cancel = _button("cancel", "stop", e.cancel, "end the training; keep nothing")
+        self.keep = _button("keep this one", "check", e.keep, "end the training; keep what is seen")
+        for button, name in (self.start, "refine"), (self.cancel, "cancel"), (self.keep, "keep"):
+            button.add_class(f"cfx-{name}")
         self.progress = ipw.FloatProgress(min=0, max=1, layout=Layout(width="220px"))
-        self.refining, self.preview = (
-            ipw.HTML(),
-            Stage(note_row=-1, fixed=True, layout=Layout(max_width="560px")),
-        )
+        self.refining = ipw.HTML()
+        self.preview = Stage(fixed=True, layout=Layout(max_width="560px"))
         buttons = _wrapped(method, self.start, self.keep, self.cancel, self.progress)
         return ipw.VBox([buttons, self.refining, self.preview])
 
     def _export(self) -> ipw.Widget:
         e = self.explorer
-        write = _named(_button("export PNG, GIF, MP4, recipe, cell", "save", e.export), "cfx-export")
-        opened = ipw.FileUpload(
-            accept=".json", description="open a recipe", tooltip="", layout=Layout(width="auto")
-        )
+        write = _button("export PNG, GIF, MP4, recipe, cell", "save", e.export).add_class("cfx-export")
+        look = {"description": "open a recipe", "tooltip": "", "layout": Layout(width="auto")}
+        opened = ipw.FileUpload(accept=".json", **look)
         opened.observe(lambda change: [e.open(bytes(file["content"])) for file in change["new"]], "value")
         copy = _button("copy", "copy", lambda: self.stage.send({"copy": self.code.value}), "copy the cell")
         text = ipw.HTML("The cell below draws this picture again, identical to the bit:")
@@ -274,8 +257,11 @@ class View(ipw.VBox):
         self.code = ipw.Textarea(rows=12, disabled=True, layout=Layout(width="100%"))
         return ipw.VBox([_wrapped(write, opened), self.downloads, _wrapped(text, copy), self.code])
 
-    def _download(self, file: Path) -> None:
-        self.stage.send({"download": file.name, "type": TYPES[file.suffix]}, [file.read_bytes()])
+    def _download_button(self, file: Path) -> ipw.Button:
+        def send() -> None:
+            self.stage.send({"download": file.name, "type": TYPES[file.suffix]}, [file.read_bytes()])
+
+        return _button(f"download {file.suffix[1:]}", "download", send, file.name).add_class("cfx-download")
 
     # ---- the model's traits are shown ----
 
@@ -323,7 +309,7 @@ class View(ipw.VBox):
         if tuple(chip.description for chip in self.chips.children) != words:
             tip = "a prompt that works; the share of faces on which its success was measured"
             self.chips.children = [
-                _named(_button(text, "", lambda prompt=prompt: e.set_prompt(prompt), tip), "cfx-chip")
+                _button(text, "", lambda prompt=prompt: e.set_prompt(prompt), tip).add_class("cfx-chip")
                 for text, (prompt, _) in zip(words, chips, strict=True)
             ]
 
@@ -339,22 +325,14 @@ class View(ipw.VBox):
         rows = {brief(label, MAX_LABEL): row for label, row in frame.rows.items()}
         labels, edited = list(frame.rows), edit_label(frame.recipe)
         faces = frame.show != "prompts × strengths"
-        zero = f"× {0:g}"
-        before = (
-            {"row": labels.index("source" if "source" in labels else zero)}
-            if faces
-            else {"column": frame.headers.index(zero)}
-        )
+        zero = "× 0"
+        if faces:
+            before = {"row": labels.index("source" if "source" in labels else zero)}
+        else:
+            before = {"column": frame.headers.index(zero)}
         at = labels.index(edited) if faces and edited in labels else -1
-        self.stage.show(
-            rows,
-            frame.sketch,
-            faces=self._heads(frame),
-            notes=list(frame.notes),
-            note_row=at,
-            before=before,
-            fixed=not faces,
-        )
+        about = {"faces": self._heads(frame), "notes": list(frame.notes), "fixed": not faces}
+        self.stage.show(rows, frame.sketch, note_row=at, before=before, **about)
         if frame.notes:
             self.scores.value = scores_html(frame.scores, frame.photo_scores)
         elif not frame.recipe.prompts:
@@ -364,14 +342,10 @@ class View(ipw.VBox):
 
     def _heads(self, frame: Frame) -> list[dict[str, Any]]:
         faces = frame.recipe.faces if frame.show != "prompts × strengths" else (None,) * len(frame.headers)
+        each, locked = zip(faces, frame.headers, frame.tips, strict=True), self.explorer.locked
         return [
-            {
-                "title": title,
-                "tip": tip,
-                "locked": face in self.explorer.locked,
-                "photo": isinstance(face, str),
-            }
-            for face, title, tip in zip(faces, frame.headers, frame.tips, strict=True)
+            {"title": title, "tip": tip, "locked": face in locked, "photo": isinstance(face, str)}
+            for face, title, tip in each
         ]
 
     def _show_faces(self) -> None:
@@ -385,10 +359,8 @@ class View(ipw.VBox):
             level.disabled, level.tooltip = dead, "this mapper does not move these layers" if dead else ""
         for slider, moves in zip(self.layer_box.children, moved, strict=False):
             slider.disabled = not moves
-        dead = "" if all(moved) else " This mapper does not move the grey ones."
-        self.layer_words.value = (
-            f"Factor of the strength per layer of W+: shapes on the left, colours on the right.{dead}"
-        )
+        words = "Factor of the strength per layer of W+: shapes on the left, colours on the right."
+        self.layer_words.value = words + ("" if all(moved) else " This mapper does not move the grey ones.")
 
     def _show_words(self) -> None:
         e = self.explorer
@@ -417,15 +389,4 @@ class View(ipw.VBox):
 
     def _show_exported(self) -> None:
         files = [file for file in self.explorer.exported if isinstance(file, Path)]
-        self.downloads.children = [
-            _named(
-                _button(
-                    f"download {file.suffix[1:]}",
-                    "download",
-                    lambda file=file: self._download(file),
-                    file.name,
-                ),
-                "cfx-download",
-            )
-            for file in files
-        ]
+        self.downloads.children = [self._download_button(file) for file in files]

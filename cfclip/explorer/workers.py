@@ -252,10 +252,9 @@ class Training:
         edit = Edit(self.domain, self.recipe.prompts[0], self._source, edited)
         columns = ground_truth(edit)
         if not np.isnan(progress := columns.get("progress", np.array(np.nan))).all():
-            success, faces = columns["success_after"], int((~np.isnan(columns["success_after"])).sum())
-            return replace(
-                one, measure=float(np.nanmean(progress)), success=float(np.nanmean(success)), faces=faces
-            )
+            after = columns["success_after"]
+            success, faces = float(np.nanmean(after)), int((~np.isnan(after)).sum())
+            return replace(one, measure=float(np.nanmean(progress)), success=success, faces=faces)
         truth = self.domain.truth
         done = truth.done(edit.prompt, edit.before.seen, edit.after.seen) if truth else {}
         hits = np.array([*done.values()])

@@ -28,7 +28,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def objective_or_error(value: Any) -> str | None:
     """The check of an objective."""
     known = ", ".join(f"{one.__name__}()" for one in OBJECTIVES.values())
-    return None if isinstance(value, tuple(OBJECTIVES.values())) else f"one of {known}"
+    return None if isinstance(value, Objective) else f"one of {known}"
 
 
 def weights_or_none(value: Any) -> str | None:
@@ -53,10 +53,9 @@ class GuidedConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.guide_weights is not None and len(self.guide_weights) != self.guides:
-            raise ValueError(
-                f"guide_weights must be one for each of guides = {self.guides}, not {self.guide_weights!r}"
-            )
+        given = self.guide_weights
+        if given is not None and len(given) != self.guides:
+            raise ValueError(f"guide_weights must be one for each of guides = {self.guides}, not {given!r}")
 
     @property
     def guide_shares(self) -> tuple[float, ...]:
@@ -82,21 +81,17 @@ class TrainingConfig(GuidedConfig):
     lambda_l2: float = setting(0.8, number())
     # of how much the domain's `perceptual` changes; the paper's dogs and cats: 0.02, with lambda_id 0
     lambda_perc: float = setting(0.0, number())
-    num_views: int = setting(
-        8, int_at_least(0, maximum=1000)
-    )  # perspective views of each edited image; 0: the image itself
+    # perspective views of each edited image; 0: the image itself
+    num_views: int = setting(8, int_at_least(0, maximum=1000))
     text_mapper: bool = setting(True, flag)  # False: StyleCLIP's mapper, which is not conditioned on text
     # what the mapper reads: CLIP's feature of the prompt, as published, or its words
     text: str = setting("pooled", one_of(TEXTS))
     levels: tuple[str, ...] = setting(LEVELS, some_of(LEVELS))  # layer groups of W+ that are edited
-    norm_axis: str = setting(
-        "layer", one_of(NORM_AXES)
-    )  # "layer" as published: only the signs of the text pass
+    norm_axis: str = setting("layer", one_of(NORM_AXES))  # published: only the signs of the text pass
     train_latents: int = setting(512, int_at_least(1, maximum=10**6))
     seed: int = setting(0, seed_number)
-    dtype: str = setting(
-        "float32", one_of(DTYPES)
-    )  # of convolutions; "auto": bfloat16 where it is clearly faster
+    # of convolutions; "auto": bfloat16 where it is clearly faster
+    dtype: str = setting("float32", one_of(DTYPES))
 
 
 @dataclass(frozen=True)
@@ -130,21 +125,15 @@ class MultiPromptConfig(TrainingConfig):
     shape_share: float | None = setting(None, number(0, 1, optional=True))
     # a prompt is trained on faces where it asks for something: that have the part, or not yet the shape
     applicable_only: bool = setting(False, flag)
-    prompts_at_once: int = setting(
-        1, int_at_least(1)
-    )  # different prompts in a step; they share its batch equally
-    ramp_down: float = setting(
-        0.0, number(0, 1)
-    )  # share of the steps, at the end, over which a cosine takes lr to 0
+    prompts_at_once: int = setting(1, int_at_least(1))  # of a step; they share its batch equally
+    # share of the steps, at the end, over which a cosine takes lr to 0
+    ramp_down: float = setting(0.0, number(0, 1))
     norm_axis: str = setting("channel", one_of(NORM_AXES))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (
-            not isinstance(self.prompts, tuple)
-            or not self.prompts
-            or len(set(self.prompts)) < len(self.prompts)
-        ):
+        texts = self.prompts if isinstance(self.prompts, tuple) else ()
+        if not texts or len(set(texts)) < len(texts):
             raise ValueError(f"prompts must be different texts, at least one, not {self.prompts!r}")
         if not isinstance(self.shapes, tuple) or not set(self.shapes) <= set(self.prompts):
             raise ValueError(f"shapes must be some of the prompts, not {self.shapes!r}")
@@ -155,12 +144,11 @@ class MultiPromptConfig(TrainingConfig):
             )
         draws = round((self.shape_share or 0) * self.prompts_at_once)
         colours = len(self.prompts) - len(self.shapes)
-        if self.shape_share is not None and not (
-            draws <= len(self.shapes) and self.prompts_at_once - draws <= colours
-        ):
+        others = self.prompts_at_once - draws
+        if self.shape_share is not None and not (draws <= len(self.shapes) and others <= colours):
             raise ValueError(
                 f"shape_share {self.shape_share:g} asks for {draws} of {len(self.shapes)} shapes and "
-                f"{self.prompts_at_once - draws} of {colours} other prompts in a step"
+                f"{others} of {colours} other prompts in a step"
             )
         if not self.text_mapper:
             raise ValueError("text_mapper must be True: without text a mapper edits all prompts alike")
@@ -186,9 +174,8 @@ def with_settings(config: Settings, given: Mapping[str, Any], fixed: tuple[str, 
         objective = objective if name == objective.name else OBJECTIVES[name]()
         own = {name: given[name] for name in defaults(objective) if name in given}
     known = [name for name in (*defaults(config), *own) if name not in fixed]
-    check_known(
-        given, known, "this method" if objective is None else f"this method with objective {objective.name!r}"
-    )
+    with_it = "" if objective is None else f" with objective {objective.name!r}"
+    check_known(given, known, f"this method{with_it}")
     changed = {name: value for name, value in given.items() if name not in (*own, "objective")}
     if objective is not None:
         changed["objective"] = replace(objective, **own)

@@ -11,6 +11,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,37 +114,13 @@ def _refuse_another(run: Mapping[str, Any], before: Mapping[str, Any], place: Pa
         )
 
 
-def run_loop(
-    step: Step,
-    steps: int,
-    *,
-    state: Mapping[str, Any],
-    out: str | os.PathLike | None = None,
-    run: Mapping[str, Any] | None = None,
-    seed: int = 0,
-    callbacks: Iterable[Callback] = (),
-    log_every: int = 20,
-    checkpoint_every: int = 1000,
-    desc: str = "train",
-    progress: bool = True,
-) -> list[dict[str, float]]:
-    """Run ``step(i, generator)`` for i = 0 … steps - 1.
+def run_loop(step: Step, steps: int, **options: Any) -> list[dict[str, float]]:
+    """Run ``step(i, generator)`` for i = 0 … steps - 1; ``options`` are those of :func:`looped`.
 
-    Args:
-        step: one optimisation step; takes its random numbers from ``generator`` and returns the numbers to
-            log.
-        state: name -> object with ``state_dict`` and ``load_state_dict``: the content of a checkpoint.
-        out: folder for ``log.jsonl`` and the last two checkpoints; a run that was stopped is resumed. None
-            writes nothing.
-        run: all that tells this run apart, see :func:`described`; its checkpoints carry it.
-
-    Returns the logged rows: means over ``log_every`` steps, with ``step`` and ``seconds``.
-    Raises FolderInUse if another process is running in ``out``, and ValueError if ``out`` holds another run
-    or no checkpoint that can be used, or at the first number or weight that is not finite.
+    ``step`` takes its random numbers from ``generator`` and returns the numbers to log. Returns the logged
+    rows: means over ``log_every`` steps, with ``step`` and ``seconds``.
     """
-    options = {"run": run, "seed": seed, "callbacks": callbacks, "log_every": log_every}
-    options |= {"checkpoint_every": checkpoint_every, "desc": desc, "progress": progress}
-    return drive(looped(steps, state=state, out=out, **options), step)
+    return drive(looped(steps, **options), step)
 
 
 def drive(loop: Loop, step: Step) -> Any:
@@ -167,56 +144,59 @@ def looped(
     run: Mapping[str, Any] | None = None,
     seed: int = 0,
     callbacks: Iterable[Callback] = (),
-    **options: Any,
+    log_every: int = 20,
+    checkpoint_every: int = 1000,
+    desc: str = "train",
+    progress: bool = True,
 ) -> Loop:
-    """:func:`run_loop` as a generator: it yields each step that it asks for, and is sent what to log."""
-    given = (dict(run or {}), seed, tuple(callbacks))
-    if out is None:
-        return (yield from _run(steps, state, None, *given, **options))
-    with locked(out, "training"):
-        return (yield from _run(steps, state, Path(out), *given, **options))
+    """:func:`run_loop` as a generator: it yields each step that it asks for, and is sent what to log.
 
+    Args:
+        state: name -> object with ``state_dict`` and ``load_state_dict``: the content of a checkpoint.
+        out: folder for ``log.jsonl`` and the last two checkpoints; a run that was stopped is resumed. None
+            writes nothing.
+        run: all that tells this run apart, see :func:`described`; its checkpoints carry it.
 
-def _run(
-    steps, state, out, run, seed, callbacks, log_every=20, checkpoint_every=1000, desc="train", progress=True
-):
-    saved = {"run": run, "step": 0, "rows": [], "sums": {}, "count": 0}
-    if out is not None:
-        saved = _restore(state, out, run, steps) or saved
-        write_rows(out / LOG, saved["rows"])
-    first, rows, sums, count = (saved[name] for name in ("step", "rows", "sums", "count"))
-    start, before = time.perf_counter(), rows[-1]["seconds"] if rows else 0.0
-    bar = tqdm(
-        range(first, steps), initial=first, total=steps, desc=desc, disable=not progress, mininterval=1.0
-    )
-    for i in bar:
-        done, last = i + 1, i + 1 == steps
-        logs, due = done % log_every == 0 or last, out is not None and done % checkpoint_every == 0
-        numbers = yield Request(i, generator_for(seed, i), due or last or bool(callbacks))
-        for name, value in numbers.items():
-            sums[name] = sums.get(name, 0.0) + value
-        count += 1
-        if logs or due or not any(_on_gpu(value) for value in numbers.values()):  # a GPU is not waited for
-            sums = _floats(sums)
-            if wrong := [f"{name} is {value}" for name, value in sums.items() if not math.isfinite(value)]:
-                raise ValueError(_stopped(", ".join(wrong), done, steps, desc, out))
-        if logs:
-            means = {name: value / count for name, value in sums.items()}
-            rows.append({"step": done, "seconds": round(before + time.perf_counter() - start, 2)} | means)
-            bar.set_postfix({name: f"{value:.3g}" for name, value in means.items()}, refresh=False)
-            if out is not None:
-                append_row(out / LOG, rows[-1])
-            sums, count = {}, 0
-        if (due or last) and (wrong := _not_finite(state)):
-            raise ValueError(_stopped(f"{wrong} is not finite", done, steps, desc, out))
-        if out is not None and (due or last):
-            progressed = {"step": done, "rows": rows, "sums": sums, "count": count}
-            states = {name: thing.state_dict() for name, thing in state.items()}
-            _save({"run": run, **progressed, "state": states}, out)
-        for callback in callbacks:
-            if done % callback.every == 0 or last:
-                callback.call(done)
-    return rows
+    Raises FolderInUse if another process is running in ``out``, and ValueError if ``out`` holds another run
+    or no checkpoint that can be used, or at the first number or weight that is not finite.
+    """
+    out, run, callbacks = None if out is None else Path(out), dict(run or {}), tuple(callbacks)
+    with nullcontext() if out is None else locked(out, "training"):
+        saved = {"run": run, "step": 0, "rows": [], "sums": {}, "count": 0}
+        if out is not None:
+            saved = _restore(state, out, run, steps) or saved
+            write_rows(out / LOG, saved["rows"])
+        first, rows, sums, count = (saved[name] for name in ("step", "rows", "sums", "count"))
+        start, before = time.perf_counter(), rows[-1]["seconds"] if rows else 0.0
+        look = {"initial": first, "total": steps, "desc": desc, "disable": not progress, "mininterval": 1.0}
+        for i in (bar := tqdm(range(first, steps), **look)):
+            done, last = i + 1, i + 1 == steps
+            logs, due = done % log_every == 0 or last, out is not None and done % checkpoint_every == 0
+            numbers = yield Request(i, generator_for(seed, i), due or last or bool(callbacks))
+            for name, value in numbers.items():
+                sums[name] = sums.get(name, 0.0) + value
+            count += 1
+            if logs or due or not any(map(_on_gpu, numbers.values())):  # a GPU is not waited for
+                sums = _floats(sums)
+                if wrong := [f"{name} is {x}" for name, x in sums.items() if not math.isfinite(x)]:
+                    raise ValueError(_stopped(", ".join(wrong), done, steps, desc, out))
+            if logs:
+                means = {name: value / count for name, value in sums.items()}
+                rows.append({"step": done, "seconds": round(before + time.perf_counter() - start, 2)} | means)
+                bar.set_postfix({name: f"{value:.3g}" for name, value in means.items()}, refresh=False)
+                if out is not None:
+                    append_row(out / LOG, rows[-1])
+                sums, count = {}, 0
+            if (due or last) and (wrong := _not_finite(state)):
+                raise ValueError(_stopped(f"{wrong} is not finite", done, steps, desc, out))
+            if out is not None and (due or last):
+                progressed = {"step": done, "rows": rows, "sums": sums, "count": count}
+                states = {name: thing.state_dict() for name, thing in state.items()}
+                _save({"run": run, **progressed, "state": states}, out)
+            for callback in callbacks:
+                if done % callback.every == 0 or last:
+                    callback.call(done)
+        return rows
 
 
 def _floats(sums: Mapping[str, float | torch.Tensor]) -> dict[str, float]:

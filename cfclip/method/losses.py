@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def direction(x: Tensor) -> Tensor:
@@ -27,33 +27,10 @@ class Directions(NamedTuple):
     n_k: Tensor | None  # negatives [T, E], or [N, T, E]: source text under template k - source image
 
 
-def query_difference(edited: Tensor, source: Tensor) -> Tensor:
-    """The published query: ``norm(q_img - s)``. [N, E] each."""
-    return direction(edited - source)
-
-
-def query_image(edited: Tensor, source: Tensor) -> Tensor:
-    """Ablation: the edited image itself, ``norm(q_img)``."""
-    return direction(edited)
-
-
-def negatives_first(described: Tensor, source: Tensor, first: Tensor) -> Tensor:
-    """The published negatives: ``norm(S_k - s_0)`` [T, E], with s_0 the batch's first source image."""
-    return direction(described - first)
-
-
-def negatives_per_image(described: Tensor, source: Tensor, first: Tensor) -> Tensor:
-    """Ablation: ``norm(S_k - s)`` [N, T, E], each image's own."""
-    return direction(described[None] - source[:, None])
-
-
-def negatives_none(described: Tensor, source: Tensor, first: Tensor) -> None:
-    """Ablation: no negatives."""
-    return None
-
-
-QUERIES = {"difference": query_difference, "image": query_image}
-NEGATIVES = {"first": negatives_first, "per_image": negatives_per_image, "none": negatives_none}
+QUERIES = ("difference", "image")
+"""What q is: ``norm(q_img - s)``, as published, or ``norm(q_img)``, an ablation."""
+NEGATIVES = ("first", "per_image", "none")
+"""``norm(S_k - s)`` of the batch's first source image s_0, as published, of each image's own, or none."""
 POSITIVES = ("text", "target")
 """Names of p1 and p2."""
 
@@ -75,8 +52,8 @@ def nce_directions(
         edited: features of the views of the edited images [N, E], draw-major (view 1 of all images first).
         source: features of the source images [N, E], or [B, E] with N a multiple of B.
         target_text, source_text: features of the target and source prompt under each template [T, E].
-        negatives: a key of :data:`NEGATIVES`.
-        query: a key of :data:`QUERIES`.
+        negatives: one of :data:`NEGATIVES`.
+        query: one of :data:`QUERIES`.
         negative_templates: how many S_k are negatives, the first ones (default: all). Positives use all.
         first: s_0 [1, E], where ``source`` is only a part of a batch (default: its first).
     """
@@ -88,12 +65,18 @@ def nce_directions(
     for name, value, known in (("query", query, QUERIES), ("negatives", negatives, NEGATIVES)):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
-    s = per_view(source, edited)
+    s, described = per_view(source, edited), source_text[:negative_templates]
+    if negatives == "none":
+        n_k = None
+    elif negatives == "per_image":
+        n_k = direction(described[None] - s[:, None])
+    else:
+        n_k = direction(described - (s[:1] if first is None else first))
     return Directions(
-        q=QUERIES[query](edited, s),
+        q=direction(edited - s if query == "difference" else edited),
         p1=direction((target_text - source_text).mean(0, keepdim=True)),
         p2=direction(target_text.mean(0, keepdim=True) - s),
-        n_k=NEGATIVES[negatives](source_text[:negative_templates], s, s[:1] if first is None else first),
+        n_k=n_k,
     )
 
 
@@ -190,8 +173,6 @@ def identity_loss_from_features(edited: Tensor, source: Tensor) -> Tensor:
     return 1 - (edited * source).sum(1).mean()
 
 
-def perceptual_loss(vgg: nn.Module, edited_images: Tensor, source_images: Tensor) -> Tensor:
-    """``mean |VGG(x') - VGG(x)|``, L1 between VGG19 features at conv5_2. Images: [N, 3, H, W] in [-1, 1]."""
-    with torch.no_grad():
-        source = vgg(source_images)
-    return F.l1_loss(vgg(edited_images), source)
+def perceptual_loss(edited: Tensor, source: Tensor) -> Tensor:
+    """``mean |VGG(x') - VGG(x)|`` of VGG19's features at conv5_2."""
+    return F.l1_loss(edited, source)

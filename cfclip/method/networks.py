@@ -94,7 +94,6 @@ class FrozenNetworks:
                 clip.append(self.clip(images))
                 if self.domain.identity is not None:
                     identity.append(self.domain.identity(images))
-            self._sources[n, seed] = Sources(
-                every, torch.cat(clip), torch.cat(identity) if identity else None
-            )
+            known = torch.cat(identity) if identity else None
+            self._sources[n, seed] = Sources(every, torch.cat(clip), known)
         return self._sources[n, seed]

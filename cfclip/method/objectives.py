@@ -5,7 +5,7 @@ N rows (views of edited pictures), B pictures, E the embedding width, T template
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -34,17 +34,8 @@ class Features(NamedTuple):
 
     def of_guides(self, widths: Sequence[int]) -> list["Features"]:
         """Those of each guide, where the vectors of several lie side by side; ``widths``: E of each."""
-        return [
-            Features(*parts) for parts in zip(*(one.split(list(widths), -1) for one in self), strict=True)
-        ]
-
-
-class Objective(Protocol):
-    """A loss over :class:`Features`, a mean over rows."""
-
-    name: ClassVar[str]  # as configurations and logs call it
-
-    def __call__(self, features: Features) -> Tensor: ...
+        parts = (one.split(list(widths), -1) for one in self)
+        return [Features(*of_one) for of_one in zip(*parts, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -96,5 +87,7 @@ class Directional(Settings):
         return directional(features.edited, features.source, features.target_text, features.source_text)
 
 
-OBJECTIVES: dict[str, type[Objective]] = {one.name: one for one in (CLIPNCE, ClipDistance, Directional)}
+Objective = CLIPNCE | ClipDistance | Directional
+"""A loss over :class:`Features`, a mean over rows."""
+OBJECTIVES = {one.name: one for one in (CLIPNCE, ClipDistance, Directional)}
 """Name in configurations and files -> class."""

@@ -55,15 +55,13 @@ class Stack:
         self.config, self.domain, self.networks = self.lead.config, self.lead.domain, self.lead.networks
         each = [dict(member.mapper.named_parameters()) for member in members]
         buffers = [dict(member.mapper.named_buffers()) for member in members]
-        self.weights = {
-            name: torch.stack([one[name].detach() for one in each]).requires_grad_() for name in each[0]
-        }
+        weights = {name: torch.stack([one[name].detach() for one in each]) for name in each[0]}
+        self.weights = {name: weight.requires_grad_() for name, weight in weights.items()}
         self.buffers = {name: torch.stack([one[name] for one in buffers]) for name in buffers[0]}
         self.own = [list(one.values()) for one in each]  # in the order of ``weights``
         distinct = list({id(member.sources): member.sources for member in members}.values())
-        self.sources = Sources(
-            *(None if parts[0] is None else joined(parts) for parts in zip(*distinct, strict=True))
-        )
+        parts = zip(*distinct, strict=True)
+        self.sources = Sources(*(None if some[0] is None else joined(some) for some in parts))
         starts = accumulate((len(one.w) for one in distinct), initial=0)
         start_of = {id(one): start for one, start in zip(distinct, starts, strict=False)}
         self.starts = [start_of[id(member.sources)] for member in members]
@@ -193,9 +191,8 @@ class Pack:
         logs = {}
         for some, one in zip(members, terms, strict=True):
             each = zip(*(value.reshape(-1).unbind() for value in one.values()), strict=True)
-            logs |= {
-                run: numbers(dict(zip(one, own, strict=True))) for run, own in zip(some, each, strict=True)
-            }
+            for run, own in zip(some, each, strict=True):
+                logs[run] = numbers(dict(zip(one, own, strict=True)))
         return logs
 
     def _losses(self, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:

@@ -20,7 +20,7 @@ from cfclip.checkpoints.mappers import save_mapper
 from cfclip.domain import Domain, asked, fingerprint, warn_null_edit
 from cfclip.method.config import TrainingConfig, flat
 from cfclip.method.loop import Loop, begin_run, described, drive, learning_rate, looped
-from cfclip.method.losses import identity_loss_from_features, latent_l2
+from cfclip.method.losses import identity_loss_from_features, latent_l2, perceptual_loss
 from cfclip.method.networks import FrozenNetworks, Sources, check_networks
 from cfclip.method.objectives import Features
 from cfclip.method.views import draw_perspectives
@@ -105,18 +105,16 @@ def losses_together(units: Sequence[Unit], batches: Sequence[Batch]) -> list[dic
     edits = [unit.edit(batch) for unit, batch in zip(units, batches, strict=True)]
     sizes = [len(edit.w) for edit in edits]
     pictures = networks.synthesise(joined([edit.free for edit in edits])).split(sizes)
-    views = networks.encode([
-        (some, batch.perspectives) for some, batch in zip(pictures, batches, strict=True)
-    ])
+    seen_in = [batch.perspectives for batch in batches]
+    views = networks.encode(list(zip(pictures, seen_in, strict=True)))
 
     def asking(name: str) -> list[int]:
         return [k for k, unit in enumerate(units) if getattr(unit.config, name)]
 
     identity, perceptual = {}, {}
     if asked := asking("lambda_id"):
-        found = networks.domain.identity(joined([pictures[k] for k in asked])).split([
-            sizes[k] for k in asked
-        ])
+        judge, parts = networks.domain.identity, [sizes[k] for k in asked]
+        found = judge(joined([pictures[k] for k in asked])).split(parts)
         source = [units[k].sources.identity[batches[k].index] for k in asked]
         identity = dict(zip(asked, zip(found, source, strict=True), strict=True))
     if asked := asking("lambda_perc"):
@@ -331,7 +329,7 @@ class MapperTrainer:
             terms["id"] = identity_loss_from_features(*seen.identity)
             loss = loss + c.lambda_id * terms["id"]
         if c.lambda_perc:
-            terms["perc"] = F.l1_loss(*seen.perceptual)
+            terms["perc"] = perceptual_loss(*seen.perceptual)
             loss = loss + c.lambda_perc * terms["perc"]
         return {"loss": loss} | terms
 

@@ -9,19 +9,18 @@ from torch import Tensor
 
 WARPED_AT_ONCE = 2**23
 """Numbers of warped pictures that are made at a time: all eight views of small ones, of 1024² one by one."""
+DISTORTION = 0.5
+"""How far a corner may move, as a share of half the side."""
 FAR = torch.tensor([[0, 0], [1, 0], [1, 1], [0, 1]])
 """Of the four corners, clockwise from the top left: is x, is y at the far end?"""
 
 
-def perspective_views(
-    images: Tensor, num_views: int = 8, distortion: float = 0.5, generator: torch.Generator | None = None
-) -> Tensor:
+def perspective_views(images: Tensor, num_views: int = 8, generator: torch.Generator | None = None) -> Tensor:
     """Random perspectives, each one warp for the whole batch, mid-grey outside.
 
-    [N, 3, H, W] -> [num_views * N, 3, H, W], draw-major; the images themselves for ``num_views=0``. The other
-    arguments are those of :func:`draw_perspectives`.
+    [N, 3, H, W] -> [num_views * N, 3, H, W], draw-major; the images themselves for ``num_views=0``.
     """
-    perspectives = draw_perspectives(num_views, *images.shape[-2:], distortion, generator)
+    perspectives = draw_perspectives(num_views, *images.shape[-2:], generator)
     return torch.cat(list(each_view(images, perspectives)))
 
 
@@ -44,25 +43,19 @@ def each_view(images: Tensor, perspectives: Tensor) -> Iterator[Tensor]:
 
 
 def draw_perspectives(
-    num_views: int, height: int, width: int, distortion: float = 0.5, generator: torch.Generator | None = None
+    num_views: int, height: int, width: int, generator: torch.Generator | None = None
 ) -> Tensor:
     """Random perspectives [num_views, 8], of :func:`draw_corners`; see :func:`perspective_grids`."""
-    return perspective_coefficients(
-        draw_corners(num_views, height, width, distortion, generator), height, width
-    )
+    return perspective_coefficients(draw_corners(num_views, height, width, generator), height, width)
 
 
-def draw_corners(
-    num_views: int, height: int, width: int, distortion: float = 0.5, generator: torch.Generator | None = None
-) -> Tensor:
+def draw_corners(num_views: int, height: int, width: int, generator: torch.Generator | None = None) -> Tensor:
     """Where the four corners move to, in pixels (x, y), clockwise from the top left: [num_views, 4, 2].
 
-    Args:
-        distortion: how far a corner may move, as a share of half the side.
-        generator: random numbers (CPU), drawn exactly as torchvision's ``RandomPerspective(distortion, p=1)``
-            does. Default: torch's global ones.
+    Drawn from ``generator`` (default: torch's global one) exactly as by torchvision's
+    ``RandomPerspective(DISTORTION, p=1)``.
     """
-    reach = torch.tensor([int(distortion * (side // 2)) for side in (width, height)])
+    reach = torch.tensor([int(DISTORTION * (side // 2)) for side in (width, height)])
     # torchvision draws one number to compare with p, then x and y of each corner, below reach + 1. A number
     # below a multiple of both has the same remainders as these, and all are one call
     several = math.lcm(*(reach + 1).tolist())

@@ -16,10 +16,10 @@ IRSE50 = ((64, 64, 3), (64, 128, 4), (128, 256, 14), (256, 512, 3))
 class SqueezeExcite(nn.Module):
     """Channel attention: ``x * sigmoid(W2 relu(W1 mean_hw(x)))``. [N, C, H, W] -> the same."""
 
-    def __init__(self, channels: int, reduction: int = 16):
+    def __init__(self, channels: int):
         super().__init__()
-        self.fc1 = nn.Conv2d(channels, channels // reduction, 1, bias=False)
-        self.fc2 = nn.Conv2d(channels // reduction, channels, 1, bias=False)
+        self.fc1 = nn.Conv2d(channels, channels // 16, 1, bias=False)
+        self.fc2 = nn.Conv2d(channels // 16, channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.fc2(self.fc1(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
@@ -56,9 +56,10 @@ def input_layer(channels: int) -> nn.Sequential:
 
 def body(stages: Sequence[tuple[int, int, int]]) -> nn.Sequential:
     """The units of ``stages``, (in, out, units) each; the first unit of a stage has stride 2."""
-    return nn.Sequential(
-        *(Unit(a if i == 0 else b, b, 2 if i == 0 else 1) for a, b, n in stages for i in range(n))
-    )
+    units = nn.Sequential()
+    for before, after, count in stages:
+        units.extend([Unit(before, after, 2), *(Unit(after, after, 1) for _ in range(count - 1))])
+    return units
 
 
 class IRSE(nn.Module):

@@ -47,9 +47,8 @@ class Encoder4Editing(nn.Module):
     def __init__(self, num_ws: int = 18, dim: int = 512):
         super().__init__()
         self.input_layer, self.body = input_layer(64), body(IRSE50)
-        self.styles = nn.ModuleList(
-            StyleHead(dim, 16 if i < MEDIUM else 32 if i < FINE else 64) for i in range(num_ws)
-        )
+        sizes = [16 if i < MEDIUM else 32 if i < FINE else 64 for i in range(num_ws)]
+        self.styles = nn.ModuleList(StyleHead(dim, size) for size in sizes)
         self.latlayer1, self.latlayer2 = nn.Conv2d(256, dim, 1), nn.Conv2d(128, dim, 1)
         self.register_buffer("latent_avg", torch.zeros(num_ws, dim))
 

@@ -84,9 +84,8 @@ class PixelNormMLP(nn.Module):
     def __init__(self, in_dim: int, dim: int, norm_axis: str):
         super().__init__()
         self.dim = NORM_AXES[norm_axis]
-        self.layers = nn.ModuleList(
-            EqualLinear(in_dim if i == 0 else dim, dim, lr_mul=0.01, activate=True) for i in range(4)
-        )
+        widths = (in_dim, dim, dim, dim)
+        self.layers = nn.ModuleList(EqualLinear(width, dim, lr_mul=0.01, activate=True) for width in widths)
 
     def forward(self, x: Tensor) -> Tensor:
         x = pixel_norm(x, self.dim)
@@ -232,10 +231,8 @@ class Slots(nn.Module):
         """
         known = torch.cat([silent, spoken]).double()
         solve = torch.linalg.pinv(known, rtol=1e-2)
-        share, target = (
-            known.new_zeros(len(known), self.share.shape[1]),
-            known @ self._weight("target").double(),
-        )
+        share = known.new_zeros(len(known), self.share.shape[1])
+        target = known @ self._weight("target").double()
         share[: len(silent), -1] = 20.0
         target[len(silent) :] = 0
         for name, change in ("share", share), ("target", -target):

@@ -264,10 +264,6 @@ class Generator(nn.Module):
             )
         return [layer.affine(w[:, i]) for layer, i in self._layers()]
 
-    def noise_shapes(self) -> list[tuple[int, int]]:
-        """Height and width of each convolution's noise map."""
-        return [tuple(conv.noise_const.shape) for conv in self.convs]
-
     def synthesis(self, w: Tensor, noise: Noise = "const", dtype: torch.dtype | None = None) -> Tensor:
         """w [N, L, D] -> images [N, 3, R, R], nominally in [-1, 1].
 

@@ -9,6 +9,7 @@ import official
 import pytest
 import torch
 from golden_files import rel
+from official import assert_same, save
 from safetensors.torch import save_file
 
 from cfclip.checkpoints import weights
@@ -20,20 +21,6 @@ from cfclip.checkpoints.weights import WeightsError
 from cfclip.models.arcface import IRSE
 from cfclip.models.e4e import Encoder4Editing
 from cfclip.models.mapper import Mapper, MapperConfig
-
-
-def save(tree, path: Path, zipped: bool = True) -> Path:
-    torch.save(tree, path, _use_new_zipfile_serialization=zipped)
-    return path
-
-
-def assert_same(a, b):
-    ours, theirs = a.state_dict(), b.state_dict()
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        message = lambda m, name=name: f"{name}: {m}"  # noqa: E731
-        torch.testing.assert_close(ours[name], tensor, rtol=1e-6, atol=1e-6, msg=message)
-
 
 # ---- every format, at other sizes and configurations ----------------------------------------------
 

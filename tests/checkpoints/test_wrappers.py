@@ -5,6 +5,7 @@ from collections import OrderedDict
 import official
 import pytest
 import torch
+from official import assert_same, save
 from safetensors import safe_open
 from safetensors.torch import save_file
 from typer.testing import CliRunner
@@ -34,11 +35,6 @@ KEYS = [
 ]
 WRAPPERS = [(keys, "") for keys in KEYS] + [((), prefix) for prefix in PREFIXES]
 WRAPPERS += [(("state_dict",), "G_ema."), (("params",), "module."), (("a", "b"), "net.")]
-
-
-def save(tree, path):
-    torch.save(tree, path)
-    return path
 
 
 def wrap(state, keys=(), prefix=""):
@@ -77,13 +73,6 @@ def nvidia_state(g: Generator) -> dict:
 
 
 LAYOUTS = {"rosinality": official.rosinality, "nvidia": nvidia_state}
-
-
-def assert_same(loaded, module):
-    ours, theirs = loaded.state_dict(), module.state_dict()
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, rtol=1e-6, atol=1e-6)
 
 
 # ---- any key, any prefix --------------------------------------------------------------------------
@@ -306,19 +295,12 @@ WORDS = r"not all finite|numbers of type torch\.(int64|uint8|bool|complex64)|hol
 @pytest.mark.parametrize("bad", BAD)
 def test_a_bad_weight_of_an_official_file_is_named(bad, tmp_path):
     m = official.mapper_state(Mapper(official.SMALL_MAPPER))
-    rosinality = official.rosinality(small_generator())
+    rosinality, nvidia = official.rosinality(small_generator()), nvidia_state(small_generator())
     for load, state, names in (
-        (
-            load_generator,
-            rosinality,
-            ["input.input", "convs.1.conv.weight", "style.2.bias", "noises.noise_1"],
-        ),
-        (load_generator, rosinality, ["to_rgbs.0.upsample.kernel", "to_rgb1.conv.modulation.bias"]),
-        (
-            load_generator,
-            nvidia_state(small_generator()),
-            ["mapping.w_avg", "synthesis.b8.conv0.affine.weight"],
-        ),
+        (load_generator, rosinality, ["input.input", "convs.1.conv.weight", "style.2.bias"]),
+        (load_generator, rosinality, ["noises.noise_1", "to_rgbs.0.upsample.kernel"]),
+        (load_generator, rosinality, ["to_rgb1.conv.modulation.bias"]),
+        (load_generator, nvidia, ["mapping.w_avg", "synthesis.b8.conv0.affine.weight"]),
         (load_mapper, m, ["mapper.fc.bias", "text_mapper.mapper_3.mapping.2.weight"]),
     ):
         for name in names:

@@ -97,10 +97,8 @@ def test_a_sketch_comes_as_jpeg_and_what_is_exact_stays_exact():
 
 
 def test_scores_are_shown_before_and_after_the_edit():
-    clip, success = (
-        {"clip_before": 20.04, "clip_after": 25.0},
-        {"success_before": 0.0, "success_after": 0.875, "progress": 0.432},
-    )
+    clip = {"clip_before": 20.04, "clip_after": 25.0}
+    success = {"success_before": 0.0, "success_after": 0.875, "progress": 0.432}
     text = scores_html(clip | success)
     assert "20.0 → 25.0" in text and "0% → 88%" in text and "43%" in text and "leakage" not in text
     both = scores_html({"identity": 0.9}, {"identity": 0.25})

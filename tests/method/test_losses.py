@@ -18,18 +18,13 @@ def unit(*shape, seed=0):
 
 def test_clip_nce_by_hand():
     s, edited = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])  # q = (-1, 1) / sqrt 2
-    target, source = (
-        torch.tensor([[0.0, 1.0]]),
-        torch.tensor([[0.0, -1.0]]),
-    )  # p1 = (0, 1); p2 = q; n = (-1, -1) / sqrt 2
-    first, second, against = math.sqrt(0.5), 1.0, 0.0
-    expected = (
-        sum(
-            -math.log(math.exp(p / 0.1) / (math.exp(p / 0.1) + math.exp(against / 0.1)))
-            for p in (first, second)
-        )
-        / 2
-    )
+    target, source = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0, -1.0]])
+    first, second, against = math.sqrt(0.5), 1.0, 0.0  # p1 = (0, 1); p2 = q; n = (-1, -1) / sqrt 2
+
+    def of(p):
+        return -math.log(math.exp(p / 0.1) / (math.exp(p / 0.1) + math.exp(against / 0.1)))
+
+    expected = (of(first) + of(second)) / 2
     assert clip_nce(edited, s, target, source).item() == pytest.approx(expected, rel=1e-4)
 
 

@@ -27,9 +27,8 @@ class Epilogue(NamedTuple):
     shuffle: bool = False  # x holds the four phases of each channel instead, [N, 4 C, H / 2, W / 2]
     fir: Tensor | None = None  # filter [n, n] that is applied to x first, with a gain of 4
     pad: tuple[int, int] = (1, 1)  # padding of x for the filter: (before, after) in both directions
-    rgb: tuple[Tensor, Tensor] | None = (
-        None  # weight [K, C, 1, 1] and style [N, C] of the RGB layer that reads y
-    )
+    # weight [K, C, 1, 1] and style [N, C] of the RGB layer that reads y
+    rgb: tuple[Tensor, Tensor] | None = None
 
 
 class LayerOutput(NamedTuple):

@@ -214,9 +214,7 @@ class _Upfirdn2d(torch.autograd.Function):
         padded_h, padded_w = h * up + top + bottom, w * up + left + right
         out_h, out_w = (padded_h - fh) // down + 1, (padded_w - fw) // down + 1
         if min(out_h, out_w) < 1:
-            raise ValueError(
-                f"a filter of {fh} x {fw} does not fit into the padded input of {padded_h} x {padded_w}"
-            )
+            raise ValueError(f"a filter of {fh} x {fw} does not fit into the padded {padded_h} x {padded_w}")
         x, last, layout = _dense(x)
         y = torch.empty((n, c, out_h, out_w), dtype=x.dtype, device=x.device, memory_format=layout)
         if y.numel():
