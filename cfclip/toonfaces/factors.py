@@ -127,13 +127,9 @@ class Face:
     yaw: float = _pose(-1, 1)  # moves the features across the head
     zoom: float = _pose(0.92, 1.06)
 
-    @property
-    def has_hair(self) -> bool:
-        return self.hair_style != "bald"
-
     def has(self, part: str) -> bool:
         """Whether the face has ``part``; hair, beard and glasses can be absent."""
-        flags = {"hair": self.has_hair, "beard": self.has_beard, "glasses": self.has_glasses}
+        flags = {"hair": self.hair_style != "bald", "beard": self.has_beard, "glasses": self.has_glasses}
         return flags.get(part, True)
 
     def with_colour(self, part: str, name: str) -> "Face":
@@ -288,11 +284,6 @@ def sample_face(seed: int | tuple[int, ...] | LatentDraws, support: str = "natur
         shift=(u(-0.06, 0.06), u(-0.05, 0.05)),
         **{name: u(low, high) for name, (low, high) in _LIMITS.items()},
     )
-
-
-def new_photo(face: Face, seed: int | tuple[int, ...], support: str = "both") -> Face:
-    """Another picture of the same person: the identity factors are kept, everything else is drawn anew."""
-    return sample_face(seed, support).of_person(face)
 
 
 LATENT_DRAWS = 74
