@@ -189,13 +189,13 @@ def global_direction(domain: Domain, config: GlobalConfig, *channels: Channels) 
     return Direction(step, relevance)
 
 
-def automatic_beta(relevance: Tensor, channels: int = 20) -> float:
-    """As the authors' program chooses it: the most of 0.10, 0.11, … 0.29 that leaves more than ``channels``.
+def automatic_beta(relevance: Tensor) -> float:
+    """As the authors' program chooses it: the most of 0.10, 0.11, … 0.29 that leaves more than 20 channels.
 
     0.1 if none does. relevance: [C].
     """
     steps = [k / 100 for k in range(10, 30)]
-    return max((beta for beta in steps if (relevance.abs() >= beta).sum() > channels), default=steps[0])
+    return max((beta for beta in steps if (relevance.abs() >= beta).sum() > 20), default=steps[0])
 
 
 class GlobalEditor(Editor):

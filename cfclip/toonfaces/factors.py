@@ -184,9 +184,9 @@ def _jitter(rng: np.random.Generator, rgb: RGB, amount: float) -> RGB:
     return (float(r), float(g), float(b))
 
 
-def _pick(rng: np.random.Generator, table: dict[str, RGB], amount: float = 0.07) -> Colour:
+def _pick(rng: np.random.Generator, table: dict[str, RGB]) -> Colour:
     name = list(table)[rng.integers(len(table))]
-    return Colour(name, _jitter(rng, table[name], amount))
+    return Colour(name, _jitter(rng, table[name], 0.07))
 
 
 def _any_hue(rng: np.random.Generator, saturation: tuple[float, float]) -> RGB:
@@ -212,7 +212,7 @@ def nearest_colour(part: str, rgb: RGB) -> str:
     return names[np.linalg.norm(palette - to_lab(rgb), axis=1).argmin()]
 
 
-def independent_colours(face: Face, rng: np.random.Generator, tint: float = 12.0) -> Face:
+def independent_colours(face: Face, rng: np.random.Generator) -> Face:
     """``face`` with a natural colour of its own for every part, anywhere between two that have names.
 
     Natural faces have few colours, and brows and beard follow the hair: who learns from them alone learns one
@@ -223,7 +223,7 @@ def independent_colours(face: Face, rng: np.random.Generator, tint: float = 12.0
         table = list(NATURAL[part].values())
         for _ in range(100):
             a, b = (np.asarray(table[rng.integers(len(table))]) for _ in range(2))
-            mixed = (a + rng.uniform() * (b - a)) * rng.uniform(0.85, 1.15) + rng.uniform(-tint, tint, 3)
+            mixed = (a + rng.uniform() * (b - a)) * rng.uniform(0.85, 1.15) + rng.uniform(-12, 12, 3)
             rgb = tuple(float(c) for c in np.clip(mixed, 0, 255))
             if (name := nearest_colour(part, rgb)) in NATURAL[part]:
                 return Colour(name, rgb)

@@ -133,13 +133,13 @@ def degrade(images: Tensor, generator: torch.Generator) -> Tensor:
     return images + 0.06 * draw(n, 1, 1, 1) * noise
 
 
-def random_warp(images: Tensor, share: float, generator: torch.Generator, strength: float = 0.5) -> Tensor:
+def random_warp(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
     """Random perspectives of a random ``share`` of the images, mid-grey outside."""
     n, r, device = len(images), images.shape[-1], images.device
     draw = partial(torch.rand, generator=generator, device=device)
     corner = torch.arange(4, device=device)  # not copied from the CPU: a GPU would wait for that
     corners = torch.stack([(corner == 1) | (corner == 2), corner >= 2], 1) * 2.0 - 1  # clockwise
-    moved = corners * (1 - strength * draw(n, 4, 2))
+    moved = corners * (1 - 0.5 * draw(n, 4, 2))
     x, y = corners[:, 0].expand(n, 4), corners[:, 1].expand(n, 4)
     u, v = moved.unbind(-1)
     o, z = torch.ones_like(u), torch.zeros_like(u)

@@ -28,16 +28,16 @@ def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, true: Tensor, f
     return (one_way(1) + one_way(0)) / 2
 
 
-def colour_codes(width: float = 25.0) -> Tensor:
+def colour_codes() -> Tensor:
     """What the colour facts of FACTS have in common [C, K]: how near each is to the K colours with a name.
 
-    width: of a Gaussian, in CIELAB. Similar colours have similar codes, whatever part they are of.
+    By a Gaussian in CIELAB. Similar colours have similar codes, whatever part they are of.
     """
     rgb = [colours(key)[value] for key, value in FACTS if key in PARTS]
     lab = torch.from_numpy(to_lab(np.array(rgb, np.float64))).float()
     names = [value for key, value in FACTS if key in PARTS]
     centres = torch.stack([lab[names.index(name)] for name in COLOUR_NAMES])
-    codes = torch.exp(-0.5 * (torch.cdist(lab, centres) / width).square())
+    codes = torch.exp(-0.5 * (torch.cdist(lab, centres) / 25).square())
     return codes / codes.norm(dim=1, keepdim=True)
 
 

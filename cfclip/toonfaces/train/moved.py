@@ -126,13 +126,13 @@ def sure_facts(measured: Measurement, held_out: bool = False) -> tuple[np.ndarra
 
 @torch.no_grad()
 def moved_samples(
-    generator: Generator, readout: Readout, n: int, seed: int, held_out: bool = False, batch: int = 256
+    generator: Generator, readout: Readout, n: int, seed: int, held_out: bool = False
 ) -> tuple[Tensor, np.ndarray, np.ndarray]:
     """``n`` pictures, uint8 [n, 3, R, R] on the generator's device, and their :func:`sure_facts`.
 
     The first half is of :func:`random_moves`, the second of :func:`aimed_moves`.
     """
-    random = torch.Generator(generator.w_avg.device).manual_seed(seed)
+    batch, random = 256, torch.Generator(generator.w_avg.device).manual_seed(seed)
     codes = list(random_moves(generator, n - n // 2, random)[1].split(batch))
     sizes = [min(batch, n // 2 - k) for k in range(0, n // 2, batch)]
     pictures, facts = [], []

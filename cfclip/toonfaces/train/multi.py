@@ -261,10 +261,10 @@ def calibration(domain: Domain, n: int = 32) -> dict[str, Any]:
     return {"error": error, "error_of_the_mean": error_of_the_mean, "wordings": len(pairs)} | known
 
 
-def probe(domain: Domain, ridge: float = 1.0) -> pd.DataFrame:
+def probe(domain: Domain) -> pd.DataFrame:
     """Linear probe: part and colour predicted from the text feature.
 
-    ``min_A |X A - Y|^2 + ridge |A|^2`` with X: raw text features [P, E], centred; Y: part and colour,
+    ``min_A |X A - Y|^2 + |A|^2`` with X: raw text features [P, E], centred; Y: part and colour,
     one-hot. One row for the unseen prompts, predicted from all seen ones; one for the seen prompts, each
     predicted from the others. ``part``, ``colour`` and ``both``: shares predicted correctly.
     """
@@ -279,7 +279,7 @@ def probe(domain: Domain, ridge: float = 1.0) -> pd.DataFrame:
         """bool [T, 2]: are part and colour of the prompts ``tested`` predicted from those ``fitted``?"""
         mean, level = x[fitted].mean(0), y[fitted].mean(0)
         a = x[fitted] - mean
-        solved = torch.linalg.solve(a @ a.T + ridge * torch.eye(len(a)), y[fitted] - level)
+        solved = torch.linalg.solve(a @ a.T + torch.eye(len(a)), y[fitted] - level)
         scores = (x[tested] - mean) @ a.T @ solved + level
         guesses = [part.argmax(1) for part in scores.split([len(names) for names in known], 1)]
         return torch.stack(guesses, 1) == answers[tested]

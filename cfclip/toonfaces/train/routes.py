@@ -99,9 +99,7 @@ def learn(
     return mapper, regress(mapper, loss, config.lr, steps, config.seed, out)
 
 
-def learn_pairs(
-    domain: Domain, out: Path, seed: int, steps: int = 3000, batch: int = 128
-) -> tuple[PairMapper, float]:
+def learn_pairs(domain: Domain, out: Path, seed: int, steps: int = 3000) -> tuple[PairMapper, float]:
     """A mapper that knows which move of the colouring layers makes which difference in CLIP's space."""
     begun = time.perf_counter()
     g, first = domain.generator, level_slices(domain.level_split)["fine"].start
@@ -122,7 +120,7 @@ def learn_pairs(
     scale = (moved - w)[:, first:].square().mean()
 
     def loss(generator: torch.Generator) -> Tensor:
-        rows = torch.randint(PAIRS, (batch,), generator=generator)
+        rows = torch.randint(PAIRS, (128,), generator=generator)
         return (mapper.edit(w[rows], differs[rows]) - moved[rows])[:, first:].square().mean() / scale
 
     drawn = time.perf_counter() - begun
