@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from cfclip.checkpoints import weights
@@ -20,6 +21,7 @@ class Editor:
     """The result of :func:`cfclip.baselines.fit`. ``rows``: the log of its training."""
 
     KIND: ClassVar[str]  # of its file, which is <KIND>.safetensors
+    STORE_AS: ClassVar[torch.dtype | None] = None  # the dtype of the tensors in it, if it is not theirs
     path: Path | None = None  # the file that it was opened from
 
     def __init__(
@@ -48,7 +50,7 @@ class Editor:
         """Write the editor into the folder ``out``, for :func:`cfclip.baselines.load_editor`."""
         card = {"method": self.method, "domain": self.domain.name, "training": flat(self.config)}
         path = Path(out) / f"{self.KIND}.safetensors"
-        return weights.save(self.module, path, self.KIND, self.sizes, **card)
+        return weights.save(self.module, path, self.KIND, self.sizes, self.STORE_AS, **card)
 
     @classmethod
     def fit(cls, method: str, domain: Domain, config: Any, out: Path | None, **loop: Any) -> "Editor":

@@ -17,8 +17,6 @@ from cfclip.files import DATA
 from cfclip.models.mapper import Mapper
 from cfclip.settings import number
 
-KINDS = {method.editor.KIND for method in METHODS.values()}
-
 
 @dataclass(frozen=True)
 class Trained:
@@ -47,9 +45,8 @@ class Trained:
             raise WeightsError(f"{self.path} was made for {wrong}: load that domain")
         known = METHODS.get(self.method)
         if known is None or self.kind != known.editor.KIND or self.prompt is None:
-            raise WeightsError(
-                f"{self.path} does not say by which method or for which prompt it was made: fit it again"
-            )
+            unknown = "by which method or for which prompt it was made"
+            raise WeightsError(f"{self.path} does not say {unknown}: fit it again")
         # a domain cannot be hashed; the editor keeps its generator alive, so that the id stays its own
         key = (self.path, self.path.stat().st_mtime, id(domain.generator))
         if key not in _OPEN:
@@ -68,10 +65,11 @@ _OPEN: dict[tuple, Editor] = {}
 def read_trained(path: str | os.PathLike) -> Trained | None:
     """What the header of ``path`` says; None if it is not an editor. WeightsError if it is not our file."""
     kind, _, card = weights.read_header(path)
-    training = card.get("training", {}) if isinstance(card, dict) else None
-    if not isinstance(kind, str) or not isinstance(training, dict):
+    training = card.get("training", {})
+    if not isinstance(training, dict):
         raise WeightsError(f"{path} has a header that cfclip did not write: fit or fetch it again")
-    if kind != "mapper" and not (kind in KINDS and "prompt" in training):
+    kinds = {method.editor.KIND for method in METHODS.values()}
+    if kind != "mapper" and not (kind in kinds and "prompt" in training):
         return None
     method, domain = card.get("method", "cfclip"), card.get("domain", "")
     for name, value in {"method": method, "domain": domain, "prompt": training.get("prompt", "")}.items():
@@ -88,11 +86,8 @@ def scan(*places: str | os.PathLike, skip_damaged: bool = False) -> list[Trained
     """
     found = []
     for place in map(Path, places):
-        for path in (
-            [place]
-            if place.is_file()
-            else sorted([*place.glob("*.safetensors"), *place.glob("*/*.safetensors")])
-        ):
+        inside = sorted([*place.glob("*.safetensors"), *place.glob("*/*.safetensors")])
+        for path in [place] if place.is_file() else inside:
             try:
                 found.append(read_trained(path))
             except WeightsError:
@@ -104,10 +99,7 @@ def scan(*places: str | os.PathLike, skip_damaged: bool = False) -> list[Trained
 def load_editor(place: str | os.PathLike, domain: Domain) -> Editor:
     """The editor in the folder or file ``place``. WeightsError if there is none, or it does not fit."""
     place = Path(place)
-    if place.is_dir():
-        found = [one for path in sorted(place.glob("*.safetensors")) if (one := read_trained(path))]
-    else:
-        found = scan(place)
+    found = scan(*sorted(place.glob("*.safetensors")) if place.is_dir() else [place])
     if len(found) != 1:
         what = f"several editors ({', '.join(one.path.name for one in found)})" if found else "no editor"
         raise WeightsError(

@@ -24,7 +24,6 @@ logger = logging.getLogger(__name__)
 
 MOST = {"cpu": 8, "cuda": 64}
 """More members of a pack gain nothing: a processor is busy with 32 pictures, a GPU with 256."""
-FAILURES = (RuntimeError, ValueError, OSError)
 
 
 @dataclass(frozen=True)
@@ -106,6 +105,6 @@ def fit_many(
         if k not in done:
             try:
                 done[k] = driven(job.loop(domain, progress=progress, **loop))
-            except FAILURES as error:
+            except (RuntimeError, ValueError, OSError) as error:
                 done[k] = error
     return [done[k] for k in range(len(jobs))]

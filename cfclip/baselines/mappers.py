@@ -1,6 +1,6 @@
 """Editors that train a latent mapper: CF-CLIP, StyleCLIP's mapper, StyleGAN-NADA's loss on that mapper."""
 
-import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from cfclip.baselines.editor import Editor
-from cfclip.checkpoints.mappers import load_mapper, save_mapper
+from cfclip.checkpoints.mappers import load_mapper
 from cfclip.domain import Domain
-from cfclip.method.config import flat
 from cfclip.method.loop import Loop, begin_run
 from cfclip.method.trainer import MapperTrainer, mapper_loop
 from cfclip.models.mapper import Mapper
@@ -19,7 +18,7 @@ from cfclip.models.mapper import Mapper
 class MapperEditor(Editor):
     """``x' = G(w + strength * 0.1 * delta(w, t))``. The mapper has the half floats that its file has."""
 
-    KIND = "mapper"
+    KIND, STORE_AS = "mapper", torch.float16
     TRAINER: ClassVar[type[MapperTrainer]] = MapperTrainer
     module: Mapper
 
@@ -33,21 +32,18 @@ class MapperEditor(Editor):
         edited = self.module.edit(w, text, strength)
         return self.domain.generator.synthesis(self.module.edit(edited, text, -strength))
 
-    def save(self, out: str | os.PathLike) -> Path:
-        card = {"method": self.method, "domain": self.domain.name, "training": flat(self.config)}
-        return save_mapper(self.module, Path(out) / "mapper.safetensors", **card)
+    @property
+    def sizes(self) -> Mapping[str, Any]:
+        return self.module.metadata
 
     @classmethod
     def loop(cls, method: str, domain: Domain, config: Any, out: Path | None, **loop: Any) -> Loop:
         """As :func:`.mapper_loop`: it can be one of a pack."""
         config = begin_run(config, domain.device, out, method=method, **domain.described)
         module, rows = yield from mapper_loop(domain, config, out, method, trainer=cls.TRAINER, **loop)
-        return cls(method, domain, config, cls.kept(module), rows)
-
-    @staticmethod
-    def kept(module: nn.Module) -> nn.Module:
-        """The module as its file has it."""
-        return module.half().float()
+        if cls.STORE_AS is not None:
+            module = module.to(cls.STORE_AS).float()  # as its file has it
+        return cls(method, domain, config, module, rows)
 
     @classmethod
     def open(cls, path: Path, domain: Domain) -> nn.Module:

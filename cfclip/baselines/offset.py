@@ -53,16 +53,9 @@ class OffsetTrainer(MapperTrainer):
 class OffsetEditor(MapperEditor):
     """``x' = G(w + strength * 0.1 * delta)``."""
 
-    KIND = "offset"
-    module: Offset
-    save = Editor.save
-
+    KIND, STORE_AS, sizes = "offset", None, Editor.sizes
     TRAINER = OffsetTrainer
-
-    @staticmethod
-    def kept(module: Offset) -> Offset:
-        """Its file has whole floats."""
-        return module
+    module: Offset
 
     @classmethod
     def open(cls, path: Path, domain: Domain) -> nn.Module:

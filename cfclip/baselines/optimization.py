@@ -73,8 +73,7 @@ class OptimizationEditor(Editor):
             optimizer.param_groups[0]["lr"] = c.lr * learning_rate(i / c.steps)
             images = networks.synthesise(w + shift)
             clip, l2 = 1 - networks.clip(images) @ target[0], shift.square().sum((1, 2))  # [N] each
-            losses = {"clip": clip, "l2": l2}
-            loss = losses["clip"] + c.lambda_l2 * losses["l2"]
+            loss, losses = clip + c.lambda_l2 * l2, {"clip": clip, "l2": l2}
             if source is not None:
                 losses["id"] = 1 - (identity(images) * source).sum(1)
                 loss = loss + c.lambda_id * losses["id"]

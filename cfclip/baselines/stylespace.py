@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,9 +50,7 @@ class GlobalConfig(GuidedConfig):
     alpha: float = setting(4.1, finite)  # how far to go at strength 1
     beta: float | None = setting(0.15, number(optional=True))  # channels of less relevance stay as they are
     samples: int = setting(100, batch_size)  # pictures in which each channel is tried …
-    sigmas: float = setting(
-        5.0, number(above=True)
-    )  # … this many standard deviations below and above its mean
+    sigmas: float = setting(5.0, number(above=True))  # … so many standard deviations from its mean
     style_samples: int = setting(100_000, int_at_least(2))  # latents behind that mean and standard deviation
     seed: int = setting(0, seed_number)
 
@@ -104,11 +102,11 @@ def channel_statistics(
     """
     if folder is None:
         return _measure_channels(domain, config, **loop)
-    key = _key(domain, config)
+    settings = {name: getattr(config, name) for name in ("samples", "sigmas", "style_samples", "seed")}
+    key = _key(domain, settings)
     folder = Path(folder) / f"channels-{key}"
     file = folder / "channels.safetensors"
-    card = {name: getattr(config, name) for name in ("samples", "sigmas", "style_samples", "seed")}
-    card = {"domain": domain.name, **card}
+    card = {"domain": domain.name, **settings}
     with locked(folder, "channels", wait=True):
         if file.exists():
             try:
@@ -158,11 +156,10 @@ def _measure_channels(
     return channels, rows
 
 
-def _key(domain: Domain, config: GlobalConfig) -> str:
+def _key(domain: Domain, settings: Mapping[str, Any]) -> str:
     """12 digits for all that channel statistics depend on: a file with the same key may be used."""
     networks = [domain.fingerprints[name] for name in ("generator", "clip")]
-    settings = [config.samples, config.sigmas, config.style_samples, config.seed]
-    what = json.dumps([domain.name, domain.label, domain.truncation, *settings, *networks])
+    what = json.dumps([domain.name, domain.label, domain.truncation, *settings.values(), *networks])
     return hashlib.sha256(what.encode()).hexdigest()[:12]
 
 
@@ -176,9 +173,8 @@ def global_direction(domain: Domain, config: GlobalConfig, *channels: Channels) 
     relevance = 0.0
     guides = domain.first_guides(config.guides)
     for share, guide, seen in zip(config.guide_shares, guides, channels, strict=True):
-        target, source = (
-            direction(guide.template_features(text).mean(0)) for text in (config.prompt, described)
-        )
+        texts = (guide.template_features(text).mean(0) for text in (config.prompt, described))
+        target, source = map(direction, texts)
         relevance = relevance + share * seen.relevance(target - source)
     most = relevance.abs().max()
     if null_edit(config.prompt, described):
@@ -193,13 +189,13 @@ def global_direction(domain: Domain, config: GlobalConfig, *channels: Channels) 
     return Direction(step, relevance)
 
 
-def automatic_beta(relevance: Tensor, channels: int = 20) -> float:
-    """As the authors' program chooses it: the most of 0.10, 0.11, … 0.29 that leaves more than ``channels``.
+def automatic_beta(relevance: Tensor) -> float:
+    """As the authors' program chooses it: the most of 0.10, 0.11, … 0.29 that leaves more than 20 channels.
 
     0.1 if none does. relevance: [C].
     """
     steps = [k / 100 for k in range(10, 30)]
-    return max((beta for beta in steps if (relevance.abs() >= beta).sum() > channels), default=steps[0])
+    return max((beta for beta in steps if (relevance.abs() >= beta).sum() > 20), default=steps[0])
 
 
 class GlobalEditor(Editor):
@@ -212,9 +208,8 @@ class GlobalEditor(Editor):
     def edit(self, w: Tensor, strength: float = 1.0) -> Tensor:
         styles = self.domain.generator.style_space(w)
         where = convolutions(styles)
-        for layer, step in zip(
-            where, self.module.step.split([styles[i].shape[1] for i in where]), strict=True
-        ):
+        steps = self.module.step.split([styles[layer].shape[1] for layer in where])
+        for layer, step in zip(where, steps, strict=True):
             styles[layer] = styles[layer] + strength * step
         return self.domain.generator.synthesis_from_styles(styles)
 

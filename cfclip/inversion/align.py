@@ -40,18 +40,14 @@ SUPERSAMPLE = 4
 Points = Sequence[Sequence[float]] | np.ndarray
 
 
-def read_photo(file: str | os.PathLike | BinaryIO) -> Image.Image:
+def read_photo(file: str | os.PathLike | BinaryIO) -> tuple[Image.Image, int]:
     """A PNG, JPEG or WebP as 8-bit RGB, rotated upright as its EXIF data say; transparency becomes white.
 
     Uses the first frame of an animation and ignores colour profiles. A JPEG of up to 4 ``MAX_PIXELS`` is
-    halved in width and height while it is decoded, if it has more than ``MAX_PIXELS``. Raises ValueError,
-    with the fix, for a larger photo, any other file, and a damaged one.
+    halved in width and height while it is decoded, if it has more than ``MAX_PIXELS``. Returns also by how
+    much it was reduced, 1 or 2. Raises ValueError, with the fix, for a larger photo, any other file, and a
+    damaged one.
     """
-    return _read(file)[0]
-
-
-def _read(file: str | os.PathLike | BinaryIO) -> tuple[Image.Image, int]:
-    """:func:`read_photo`, and by how much the photo was reduced: 1 or 2."""
     shrink, problem = 1, ""
     name = _name_of(file)
     try:
@@ -212,8 +208,8 @@ def _extend(photo: Image.Image, before: np.ndarray, after: np.ndarray, blur: flo
     return Image.fromarray(np.rint(pixels).clip(0, 255).astype(np.uint8))
 
 
-def _warn_if_small(side: float, size: int, shrink: int = 1) -> None:
-    """Warn if a face of ``side`` pixels has to be enlarged more than twice. ``shrink``: see :func:`_read`."""
+def _warn_if_small(side: float, size: int, shrink: int) -> None:
+    """Warn if a face of ``side`` pixels of a photo that was reduced has to be enlarged more than twice."""
     if 2 * side < size:
         larger = "crop the photo to the face first" if shrink > 1 else "use a larger photo"
         warnings.warn(
@@ -228,7 +224,7 @@ def detector_file(folder: Path = files.DOWNLOADS) -> Path | None:
 
     Raises ValueError if the file is not the documented one.
     """
-    (source,) = (one for one in sources.SOURCES if one.role == "detector")
+    source = next(one for one in sources.SOURCES if one.role == "detector")
     path = sources.locate(source, folder)
     if path is None or find_spec("cv2") is None:
         return None
@@ -238,14 +234,12 @@ def detector_file(folder: Path = files.DOWNLOADS) -> Path | None:
     return path
 
 
-def detect_points(photo: Image.Image, file: str | os.PathLike | None = None) -> np.ndarray:
+def detect_points(photo: Image.Image) -> np.ndarray:
     """The five points [5, 2] of the largest face, found by OpenCV's YuNet.
 
-    ``file``: its ONNX file, default :func:`detector_file`. Raises ValueError without OpenCV or the file, and
-    if there is no face.
+    Raises ValueError without OpenCV or YuNet's file, and if there is no face.
     """
-    file = file or detector_file()
-    if file is None:
+    if (file := detector_file()) is None:
         raise ValueError(
             "finding the face needs OpenCV (pip install opencv-python-headless) and YuNet's file "
             f"(cfclip fetch ffhq --all); or give five points by hand: {POINTS}"
@@ -257,7 +251,7 @@ def detect_points(photo: Image.Image, file: str | os.PathLike | None = None) -> 
     detector = cv2.FaceDetectorYN.create(os.fspath(file), "", small.size, 0.6)
     _, faces = detector.detect(np.ascontiguousarray(np.asarray(small)[..., ::-1]))  # BGR
     if faces is None or not len(faces):
-        size = "{} x {}".format(*photo.size)
+        size = f"{photo.width} x {photo.height}"
         raise ValueError(f"no face was found in the photo of {size}; give five points by hand: {POINTS}")
     # a row is x, y, width, height, then the points, each pair from the picture's left to its right
     face = max(faces, key=lambda row: row[2] * row[3])
@@ -282,7 +276,7 @@ def load_photo(
             f"points must be five [x, y] pairs ({POINTS}), or [] for a photo that is aligned already, not "
             f"{points!r}"
         ) from None
-    photo, shrink = _read(file)
+    photo, shrink = read_photo(file)
     if given:
         points = check_points(points, (photo.width * shrink, photo.height * shrink)) / shrink
     elif detect:

@@ -63,8 +63,9 @@ class Inversion:
         return "const" if self.noise is None else self.noise
 
 
-def w_spread(generator: Generator, n: int = 4096) -> float:
-    """s: root mean square of the components of ``w - w_avg`` over ``n`` samples."""
+def w_spread(generator: Generator) -> float:
+    """s: root mean square of the components of ``w - w_avg`` over 4096 samples."""
+    n = 4096
     with torch.no_grad():
         z = torch.randn(n, generator.z_dim, generator=torch.Generator().manual_seed(0)).to(generator.w_avg)
         w = generator.map_one(z, generator.every_class(n))

@@ -17,11 +17,10 @@ from cfclip.toonfaces.factors import HAIR_STYLES, PARTS, Face, colours
 Fact = tuple[str, str]
 T = TypeVar("T")
 
-_FLAGS = {"beard?": ("yes", "no"), "glasses?": ("yes", "no"), "smile": ("yes", "no")}
 GROUPS: dict[str, tuple[str, ...]] = {
     **{part: tuple(colours(part)) for part in PARTS},
     "style": HAIR_STYLES,
-    **_FLAGS,
+    **dict.fromkeys(("beard?", "glasses?", "smile"), ("yes", "no")),
     "person": ("man", "woman"),
 }
 """Key of a fact -> its values; at most one of them is true of a face."""
@@ -77,11 +76,8 @@ _WORDINGS: dict[Fact, tuple[tuple[str, str], ...]] = {
 }  # fmt: skip
 """Fact -> how it is said, and in which place of a sentence, as often as it is so."""
 
-_OF_A_PERSON = (
-    "blonde",
-    "blond",
-    "ginger",
-)  # "a blonde woman" has blonde hair, "a green woman" has not green hair
+_OF_A_PERSON = ("blonde", "blond", "ginger")
+"""Of their hair: "a blonde woman" has blonde hair, "a green woman" has not green hair."""
 
 _COUNTS = (0, *(16 * (1,)), *(7 * (2,)), *(4 * (3,)), *(2 * (4,)), 5, 6)
 """Of claims, as often as they occur."""
@@ -100,10 +96,9 @@ def shape_facts(face: Face) -> tuple[set[Fact], set[Fact]]:
         true.add(("person", "man"))
     elif face.hair_style in ("long", "bob"):
         true.add(("person", "woman"))
-    flags = {"beard?": face.has_beard, "glasses?": face.has_glasses}
+    true |= {("beard?", "yes" if face.has_beard else "no"), ("glasses?", "yes" if face.has_glasses else "no")}
     if not SERIOUS <= face.smile <= SMILING:
-        flags["smile"] = face.smile > SMILING
-    true |= {(name, "yes" if holds else "no") for name, holds in flags.items()}
+        true.add(("smile", "yes" if face.smile > SMILING else "no"))
     keys = {key for key, _ in true}
     return true, {fact for fact in FACTS if fact[0] in keys and fact[0] not in PARTS}
 

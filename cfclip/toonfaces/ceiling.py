@@ -1,6 +1,6 @@
 """The best edit this generator can make: W+ optimised directly to the rendered true counterfactual."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
@@ -12,14 +12,13 @@ from torch import Tensor
 
 from cfclip.domain import Domain
 from cfclip.evaluation.metrics import Columns, Edit, evaluate
-from cfclip.evaluation.report import markdown
-from cfclip.files import DATA, write_text
-from cfclip.images import to_tensor
+from cfclip.evaluation.report import markdown, page
+from cfclip.files import write_text
 from cfclip.models.ops import fast_dtype
 from cfclip.toonfaces.captions import claim_of, phrase
 from cfclip.toonfaces.domain import COLOURING, load_toonfaces
 from cfclip.toonfaces.factors import PARTS, Face, sample_face
-from cfclip.toonfaces.render import MASKS, render
+from cfclip.toonfaces.render import MASKS, pictures, render
 
 _TWO_COLOURS = {
     "skin": ("green", "blue"),
@@ -43,9 +42,7 @@ class Start:
     natural: Tensor  # renders [N, 3, R, R] in [-1, 1]
     wanted: Tensor  # the same renders with the part recoloured
     w: Tensor  # codes whose pictures are closest to ``natural`` [N, L, D]
-    w_edited: (
-        Tensor  # codes whose pictures are closest to ``wanted``, from ``first_layer`` on; before it as w
-    )
+    w_edited: Tensor  # codes closest to ``wanted`` from ``first_layer`` on; before it as ``w``
 
 
 def starts(
@@ -53,42 +50,34 @@ def starts(
     prompts: Sequence[str] = PROMPTS,
     n: int = 12,
     steps: int = 150,
-    lr: float = 0.05,
     seed: int = 60_000,
     first_layer: int = COLOURING,
 ) -> Iterator[Start]:
     """One :class:`Start` per prompt, of ``n`` natural faces that have its part.
 
     ``w`` is optimised to the render in all layers, ``w_edited`` from there to the recoloured render in the
-    layers from ``first_layer`` on; ``steps`` of Adam with learning rate ``lr`` each. Raises ValueError if a
-    prompt does not name the colour of a part, or if there is no such layer.
+    layers from ``first_layer`` on; ``steps`` of Adam each. Raises ValueError if a prompt does not name the
+    colour of a part, or if there is no such layer.
     """
-    claims = [_claim(prompt) for prompt in prompts]
+    claims = [claim_of(prompt) for prompt in prompts]
+    if None in claims:
+        raise ValueError(
+            f"{prompts[claims.index(None)]!r} does not name the colour of a part, so there is no true "
+            'counterfactual to aim at; use a prompt such as "green lipstick"'
+        )
     g, sources = domain.generator, {}
     if not 0 <= first_layer < g.num_ws:
         raise ValueError(f"first_layer must be from 0 to {g.num_ws - 1}, not {first_layer}")
-
-    def drawn(faces: Sequence[Face]) -> Tensor:
-        return to_tensor([render(face, g.resolution).image for face in faces]).to(domain.device)
-
     for prompt, (part, colour) in zip(prompts, claims, strict=True):
         everyone = (sample_face((seed, k)) for k in count())
         faces = tuple(islice((face for face in everyone if face.has(part)), n))
-        natural, wanted = drawn(faces), drawn([face.with_colour(part, colour) for face in faces])
+        recoloured = [face.with_colour(part, colour) for face in faces]
+        natural, wanted = (pictures(group, g.resolution).to(domain.device) for group in (faces, recoloured))
         if faces not in sources:  # most parts are asked of the same faces
             centre = g.w_avg.expand(n, g.num_ws, -1)
-            sources[faces] = _fit(domain, natural, _weights(faces, g.resolution), centre, 0, steps, lr)
+            sources[faces] = _fit(domain, natural, _weights(faces, g.resolution), centre, 0, steps)
         w, weights = sources[faces], _weights(faces, g.resolution, part)
-        yield Start(prompt, natural, wanted, w, _fit(domain, wanted, weights, w, first_layer, steps, lr))
-
-
-def _claim(prompt: str) -> tuple[str, str]:
-    if (claim := claim_of(prompt)) is None:
-        raise ValueError(
-            f"{prompt!r} does not name the colour of a part, so there is no true counterfactual to aim at; "
-            'use a prompt such as "green lipstick"'
-        )
-    return claim
+        yield Start(prompt, natural, wanted, w, _fit(domain, wanted, weights, w, first_layer, steps))
 
 
 def _weights(faces: Sequence[Face], resolution: int, part: str | None = None) -> Tensor:
@@ -105,19 +94,35 @@ def _weights(faces: Sequence[Face], resolution: int, part: str | None = None) ->
 
 
 def _fit(
-    domain: Domain, target: Tensor, weights: Tensor, start: Tensor, first_layer: int, steps: int, lr: float
+    domain: Domain, target: Tensor, weights: Tensor, start: Tensor, first_layer: int, steps: int
 ) -> Tensor:
     """Codes [N, L, D] that draw ``target`` (weighted L1): ``start``, moved from ``first_layer`` on."""
-    fixed, weights = start[:, :first_layer], weights.to(target)
-    free = start[:, first_layer:].clone().requires_grad_()
-    dtype = fast_dtype(domain.device)
-    optimizer = torch.optim.Adam([free], lr)
+    weights, dtype = weights.to(target), fast_dtype(domain.device)
+
+    def loss(i: int, w: Tensor) -> Tensor:
+        return (weights * (domain.generator.synthesis(w, dtype=dtype) - target).abs()).mean()
+
+    return descend(start, first_layer, steps, lambda t: 0.05 * min(1.0, 2 * (1 - t)), loss)
+
+
+def descend(
+    start: Tensor,
+    first_layer: int,
+    steps: int,
+    lr: Callable[[float], float],
+    loss: Callable[[int, Tensor], Tensor],
+) -> Tensor:
+    """Codes after ``steps`` of Adam from ``start`` [N, L, D], in the layers from ``first_layer`` on.
+
+    lr: of the share of the steps that are done; loss: of step i and the codes, a scalar.
+    """
+    fixed, free = start[:, :first_layer], start[:, first_layer:].clone().requires_grad_()
+    optimizer = torch.optim.Adam([free])
     for i in range(steps):
-        optimizer.param_groups[0]["lr"] = lr * min(1.0, 2 * (1 - i / steps))
-        images = domain.generator.synthesis(torch.cat([fixed, free], 1), dtype=dtype)
-        loss = (weights * (images - target).abs()).mean()
+        optimizer.param_groups[0]["lr"] = lr(i / steps)
+        value = loss(i, torch.cat([fixed, free], 1))
         optimizer.zero_grad()
-        loss.backward()
+        value.backward()
         optimizer.step()
     return torch.cat([fixed, free.detach()], 1)
 
@@ -127,24 +132,16 @@ def means(columns: Columns) -> dict[str, float]:
     return {name: float(pd.Series(values).mean()) for name, values in columns.items()}
 
 
-def ceiling(
-    domain: Domain,
-    prompts: Sequence[str] = PROMPTS,
-    n: int = 12,
-    steps: int = 150,
-    lr: float = 0.05,
-    seed: int = 60_000,
-    first_layer: int = COLOURING,
-) -> list[dict]:
+def ceiling(domain: Domain, prompts: Sequence[str] = PROMPTS, n: int = 12, **options: int) -> list[dict]:
     """Metrics of the closest picture to the true counterfactual, means over ``n`` faces; a row per prompt.
 
-    Arguments as for :func:`starts`. The source is what the generator makes of the natural render, so that the
+    ``options``: see :func:`starts`. The source is what the generator makes of the natural render, so that the
     scores describe the edit and not the inversion. ``true_success_after``, ``true_leakage`` and
     ``true_identity`` are of the renders themselves: no editor can be asked for less leakage than that, or
     more identity.
     """
     rows = []
-    for start in starts(domain, prompts, n, steps, lr, seed, first_layer):
+    for start in starts(domain, prompts, n, **options):
         with torch.no_grad():
             source, edited = (domain.generator.synthesis(w) for w in (start.w, start.w_edited))
         scores = evaluate(Edit(domain, start.prompt, source, edited))
@@ -155,16 +152,10 @@ def ceiling(
 
 
 def write_ceiling(
-    path: Path,
-    prompts: Sequence[str] = PROMPTS,
-    n: int = 12,
-    steps: int = 150,
-    seed: int = 60_000,
-    first_layer: int = COLOURING,
-    folder: Path = DATA / "toonfaces",
+    path: Path, prompts: Sequence[str], n: int, steps: int, seed: int, first_layer: int, folder: Path
 ) -> Path:
     """Write the :func:`ceiling` of the networks of ``folder`` as a Markdown table, with their mean below."""
-    rows = ceiling(load_toonfaces(folder), prompts, n, steps, seed=seed, first_layer=first_layer)
+    rows = ceiling(load_toonfaces(folder), prompts, n, steps=steps, seed=seed, first_layer=first_layer)
     note = (
         f"W+ optimised to held-out renders ({steps} steps of Adam, all layers), then to the same renders "
         f"with the part recoloured (as many steps, the layers from {first_layer} on); n = {n} faces that "
@@ -172,22 +163,15 @@ def write_ceiling(
         "beyond: what the generator adds to theirs. Neither CLIP nor a mapper is used: a low number is a "
         "limit of the generator."
     )
-    table = markdown(ceiling_table(rows), note)
-    title = "The best edits that this generator can draw"
-    return write_text(path, f"# {title}\n\nWritten by `cfclip toonfaces ceiling`.\n\n{table}")
+    title, by = "The best edits that this generator can draw", "Written by `cfclip toonfaces ceiling`."
+    return write_text(path, page(title, by, markdown(ceiling_table(rows), note)))
 
 
 def ceiling_table(rows: Sequence[dict]) -> pd.DataFrame:
     """The rows of :func:`ceiling` for people, and below them their mean."""
-    every = pd.DataFrame(rows)
-    table = every[["prompt", "n"]].assign(
-        success=every.success_after,
-        progress=every.progress,
-        leakage=every.leakage,
-        true_leakage=every.true_leakage,
-        leakage_beyond=every.leakage - every.true_leakage,
-        identity=every.identity,
-        true_identity=every.true_identity,
-    )
+    every = pd.DataFrame(rows).rename(columns={"success_after": "success"})
+    every["leakage_beyond"] = every.leakage - every.true_leakage
+    leakage = ["leakage", "true_leakage", "leakage_beyond"]
+    table = every[["prompt", "n", "success", "progress", *leakage, "identity", "true_identity"]]
     mean = {"prompt": "mean", "n": table.n.sum()} | table.mean(numeric_only=True).drop("n").to_dict()
     return pd.concat([table, pd.DataFrame([mean])], ignore_index=True)

@@ -71,24 +71,23 @@ def record(folder: Path = DATA / "toonfaces", *names: str) -> Path:
 def check(folder: Path = DATA / "toonfaces") -> list[Row]:
     """One row per file of ``folder``, which is opened and compared with its checksum, or is missing."""
     paths = {path.stem: path for path in sorted(folder.rglob("*.safetensors"))}
-    known = read_object(folder / CHECKSUMS)
-    rows = []
+    checksums, rows = folder / CHECKSUMS, []
+    known = read_object(checksums)
     for name in {"generator": None, **NETWORKS, "multi": None, **paths}:
         path = paths.get(name, folder / f"{name}.safetensors")
         what = Source(path.name, name, "embedded", ("toonfaces",), required=name in REQUIRED)
-        status, detail = "unverified", f"opens; {folder / CHECKSUMS} has no checksum of it: {RECORD}"
         try:
             load_network(path)
-            if digest := known.get(path.relative_to(folder).as_posix()):
-                status, detail = "valid", f"sha256 as in {CHECKSUMS}"
-                if digest != sha256(path):
-                    status, detail = (
-                        "corrupt",
-                        f"not as it was written, see {folder / CHECKSUMS}: {HOW}; {RECORD}",
-                    )
         except weights.WeightsError as error:
-            status = "corrupt" if path.exists() else "missing"
-            detail = HOW if status == "missing" else f"{error}; {HOW}"
+            status, detail = ("corrupt", f"{error}; {HOW}") if path.exists() else ("missing", HOW)
+        else:
+            digest = known.get(path.relative_to(folder).as_posix())
+            if not digest:
+                status, detail = "unverified", f"opens; {checksums} has no checksum of it: {RECORD}"
+            elif digest != sha256(path):
+                status, detail = "corrupt", f"not as it was written, see {checksums}: {HOW}; {RECORD}"
+            else:
+                status, detail = "valid", f"sha256 as in {CHECKSUMS}"
         rows.append(Row(what, status, path, detail))
     return rows
 
@@ -98,46 +97,38 @@ def load_toonfaces(folder: Path = DATA / "toonfaces") -> Domain:
 
     An encoder or a mapper trained for other networks than those of ``folder`` is left out, with a warning.
     """
-
-    def path_of(name: str) -> Path:
-        return folder / f"{name}.safetensors"
-
-    def load(name: str) -> nn.Module:
-        return load_network(path_of(name))
-
-    def checked(name: str, network: nn.Module, fits: bool) -> nn.Module | None:
-        if fits:
-            return network
-        warnings.warn(
-            f"{path_of(name)} was trained for other networks than those beside it and is left out: "
-            f"run 'cfclip toonfaces train {name}'",
-            stacklevel=3,
-        )
-        return None
-
-    if missing := [name for name in REQUIRED if not path_of(name).exists()]:
+    paths = {name: folder / f"{name}.safetensors" for name in ("generator", *NETWORKS, "multi")}
+    paths = {name: path for name, path in paths.items() if path.exists()}
+    if missing := [name for name in REQUIRED if name not in paths]:
         raise weights.WeightsError(f"{folder} does not have the embedded {', '.join(missing)}: {HOW}")
-    generator, guide = load("generator"), ClipGuide(load("clip"))
-    encoder = mapper = None
-    if path_of("encoder").exists():
-        encoder = load("encoder")
-        encoder = checked("encoder", encoder, encoder.fits(generator))
-    if path_of("multi").exists():
-        mapper = load("multi")
-        mapper = checked("multi", mapper, mapper.config.fits(generator, guide))
+    found = {name: load_network(path) for name, path in paths.items()}
+    guides = {name: ClipGuide(found[name]) for name in ("clip", "guide2", "heldout_clip") if name in found}
+    generator, encoder, mapper = found["generator"], found.get("encoder"), found.get("multi")
+    if encoder and not encoder.fits(generator):
+        encoder = _left_out(paths["encoder"])
+    if mapper and not mapper.config.fits(generator, guides["clip"]):
+        mapper = _left_out(paths["multi"])
     return Domain(
         name="toonfaces",
         generator=generator,
-        clip=guide,
-        identity=FaceIdentity(load("identity"), crop=False),
-        truth=ToonTruth(load("readout"), generator.resolution),
+        clip=guides["clip"],
+        identity=FaceIdentity(found["identity"], crop=False),
+        truth=ToonTruth(found["readout"], generator.resolution),
         source_text="face",
         prompts=PROMPTS,
         level_split=LEVEL_SPLIT,
         perceptual=nn.Identity(),  # VGG19 was trained on photographs
         encoder=encoder,
-        more_guides=(ClipGuide(load("guide2")),) if path_of("guide2").exists() else (),
-        heldout_clip=ClipGuide(load("heldout_clip")) if path_of("heldout_clip").exists() else None,
+        more_guides=(guides["guide2"],) if "guide2" in guides else (),
+        heldout_clip=guides.get("heldout_clip"),
         mapper=mapper,
         confidence=read_object(folder / CONFIDENCE) or None if mapper else None,
+    )
+
+
+def _left_out(path: Path) -> None:
+    warnings.warn(
+        f"{path} was trained for other networks than those beside it and is left out: "
+        f"run 'cfclip toonfaces train {path.stem}'",
+        stacklevel=3,
     )

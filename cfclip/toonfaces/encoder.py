@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from cfclip.models.arcface import Unit
+from cfclip.models.arcface import body, input_layer
 from cfclip.models.stylegan2 import Generator
 
 
@@ -24,13 +24,7 @@ class ToonEncoder(nn.Module):
         self.image_size, self.num_ws, self.w_dim = image_size, num_ws, w_dim
         self.stages, self.width = tuple(map(tuple, stages)), width
         first, last, side = stages[0][0], stages[-1][1], image_size // 2 ** len(stages)
-        self.body = nn.Sequential(
-            nn.Conv2d(3, first, 3, 1, 1, bias=False),
-            nn.BatchNorm2d(first),
-            nn.PReLU(first),
-            *(Unit(a if i == 0 else b, b, 2 if i == 0 else 1) for a, b, n in self.stages for i in range(n)),
-            nn.BatchNorm2d(last),
-        )
+        self.body = nn.Sequential(*input_layer(first), *body(self.stages), nn.BatchNorm2d(last))
         self.code = nn.Sequential(nn.Flatten(), nn.Linear(last * side * side, width), nn.PReLU(width))
         self.base, self.offsets = nn.Linear(width, w_dim), nn.Linear(width, (num_ws - 1) * w_dim)
         nn.init.zeros_(self.offsets.weight)

@@ -127,13 +127,9 @@ class Face:
     yaw: float = _pose(-1, 1)  # moves the features across the head
     zoom: float = _pose(0.92, 1.06)
 
-    @property
-    def has_hair(self) -> bool:
-        return self.hair_style != "bald"
-
     def has(self, part: str) -> bool:
         """Whether the face has ``part``; hair, beard and glasses can be absent."""
-        flags = {"hair": self.has_hair, "beard": self.has_beard, "glasses": self.has_glasses}
+        flags = {"hair": self.hair_style != "bald", "beard": self.has_beard, "glasses": self.has_glasses}
         return flags.get(part, True)
 
     def with_colour(self, part: str, name: str) -> "Face":
@@ -188,9 +184,9 @@ def _jitter(rng: np.random.Generator, rgb: RGB, amount: float) -> RGB:
     return (float(r), float(g), float(b))
 
 
-def _pick(rng: np.random.Generator, table: dict[str, RGB], amount: float = 0.07) -> Colour:
+def _pick(rng: np.random.Generator, table: dict[str, RGB]) -> Colour:
     name = list(table)[rng.integers(len(table))]
-    return Colour(name, _jitter(rng, table[name], amount))
+    return Colour(name, _jitter(rng, table[name], 0.07))
 
 
 def _any_hue(rng: np.random.Generator, saturation: tuple[float, float]) -> RGB:
@@ -216,7 +212,7 @@ def nearest_colour(part: str, rgb: RGB) -> str:
     return names[np.linalg.norm(palette - to_lab(rgb), axis=1).argmin()]
 
 
-def independent_colours(face: Face, rng: np.random.Generator, tint: float = 12.0) -> Face:
+def independent_colours(face: Face, rng: np.random.Generator) -> Face:
     """``face`` with a natural colour of its own for every part, anywhere between two that have names.
 
     Natural faces have few colours, and brows and beard follow the hair: who learns from them alone learns one
@@ -227,7 +223,7 @@ def independent_colours(face: Face, rng: np.random.Generator, tint: float = 12.0
         table = list(NATURAL[part].values())
         for _ in range(100):
             a, b = (np.asarray(table[rng.integers(len(table))]) for _ in range(2))
-            mixed = (a + rng.uniform() * (b - a)) * rng.uniform(0.85, 1.15) + rng.uniform(-tint, tint, 3)
+            mixed = (a + rng.uniform() * (b - a)) * rng.uniform(0.85, 1.15) + rng.uniform(-12, 12, 3)
             rgb = tuple(float(c) for c in np.clip(mixed, 0, 255))
             if (name := nearest_colour(part, rgb)) in NATURAL[part]:
                 return Colour(name, rgb)
@@ -288,11 +284,6 @@ def sample_face(seed: int | tuple[int, ...] | LatentDraws, support: str = "natur
         shift=(u(-0.06, 0.06), u(-0.05, 0.05)),
         **{name: u(low, high) for name, (low, high) in _LIMITS.items()},
     )
-
-
-def new_photo(face: Face, seed: int | tuple[int, ...], support: str = "both") -> Face:
-    """Another picture of the same person: the identity factors are kept, everything else is drawn anew."""
-    return sample_face(seed, support).of_person(face)
 
 
 LATENT_DRAWS = 74

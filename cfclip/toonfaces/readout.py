@@ -14,9 +14,6 @@ from cfclip.toonfaces.render import MASKS
 VISIBLE = 12.0
 """A part smaller than this many pixels of a 64 x 64 picture has no measurable colour."""
 
-FLAGS: tuple[str, ...] = PARTS
-"""What a face may have or lack; each has an output of its own, after those of the hair styles."""
-
 
 def _block(in_ch: int, out_ch: int, stride: int = 1) -> nn.Sequential:
     layers = []
@@ -33,15 +30,15 @@ class Measurement:
     area: np.ndarray  # pixels of a 64 x 64 picture [N, P]
     lab: np.ndarray  # CIELAB (D65) of each part [N, P, 3], NaN where the part is smaller than VISIBLE
     hair_style: np.ndarray  # index into HAIR_STYLES [N]
-    present: np.ndarray  # bool [N, len(FLAGS)]
+    present: np.ndarray  # bool [N, len(PARTS)]
 
     def __getitem__(self, rows: slice) -> "Measurement":
         """What was measured in some of the pictures."""
         return Measurement(*(getattr(self, field.name)[rows] for field in fields(self)))
 
     def has(self, part: str) -> np.ndarray:
-        """bool [N]: whether the face has ``part``, one of ``FLAGS``, at all."""
-        return self.present[:, FLAGS.index(part)]
+        """bool [N]: whether the face has ``part``, one of ``PARTS``, at all."""
+        return self.present[:, PARTS.index(part)]
 
     def distance(self, part: str, colour: str) -> np.ndarray:
         """CIELAB distance [N] of ``part`` from its named ``colour``; NaN where the part is not visible."""
@@ -72,7 +69,7 @@ class Readout(nn.Module):
         self.down = nn.ModuleList([_block(*one) for one in down])
         self.up = nn.ModuleList([_block(8 * w, 4 * w), _block(6 * w, 2 * w), _block(3 * w, w)])
         self.parts = nn.Conv2d(w, len(MASKS), 1)
-        self.presence = nn.Linear(4 * w, len(HAIR_STYLES) + len(FLAGS))
+        self.presence = nn.Linear(4 * w, len(HAIR_STYLES) + len(PARTS))
 
     @property
     def metadata(self) -> dict:
@@ -80,7 +77,7 @@ class Readout(nn.Module):
         return {"width": self.width}
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """-> part logits [N, P, R, R]; presence logits [N, len(HAIR_STYLES) + len(FLAGS)], styles first."""
+        """-> part logits [N, P, R, R]; presence logits [N, len(HAIR_STYLES) + len(PARTS)], styles first."""
         skips, x = [], images
         for block in self.down:
             x = block(x)
@@ -103,7 +100,7 @@ class Readout(nn.Module):
         area = masks.mean((2, 3)) * 64 * 64
         lab = torch.from_numpy(to_lab(rgb.cpu().numpy())).to(masks)
         lab = lab.masked_fill((area < VISIBLE)[..., None], float("nan"))
-        style, flags = presence.split([len(HAIR_STYLES), len(FLAGS)], 1)
+        style, flags = presence.split([len(HAIR_STYLES), len(PARTS)], 1)
         return Measurement(*(x.cpu().numpy() for x in (masks, area, lab, style.argmax(1), flags > 0)))
 
 

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from cfclip.domain import GROUPS, Claim, Clause
 from cfclip.domain import Measurement as Seen
-from cfclip.images import to_tensor
 from cfclip.toonfaces.captions import Fact, claim_of, claims_of, phrase
 from cfclip.toonfaces.factors import HAIR_STYLES, HELD_OUT, NATURAL, PARTS, Face, colours, sample_face
 from cfclip.toonfaces.readout import VISIBLE, Measurement, Readout
-from cfclip.toonfaces.render import MASKS, render, render_image
+from cfclip.toonfaces.render import MASKS, pictures, render
 
 # the seeds of faces that no network was trained on start with these numbers
 NATURAL_FACES, PHOTOS, COUNTERFACTUALS = 40_000, 70_000, 80_000
@@ -130,7 +129,7 @@ class ToonTruth:
         return next(self.readout.parameters()).device
 
     def _draw(self, faces: list[Face]) -> Tensor:
-        return to_tensor([render_image(face, self.resolution) for face in faces]).to(self._device)
+        return pictures(faces, self.resolution).to(self._device)
 
 
 @lru_cache(maxsize=4)
@@ -139,4 +138,4 @@ def natural_renders(resolution: int, n: int, claim: Claim | None = None) -> Tens
     faces = [sample_face((NATURAL_FACES, k)) for k in range(n)]
     if claim is not None:
         faces = [face.with_colour(*claim) for face in faces]
-    return to_tensor([render_image(face, resolution) for face in faces])
+    return pictures(faces, resolution)

@@ -5,18 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from quick_fits import quick
 
-from cfclip.baselines.methods import METHODS, fit, settings
+from cfclip.baselines.methods import METHODS
 from cfclip.method.loop import Callback, generator_for
 from cfclip.method.losses import directional
 
 PROMPT = "green lipstick"
-SMALL = {"steps": 6, "batch": 2, "train_latents": 6, "samples": 3, "style_samples": 40, "beta": 0.0}
-
-
-def quick(method, domain, out=None, callbacks=(), **changes):
-    given = {name: value for name, value in SMALL.items() if name in settings(method)} | changes
-    return fit(method, domain, PROMPT, out=out, progress=False, callbacks=callbacks, **given)
 
 
 def unit(guide, images):
@@ -87,6 +82,8 @@ def test_a_run_with_two_guides_is_resumed(method, two_guides, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quick(method, two_guides, tmp_path / "run", [Callback(1, stop)], guides=2, checkpoint_every=2)
+        quick(
+            method, two_guides, tmp_path / "run", callbacks=[Callback(1, stop)], guides=2, checkpoint_every=2
+        )
     resumed = quick(method, two_guides, tmp_path / "run", guides=2, checkpoint_every=2)
     assert torch.equal(whole.edit(w), resumed.edit(w))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from quick_fits import quick, small
 from torch import nn
 
 from cfclip import latents
@@ -26,22 +27,12 @@ from cfclip.baselines.stylespace import (
 )
 from cfclip.checkpoints.generators import load_generator
 from cfclip.method.config import CFCLIPConfig
-from cfclip.method.loop import Callback, generator_for, learning_rate
+from cfclip.method.loop import Callback, generator_for
 from cfclip.method.losses import clip_distance, clip_nce, directional
 from cfclip.method.trainer import MapperTrainer, train_mapper
 
-SMALL = {"steps": 6, "batch": 2, "train_latents": 6, "samples": 3, "style_samples": 40, "beta": 0.0}
 TRAINED = ["cfclip", "styleclip-mapper", "nada", "nada-generator", "offset"]
 every = pytest.mark.parametrize("method", METHODS)
-
-
-def small(method, **changes):
-    """The settings of SMALL that the method has, and ``changes``."""
-    return {name: value for name, value in SMALL.items() if name in settings(method)} | changes
-
-
-def quick(method, domain, out=None, prompt="green lipstick", **changes):
-    return fit(method, domain, prompt, out=out, progress=False, **small(method, **changes))
 
 
 def test_defaults_are_the_papers():
@@ -201,18 +192,6 @@ def test_cfclip_is_train_mapper(domain, tmp_path):
 
 
 # --- optimisation
-
-
-def test_the_published_learning_rate():
-    assert [0.1 * learning_rate(t) for t in (0.0, 0.025, 0.05, 0.5, 0.75)] == pytest.approx([
-        0.0,
-        0.05,
-        0.1,
-        0.1,
-        0.1,
-    ])
-    assert 0.1 * learning_rate(0.875) == pytest.approx(0.05)
-    assert 0.1 * learning_rate(1 - 1e-9) == pytest.approx(0, abs=1e-9)
 
 
 def test_optimisation_is_adam_on_the_published_sum(domain):

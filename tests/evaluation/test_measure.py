@@ -117,7 +117,7 @@ def test_the_true_counterfactual_has_no_distance_to_itself(toonfaces):
 
 
 def test_a_null_edit_leaks_wherever_it_moves(toonfaces):
-    faces = [face for face in (sample_face((78, k)) for k in range(8)) if face.has_hair][:4]
+    faces = [face for face in (sample_face((78, k)) for k in range(8)) if face.has("hair")][:4]
     source, moved = drawn(faces), drawn([face.with_colour("hair", "blue") for face in faces])
     edit = metrics.Edit(toonfaces, "face", source, moved)
     columns = metrics.evaluate(edit)

@@ -15,7 +15,6 @@ from PIL import Image
 
 from cfclip.checkpoints import sources
 from cfclip.inversion import align
-from cfclip.inversion.align import read_photo
 
 FACE = [[400, 300], [600, 300], [500, 400], [430, 500], [570, 500]]
 """Upright: eyes 200 apart, the mouth 200 below them."""
@@ -118,6 +117,10 @@ def test_a_huge_photo_is_reduced_first():
 def test_wrong_points_are_named(points, words):
     with pytest.raises(ValueError, match=words):
         align.align(Image.new("RGB", (1000, 800)), points, 64)
+
+
+def read_photo(file):
+    return align.read_photo(file)[0]
 
 
 def stored(image, form="PNG", **options):
@@ -437,9 +440,11 @@ def test_the_detector_gives_the_points_of_the_largest_face(monkeypatch):
     factory = types.SimpleNamespace(create=lambda file, config, size, score: Detector(file, size))
     monkeypatch.setitem(sys.modules, "cv2", types.SimpleNamespace(FaceDetectorYN=factory))
     photo = Image.new("RGB", (2000, 1600), (1, 2, 3))
-    assert np.abs(align.detect_points(photo, "yunet.onnx") - 2 * np.array(FACE)).max() < 0.01
+    monkeypatch.setattr(align, "detector_file", lambda: "yunet.onnx")
+    assert np.abs(align.detect_points(photo) - 2 * np.array(FACE)).max() < 0.01
+    monkeypatch.setattr(align, "detector_file", lambda: "blind")
     with pytest.raises(ValueError, match="no face was found in the photo of 2000 x 1600"):
-        align.detect_points(photo, "blind")
+        align.detect_points(photo)
 
 
 def test_without_a_detector_the_message_says_how_to_get_it(monkeypatch):

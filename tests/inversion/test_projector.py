@@ -130,7 +130,7 @@ def test_noise_maps_are_optimised_where_they_are_used(domain):
 
 
 def test_the_learning_rate_is_the_projectors():
-    rates = [projector.learning_rate(t, 0.05, 0.25) for t in (0, 0.025, 0.05, 0.5, 0.75, 0.875, 1)]
+    rates = [projector.learning_rate(t) for t in (0, 0.025, 0.05, 0.5, 0.75, 0.875, 1)]
     assert rates == pytest.approx([0, 0.5, 1, 1, 1, 0.5, 0])
     assert projector.learning_rate(0.0, 0, 0) == 1
 

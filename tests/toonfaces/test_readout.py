@@ -9,7 +9,7 @@ from skimage.color import deltaE_cie76, rgb2lab
 from cfclip.checkpoints import weights
 from cfclip.images import to_tensor
 from cfclip.toonfaces.factors import HAIR_STYLES, PARTS, colours, sample_face
-from cfclip.toonfaces.readout import FLAGS, VISIBLE, Measurement, Readout, soften, unmix
+from cfclip.toonfaces.readout import VISIBLE, Measurement, Readout, soften, unmix
 from cfclip.toonfaces.render import MASKS, render
 
 
@@ -30,14 +30,13 @@ def measurement(rgb, part, present=None):
     lab = np.zeros((n, len(MASKS), 3))
     lab[:, MASKS.index(part)] = rgb2lab(np.asarray(rgb, dtype=float) / 255)
     masks, area = np.zeros((n, len(MASKS), 4, 4)), np.full((n, len(MASKS)), 2 * VISIBLE)
-    present = np.ones((n, len(FLAGS)), dtype=bool) if present is None else present
+    present = np.ones((n, len(PARTS)), dtype=bool) if present is None else present
     return Measurement(masks, area, lab, np.zeros(n, dtype=int), present)
 
 
 def test_each_part_whose_colour_a_prompt_can_name_may_be_absent():
-    assert set(FLAGS) == set(PARTS)
-    present = np.zeros((2, len(FLAGS)), dtype=bool)
-    present[1, FLAGS.index("beard")] = True
+    present = np.zeros((2, len(PARTS)), dtype=bool)
+    present[1, PARTS.index("beard")] = True
     seen = measurement([[0, 0, 0]] * 2, "hair", present)
     assert seen.has("beard").tolist() == [False, True] and seen.has("hair").tolist() == [False, False]
 
@@ -66,7 +65,7 @@ def test_hair_styles_and_parts_have_outputs_of_their_own(width, faces):
     assert presence.shape == (6, len(HAIR_STYLES) + len(PARTS)) and readout.metadata == {"width": width}
     seen, presence = readout.measure(images), presence.detach().numpy()
     assert seen.hair_style.tolist() == presence[:, : len(HAIR_STYLES)].argmax(1).tolist()
-    for part, logit in zip(FLAGS, presence[:, len(HAIR_STYLES) :].T, strict=True):
+    for part, logit in zip(PARTS, presence[:, len(HAIR_STYLES) :].T, strict=True):
         assert seen.has(part).tolist() == (logit > 0).tolist()
     assert seen.lab.shape == (6, len(MASKS), 3)
 

@@ -8,7 +8,6 @@ from cfclip.toonfaces.factors import (
     NATURAL,
     PARTS,
     LatentDraws,
-    new_photo,
     sample_face,
 )
 from cfclip.toonfaces.render import ERASABLE, LABELS, MASKS, render, render_image
@@ -83,7 +82,7 @@ def test_both_supports_show_every_colour():
 
 def test_another_photo_keeps_the_person():
     face = sample_face(5)
-    other = new_photo(face, 6)
+    other = sample_face(6, "both").of_person(face)
     assert all(getattr(face, name) == getattr(other, name) for name in IDENTITY_FACTORS)
     assert face.background != other.background
 

@@ -11,7 +11,7 @@ from cfclip.images import to_tensor
 from cfclip.models import ops
 from cfclip.toonfaces.factors import sample_face
 from cfclip.toonfaces.render import render_image
-from cfclip.toonfaces.train import clip, identity, readout
+from cfclip.toonfaces.train import clip_scores, identity, readout
 
 
 def green_lips(seed, n):
@@ -23,7 +23,7 @@ def green_lips(seed, n):
 
 @pytest.mark.long
 def test_clip_names_counterfactual_colours(toonfaces):
-    rows = {row["part"]: row for row in clip.colour_accuracy(toonfaces.clip, faces=200)}
+    rows = {row["part"]: row for row in clip_scores.colour_accuracy(toonfaces.clip, faces=200)}
     assert min(rows[p]["accuracy"] for p in ("lipstick", "hair", "skin")) > 0.85
     assert min(rows[p]["accuracy"] for p in ("eyebrows", "eyes", "beard")) > 0.75
 

@@ -89,7 +89,7 @@ def test_the_steps_of_a_training_draw_the_same_numbers_each_time(tmp_path):
     assert drawn["a"] == drawn["b"] and len(set(drawn["a"])) == 3
 
 
-@pytest.mark.parametrize("config", [type(one) for one in TINY.values()], ids=TINY)
+@pytest.mark.parametrize("config", [clip.CLIPConfig, *map(type, TINY.values())])
 def test_every_setting_has_a_check_that_accepts_its_default(config):
     checks = {one.name: one.metadata["check"] for one in fields(config)}
     assert checks and all(map(callable, checks.values()))
@@ -102,6 +102,7 @@ def test_every_setting_has_a_check_that_accepts_its_default(config):
         (generator.GeneratorConfig, {"channels": ()}),
         (generator.GeneratorConfig, {"w_std": 0.0}),
         (clip.CLIPConfig, {"model": "ViT-B-32"}),
+        (clip.GuideConfig, {"moved": 1.5}),
         (clip.JudgeConfig, {"dtype": "float8"}),
         (readout.ReadoutConfig, {"steps": 0}),
         (identity.IdentityConfig, {"stages": ((16, 16),)}),
@@ -133,7 +134,7 @@ def test_generator_training_passes_its_phases_and_resumes(tmp_path, monkeypatch)
 def test_a_pool_paints_what_the_renderer_draws():
     pool = Pool((9,), 6, 2, "both")
     shapes, colours = torch.tensor([0, 3, 7]), torch.tensor([5, 3, 1])
-    faces = [pool.painted(*pair) for pair in zip(shapes.tolist(), colours.tolist(), strict=True)]
+    faces = [pool.faces[s].in_the_colours_of(pool.faces[c]) for s, c in zip(shapes, colours, strict=True)]
     drawn = to_tensor([render_image(face) for face in faces])
     assert ((pool.paint(shapes, colours) - drawn).abs() * 127.5).max() < 1.5  # rounded once, not twice
     masks = torch.from_numpy(np.stack([render(face).masks for face in faces]))

@@ -5,6 +5,7 @@ the device of the pictures. Pictures: [N, 3, R, R] in [-1, 1].
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +29,6 @@ HIDDEN, PAINTED = 0.12, 0.9
 """How much of a part must be covered until its colour is unknown, and until it has the new one."""
 TINTED = 0.7
 """A coat whose colour is still farther than this away, in RGB in [-1, 1], is surely not of the new colour."""
-
-
-def uniform(generator: torch.Generator, device: torch.device, *shape: int) -> Tensor:
-    """Random numbers in [0, 1)."""
-    return torch.rand(*shape, generator=generator, device=device)
 
 
 def blur(images: Tensor, sigma: Tensor) -> Tensor:
@@ -78,9 +74,7 @@ class Smear:
     def __call__(self, images: Tensor, masks: Tensor, share: float, generator: torch.Generator) -> Smears:
         """Smear over a random ``share`` of the pictures. masks: coverage [N, len(MASKS), R, R] in [0, 1]."""
         n, r, device = len(images), images.shape[-1], images.device
-
-        def draw(*shape: int) -> Tensor:
-            return uniform(generator, device, *shape)
+        draw = partial(torch.rand, generator=generator, device=device)
 
         def mask_of(part: Tensor) -> Tensor:
             """Numbers of masks [N] -> the masks [N, 1, R, R]."""
@@ -129,10 +123,7 @@ def degrade(images: Tensor, generator: torch.Generator) -> Tensor:
     otherwise it takes a green glow around the mouth for green lips, and edits learn to add that glow.
     """
     n, r, device = len(images), images.shape[-1], images.device
-
-    def draw(*shape: int) -> Tensor:
-        return uniform(generator, device, *shape)
-
+    draw = partial(torch.rand, generator=generator, device=device)
     images = blur(images, 1.2 * draw(n) * (draw(n) < 0.6))
     for cells in (4, 8):
         patches = torch.randn(n, 3, cells, cells, generator=generator, device=device)
@@ -142,12 +133,13 @@ def degrade(images: Tensor, generator: torch.Generator) -> Tensor:
     return images + 0.06 * draw(n, 1, 1, 1) * noise
 
 
-def random_warp(images: Tensor, share: float, generator: torch.Generator, strength: float = 0.5) -> Tensor:
+def random_warp(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
     """Random perspectives of a random ``share`` of the images, mid-grey outside."""
     n, r, device = len(images), images.shape[-1], images.device
+    draw = partial(torch.rand, generator=generator, device=device)
     corner = torch.arange(4, device=device)  # not copied from the CPU: a GPU would wait for that
     corners = torch.stack([(corner == 1) | (corner == 2), corner >= 2], 1) * 2.0 - 1  # clockwise
-    moved = corners * (1 - strength * uniform(generator, device, n, 4, 2))
+    moved = corners * (1 - 0.5 * draw(n, 4, 2))
     x, y = corners[:, 0].expand(n, 4), corners[:, 1].expand(n, 4)
     u, v = moved.unbind(-1)
     o, z = torch.ones_like(u), torch.zeros_like(u)
@@ -160,4 +152,4 @@ def random_warp(images: Tensor, share: float, generator: torch.Generator, streng
     grid = torch.stack([*torch.meshgrid(axis, axis, indexing="xy"), torch.ones(r, r, device=device)], -1)
     p = torch.einsum("nij,hwj->nhwi", h, grid)
     warped = F.grid_sample(images, p[..., :2] / p[..., 2:], padding_mode="zeros", align_corners=False)
-    return torch.where(uniform(generator, device, n, 1, 1, 1) < share, warped, images)
+    return torch.where(draw(n, 1, 1, 1) < share, warped, images)

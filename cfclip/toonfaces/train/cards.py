@@ -18,15 +18,14 @@ from cfclip.domain import Domain
 from cfclip.evaluation.kid import kid, kid_features
 from cfclip.evaluation.report import markdown
 from cfclip.files import DATA, write_json, write_text
-from cfclip.images import to_tensor
 from cfclip.method.config import flat
 from cfclip.method.loop import begin_run
 from cfclip.settings import Settings
 from cfclip.toonfaces.domain import CONFIDENCE, load_toonfaces, record
 from cfclip.toonfaces.factors import NATURAL, PARTS, sample_face
 from cfclip.toonfaces.readout import VISIBLE
-from cfclip.toonfaces.render import render_image
-from cfclip.toonfaces.train import clip, encoder, generator, identity, multi, readout
+from cfclip.toonfaces.render import pictures
+from cfclip.toonfaces.train import clip, clip_scores, encoder, generator, identity, multi, readout
 
 
 def measure_generator(domain: Domain, path: Path) -> str:
@@ -37,7 +36,7 @@ def measure_generator(domain: Domain, path: Path) -> str:
         fakes = torch.cat([g(part).clamp(-1, 1) for part in z.split(100)])
 
     def renders(seed: int) -> torch.Tensor:
-        return to_tensor([render_image(sample_face((seed, k)), g.resolution) for k in range(n)])
+        return pictures((sample_face((seed, k)) for k in range(n)), g.resolution)
 
     fake, real, other = (kid_features(domain.truth, x) for x in (fakes, renders(50_001), renders(50_002)))
     seen = domain.truth.measure(fakes)
@@ -80,9 +79,9 @@ def measure_clip(domain: Domain, path: Path) -> str:
         "`toonfaces.train.multi.probe`."
     )
     tables = [
-        (clip.colour_accuracy(guide), renders),
-        (clip.moved_accuracy(guide, domain.generator, truth.readout), moved),
-        (clip.shape_accuracy(guide), shapes),
+        (clip_scores.colour_accuracy(guide), renders),
+        (clip_scores.moved_accuracy(guide, domain.generator, truth.readout), moved),
+        (clip_scores.shape_accuracy(guide), shapes),
         (multi.probe(replace(domain, clip=guide)), reading),
     ]
     return "\n".join(markdown(pd.DataFrame(table), note) for table, note in tables)
@@ -174,17 +173,9 @@ class Network:
     run: Callable[[], Mapping[str, str]] | None = None  # what tells its run from others; default: its name
 
 
-def _clip(title: str, config: type[clip.CLIPConfig]) -> Network:
+def _clip(title: str, config: Callable[..., clip.CLIPConfig]) -> Network:
     run = partial(clip.run_of, config().model)
     return Network(title, config, clip.train, measure_clip, lambda c, model: {"model": c.model}, run=run)
-
-
-def _mapper_run() -> dict[str, str]:
-    return {"method": "cfclip", **load_toonfaces().described}
-
-
-def _encoder_run() -> dict[str, str]:
-    return {"network": "encoder", **encoder.trained_for(load_toonfaces())}
 
 
 NETWORKS: dict[str, Network] = {
@@ -220,7 +211,7 @@ NETWORKS: dict[str, Network] = {
         encoder.EncoderConfig,
         encoder.train,
         measure_encoder,
-        run=_encoder_run,
+        run=lambda: {"network": "encoder", **encoder.trained_for(load_toonfaces())},
     ),
     "multi": Network(
         "Mapper for every prompt: CF-CLIP with prompts drawn at each step",
@@ -229,7 +220,7 @@ NETWORKS: dict[str, Network] = {
         measure_multi,
         kind="mapper",
         data="samples of the generator beside it",
-        run=_mapper_run,
+        run=lambda: {"method": "cfclip", **load_toonfaces().described},
     ),
 }
 

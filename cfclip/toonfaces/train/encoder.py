@@ -24,7 +24,7 @@ from cfclip.settings import Settings, batch_size, int_at_least, number, one_of, 
 from cfclip.toonfaces.domain import load_toonfaces
 from cfclip.toonfaces.encoder import ToonEncoder
 from cfclip.toonfaces.train.pool import Pool
-from cfclip.toonfaces.train.run import run_training, seeded, stages
+from cfclip.toonfaces.train.run import run_by_adamw, seeded, stages
 
 
 def shares(value: Any) -> str | None:
@@ -79,13 +79,11 @@ def train(
     model.w_avg.copy_(g.w_avg)
     model.w_spread.fill_(spread)
     model = model.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), config.lr, fused=device.type == "cuda")
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, config.steps)
     half = None if dtype == torch.float32 else dtype
     features = domain.truth.features
     pool = Pool((config.seed, 7), config.pool, resolution=g.resolution, device=device)
 
-    def step(i: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def loss(i: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         z = torch.randn(config.batch, g.z_dim, generator=generator).to(device)
         with torch.no_grad():
             w = g.map_one(z)[:, None].expand(-1, g.num_ws, -1)
@@ -103,14 +101,9 @@ def train(
             "feature": config.feature_weight * feature_distance(features(images), features(renders)).mean(),
             "delta": config.delta_weight * offsets.square().sum((1, 2)).mean() / g.w_dim,
         }
-        optimizer.zero_grad()
-        sum(terms.values()).backward()
-        optimizer.step()
-        schedule.step()
-        return {name: value.detach() for name, value in terms.items()}
+        return sum(terms.values()), terms
 
-    state = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    run_training("encoder", step, config, state, out, **trained_for(domain))
+    run_by_adamw("encoder", loss, config, {"model": model}, out, **trained_for(domain))
     return model.eval()
 
 

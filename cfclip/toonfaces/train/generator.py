@@ -128,11 +128,6 @@ class GeneratorTraining:
         """The content of a checkpoint."""
         return {name: getattr(self, name) for name in ("g", "ema", "opt_draw", "opt_map")}
 
-    def load(self, state: dict) -> None:
-        """Take over the ``state`` of a checkpoint."""
-        for name, thing in self.state.items():
-            thing.load_state_dict(state[name])
-
     def _mixed(self, shapes: Tensor, colours: Tensor) -> Tensor:
         """W+ [N, L, D]: the layers that draw have one w [N, D], those that colour another."""
         layers = torch.arange(self.g.num_ws, device=self.device)[None, :, None]
@@ -191,20 +186,14 @@ class GeneratorTraining:
         return self.ema
 
 
-def sample_grid(generator: Generator, rows: int = 8, columns: int = 8, seed: int = 1) -> np.ndarray:
-    """Uncurated samples at psi = 1 as one uint8 picture [rows * R, columns * R, 3]."""
-    z = torch.randn(rows * columns, generator.z_dim, generator=torch.Generator().manual_seed(seed))
+def save_grid(generator: Generator, path: Path) -> None:
+    """8 x 8 uncurated samples at psi = 1 as a PNG."""
+    z = torch.randn(64, generator.z_dim, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         images = to_uint8(generator.synthesis(generator.mapping(z.to(generator.w_avg.device))))
     r = generator.resolution
-    grid = images.reshape(rows, columns, r, r, 3).swapaxes(1, 2)
-    return grid.reshape(rows * r, columns * r, 3)
-
-
-def save_grid(generator: Generator, path: Path) -> None:
-    """:func:`sample_grid` as a PNG."""
-    picture = Image.fromarray(sample_grid(generator))
-    atomic_write(path, lambda part: picture.save(part, format="PNG"))
+    grid = Image.fromarray(images.reshape(8, 8, r, r, 3).swapaxes(1, 2).reshape(8 * r, 8 * r, 3))
+    atomic_write(path, lambda part: grid.save(part, format="PNG"))
 
 
 def train(
@@ -222,7 +211,8 @@ def train(
     ):
         folder = out / phase
         if before and not (folder / CHECKPOINT).exists():
-            training.load(load_checkpoint(before)["state"])
+            for name, state in load_checkpoint(before)["state"].items():
+                training.state[name].load_state_dict(state)
 
         def preview(done: int, phase: str = phase) -> None:
             save_grid(training.ema, out / "samples" / f"{phase}-{done:06d}.png")

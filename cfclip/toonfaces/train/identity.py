@@ -9,23 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cfclip.images import to_tensor
 from cfclip.models.arcface import IRSE, FaceIdentity
 from cfclip.settings import LARGEST_BATCH, Settings, int_at_least, number, seed_number, setting
-from cfclip.toonfaces.factors import (
-    GEOMETRY,
-    HAIR_STYLES,
-    PARTS,
-    Face,
-    colours,
-    geometry,
-    new_photo,
-    sample_face,
-)
-from cfclip.toonfaces.render import render_image
+from cfclip.toonfaces.factors import GEOMETRY, HAIR_STYLES, PARTS, Face, colours, geometry, sample_face
+from cfclip.toonfaces.render import pictures
 from cfclip.toonfaces.train.augment import degrade
 from cfclip.toonfaces.train.pool import Pool, picture, repainted
-from cfclip.toonfaces.train.run import run_training, seeded, stages
+from cfclip.toonfaces.train.run import run_by_adamw, seeded, stages
 
 
 @dataclass(frozen=True)
@@ -67,15 +57,12 @@ def train(config: IdentityConfig, out: Path, device: torch.device | str = "cpu")
         head = nn.Linear(config.embed_dim, len(GEOMETRY) + len(HAIR_STYLES)).to(device)
     model = model.train().to(device, memory_format=torch.channels_last)
     model.output_layer[1].p = 0.0  # no dropout: hardly any picture is seen twice
-    parameters = [*model.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=0.01, fused=device.type == "cuda")
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, config.steps)
     pool = Pool((config.seed, 5), config.people, config.photos, "both", config.input_size, device)
     firsts = pool.faces[:: config.photos]
     lengths = torch.tensor([geometry(face) for face in firsts], device=device)
     styles = torch.tensor([HAIR_STYLES.index(face.hair_style) for face in firsts], device=device)
 
-    def step(i: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def loss(i: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         n = config.batch
         random = torch.Generator(device).manual_seed(generator.initial_seed())
         who = torch.randperm(config.people, generator=generator)[:n].to(device)
@@ -91,27 +78,22 @@ def train(config: IdentityConfig, out: Path, device: torch.device | str = "cpu")
         images = degrade(picture(pool.covered(shapes), torch.cat([first, second])), random)
         features = model(images.contiguous(memory_format=torch.channels_last))
         a, b = features.chunk(2)
-        loss = same_or_not(a, b, config.temperature)
+        alike = same_or_not(a, b, config.temperature)
         apart = ((1 - (a * b).sum(1)) * same).sum() / same.sum().clamp_min(1)
         guess, style = head(10 * features).split([len(GEOMETRY), len(HAIR_STYLES)], 1)
         wrong = F.mse_loss(guess, lengths[who].repeat(2, 1))
         style = F.cross_entropy(style, styles[who].repeat(2))
-        optimizer.zero_grad()
-        (loss + config.same_weight * apart + config.factors * (wrong + 0.2 * style)).backward()
-        optimizer.step()
-        schedule.step()
-        numbers = {"loss": loss, "apart": apart, "geometry": wrong, "style": style}
-        return {name: value.detach() for name, value in numbers.items()}
+        whole = alike + config.same_weight * apart + config.factors * (wrong + 0.2 * style)
+        return whole, {"loss": alike, "apart": apart, "geometry": wrong, "style": style}
 
-    state = {"model": model, "head": head, "optimizer": optimizer, "schedule": schedule}
-    run_training("identity", step, config, state, out)
+    run_by_adamw("identity", loss, config, {"model": model, "head": head}, out)
     return model.eval()
 
 
 @torch.no_grad()
 def _features(facenet: FaceIdentity, faces: Sequence[Face]) -> Tensor:
     batches = (faces[k : k + 100] for k in range(0, len(faces), 100))
-    return torch.cat([facenet(to_tensor([render_image(face) for face in batch])) for batch in batches])
+    return torch.cat([facenet(pictures(batch)) for batch in batches])
 
 
 def _auc(same: np.ndarray, other: np.ndarray) -> float:
@@ -125,7 +107,7 @@ def verification(facenet: FaceIdentity, pairs: int = 1000, seed: int = 30_000) -
     else; ``auc_same_colours``: from another person in the very colours of the photo it is compared with.
     """
     people = [sample_face((seed, k)) for k in range(pairs)]
-    photos = [new_photo(face, (seed, 1, k)) for k, face in enumerate(people)]
+    photos = [sample_face((seed, 1, k), "both").of_person(face) for k, face in enumerate(people)]
     others = photos[1:] + photos[:1]
     doubles = [other.in_the_colours_of(face) for face, other in zip(people, others, strict=True)]
     a, b, c = (_features(facenet, group) for group in (people, photos, doubles))

@@ -4,6 +4,8 @@ Half of the codes are moved at random. As that seldom makes a colour that the ge
 are moved by an optimiser that paints a part: what CF-CLIP's own optimiser will show to CLIP, clean or not.
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -29,13 +31,7 @@ def random_moves(generator: Generator, n: int, random: torch.Generator) -> tuple
     in all layers, from COLOURING on, or in one layer only. ``random`` is of the generator's device.
     """
     device, layers = generator.w_avg.device, generator.num_ws
-
-    def draw(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=random, device=device)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=random, device=device)
-
+    draw, normal = (partial(one, generator=random, device=device) for one in (torch.rand, torch.randn))
     w, other = (generator.map_one(normal(n, generator.z_dim))[:, None] for _ in range(2))
     spread = generator.map_one(normal(1000, generator.z_dim)).std(0)
     noise = torch.where(draw(n, 1, 1) < 0.5, normal(n, 1, w.shape[-1]), normal(n, layers, w.shape[-1]))
@@ -60,12 +56,9 @@ def aimed_moves(generator: Generator, readout: Readout, n: int, random: torch.Ge
     """
     device, layers, wanted = generator.w_avg.device, generator.num_ws, n
     n = -(-wanted // TAKEN)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=random, device=device)
-
-    w = generator.map_one(torch.randn(n, generator.z_dim, generator=random, device=device))[:, None]
-    spread = generator.map_one(torch.randn(1000, generator.z_dim, generator=random, device=device)).std(0)
+    draw, normal = (partial(one, generator=random, device=device) for one in (torch.rand, torch.randn))
+    w = generator.map_one(normal(n, generator.z_dim))[:, None]
+    spread = generator.map_one(normal(1000, generator.z_dim)).std(0)
     w = w.expand(-1, layers, -1)
     with torch.no_grad():
         source = generator.synthesis(w).clamp(-1, 1)
@@ -133,13 +126,13 @@ def sure_facts(measured: Measurement, held_out: bool = False) -> tuple[np.ndarra
 
 @torch.no_grad()
 def moved_samples(
-    generator: Generator, readout: Readout, n: int, seed: int, held_out: bool = False, batch: int = 256
+    generator: Generator, readout: Readout, n: int, seed: int, held_out: bool = False
 ) -> tuple[Tensor, np.ndarray, np.ndarray]:
     """``n`` pictures, uint8 [n, 3, R, R] on the generator's device, and their :func:`sure_facts`.
 
     The first half is of :func:`random_moves`, the second of :func:`aimed_moves`.
     """
-    random = torch.Generator(generator.w_avg.device).manual_seed(seed)
+    batch, random = 256, torch.Generator(generator.w_avg.device).manual_seed(seed)
     codes = list(random_moves(generator, n - n // 2, random)[1].split(batch))
     sizes = [min(batch, n // 2 - k) for k in range(0, n // 2, batch)]
     pictures, facts = [], []

@@ -5,6 +5,7 @@ The second kind shows what a mapper can do with prompts that it was not trained 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,8 @@ def heldout_config(**overrides: Any) -> MultiPromptConfig:
 
 def pooled_config(**overrides: Any) -> MultiPromptConfig:
     """The same for a mapper that reads CLIP's feature of the whole prompt, as published."""
-    settings: dict[str, Any] = {"text": "pooled", "optimizer": "ranger", "lr": 40.0}
-    return heldout_config(**settings | {"steps": 1500, "num_views": 8} | overrides)
+    settings = {"text": "pooled", "optimizer": "ranger", "lr": 40.0, "steps": 1500, "num_views": 8}
+    return heldout_config(**settings | overrides)
 
 
 def train(
@@ -222,12 +223,10 @@ WORDINGS = 64
 
 def wordings(domain: Domain, seed: int = 90_000) -> tuple[str, ...]:
     """:data:`WORDINGS` captions of random faces, one to three claims each: sentences as people type them."""
-    rng, found = np.random.default_rng(seed), []
-    while len(found) < WORDINGS:
-        text, _ = caption(facts_of(sample_face((seed, rng.integers(2**31)), "both")), rng)
-        if 1 <= len(domain.truth.claims(text)) <= 3:
-            found.append(text)
-    return tuple(found)
+    rng = np.random.default_rng(seed)
+    faces = (sample_face((seed, rng.integers(2**31)), "both") for _ in count())
+    texts = (caption(facts_of(face), rng)[0] for face in faces)
+    return tuple(islice((text for text in texts if 1 <= len(domain.truth.claims(text)) <= 3), WORDINGS))
 
 
 @torch.no_grad()
@@ -262,10 +261,10 @@ def calibration(domain: Domain, n: int = 32) -> dict[str, Any]:
     return {"error": error, "error_of_the_mean": error_of_the_mean, "wordings": len(pairs)} | known
 
 
-def probe(domain: Domain, ridge: float = 1.0) -> pd.DataFrame:
+def probe(domain: Domain) -> pd.DataFrame:
     """Linear probe: part and colour predicted from the text feature.
 
-    ``min_A |X A - Y|^2 + ridge |A|^2`` with X: raw text features [P, E], centred; Y: part and colour,
+    ``min_A |X A - Y|^2 + |A|^2`` with X: raw text features [P, E], centred; Y: part and colour,
     one-hot. One row for the unseen prompts, predicted from all seen ones; one for the seen prompts, each
     predicted from the others. ``part``, ``colour`` and ``both``: shares predicted correctly.
     """
@@ -280,7 +279,7 @@ def probe(domain: Domain, ridge: float = 1.0) -> pd.DataFrame:
         """bool [T, 2]: are part and colour of the prompts ``tested`` predicted from those ``fitted``?"""
         mean, level = x[fitted].mean(0), y[fitted].mean(0)
         a = x[fitted] - mean
-        solved = torch.linalg.solve(a @ a.T + ridge * torch.eye(len(a)), y[fitted] - level)
+        solved = torch.linalg.solve(a @ a.T + torch.eye(len(a)), y[fitted] - level)
         scores = (x[tested] - mean) @ a.T @ solved + level
         guesses = [part.argmax(1) for part in scores.split([len(names) for names in known], 1)]
         return torch.stack(guesses, 1) == answers[tested]
@@ -292,7 +291,6 @@ def probe(domain: Domain, ridge: float = 1.0) -> pd.DataFrame:
     }
     table = []
     for name, right in results.items():
-        part, colour = right.float().mean(0).tolist()
-        both = right.all(1).float().mean().item()
-        table.append({"prompts": name, "part": part, "colour": colour, "both": both, "n": len(right)})
-    return pd.DataFrame(table)
+        shares = torch.cat([right, right.all(1, keepdim=True)], 1).float().mean(0).tolist()
+        table.append([name, *shares, len(right)])
+    return pd.DataFrame(table, columns=["prompts", "part", "colour", "both", "n"])

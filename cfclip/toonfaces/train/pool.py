@@ -49,13 +49,12 @@ def on_all_cores(
         yield from bar(processes.map(make, chunks))
 
 
-SUPPORTS = ("natural", "independent", "both", "known")
-"""What colours the faces of a pool have: natural ones; natural ones that no other part follows; those of both
-supports; the same without the pairs that are held out from CLIP."""
-
-
 def draw_face(seed: tuple[int, ...], support: str) -> Face:
-    """A face of one of :data:`SUPPORTS`, the same one for the same ``seed``."""
+    """A face in the colours of ``support``, the same one for the same ``seed``.
+
+    "natural" and "both" as :func:`sample_face` has them; "independent": natural ones that no other part
+    follows; "known": of both supports, without the pairs that are held out from CLIP.
+    """
     match support:
         case "independent":
             return independent_colours(sample_face(seed), np.random.default_rng((*seed, 1)))
@@ -66,18 +65,15 @@ def draw_face(seed: tuple[int, ...], support: str) -> Face:
             return sample_face(seed, support)
 
 
-def _photos(seed: tuple[int, ...], photos: int, support: str, people: Sequence[int]) -> list[Face]:
-    """``photos`` pictures of each of ``people``, side by side."""
+def _drawn(
+    seed: tuple[int, ...], photos: int, support: str, resolution: int, people: Sequence[int]
+) -> tuple[list[Face], np.ndarray]:
+    """``photos`` pictures of each of ``people``, side by side, and what they cover."""
     faces = []
     for k in people:
         first = draw_face((*seed, k), support)
         others = (draw_face((*seed, k, p), support) for p in range(1, photos))
         faces += [first, *(other.of_person(first) for other in others)]
-    return faces
-
-
-def _drawn(seed, photos, support, resolution, people) -> tuple[list[Face], np.ndarray]:
-    faces = _photos(seed, photos, support, people)
     return faces, np.stack([coverage(face, resolution) for face in faces])
 
 
@@ -86,7 +82,7 @@ class Pool:
 
     Args:
         seed: of the faces.
-        support: one of :data:`SUPPORTS`.
+        support: see :func:`draw_face`.
         resolution: R.
 
     ``faces``: list of M; on ``device``: ``shapes`` [M, 27] and ``colours`` [M, 9, 3], see ``shape_vector``
@@ -143,10 +139,6 @@ class Pool:
         colours: numbers of the faces [N] whose colours they have; by default their own.
         """
         return picture(self.covered(shapes), self.palettes[shapes if colours is None else colours])
-
-    def painted(self, shape: int, colours: int) -> Face:
-        """Face number ``shape`` in the colours of face number ``colours``."""
-        return self.faces[shape].in_the_colours_of(self.faces[colours])
 
 
 def picture(covered: Tensor, palette: Tensor) -> Tensor:

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from cfclip.images import to_tensor
 from cfclip.settings import Settings, batch_size, int_at_least, number, seed_number, setting
-from cfclip.toonfaces.factors import HAIR_STYLES, PARTS, Face, sample_face
+from cfclip.toonfaces.factors import HAIR_STYLES, PARTS, sample_face
 from cfclip.toonfaces.readout import VISIBLE, Readout, soften
 from cfclip.toonfaces.render import ERASABLE, MASKS, render
 from cfclip.toonfaces.train.augment import degrade
 from cfclip.toonfaces.train.pool import Pool, part_masks, picture
-from cfclip.toonfaces.train.run import run_training, seeded
+from cfclip.toonfaces.train.run import run_by_adamw, seeded
 from cfclip.toonfaces.truth import ToonTruth
 
 
@@ -37,25 +37,18 @@ class ReadoutConfig(Settings):
 SMALL_PARTS = ("eyebrows", "eye_white", "eyes", "pupil", "lipstick", "glasses")
 
 
-def _presence_loss(logits: Tensor, styles: Tensor, flags: Tensor) -> Tensor:
-    n = len(HAIR_STYLES)
-    return F.cross_entropy(logits[:, :n], styles) + F.binary_cross_entropy_with_logits(logits[:, n:], flags)
-
-
 def train(config: ReadoutConfig, out: Path, device: torch.device | str = "cpu") -> Readout:
     """Train, or resume the training in ``out``; returns the readout in eval mode."""
     device = torch.device(device)
     with seeded(config.seed):
         model = Readout(config.width).train().to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), config.lr, fused=device.type == "cuda")
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, config.steps)
     pool = Pool((config.seed, 3), config.pool, support="both", device=device)
     styles = torch.tensor([HAIR_STYLES.index(face.hair_style) for face in pool.faces], device=device)
     has = torch.tensor([[float(face.has(part)) for part in PARTS] for face in pool.faces], device=device)
     small = [MASKS.index(part) for part in SMALL_PARTS]
     erasable = [PARTS.index(part) for part in ERASABLE]
 
-    def step(i: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def loss(i: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         n = config.batch
         random = torch.Generator(device).manual_seed(generator.initial_seed())
         shapes, colours = pool.draw(n, generator), pool.draw(n, generator)
@@ -71,15 +64,12 @@ def train(config: ReadoutConfig, out: Path, device: torch.device | str = "cpu") 
         loss_parts = (weight * F.cross_entropy(parts, masks, reduction="none")).sum() / weight.sum()
         flags = has[shapes].clone()
         flags[:, erasable] *= 1 - erased.float()
-        loss_presence = _presence_loss(presence, styles[shapes], flags)
-        optimizer.zero_grad()
-        (loss_parts + 0.1 * loss_presence).backward()
-        optimizer.step()
-        schedule.step()
-        return {"parts": loss_parts.detach(), "presence": loss_presence.detach()}
+        style, flag = presence.split([len(HAIR_STYLES), len(PARTS)], 1)
+        loss_presence = F.cross_entropy(style, styles[shapes])
+        loss_presence = loss_presence + F.binary_cross_entropy_with_logits(flag, flags)
+        return loss_parts + 0.1 * loss_presence, {"parts": loss_parts, "presence": loss_presence}
 
-    state = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    run_training("readout", step, config, state, out)
+    run_by_adamw("readout", loss, config, {"model": model}, out)
     return model.eval()
 
 
@@ -112,17 +102,12 @@ def colour_accuracy(
             if one.area(part) > VISIBLE
         ]
         rows.append({"part": part, "accuracy": float(np.mean(hits)), "n": len(hits)})
-    whole = np.array([not parts for parts in gone])
-
-    def there(face: Face, parts: list[str], part: str) -> bool:
-        return face.has(part) and part not in parts
-
     seen = {
         "hair style": measured.hair_style == [HAIR_STYLES.index(face.hair_style) for face in people],
-        "is a face": measured.is_face[whole],
+        "is a face": measured.is_face[[not parts for parts in gone]],
     }
     for part in PARTS:
-        truth = [there(face, parts, part) for face, parts in zip(people, gone, strict=True)]
+        truth = [face.has(part) and part not in parts for face, parts in zip(people, gone, strict=True)]
         seen[f"{part} or not"] = measured.has(part) == truth
     return rows + [
         {"part": name, "accuracy": float(np.mean(hit)), "n": len(hit)} for name, hit in seen.items()

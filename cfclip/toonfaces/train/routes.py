@@ -99,9 +99,7 @@ def learn(
     return mapper, regress(mapper, loss, config.lr, steps, config.seed, out)
 
 
-def learn_pairs(
-    domain: Domain, out: Path, seed: int, steps: int = 3000, batch: int = 128
-) -> tuple[PairMapper, float]:
+def learn_pairs(domain: Domain, out: Path, seed: int, steps: int = 3000) -> tuple[PairMapper, float]:
     """A mapper that knows which move of the colouring layers makes which difference in CLIP's space."""
     begun = time.perf_counter()
     g, first = domain.generator, level_slices(domain.level_split)["fine"].start
@@ -122,7 +120,7 @@ def learn_pairs(
     scale = (moved - w)[:, first:].square().mean()
 
     def loss(generator: torch.Generator) -> Tensor:
-        rows = torch.randint(PAIRS, (batch,), generator=generator)
+        rows = torch.randint(PAIRS, (128,), generator=generator)
         return (mapper.edit(w[rows], differs[rows]) - moved[rows])[:, first:].square().mean() / scale
 
     drawn = time.perf_counter() - begun
@@ -155,12 +153,9 @@ def regress(
 def own_prompts() -> tuple[str, ...]:
     """Prompts with a mapper of their own: all unseen ones, and each part's first counterfactual seen one."""
     seen, unseen = multi.split()
-    firsts = {
-        part: next(phrase(part, name) for name in COUNTERFACTUAL[part] if phrase(part, name) in seen)
-        for part in PARTS
-        if COUNTERFACTUAL[part]
-    }
-    return (*firsts.values(), *unseen)
+    counterfactual = [[phrase(part, name) for name in COUNTERFACTUAL[part]] for part in PARTS]
+    firsts = [next(one for one in prompts if one in seen) for prompts in counterfactual if prompts]
+    return (*firsts, *unseen)
 
 
 ROUTES = ("alone", "words", "teachers", "teachers, then words", "pairs", "whole")
@@ -184,8 +179,8 @@ def trained(
         start, more = learn(domain, teachers, config, out / f"taught-{seed}")
         seconds += more
     if "teachers" in only:
-        calibrated = copy.deepcopy(start)  # whoever compares it changes its slots
-        yield Trained("teachers", seed, calibrated, seconds, [*teachers])
+        # a copy: whoever compares it changes its slots
+        yield Trained("teachers", seed, copy.deepcopy(start), seconds, [*teachers])
     if "teachers, then words" in only:
         config = multi.heldout_config(seed=seed, steps=500, lr=0.01, ramp_down=1.0)
         mapper, rows = train_mapper(domain, config, out / f"teachers-words-{seed}", start=start)
@@ -256,17 +251,13 @@ def by_route(table: pd.DataFrame) -> pd.DataFrame:
     lines = each.groupby(["seen", "route"], sort=False).mean().reset_index()
     alone = lines[lines["route"] == "alone"].set_index("seen")["kept"]
     lines.insert(3, "share_of_own", lines["kept"] / lines["seen"].map(alone))
-    counts = table.groupby(["seen", "route"], sort=False).agg(
-        seeds=("seed", "nunique"), prompts=("prompt", "nunique")
-    )
+    counts = table.groupby(["seen", "route"], sort=False)[["seed", "prompt"]].nunique().add_suffix("s")
     lines = lines.join(counts, on=["seen", "route"])
     lines["seen"] = lines["seen"].map({True: "yes", False: "no"})
     return lines.sort_values("seen", kind="stable", ignore_index=True)
 
 
-def by_part(table: pd.DataFrame, column: str = "kept") -> pd.DataFrame:
-    """Means of ``column`` over the unseen prompts of each part, a column per route."""
-    unseen = table[~table["seen"]].groupby(["part", "route"], sort=False)[column].mean()
-    return (
-        unseen.unstack("route")[list(dict.fromkeys(table["route"]))].rename_axis(columns=None).reset_index()
-    )
+def by_part(table: pd.DataFrame) -> pd.DataFrame:
+    """Means of ``kept`` over the unseen prompts of each part, a column per route."""
+    unseen = table[~table["seen"]].groupby(["part", "route"], sort=False)["kept"].mean().unstack("route")
+    return unseen[table["route"].unique()].rename_axis(columns=None).reset_index()

@@ -1,11 +1,12 @@
 """What the trainings of the embedded networks share."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from cfclip.method.loop import Callback, Step, described, run_loop
 from cfclip.settings import Settings
@@ -41,6 +42,30 @@ def run_training(
     steps = config.steps if steps is None else steps
     with torch.backends.cudnn.flags(enabled=True, benchmark=True):  # all steps have pictures of one size
         run_loop(step, steps, checkpoint_every=CHECKPOINT_EVERY, **options)
+
+
+Loss = Callable[[int, torch.Generator], tuple[Tensor, Mapping[str, Tensor]]]
+"""As a :data:`.Step`; returns what is minimised, and the numbers to log."""
+
+
+def run_by_adamw(
+    name: str, loss: Loss, config: Settings, networks: Mapping[str, nn.Module], out: Path, **what: str
+) -> None:
+    """:func:`run_training` of ``networks`` by AdamW, with one cycle of the learning rate."""
+    parameters = [one for network in networks.values() for one in network.parameters()]
+    optimizer = torch.optim.AdamW(parameters, config.lr, fused=parameters[0].is_cuda)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, config.steps)
+
+    def step(i: int, generator: torch.Generator) -> dict[str, Tensor]:
+        value, numbers = loss(i, generator)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        schedule.step()
+        return {name: number.detach() for name, number in numbers.items()}
+
+    state = {**networks, "optimizer": optimizer, "schedule": schedule}
+    run_training(name, step, config, state, out, **what)
 
 
 def sizes(value: Any) -> str | None:
