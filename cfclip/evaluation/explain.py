@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cfclip.evaluation.figures import panels
 from cfclip.method.loop import Callback, generator_for, run_loop
-from cfclip.method.losses import Directions, identity_loss, latent_l2
+from cfclip.method.losses import Directions, identity_loss, latent_l2, perceptual_loss
 from cfclip.method.trainer import MapperTrainer
 from cfclip.models.mapper import Mapper, level_slices
 
@@ -113,13 +113,16 @@ def pulls(run: MapperTrainer, mapper: Mapper, w: Tensor, num_views: int) -> Pull
     with torch.no_grad():
         source = networks.synthesise(w)
         source_clip = networks.clip(source)
-        w_edited = mapper.edit(w, run.text_feature[[0]])
+        w_edited = mapper.edit(w, run.text_feature[[0]], c.train_strength)
     w_edited = w_edited.requires_grad_()
     edited = networks.synthesise(w_edited)
     views = networks.clip(edited, num_views, generator_for(c.seed, 0))
     terms = {"CLIP-NCE": c.lambda_nce * run.pull(run.features(0, views, source_clip, source_clip[:1]))}
     if c.lambda_id:
         terms["identity"] = c.lambda_id * identity_loss(run.domain.identity, edited, source)
+    if c.lambda_perc:
+        judge = run.domain.perceptual
+        terms["perceptual"] = c.lambda_perc * perceptual_loss(judge(edited), judge(source))
     terms["latent L2"] = c.lambda_l2 * latent_l2(w_edited, w)
     on_picture, on_code = {}, {}
     for name, term in terms.items():

@@ -81,6 +81,8 @@ class TrainingConfig(GuidedConfig):
     lambda_l2: float = setting(0.8, number())
     # of how much the domain's `perceptual` changes; the paper's dogs and cats: 0.02, with lambda_id 0
     lambda_perc: float = setting(0.0, number())
+    # of the edits that the loss sees; published: 1. With 0.8, strength 1 is a quarter more than these
+    train_strength: float = setting(1.0, number(above=True))
     # perspective views of each edited image; 0: the image itself
     num_views: int = setting(8, int_at_least(0, maximum=1000))
     text_mapper: bool = setting(True, flag)  # False: StyleCLIP's mapper, which is not conditioned on text

@@ -122,7 +122,8 @@ class Stack:
         """What the mappers make of their batches."""
 
         def of_one(weights, buffers, w, text):
-            return functional_call(self.lead.mapper, (weights, buffers), (w, text))
+            inputs = w, text, self.config.train_strength
+            return functional_call(self.lead.mapper, (weights, buffers), inputs)
 
         w = self.sources.w[batch.index]
         mapped = torch.vmap(of_one)(self.weights, self.buffers, self._apart(w), batch.text).flatten(0, 1)

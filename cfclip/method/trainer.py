@@ -302,7 +302,7 @@ class MapperTrainer:
     def edit(self, batch: Batch) -> Edit:
         """What the mapper makes of the batch."""
         w = self.w[batch.index]
-        mapped = self.mapper.edit(w, batch.text)
+        mapped = self.mapper.edit(w, batch.text, self.config.train_strength)
         free = mapped if self.free is None else torch.where(self.free[batch.prompts], mapped, w)
         return Edit(w, mapped, free)
 

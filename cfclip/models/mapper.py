@@ -171,9 +171,7 @@ class Mapper(nn.Module):
         """``w' = w + strength * 0.1 * delta(w, text)``. w: [N, L, D]; text_feature: of 1 or N prompts."""
         return w + (strength * RESIDUAL_SCALE) * self.residual(w, text_feature)
 
-    def forward(self, w: Tensor, text_feature: Tensor | None = None) -> Tensor:
-        """:meth:`edit`, for those who call modules."""
-        return self.edit(w, text_feature)
+    forward = edit
 
 
 class Slots(nn.Module):

@@ -30,6 +30,8 @@ SETTINGS = {
     "nada": ("nada", "blue hair", {"num_views": 1, "lambda_id": 0.0}),
     "offset": ("offset", "blue hair", {}),
     "offset2": ("offset", "red skin", {"seed": 9}),
+    "paler": ("cfclip", "blue hair", {"train_strength": 0.8}),
+    "paler2": ("cfclip", "red skin", {"train_strength": 0.8, "seed": 2}),
     "alone": ("cfclip", "blue hair", {"micro_batch": 1}),  # cannot be one of a pack
 }
 

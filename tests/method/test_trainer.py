@@ -210,6 +210,7 @@ def test_flat_settings_make_the_same_configuration_again():
     ("change", "term"),
     [
         ({"num_views": 0}, "nce"),
+        ({"train_strength": 0.5}, "nce"),
         ({"objective": CLIPNCE(negative_templates=3)}, "nce"),
         ({"text_mapper": False}, "nce"),
         ({"objective": CLIPNCE(query="image")}, "nce"),
