@@ -30,7 +30,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "PixelNorm over channels": {"norm_axis": "channel"},
     "levels: all": {"levels": LEVELS},
     "two guides": {"guides": 2},
-    "pixels held": {"lambda_perc": 3.0, "train_strength": 0.8},
+    "pixels held": {"lambda_perc": 3.0, "train_strength": 0.67},
     "loss: StyleCLIP": {"objective": "clip", "lambda_nce": 1.0},
     "loss: directional": {"objective": "directional", "lambda_nce": 1.0},
 }

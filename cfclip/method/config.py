@@ -81,7 +81,7 @@ class TrainingConfig(GuidedConfig):
     lambda_l2: float = setting(0.8, number())
     # of how much the domain's `perceptual` changes; the paper's dogs and cats: 0.02, with lambda_id 0
     lambda_perc: float = setting(0.0, number())
-    # of the edits that the loss sees; published: 1. With 0.8, strength 1 is a quarter more than these
+    # of the edits that the loss sees; published: 1. With 0.5, strength 1 is twice as much as these
     train_strength: float = setting(1.0, number(above=True))
     # perspective views of each edited image; 0: the image itself
     num_views: int = setting(8, int_at_least(0, maximum=1000))
