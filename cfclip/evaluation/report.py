@@ -89,6 +89,11 @@ def commit() -> str:
     return subprocess.run(described, capture_output=True, text=True, encoding="utf-8").stdout.strip()
 
 
+def how_it_was_made(command: str) -> str:
+    """A block of :func:`page`: the commit, the machine and the versions, now."""
+    return f"## How it was made\n\n`{command}` at commit {commit()} on {machine()}: {made_with()}"
+
+
 def write_evaluation(
     folder: str | os.PathLike,
     curves: pd.DataFrame,
@@ -121,8 +126,7 @@ def write_evaluation(
         shown("distributions"),
         "What the rows mean: [04_evaluation](../notebooks/04_evaluation.ipynb). `table.csv` has a line per "
         "face, `strengths.csv` one per strength, `metrics.jsonl` the means with all digits.",
-        "## How it was made",
-        f"`make reproduce` at commit {commit()} on {machine()}: {made_with()}",
+        how_it_was_made("make reproduce"),
         other_pages(folder),
     )
     files = {"table.csv": table, "metrics.jsonl": summary, "strengths.csv": by_strength, "README.md": text}
