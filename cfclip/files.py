@@ -172,7 +172,8 @@ def locked(folder: str | os.PathLike, name: str, wait: bool = False) -> Iterator
         with FileLock(folder / f".{name}.lock", timeout=-1 if wait else 0):
             yield
     except Timeout:
-        raise FolderInUse(f"{folder} is in use: wait for its process, or choose another folder") from None
+        message = f"{folder} is in use by another process: wait for it, or choose another folder"
+        raise FolderInUse(message) from None
 
 
 def slug(text: str) -> str:
