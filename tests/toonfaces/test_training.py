@@ -51,10 +51,16 @@ def same(a, b):
     )
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_a_training_leaves_the_callers_random_state_alone(name, toonfaces, tmp_path, monkeypatch):
+@pytest.fixture
+def few_calibrated(monkeypatch):
+    """One face and two strengths, where :func:`multi.calibrate` has 32 and six for half of the prompts."""
     monkeypatch.setattr(multi, "calibrate", partial(multi.calibrate, n=1))
     monkeypatch.setattr(multi, "GAINS", (1.0, 2.5))
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.usefixtures("few_calibrated")
+def test_a_training_leaves_the_callers_random_state_alone(name, toonfaces, tmp_path):
     networks = []
     for user_seed in (1, 2):
         torch.manual_seed(user_seed)
@@ -168,6 +174,7 @@ def test_a_network_is_stored_with_its_settings_and_its_training_can_be_repeated(
 
 
 @pytest.mark.parametrize("name", ["multi", "encoder"])
+@pytest.mark.usefixtures("few_calibrated")
 def test_a_training_for_networks_that_changed_is_not_resumed(name, toonfaces, tmp_path, monkeypatch):
     """Those beside the file that is trained: a generator, and what the losses use."""
     settings = {one.name: getattr(TINY[name], one.name) for one in fields(TINY[name])}
