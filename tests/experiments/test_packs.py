@@ -93,6 +93,7 @@ grid:
     prompts: [[a], [b]]
     seeds: [[3]]
     rows: [["two guides"], ["query: image"]]
+    settings: [{steps: 100}]
   - {notebook: 00_tour}
 """
     runs = planned(tmp_path, text)
