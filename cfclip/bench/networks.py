@@ -6,6 +6,7 @@ from functools import cache
 import open_clip
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from torch import nn
 
 from cfclip.domain import Domain
 from cfclip.models.arcface import IRSE, FaceIdentity
@@ -73,5 +74,6 @@ def random_domain(resolution: int, tiny: bool = False, device: str = "cpu") -> D
         identity=identity,
         source_text="face",
         prompts=("green lipstick",),
+        perceptual=nn.Identity(),  # as toonfaces, whose settings a pack has
         device=torch.device(device),
     )
