@@ -174,5 +174,5 @@ def identity_loss_from_features(edited: Tensor, source: Tensor) -> Tensor:
 
 
 def perceptual_loss(edited: Tensor, source: Tensor) -> Tensor:
-    """``mean |VGG(x') - VGG(x)|`` of VGG19's features at conv5_2."""
+    """``mean |f(x') - f(x)|`` from features f: VGG19's at conv5_2, as published, or toonfaces' pixels."""
     return F.l1_loss(edited, source)

@@ -103,8 +103,7 @@ def losses_together(units: Sequence[Unit], batches: Sequence[Batch]) -> list[dic
     """The terms of each unit: one pass of the generator, of each guide and of each judge for all of them."""
     networks = units[0].networks
     edits = [unit.edit(batch) for unit, batch in zip(units, batches, strict=True)]
-    sizes = [len(edit.w) for edit in edits]
-    pictures = networks.synthesise(joined([edit.free for edit in edits])).split(sizes)
+    pictures = together(networks.synthesise, [edit.free for edit in edits])
     seen_in = [batch.perspectives for batch in batches]
     views = networks.encode(list(zip(pictures, seen_in, strict=True)))
 
@@ -113,20 +112,24 @@ def losses_together(units: Sequence[Unit], batches: Sequence[Batch]) -> list[dic
 
     identity, perceptual = {}, {}
     if asked := asking("lambda_id"):
-        judge, parts = networks.domain.identity, [sizes[k] for k in asked]
-        found = judge(joined([pictures[k] for k in asked])).split(parts)
+        found = together(networks.domain.identity, [pictures[k] for k in asked])
         source = [units[k].sources.identity[batches[k].index] for k in asked]
         identity = dict(zip(asked, zip(found, source, strict=True), strict=True))
     if asked := asking("lambda_perc"):
-        judge, parts = networks.domain.perceptual, [sizes[k] for k in asked]
-        found = judge(joined([pictures[k] for k in asked])).split(parts)
+        judge = networks.domain.perceptual
+        found = together(judge, [pictures[k] for k in asked])
         with torch.no_grad():  # synthesised again: features of all sources would not fit in memory
-            source = judge(networks.synthesise(joined([edits[k].w for k in asked]))).split(parts)
+            source = together(lambda w: judge(networks.synthesise(w)), [edits[k].w for k in asked])
         perceptual = dict(zip(asked, zip(found, source, strict=True), strict=True))
     return [
         unit.terms(batch, edit, Seen(views[k], identity.get(k, ()), perceptual.get(k, ())))
         for k, (unit, batch, edit) in enumerate(zip(units, batches, edits, strict=True))
     ]
+
+
+def together(network: Callable[[Tensor], Tensor], batches: Sequence[Tensor]) -> Sequence[Tensor]:
+    """What ``network`` makes of each of ``batches``, in one pass."""
+    return network(joined(batches)).split([len(batch) for batch in batches])
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:
