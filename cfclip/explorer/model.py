@@ -352,8 +352,9 @@ class Explorer(HasTraits):
             given = dict(zip(recipe.prompts, recipe.mappers, strict=True))
             prompts = dict.fromkeys((*given, *self.suggestions))
             for prompt in list(prompts)[: max(4, len(given))]:
-                found = choices.editor_for(self.domain, self._trained, prompt) or ""
-                others[prompt] = replace(recipe, prompt=prompt, mapper=given.get(prompt, found))
+                if (mapper := given.get(prompt)) is None:
+                    mapper = choices.editor_for(self.domain, self._trained, prompt) or ""
+                others[prompt] = replace(recipe, prompt=prompt, mapper=mapper)
         return others
 
     def _score(self, frame: Frame, stale: Callable[[], bool]) -> None:
