@@ -15,7 +15,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
 
 from cfclip.domains import load_domain
-from cfclip.evaluation import claims, report, tables
+from cfclip.evaluation import ablation, claims, report, tables
 from cfclip.evaluation.frames import FRAMES
 from cfclip.experiments import check_parameters, gather, notebooks
 from cfclip.experiments.runs import notebook_hash, run_notebook
@@ -127,6 +127,10 @@ def test_the_smoke_preset_makes_every_training_a_short_one(path):
 def test_a_training_of_ones_own_begins_with_the_worlds_recipe():
     recipe = load_preset(NOTEBOOKS / "presets" / "toonfaces.yaml")["settings"]
     assert parameters_of("02_training")["settings"] == recipe
+    others = parameters_of("00b_method")["settings"], parameters_of("05_explorer")["refine"]["cfclip"]
+    for name in ("steps", "lr", "lambda_l2", "lambda_perc", "train_strength", "levels"):
+        assert [one[name] for one in others] == [recipe[name]] * 2, name  # they have fewer pictures only
+    assert ablation.ROWS["pixels held"].items() <= recipe.items()
 
 
 def test_papermill_sees_the_parameters():
