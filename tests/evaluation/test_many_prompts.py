@@ -234,39 +234,54 @@ def test_a_slot_is_left_with_what_colours_its_own_part(domain, monkeypatch):
     mapper = MapperTrainer(dataclasses.replace(domain, level_split=(1, 3)), config).mapper
     slots = mapper.groups[-1]
     before, n = slots.move.detach().clone(), slots.move.shape[-1]
-    first = (torch.arange(n) < n // 2).double()
-    by_part = torch.zeros(len(domain.truth.parts), n, n, dtype=torch.float64)
-    by_part[domain.truth.parts.index("eyes")] = first.diag()
-    by_part[domain.truth.parts.index("hair")] = (1 - first).diag()
+    first, even = (torch.arange(n) < n // 2).double(), (torch.arange(n) % 2 == 0).double()
+    colour = torch.zeros(len(domain.truth.parts), n, n, dtype=torch.float64)
+    eyes, hair, skin = (domain.truth.parts.index(part) for part in ("eyes", "hair", "skin"))
+    colour[eyes], colour[hair] = first.diag(), (1 - first).diag()
+    change, uneven = torch.zeros_like(colour), torch.zeros_like(colour)
+    change[skin] = torch.eye(n)  # as large as all colours together
+    change[hair] = uneven[hair] = 1e-9 * (1 - even).diag()
+    uneven[eyes] = (1 - even).diag()
     monkeypatch.setattr(multi, "split", lambda: (("red eyes", "blue eyes", "blue hair"), ()))
     found = {"red eyes": 2, "blue eyes": 2, "blue hair": 3}
     monkeypatch.setattr(multi, "slots_of", lambda domain, mapper, faces: found)
     monkeypatch.setattr(multi, "faces_for", lambda *given: {})
-    monkeypatch.setattr(multi, "colour_gradients", lambda domain, w, layers: by_part)
+    monkeypatch.setattr(multi, "colour_gradients", lambda domain, w, layers, random: (colour, change, uneven))
     monkeypatch.setattr(multi, "natural_spread", lambda truth: (np.ones(len(truth.parts)),) * 2)
-    multi.purify(domain, mapper, n=8, own=3.0, keep=0.25)
+    multi.purify(domain, mapper, n=8, own=3.0, pixels=0.5, keep=0.25)
     kept = torch.ones_like(before)
-    kept[2] = torch.where(first > 0, 1.0, 0.25 / 1.25)  # eps = 0.25 of the mean eigenvalue, which is 1
-    kept[3] = torch.where(first > 0, 0.25 / 1.25, 1.0)
+    # eps = 0.25 of the mean eigenvalue, which is 1; of any move 0.5 as a change of the skin, 0.5 if uneven
+    kept[2] = torch.where(first > 0, 3.25 / (3.75 + 0.5 * (1 - even)), 0.25 / (1.75 + 0.5 * (1 - even)))
+    kept[3] = torch.where(first > 0, 0.25 / 1.75, 3.25 / 3.75)
     assert torch.allclose(slots.move, kept * before, atol=1e-6)
 
 
-def test_the_gradients_of_a_colour_foretell_how_it_moves(domain):
+def test_the_gradients_of_colours_foretell_how_they_move(domain):
     w, layers = domain.latents(2, "train"), [1, 2, 3]
-    found = multi.colour_gradients(domain, w, layers)
+
+    def gradients(w):
+        return multi.colour_gradients(domain, w, layers, torch.Generator().manual_seed(0), probes=64)
+
     step = 1e-3 * torch.randn(w[:, layers].shape, generator=torch.Generator().manual_seed(0))
     moved = w.clone()
     moved[:, layers] += step
     with torch.no_grad():
         masks = domain.truth.masks(domain.generator.synthesis(w))
-        share = masks / masks.sum((2, 3), keepdim=True).clamp_min(12.0)
-        change = domain.generator.synthesis(moved) - domain.generator.synthesis(w)
-    colour = torch.einsum("nphw,nchw->npc", share, change / 2)
-    alone = [multi.colour_gradients(domain, w[k : k + 1], layers) for k in range(2)]
-    assert torch.allclose(found, alone[0] + alone[1], atol=1e-3 * float(found.abs().max()))
+        change = (domain.generator.synthesis(moved) - domain.generator.synthesis(w)).double() / 2
+    area = masks.double().sum((2, 3)).clamp_min(1e-6)
+    colours = torch.einsum("nphw,nchw->npc", masks.double(), change) / area.clamp_min(12.0)[..., None]
+    squares = torch.einsum("nphw,nchw->np", masks.double(), change.square())
+    even = torch.einsum("nphw,nchw->npc", masks.double(), change).square().sum(2) / area
+    alone = [gradients(w[k : k + 1]) for k in range(2)]
+    found = gradients(w)[0]
+    assert torch.allclose(found, alone[0][0] + alone[1][0], atol=1e-3 * float(found.abs().max()))
     for k, u in enumerate(step.flatten(1).double()):
-        foretold = torch.einsum("i,pij,j->p", u, alone[k], u)
-        assert torch.allclose(foretold, colour[k].double().square().sum(1), rtol=0.05)
+        colour, whole, uneven = (torch.einsum("i,pij,j->p", u, one, u) for one in alone[k])
+        assert torch.allclose(colour, colours[k].square().sum(1), rtol=0.05)
+        seen = area[k] > 12
+        assert seen.sum() >= 2
+        assert torch.allclose(whole[seen], squares[k][seen], rtol=0.3)
+        assert torch.allclose(uneven[seen], (squares - even)[k][seen], rtol=0.5)
 
 
 @pytest.fixture

@@ -87,7 +87,7 @@ def heldout_config(**overrides: Any) -> MultiPromptConfig:
     """How a mapper is trained that sees only the seen prompts."""
     settings: dict[str, Any] = {"prompts": split()[0], "text": "tokens", "levels": ("fine",)}
     settings |= {"prompts_at_once": 8, "batch": 8, "steps": 2000, "num_views": 4}
-    settings |= {"optimizer": "adam", "lr": 0.02, "ramp_down": 0.5, "lambda_l2": 0.06}
+    settings |= {"optimizer": "adam", "lr": 0.02, "ramp_down": 0.5, "lambda_l2": 0.06, "lambda_perc": 1.0}
     settings |= {"train_latents": 256, "applicable_only": True, "dtype": "auto"}
     return MultiPromptConfig(**settings | overrides)
 
@@ -121,59 +121,85 @@ def slots_of(domain: Domain, mapper: WordMapper, faces: Mapping[str, Tensor]) ->
 
 
 def purify(
-    domain: Domain, mapper: WordMapper, n: int = 48, own: float = 4.0, keep: float = 0.03
+    domain: Domain,
+    mapper: WordMapper,
+    n: int = 48,
+    own: float = 16.0,
+    pixels: float = 10.0,
+    keep: float = 0.03,
 ) -> WordMapper:
-    """``mapper``, each slot that colours left with that of its move which colours its own part.
+    """``mapper``, each slot that colours left with that of its move which colours its own part, and evenly.
 
-    To first order a move u of W+ changes the colour of part q by J_q u. With A_q the mean of
-    ``J_q' J_q / s_q^2`` over ``n`` training faces, s_q the natural spread of the colour, the slot of part p
-    moves v instead of u:
+    The slot of part p moves v instead of u, where to first order
 
-        v = argmin own (v - u)' A_p (v - u) + sum_{q != p} v' A_q v + eps |v - u|^2
-          = (own A_p + sum_{q != p} A_q + eps)^-1 (own A_p + eps) u,
+        v = argmin own (v - u)' A_p (v - u) + sum_{q != p} v' A_q v
+                   + pixels (sum_{q != p} v' S_q v + v' V_p v) + eps |v - u|^2
+          = (own A_p + held_p + eps)^-1 (own A_p + eps) u,    held_p: the matrix of the three sums.
 
-    eps being ``keep`` times the mean eigenvalue of all A_q. No colour is named here: the ground truth says
-    where the parts are, and the words still say where they go.
+    A_q, S_q and V_q are those of :func:`colour_gradients` over ``n`` training faces, A_q divided by the
+    square of the natural spread of the colour, S and V by a number that makes all S_q together as large as
+    all A_q. eps is ``keep`` times the mean eigenvalue of these. No colour is named here: the ground truth
+    says where the parts are, and the words still say where they go.
     """
     prompts, slots = split()[0], mapper.groups[-1]
     by_slot: dict[int, list[str]] = {}
     for prompt, k in slots_of(domain, mapper, faces_for(domain, prompts, 2, "train")).items():
         by_slot.setdefault(k, []).append(claim_of(prompt)[0])
-    draw, sums = np.random.default_rng(0), 0.0
+    draw, random, sums = np.random.default_rng(0), torch.Generator(domain.device).manual_seed(0), None
     for w in domain.latents(n, "train", 1).split(8):
         with torch.no_grad():  # where an edit is, half way
             w = torch.cat([domain.edited(one[None], str(draw.choice(prompts)), mapper, 0.5) for one in w])
-        sums = sums + colour_gradients(domain, w, slots.layers)
-    spread = torch.from_numpy(natural_spread(domain.truth)[0]).to(sums)
-    each = sums / spread[:, None, None] ** 2
-    total = each.sum(0)
-    eps = keep * total.diagonal().mean() * torch.eye(len(total)).to(total)
+        found = torch.stack(colour_gradients(domain, w, slots.layers, random))
+        sums = found if sums is None else sums + found
+    colour, change, uneven = sums
+    colour = colour / torch.from_numpy(natural_spread(domain.truth)[0]).to(colour)[:, None, None] ** 2
+    mean = colour.sum(0).diagonal().mean()
+    scale = pixels * mean / change.sum(0).diagonal().mean()
+    eps = keep * mean * torch.eye(len(colour[0])).to(colour)
     for k, parts in by_slot.items():
         part = domain.truth.parts.index(max(set(parts), key=parts.count))
-        kept_of = torch.linalg.solve(total + (own - 1) * each[part] + eps, own * each[part] + eps)
+        held = colour.sum(0) - colour[part] + scale * (change.sum(0) - change[part] + uneven[part])
+        kept_of = torch.linalg.solve(own * colour[part] + held + eps, own * colour[part] + eps)
         with torch.no_grad():
             slots.move[k] = (slots.move[k].double() @ kept_of.T).to(slots.move)
     return mapper
 
 
 @torch.enable_grad()
-def colour_gradients(domain: Domain, w: Tensor, layers: Sequence[int]) -> Tensor:
-    """``sum J_q' J_q`` over the faces w [N, L, D], of each part q [P, L' D, L' D] in float64.
+def colour_gradients(
+    domain: Domain, w: Tensor, layers: Sequence[int], random: torch.Generator, probes: int = 8
+) -> tuple[Tensor, Tensor, Tensor]:
+    """How a move u of ``layers`` of w [N, L, D] changes each part q.
 
-    J_q: the derivative of the colour of q, the mean of the pixels [0, 1] that it covers, by ``layers`` of w.
+    Returns (A, S, V), each [P, L' D, L' D] in float64. To first order, summed over the faces and over RGB in
+    [0, 1]: u' A_q u is the square of the change of the colour of q, the mean of the pixels that it covers;
+    u' S_q u the sum over these pixels of the squares of their changes; u' V_q u the same of what these differ
+    from their mean, so that S = V + area A. V is estimated by ``probes`` random pictures a face.
     """
     x = w[:, list(layers)].requires_grad_()
     images = domain.generator.synthesis(w.index_copy(1, torch.tensor(layers, device=w.device), x))
     with torch.no_grad():
-        masks = domain.truth.masks(images)
-        masks = masks / masks.sum((2, 3), keepdim=True).clamp_min(VISIBLE)  # a few pixels say little
-    colours_of = torch.einsum("nphw,nchw->pcn", masks, images * 0.5 + 0.5)
-    rows = [torch.autograd.grad(one.sum(), x, retain_graph=True)[0] for one in colours_of.flatten(0, 1)]
-    j = torch.stack(rows).flatten(2).double().unflatten(0, colours_of.shape[:2])  # [P, 3, N, L' D]
-    return torch.einsum("pcni,pcnj->pij", j, j)
+        masks = domain.truth.masks(images)[:, :, None]  # [N, P, 1, H, W]
+        area = masks.sum((-2, -1), keepdim=True)
+        mean = masks / area.clamp_min(VISIBLE)  # a few pixels say little
+        size = (probes, *masks.shape[:2], *images.shape[1:])
+        noise = masks.sqrt() * torch.randn(size, device=w.device, generator=random)
+        uneven = noise - masks / area.clamp_min(1e-6) * noise.sum((-2, -1), keepdim=True)
+
+    def rows(weights: Tensor) -> Tensor:
+        """Gradients of the sums of the pictures times ``weights`` [K, N, P, 3, H, W]: [P, K, N, L' D]."""
+        sums = ((images * one).sum() / 2 for one in weights.transpose(1, 2).flatten(0, 1))
+        found = [torch.autograd.grad(one, x, retain_graph=True)[0].flatten(1) for one in sums]
+        return torch.stack(found).double().unflatten(0, (len(weights), -1)).transpose(0, 1)
+
+    channels = torch.eye(3, device=w.device)[:, None, None, :, None, None]
+    j, differ = rows(channels * mean), rows(uneven) / probes**0.5
+    colour, spread = (torch.einsum("pkni,pknj->pij", one, one) for one in (j, differ))
+    j = j * area.flatten(1).T[:, None, :, None].sqrt()
+    return colour, spread + torch.einsum("pkni,pknj->pij", j, j), spread
 
 
-GAINS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5)
+GAINS = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
 """How much stronger :func:`calibrate` may make what a slot moves."""
 
 

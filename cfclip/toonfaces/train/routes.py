@@ -35,6 +35,7 @@ from cfclip.toonfaces.train import multi
 from cfclip.toonfaces.train.moved import random_moves
 
 ALONE = {"steps": 300, "batch": 4, "lr": 15.0, "lambda_l2": 0.1, "levels": ("fine",), "train_latents": 256}
+ALONE |= {"lambda_perc": 3.0, "train_strength": 0.67}
 TEACHER = {"steps": 60, "batch": 4, "lr": 0.3, "lambda_l2": 0.06, "levels": ("fine",), "num_views": 4}
 TEACHER |= {"train_latents": 64}
 TAUGHT = 0.5
