@@ -49,10 +49,13 @@ def compare(
     return pd.DataFrame(rows)
 
 
-def kept(faces: pd.DataFrame) -> pd.Series:
-    """Success of each row of :func:`compare` that also keeps an identity of 0.85; NaN where success is."""
-    lost = faces["success_after"].notna() & (faces["identity"] < metrics.CLEAN_IDENTITY)
-    return faces["success_after"].mask(lost, 0.0)
+def kept(faces: pd.DataFrame, leakage: float = np.inf) -> pd.Series:
+    """Success of each row of :func:`compare` that keeps an identity of 0.85, and has no more ``leakage``.
+
+    NaN where success is.
+    """
+    lost = (faces["identity"] < metrics.CLEAN_IDENTITY) | (faces["leakage"] > leakage)
+    return faces["success_after"].mask(faces["success_after"].notna() & lost, 0.0)
 
 
 SENTENCES = (

@@ -211,7 +211,7 @@ def test_each_slot_that_colours_gets_the_least_gain_that_is_as_good_as_any(domai
     monkeypatch.setattr(multi, "GAINS", (1.0, 1.15, 1.3, 1.45, 1.6))
     success = {  # of red eyes, blue eyes and blue hair
         1.0: [(1, 0), (0, 1), (1, 1)], 1.15: [(1, 1), (0, float("nan")), (1, 1)],
-        1.3: [(1, 1), (1, 1), (1, 0)], 1.45: [(1, 1), (1, 1), (1, 0)], 1.6: [(1, 1), (1, 1), (1, 1)],
+        1.3: [(1, 1), (1, 0), (1, 0)], 1.45: [(1, 1), (1, 1), (1, 0)], 1.6: [(1, 1), (1, 1), (1, 1)],
     }  # fmt: skip
     identity = {1.0: 1.0, 1.15: 0.9, 1.3: 0.9, 1.45: 0.9, 1.6: 0.2}
 
@@ -220,7 +220,7 @@ def test_each_slot_that_colours_gets_the_least_gain_that_is_as_good_as_any(domai
         found = dict(zip(prompts, success[gain], strict=True))
         rows = [(prompt, hit) for prompt in asked for hit in found[prompt]]
         table = pd.DataFrame(rows, columns=["prompt", "success_after"])
-        return table.assign(identity=identity[gain], strength=gain)
+        return table.assign(identity=identity[gain], leakage=0.3 if gain > 1.4 else 0.2, strength=gain)
 
     monkeypatch.setattr(multi, "compare", compared)
     after = [group.move for group in multi.calibrate(domain, mapper).groups]

@@ -18,7 +18,7 @@ from torch import Tensor
 from cfclip.domain import GROUPS, Domain
 from cfclip.evaluation.confidence import predicted_success
 from cfclip.evaluation.many_prompts import compare, faces_for, kept
-from cfclip.evaluation.metrics import natural_spread
+from cfclip.evaluation.metrics import CLEAN_LEAKAGE, natural_spread
 from cfclip.method.config import MultiPromptConfig
 from cfclip.method.trainer import train_mapper
 from cfclip.models.clip import TEMPLATES
@@ -207,14 +207,15 @@ GAINS = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
 def calibrate(domain: Domain, mapper: WordMapper, n: int = 32) -> WordMapper:
     """``mapper``, each slot that colours made stronger until most edits of ``n`` training faces succeed.
 
-    One lambda_l2 for all prompts stops the small parts half way. An edit counts if it succeeds at an identity
-    of 0.85; tried with every other seen prompt, whose slot is the one that moves most. Leakage grows with
-    strength, so of the gains within a point of the best one it is the smallest.
+    What holds the edits back stops the small parts half way. An edit counts if it succeeds at an identity of
+    0.85, but half if it leaks; tried with every other seen prompt, whose slot is the one that moves most. Of
+    the gains within a point of the best one it is the smallest.
     """
     faces = faces_for(domain, split()[0][::2], n, "train")
     slot = slots_of(domain, mapper, faces)
     rows = pd.concat([compare(domain, mapper, faces, gain) for gain in GAINS], ignore_index=True)
-    found = kept(rows).groupby([rows["prompt"].map(slot), rows["strength"]]).mean().unstack()
+    counts = (kept(rows) + kept(rows, CLEAN_LEAKAGE)) / 2
+    found = counts.groupby([rows["prompt"].map(slot), rows["strength"]]).mean().unstack()
     for k, shares in found.iterrows():
         mapper.groups[-1].move[k] *= least_of_the_best(shares)
     return mapper
