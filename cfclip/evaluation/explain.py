@@ -121,8 +121,8 @@ def pulls(run: MapperTrainer, mapper: Mapper, w: Tensor, num_views: int) -> Pull
     if c.lambda_id:
         terms["identity"] = c.lambda_id * identity_loss(run.domain.identity, edited, source)
     if c.lambda_perc:
-        judge = run.domain.perceptual
-        terms["perceptual"] = c.lambda_perc * perceptual_loss(judge(edited), judge(source))
+        judged = map(run.domain.perceptual, (edited, source))
+        terms["perceptual"] = c.lambda_perc * perceptual_loss(*judged, c.perc_limit)
     terms["latent L2"] = c.lambda_l2 * latent_l2(w_edited, w)
     on_picture, on_code = {}, {}
     for name, term in terms.items():

@@ -81,6 +81,8 @@ class TrainingConfig(GuidedConfig):
     lambda_l2: float = setting(0.8, number())
     # of how much the domain's `perceptual` changes; the paper's dogs and cats: 0.02, with lambda_id 0
     lambda_perc: float = setting(0.0, number())
+    # a pixel that changes by much more than this costs no more, so edits need not be pale; None: as published
+    perc_limit: float | None = setting(None, number(above=True, optional=True))
     # of the edits that the loss sees; published: 1. With 0.5, strength 1 is twice as much as these
     train_strength: float = setting(1.0, number(above=True))
     # perspective views of each edited image; 0: the image itself

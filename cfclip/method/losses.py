@@ -173,6 +173,14 @@ def identity_loss_from_features(edited: Tensor, source: Tensor) -> Tensor:
     return 1 - (edited * source).sum(1).mean()
 
 
-def perceptual_loss(edited: Tensor, source: Tensor) -> Tensor:
-    """``mean |f(x') - f(x)|`` from features f: VGG19's at conv5_2, as published, or toonfaces' pixels."""
-    return F.l1_loss(edited, source)
+def perceptual_loss(edited: Tensor, source: Tensor, limit: float | None = None) -> Tensor:
+    """``mean d`` with ``d = |f(x') - f(x)|`` from features f [B, C, H, W]; a scalar.
+
+    f: VGG19's at conv5_2, as published, or toonfaces' pixels. With a ``limit`` c it is
+    ``mean d / (1 + d / c)``, d being the mean over the channels: a small change costs as much as without, a
+    large one nearly c.
+    """
+    if limit is None:
+        return F.l1_loss(edited, source)
+    d = (edited - source).abs().mean(1)
+    return (d / (1 + d / limit)).mean()

@@ -332,7 +332,7 @@ class MapperTrainer:
             terms["id"] = identity_loss_from_features(*seen.identity)
             loss = loss + c.lambda_id * terms["id"]
         if c.lambda_perc:
-            terms["perc"] = perceptual_loss(*seen.perceptual)
+            terms["perc"] = perceptual_loss(*seen.perceptual, c.perc_limit)
             loss = loss + c.lambda_perc * terms["perc"]
         return {"loss": loss} | terms
 

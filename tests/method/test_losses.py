@@ -6,7 +6,14 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms import RandomPerspective
 
-from cfclip.method.losses import clip_distance, clip_nce, directional, identity_loss, latent_l2
+from cfclip.method.losses import (
+    clip_distance,
+    clip_nce,
+    directional,
+    identity_loss,
+    latent_l2,
+    perceptual_loss,
+)
 from cfclip.method.views import perspective_views
 
 
@@ -151,3 +158,13 @@ def test_directional_has_a_way_to_go_from_the_source_itself():
     assert loss.item() == 1
     text = F.normalize((target - described).mean(0), dim=-1)
     torch.testing.assert_close(edited.grad, -text.expand(2, -1) / 2)
+
+
+def test_changes_beyond_the_limit_cost_hardly_more():
+    edited = torch.tensor([[[[0.3, 4.0]], [[0.1, 2.0]]], [[[0.0, 0.0]], [[0.0, -0.2]]]])  # [2, 2, 1, 2]
+    source = torch.zeros_like(edited)
+    d = np.array([0.2, 3.0, 0.0, 0.1])  # of each pixel, over its channels
+    assert perceptual_loss(edited, source).item() == pytest.approx(d.mean())
+    limited = np.mean(d * 0.5 / (0.5 + d))
+    assert perceptual_loss(edited, source, 0.5).item() == pytest.approx(limited)
+    assert perceptual_loss(edited, source, 1e9).item() == pytest.approx(d.mean())

@@ -227,6 +227,14 @@ def test_every_setting_reaches_the_step(change, term, domain):
     assert (run.mapper.config.text_dim is None) == (not run.config.text_mapper)
 
 
+def test_a_large_change_costs_no_more_than_the_limit(domain):
+    domain = replace(domain, perceptual=torch.nn.Identity())
+    run, plain = (MapperTrainer(domain, replace(CONFIG, lambda_perc=2.0, perc_limit=c)) for c in (0.01, None))
+    logs, default = (one.step(0, generator_for(0, 5)) for one in (run, plain))
+    assert 0 < logs["perc"] < 0.01 < default["perc"]
+    assert default["loss"] - logs["loss"] == pytest.approx(2 * (default["perc"] - logs["perc"]), rel=1e-3)
+
+
 def test_the_views_of_a_step_are_those_of_its_generator(domain):
     networks = FrozenNetworks(domain, "float32")
     images = domain.generator.synthesis(latents.sample(domain.generator, 2))

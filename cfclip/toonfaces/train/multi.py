@@ -87,7 +87,8 @@ def heldout_config(**overrides: Any) -> MultiPromptConfig:
     """How a mapper is trained that sees only the seen prompts."""
     settings: dict[str, Any] = {"prompts": split()[0], "text": "tokens", "levels": ("fine",)}
     settings |= {"prompts_at_once": 8, "batch": 8, "steps": 2000, "num_views": 4}
-    settings |= {"optimizer": "adam", "lr": 0.02, "ramp_down": 0.5, "lambda_l2": 0.06, "lambda_perc": 1.0}
+    settings |= {"optimizer": "adam", "lr": 0.02, "ramp_down": 0.5, "lambda_l2": 0.06}
+    settings |= {"lambda_perc": 1.0, "perc_limit": 0.2}
     settings |= {"train_latents": 256, "applicable_only": True, "dtype": "auto"}
     return MultiPromptConfig(**settings | overrides)
 
