@@ -209,13 +209,13 @@ def calibrate(domain: Domain, mapper: WordMapper, n: int = 32) -> WordMapper:
     """``mapper``, each slot that colours made stronger until most edits of ``n`` training faces succeed.
 
     What holds the edits back stops the small parts half way. An edit counts if it succeeds at an identity of
-    0.85, but half if it leaks; tried with every other seen prompt, whose slot is the one that moves most. Of
-    the gains within a point of the best one it is the smallest.
+    0.85, two thirds if it leaks; tried with every other seen prompt, whose slot is the one that moves most.
+    Of the gains within a point of the best one it is the smallest.
     """
     faces = faces_for(domain, split()[0][::2], n, "train")
     slot = slots_of(domain, mapper, faces)
     rows = pd.concat([compare(domain, mapper, faces, gain) for gain in GAINS], ignore_index=True)
-    counts = (kept(rows) + kept(rows, CLEAN_LEAKAGE)) / 2
+    counts = (2 * kept(rows) + kept(rows, CLEAN_LEAKAGE)) / 3
     found = counts.groupby([rows["prompt"].map(slot), rows["strength"]]).mean().unstack()
     for k, shares in found.iterrows():
         mapper.groups[-1].move[k] *= least_of_the_best(shares)
