@@ -31,13 +31,14 @@ ROWS: dict[str, dict[str, Any]] = {
     "levels: all": {"levels": LEVELS},
     "two guides": {"guides": 2},
     "pixels held": {"lambda_perc": 3.0, "train_strength": 0.67},
+    "pixels held, to a limit": {"lambda_perc": 6.0, "perc_limit": 0.2, "train_strength": 0.67},
     "loss: StyleCLIP": {"objective": "clip", "lambda_nce": 1.0},
     "loss: directional": {"objective": "directional", "lambda_nce": 1.0},
 }
 """Row -> the settings of CFCLIPConfig that it changes. The other losses have the weights of their papers.
 
 All levels are the paper's; on toonfaces the preset has only the fine ones, which colour.
-"pixels held" is of toonfaces, which has the pixels in the place of VGG19's features.
+The rows "pixels held" are of toonfaces, which has the pixels in the place of VGG19's features.
 """
 
 

@@ -440,7 +440,7 @@ def test_the_papers_sweeps_have_all_methods_prompts_and_seeds():
     assert {"purple skin", "green glasses"} <= prompts
     natural, guides = 4 * 7, 2 * 3 * 6 * 3
     prompts, count = counted("paper-toonfaces-more.yaml")
-    assert count == {"02_training": natural + guides, "03_ablation_directions": 4 * 7 * 6}
+    assert count == {"02_training": natural + guides, "03_ablation_directions": 5 * 7 * 6}
     assert {"red lipstick", "face"} <= prompts
     assert counted("paper-toonfaces-budget.yaml")[1] == {"02_training": 4}
 
