@@ -49,15 +49,6 @@ def compare(
     return pd.DataFrame(rows)
 
 
-def kept(faces: pd.DataFrame, leakage: float = np.inf) -> pd.Series:
-    """Success of each row of :func:`compare` that keeps an identity of 0.85, and has no more ``leakage``.
-
-    NaN where success is.
-    """
-    lost = (faces["identity"] < metrics.CLEAN_IDENTITY) | (faces["leakage"] > leakage)
-    return faces["success_after"].mask(faces["success_after"].notna() & lost, 0.0)
-
-
 SENTENCES = (
     "green lipstick", "blue hair", "blue lipstick", "purple eyebrows", "orange beard", "white eyebrows",
     "red hair", "pink hair", "yellow eyes", "smiling", "glasses", "bald", "blue skin",

@@ -229,6 +229,18 @@ def _towards(before: Measurement, after: Measurement, claim: Claim) -> Columns:
     }
 
 
+def kept(scores: Mapping[str, Any], leakage: float | None = None) -> Any:
+    """Success of each face that keeps an identity of :data:`CLEAN_IDENTITY`; NaN where success is.
+
+    scores: the columns of :func:`ground_truth` and :func:`identity`, or a table of them. leakage: the most
+    that counts; None: any.
+    """
+    good = scores["identity"] >= CLEAN_IDENTITY
+    if leakage is not None:
+        good = good & (scores["leakage"] <= leakage)
+    return scores["success_after"] * good
+
+
 def clean(edit: Edit) -> Columns:
     """1 where success, identity and leakage are good on the same face, else 0; NaN where success is.
 
@@ -237,9 +249,7 @@ def clean(edit: Edit) -> Columns:
     scores = ground_truth(edit) | identity(edit)
     if not {"success_after", "identity"} <= scores.keys():
         return {}
-    success = scores["success_after"]
-    good = (scores["identity"] >= CLEAN_IDENTITY) & (scores["leakage"] <= CLEAN_LEAKAGE)
-    return {"clean": np.where(np.isnan(success), np.nan, success * good)}
+    return {"clean": kept(scores, CLEAN_LEAKAGE)}
 
 
 METRICS: dict[str, Callable[[Edit], Columns]] = {

@@ -132,7 +132,6 @@ def test_a_route_gets_the_least_strength_that_is_as_good_as_any(domain, monkeypa
         lambda domain, mapper, faces, strength: pd.DataFrame({
             "success_after": [success[strength]],
             "identity": [1.0],
-            "leakage": [0.5],
         }),
     )
     assert routes.best_strength(domain, None, {}) == 1.2

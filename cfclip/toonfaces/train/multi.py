@@ -17,8 +17,8 @@ from torch import Tensor
 
 from cfclip.domain import GROUPS, Domain
 from cfclip.evaluation.confidence import predicted_success
-from cfclip.evaluation.many_prompts import compare, faces_for, kept
-from cfclip.evaluation.metrics import CLEAN_LEAKAGE, natural_spread
+from cfclip.evaluation.many_prompts import compare, faces_for
+from cfclip.evaluation.metrics import CLEAN_LEAKAGE, kept, natural_spread
 from cfclip.method.config import MultiPromptConfig
 from cfclip.method.trainer import train_mapper
 from cfclip.models.clip import TEMPLATES
@@ -146,12 +146,11 @@ def purify(
     by_slot: dict[int, list[str]] = {}
     for prompt, k in slots_of(domain, mapper, faces_for(domain, prompts, 2, "train")).items():
         by_slot.setdefault(k, []).append(claim_of(prompt)[0])
-    draw, random, sums = np.random.default_rng(0), torch.Generator(domain.device).manual_seed(0), None
+    draw, random, sums = np.random.default_rng(0), torch.Generator(domain.device).manual_seed(0), 0.0
     for w in domain.latents(n, "train", 1).split(8):
         with torch.no_grad():  # where an edit is, half way
             w = torch.cat([domain.edited(one[None], str(draw.choice(prompts)), mapper, 0.5) for one in w])
-        found = torch.stack(colour_gradients(domain, w, slots.layers, random))
-        sums = found if sums is None else sums + found
+        sums = sums + torch.stack(colour_gradients(domain, w, slots.layers, random))
     colour, change, uneven = sums
     colour = colour / torch.from_numpy(natural_spread(domain.truth)[0]).to(colour)[:, None, None] ** 2
     mean = colour.sum(0).diagonal().mean()

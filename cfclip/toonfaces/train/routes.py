@@ -20,7 +20,9 @@ from torch import Tensor
 
 from cfclip.baselines.offset import OffsetTrainer
 from cfclip.domain import Domain
-from cfclip.evaluation.many_prompts import compare, faces_for, kept
+from cfclip.evaluation.ablation import ROWS
+from cfclip.evaluation.many_prompts import compare, faces_for
+from cfclip.evaluation.metrics import kept
 from cfclip.evaluation.report import commit
 from cfclip.files import slug
 from cfclip.method.config import CFCLIPConfig, MultiPromptConfig
@@ -35,7 +37,7 @@ from cfclip.toonfaces.train import multi
 from cfclip.toonfaces.train.moved import random_moves
 
 ALONE = {"steps": 300, "batch": 4, "lr": 15.0, "lambda_l2": 0.1, "levels": ("fine",), "train_latents": 256}
-ALONE |= {"lambda_perc": 3.0, "train_strength": 0.67}
+ALONE |= ROWS["pixels held"]
 TEACHER = {"steps": 60, "batch": 4, "lr": 0.3, "lambda_l2": 0.06, "levels": ("fine",), "num_views": 4}
 TEACHER |= {"train_latents": 64}
 TAUGHT = 0.5
@@ -216,7 +218,7 @@ def compared(
 ) -> pd.DataFrame:
     """Edits of the routes ``only`` by :func:`own_prompts` of ``n`` test faces each that have the part.
 
-    Means per route, seed and prompt. ``kept``: see :func:`.many_prompts.kept`. ``seen``: is the prompt among
+    Means per route, seed and prompt. ``kept``: see :func:`.metrics.kept`. ``seen``: is the prompt among
     those for training? ``strength``: of the edits, chosen on training faces. ``n_judged``: faces that have
     the part. ``failed``: the prompts whose teachers failed and were left out. ``commit``: of the code.
     """
