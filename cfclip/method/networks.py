@@ -18,6 +18,9 @@ from cfclip.method.views import draw_perspectives, each_view
 from cfclip.models.clip import autocast
 from cfclip.models.stylegan2 import max_batch
 
+KEPT = 2**27
+"""Numbers of the sources' perceptual features that are kept; if they are more, each step makes its own."""
+
 
 def check_networks(domain: Domain, config: GuidedConfig) -> None:
     """ValueError that names a loss of ``config`` for which ``domain`` has no network, or not enough."""
@@ -39,6 +42,7 @@ class Sources(NamedTuple):
     w: Tensor  # [N, L, D]
     clip: Tensor  # unit CLIP features [N, E]
     identity: Tensor | None  # unit identity features [N, I]
+    perceptual: Tensor | None  # perceptual features [N, C, H, W]; None also if they are more than KEPT
 
 
 class FrozenNetworks:
@@ -88,12 +92,17 @@ class FrozenNetworks:
     def sources(self, n: int, seed: int) -> Sources:
         """The first ``n`` training codes of ``seed``, encoded once."""
         if (n, seed) not in self._sources:
-            every, clip, identity = self.domain.latents(n, "train", seed), [], []
+            every, clip, identity, perceptual = self.domain.latents(n, "train", seed), [], [], []
+            judge = self.domain.perceptual
             for w in every.split(max_batch(self.generator)):
                 images = self.synthesise(w)
                 clip.append(self.clip(images))
                 if self.domain.identity is not None:
                     identity.append(self.domain.identity(images))
-            known = torch.cat(identity) if identity else None
-            self._sources[n, seed] = Sources(every, torch.cat(clip), known)
+                if judge is not None:
+                    perceptual.append(judge(images))
+                    if n * perceptual[0][0].numel() > KEPT:
+                        judge, perceptual = None, []
+            known = [torch.cat(some) if some else None for some in (clip, identity, perceptual)]
+            self._sources[n, seed] = Sources(every, *known)
         return self._sources[n, seed]

@@ -118,8 +118,11 @@ def losses_together(units: Sequence[Unit], batches: Sequence[Batch]) -> list[dic
     if asked := asking("lambda_perc"):
         judge = networks.domain.perceptual
         found = together(judge, [pictures[k] for k in asked])
-        with torch.no_grad():  # synthesised again: features of all sources would not fit in memory
-            source = together(lambda w: judge(networks.synthesise(w)), [edits[k].w for k in asked])
+        if all(units[k].sources.perceptual is not None for k in asked):
+            source = [units[k].sources.perceptual[batches[k].index] for k in asked]
+        else:
+            with torch.no_grad():
+                source = together(lambda w: judge(networks.synthesise(w)), [edits[k].w for k in asked])
         perceptual = dict(zip(asked, zip(found, source, strict=True), strict=True))
     return [
         unit.terms(batch, edit, Seen(views[k], identity.get(k, ()), perceptual.get(k, ())))

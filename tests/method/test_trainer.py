@@ -235,6 +235,17 @@ def test_a_large_change_costs_no_more_than_the_limit(domain):
     assert default["loss"] - logs["loss"] == pytest.approx(2 * (default["perc"] - logs["perc"]), rel=1e-3)
 
 
+def test_the_sources_are_kept_or_drawn_again_as_memory_allows(domain, monkeypatch):
+    domain, config = replace(domain, perceptual=torch.nn.Identity()), replace(CONFIG, lambda_perc=2.0)
+    kept, size = MapperTrainer(domain, config), domain.generator.resolution
+    assert kept.sources.perceptual.shape == (config.train_latents, 3, size, size)
+    logs = kept.step(0, generator_for(0, 5))
+    monkeypatch.setattr("cfclip.method.networks.KEPT", config.train_latents * 3 * size**2 - 1)
+    drawn = MapperTrainer(domain, config)
+    assert drawn.sources.perceptual is None
+    assert drawn.step(0, generator_for(0, 5)) == pytest.approx(logs, rel=1e-4)
+
+
 def test_the_views_of_a_step_are_those_of_its_generator(domain):
     networks = FrozenNetworks(domain, "float32")
     images = domain.generator.synthesis(latents.sample(domain.generator, 2))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cfclip.models.clip import ClipGuide, fold_batch_norms
+from cfclip.models.clip import ClipGuide, Patches, fold_batch_norms
 from cfclip.toonfaces.clip import build
 
 TEXT = "green lipstick"
@@ -114,6 +114,24 @@ def test_in_float32_only_batch_norms_are_folded(domain, guide, images):
     expected, folded = guide.encode_image(images), guide.in_dtype(torch.float32)
     assert_equal_but_for_rounding(folded.encode_image(images), expected)
     assert torch.equal(guide.encode_image(images), expected) and folded is not guide
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_patches_are_those_of_the_convolution(bias):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 5, (4, 2), (4, 2), bias=bias)
+    patches, x = Patches.of(conv), torch.randn(2, 3, 9, 6, requires_grad=True)
+    assert isinstance(patches, Patches) and patches.state_dict().keys() == conv.state_dict().keys()
+    values = [layer(x) for layer in (patches, conv)]
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in values))
+    overlapping = nn.Conv2d(3, 5, 4, 2)
+    assert Patches.of(overlapping) is overlapping
+
+
+def test_the_first_layer_of_a_transformer_is_a_product(domain):
+    assert isinstance(domain.clip.model.visual.conv1, Patches)
+    assert isinstance(domain.clip.in_dtype(torch.bfloat16).model.visual.conv1, Patches)
 
 
 def test_in_bfloat16_a_transformer_has_already_cast_its_weights(domain):

@@ -330,6 +330,21 @@ def test_frozen_convolution(k, up, dtype, last):
     assert g.is_contiguous(memory_format=layout), "the next pass would copy it"
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_gradients_are_spread_and_summed_in_their_own_layout(last):
+    layout = torch.channels_last if last else torch.contiguous_format
+    of_rgb, mixing, noise, grad = (
+        draw((2, 3, 4, 5)),
+        draw((2, 3, 6)),
+        draw((2, 4, 5)),
+        draw((2, 6, 4, 5), last=last),
+    )
+    spread = frozen._spread(of_rgb, mixing, layout)
+    assert spread.is_contiguous(memory_format=layout), "all that reads it beside others would take longer"
+    torch.testing.assert_close(spread, (mixing[..., None, None] * of_rgb[:, :, None]).sum(1))
+    torch.testing.assert_close(frozen._along(grad, noise, layout), (grad * noise[:, None]).sum((2, 3)))
+
+
 def test_a_frozen_generator_is_not_differentiated_twice(generator):
     """Nor to a wrong number: hvp names its inputs, and would bypass torch's once_differentiable."""
     w = generator.mapping(torch.randn(1, 12))
