@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
@@ -10,7 +11,7 @@ from cfclip.bench.networks import new_generator, new_judges
 from cfclip.domain import Domain
 from cfclip.models.clip import ClipGuide
 from cfclip.models.stylegan2 import Generator
-from cfclip.toonfaces.readout import Readout
+from cfclip.toonfaces.readout import Measurement, Readout
 from cfclip.toonfaces.truth import ToonTruth
 
 
@@ -46,3 +47,9 @@ def two_guides(domain) -> Domain:
     vision = CLIPVisionCfg(layers=1, width=24, head_width=12, patch_size=8, image_size=24)
     second = CLIP(12, vision, CLIPTextCfg(context_length=24, width=16, heads=2, layers=1))
     return dataclasses.replace(domain, more_guides=(ClipGuide(second),))
+
+
+@pytest.fixture
+def some_have(monkeypatch):
+    """Every third face has hair and glasses, every third another one a beard."""
+    monkeypatch.setattr(Measurement, "has", lambda seen, part: np.arange(len(seen.area)) % 3 == len(part) % 3)

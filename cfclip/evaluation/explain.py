@@ -22,6 +22,8 @@ from cfclip.models.mapper import Mapper, level_slices
 COLOURS = {"q": "C0", "p1": "C3", "p2": "C2", "n_k": "0.6"}
 LABELS = {"q": "$q$", "p1": "$p_1$", "p2": "$p_2$", "n_k": "$n_k$"}
 """Of the directions that CLIP-NCE compares; the same in each picture."""
+TITLES = {"nce": "CLIP-NCE", "id": "identity", "perc": "perceptual", "l2": "latent L2"}
+"""Of the loss's terms."""
 
 
 def text_features(stages: Mapping[str, Tensor], prompts: Sequence[str]) -> Figure:
@@ -117,13 +119,14 @@ def pulls(run: MapperTrainer, mapper: Mapper, w: Tensor, num_views: int) -> Pull
     w_edited = w_edited.requires_grad_()
     edited = networks.synthesise(w_edited)
     views = networks.clip(edited, num_views, generator_for(c.seed, 0))
-    terms = {"CLIP-NCE": c.lambda_nce * run.pull(run.features(0, views, source_clip, source_clip[:1]))}
+    terms = {c.objective.name: run.pull(run.features(0, views, source_clip, source_clip[:1]))}
     if c.lambda_id:
-        terms["identity"] = c.lambda_id * identity_loss(run.domain.identity, edited, source)
+        terms["id"] = identity_loss(run.domain.identity, edited, source)
     if c.lambda_perc:
         judged = map(run.domain.perceptual, (edited, source))
-        terms["perceptual"] = c.lambda_perc * perceptual_loss(*judged, c.perc_limit)
-    terms["latent L2"] = c.lambda_l2 * latent_l2(w_edited, w)
+        terms["perc"] = perceptual_loss(*judged, c.perc_limit)
+    terms["l2"] = latent_l2(w_edited, w)
+    terms = {TITLES.get(name, name): term for name, term in c.weighted(terms).items()}
     on_picture, on_code = {}, {}
     for name, term in terms.items():
         options = {"retain_graph": True, "allow_unused": True}

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, replace
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from cfclip.method.objectives import CLIPNCE, OBJECTIVES, Objective
 from cfclip.models.mapper import LEVELS, NORM_AXES, TEXTS
 from cfclip.settings import (
@@ -23,6 +25,8 @@ from cfclip.settings import (
 from cfclip.settings import text as any_text
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+SILENCE = 3.0
+"""Weight of the squared moves of layers that a prompt should leave alone."""
 
 
 def objective_or_error(value: Any) -> str | None:
@@ -96,6 +100,12 @@ class TrainingConfig(GuidedConfig):
     seed: int = setting(0, seed_number)
     # of convolutions; "auto": bfloat16 where it is clearly faster
     dtype: str = setting("float32", one_of(DTYPES))
+
+    def weighted(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Each term of the loss times its weight: "l2", "id", "perc", "silence", or the objective's name."""
+        weights = {self.objective.name: self.lambda_nce, "l2": self.lambda_l2, "id": self.lambda_id}
+        weights |= {"perc": self.lambda_perc, "silence": SILENCE}
+        return {name: weights[name] * term for name, term in terms.items()}
 
 
 @dataclass(frozen=True)

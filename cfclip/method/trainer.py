@@ -36,8 +36,6 @@ from cfclip.models.mapper import (
 from cfclip.models.stylegan2 import max_batch
 
 Networks = Callable[[str, int], FrozenNetworks]
-SILENCE = 3.0
-"""Weight of the squared moves of layers that a prompt should leave alone."""
 OPTIMIZERS = {
     "ranger": partial(Ranger, betas=(0.95, 0.999), eps=1e-5, k=6, alpha=0.5, degenerated_to_sgd=True),
     "adam": partial(torch.optim.Adam, betas=(0.9, 0.99)),
@@ -327,17 +325,13 @@ class MapperTrainer:
         """The terms: ``pull``, and what holds the edit back."""
         c = self.config
         terms = {c.objective.name: pull, "l2": latent_l2(edit.free, edit.w)}
-        loss = c.lambda_nce * pull + c.lambda_l2 * terms["l2"]
         if self.free is not None:
             terms["silence"] = latent_l2(edit.mapped, edit.free)
-            loss = loss + SILENCE * terms["silence"]
         if c.lambda_id:
             terms["id"] = identity_loss_from_features(*seen.identity)
-            loss = loss + c.lambda_id * terms["id"]
         if c.lambda_perc:
             terms["perc"] = perceptual_loss(*seen.perceptual, c.perc_limit)
-            loss = loss + c.lambda_perc * terms["perc"]
-        return {"loss": loss} | terms
+        return {"loss": sum(c.weighted(terms).values())} | terms
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """:meth:`terms` of a batch, or of a part of one."""
