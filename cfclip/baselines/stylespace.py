@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cfclip.baselines.editor import Editor
@@ -21,15 +20,17 @@ from cfclip.checkpoints import weights
 from cfclip.checkpoints.weights import WeightsError
 from cfclip.domain import Domain, null_edit, warn_null_edit
 from cfclip.files import locked
-from cfclip.method.config import GuidedConfig
+from cfclip.method.config import DTYPES, GuidedConfig
 from cfclip.method.loop import begin_run, run_loop
 from cfclip.method.losses import direction
+from cfclip.method.networks import FrozenNetworks
 from cfclip.models.stylegan2 import Generator, max_batch
 from cfclip.settings import (
     batch_size,
     finite,
     int_at_least,
     number,
+    one_of,
     optional_text,
     seed_number,
     setting,
@@ -53,6 +54,8 @@ class GlobalConfig(GuidedConfig):
     sigmas: float = setting(5.0, number(above=True))  # … so many standard deviations from its mean
     style_samples: int = setting(100_000, int_at_least(2))  # latents behind that mean and standard deviation
     seed: int = setting(0, seed_number)
+    # of the statistics' convolutions; "auto": bfloat16 where it is clearly faster
+    dtype: str = setting("float32", one_of(DTYPES))
 
 
 class Channels(nn.Module):
@@ -102,7 +105,8 @@ def channel_statistics(
     """
     if folder is None:
         return _measure_channels(domain, config, **loop)
-    settings = {name: getattr(config, name) for name in ("samples", "sigmas", "style_samples", "seed")}
+    names = "samples", "sigmas", "style_samples", "seed", "dtype"
+    settings = {name: getattr(config, name) for name in names}
     key = _key(domain, settings)
     folder = Path(folder) / f"channels-{key}"
     file = folder / "channels.safetensors"
@@ -122,7 +126,7 @@ def channel_statistics(
 def _measure_channels(
     domain: Domain, config: GlobalConfig, **loop: Any
 ) -> tuple[Channels, list[dict[str, float]]]:
-    g, where = domain.generator, _places(domain.generator)
+    g, where, networks = domain.generator, _places(domain.generator), FrozenNetworks(domain, config.dtype)
     w = domain.latents(config.samples, "train", config.seed)
     styles = g.style_space(w)
     channels = Channels(len(where), domain.clip.embed_dim).to(domain.device)
@@ -141,8 +145,8 @@ def _measure_channels(
         moved[layer] = styles[layer].clone()
         moved[layer][:, channel] = value
         parts = zip(*(style.split(max_batch(g)) for style in moved), strict=True)
-        encoded = [domain.clip.encode_image(g.synthesis_from_styles(part)) for part in parts]
-        return F.normalize(torch.cat(encoded), dim=-1)
+        pictures = (g.synthesis_from_styles(part, dtype=networks.half) for part in parts)
+        return torch.cat([networks.clip(some) for some in pictures])
 
     def step(i: int, generator: torch.Generator) -> dict[str, float]:
         reach = config.sigmas * channels.std[i]

@@ -67,7 +67,7 @@ CHECKS: dict[str, Check] = {
     **dict.fromkeys(("n", "preview", "faces", "inversion_steps", "photo_steps"), int_at_least(1)),
     **dict.fromkeys(("device", "method", "prompt"), text),
     **dict.fromkeys(("prompts", "sentences", "compared", "rows", "pictures"), list_of(text, "texts")),
-    **dict.fromkeys(("photo", "command", "out", "runs", "reports", "routes"), any_text),
+    **dict.fromkeys(("photo", "command", "out", "runs", "reports", "page", "routes"), any_text),
 }
 """What these parameters must be in every notebook of cfclip that has them."""
 

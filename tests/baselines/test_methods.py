@@ -260,7 +260,7 @@ class ToyGenerator(nn.Module):
     def style_space(self, w):
         return list(w[:, 0].split([3, 2, 2], 1))
 
-    def synthesis_from_styles(self, styles):
+    def synthesis_from_styles(self, styles, dtype=None):
         return torch.cat(styles, 1)[:, None, None]
 
 
@@ -269,7 +269,13 @@ class ToyClip(nn.Module):
 
     embed_dim = 7
 
-    def encode_image(self, images):
+    def in_dtype(self, dtype):
+        return self
+
+    def preprocess(self, images):
+        return images
+
+    def encode_image(self, images, preprocessed):
         return images.flatten(1)
 
     def template_features(self, text):
