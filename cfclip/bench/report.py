@@ -1,5 +1,7 @@
 """bench.jsonl -> bench.md and its figures. Nothing is measured here."""
 
+import shutil
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ from matplotlib.figure import Figure
 from cfclip.bench import tables
 from cfclip.bench.tables import Rows, number, select, to_markdown
 from cfclip.evaluation.figures import save_figure
-from cfclip.files import write_text
+from cfclip.evaluation.report import markdown, other_pages, page
+from cfclip.files import read_rows, write_text
 
 NOTES = {
     "floors": "The best of the repeats. A copy reads and writes; both are counted.",
@@ -175,13 +178,82 @@ def machine_text(rows: Rows, machine: Mapping[str, Any]) -> str:
         f"before each measurement other processes used at most {100 * busy:.0f} % of the processor",
         f"{', '.join(f'{name} {machine[name]}' for name in libraries)}; {machine['system']}",
         f"allocator: {', '.join(f'{name}={value}' for name, value in machine['allocator'].items())}",
-        machine["date"],
+        ", commit ".join(filter(None, (machine["date"], machine.get("commit")))),
     ]
     for row in rows:
         if row.get("status") in ("skipped", "failed"):
             what = row.get("device", "") if row["part"] == "machine" else f"{row['device']} {row['job']}"
             lines.append(f"{row['status']}: {what} ({row['why']})")
     return "".join(f"- {line}\n" for line in lines)
+
+
+# ---- all machines ----
+
+OVERVIEW = (
+    "`make bench` writes a folder per machine, and then this page. A ratio compares measurements of one run "
+    "on one machine; n: the number of repeats, whose median is shown; –: not measured. commit: of the "
+    "measured code, or where the rows do not say it, of the rows. its floor: the share of our step's time "
+    "that all its products and convolutions, or their traffic, would take at the best rates there."
+)
+
+
+def write_overview(folder: Path) -> Path:
+    """``README.md`` of ``folder``: a column for each machine, which has a folder of its own there."""
+    columns = {}
+    for file in sorted(folder.glob("*/bench.jsonl")):
+        rows = read_rows(file)
+        machine = next(row for row in rows if row["job"] == "machine")
+        title = ", ".join(filter(None, (machine["cpu"], machine["gpu"])))
+        came = commit_of(file)
+        columns[f"[{title}]({file.parent.name}/bench.md)"] = {
+            "instructions": "CUDA" if machine["gpu"] else machine["flags"][-1],
+            "commit": machine.get("commit") or (f"rows came with {came}" if came else "–"),
+        } | overview(rows, "cuda" if machine["gpu"] else "cpu")
+    # the machine of which most is known decides on the order
+    known = dict.fromkeys(name for one in sorted(columns.values(), key=len, reverse=True) for name in one)
+    table = pd.DataFrame([
+        {"": name} | {title: one.get(name, "–") for title, one in columns.items()} for name in known
+    ])
+    more = {*folder.glob("*/*.md")} - {*folder.glob("*/bench.md")}
+    text = page("What it costs", OVERVIEW, markdown(table), other_pages(folder, more))
+    return write_text(folder / "README.md", text)
+
+
+def overview(rows: Rows, device: str) -> dict[str, str]:
+    """What matters of a machine's rows: what was measured -> the number and n."""
+    lines = {}
+    for row in select(rows, "floors", device=device, name="convolution"):
+        lines[f"convolutions in {row['dtype']}, TFLOP/s"] = f"{number(row['tflops'])} (n = {row['n']})"
+    steps = [row for row in select(rows, "step", device=device, resolution=1024) if "peak_gb" in row]
+    published = next(iter(select(steps, "step", name="published")), None)
+    for row in filter(None, [published, *select(steps, "step", name="ours")]):
+        what = "FFHQ's step, published" if row is published else f"ours, {row['dtype']}"
+        lines[what] = f"{number(row['median'])} s, {number(row['peak_gb'])} GB (n = {row['n']})"
+        if published and row is not published:
+            lines[what] += f": {number(published['median'] / row['median'])} times faster"
+        if len(phases := tables.phases_table(rows, device, row["dtype"])) and row is not published:
+            share = phases["floor, s"].sum() / phases["s"].sum()
+            lines[f"its floor, {row['dtype']}"] = f"{100 * share:.0f} % of the step's time"
+    for row in select(rows, "explorer"):
+        lines[f"explorer: {row['name']}"] = f"{number(1000 * row['median'])} ms (n = {row['n']})"
+    packs = tables.pack_table(rows)
+    for dtype, one in packs.groupby("dtype", sort=False) if len(packs) else ():
+        best = one.loc[one["trainings an hour"].idxmax()]
+        for row in one[one.together.isin({1, best.together})].to_dict("records"):
+            text = f"a step {number(row['ms'])} ms, {number(row['trainings an hour'])} trainings an hour"
+            times = f", {number(row['× one'])} times as many" if row["together"] > 1 else ""
+            what = "toonfaces, one training" if row["together"] == 1 else "toonfaces, the best pack"
+            many = f"{row['together']} together: " * (row["together"] > 1)
+            lines[f"{what}, {dtype}"] = f"{many}{text}{times} (n = {row['n']})"
+    return lines
+
+
+def commit_of(file: Path) -> str:
+    """The commit with which ``file`` came; "" if none is known."""
+    if shutil.which("git") is None:
+        return ""
+    last = ["git", "-C", file.parent, "log", "-1", "--format=%h", "--", file.name]
+    return subprocess.run(last, capture_output=True, text=True, encoding="utf-8").stdout.strip()
 
 
 def _compiling(rows: Rows) -> str:

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from cfclip.bench import machine, report, tables
 from cfclip.bench.measure import dtypes
+from cfclip.evaluation.report import commit
 from cfclip.experiments import runs
 from cfclip.experiments.executors import cores
 from cfclip.files import append_row, read_rows, writable, write_rows
@@ -171,13 +172,15 @@ def bench(
         raise ValueError(f"unknown part {names}; the parts are: {', '.join(PARTS)}")
     threads = threads or (1 if small else cores())  # tiny tensors are slower on several threads
     where = machine.describe(threads)
+    with_others = out is None and not small
     out = writable(out or Path("reports/runs/bench" if small else f"reports/bench/{machine.name(where)}"))
     file = out / "bench.jsonl"
     same_key = [{name: value for name, value in where.items() if name != "date"}, code_hash(), small]
     key = {"key": runs.digest(same_key)[:16]}
     before = [row for row in read_rows(file) if row["key"] == key["key"]] if file.exists() else []
     done = {row["job"] for row in before if row.get("status") == "done"}
-    about = {"job": "machine", "part": "machine", "quick": small, "allocator": machine.ALLOCATOR} | where
+    about = {"job": "machine", "part": "machine", "quick": small, "allocator": machine.ALLOCATOR}
+    about |= {"commit": commit()} | where
     rows = [row for row in before if row["job"] in done]
     write_rows(file, rows + [key | row for row in (about, *not_measurable(devices))])
     bar = tqdm(_groups(parts, small, devices, done), desc="bench", smoothing=0)
@@ -188,6 +191,8 @@ def bench(
     finally:  # a bench that is stopped reports the rows it has
         rows = read_rows(file)
         path = report.write(rows, out)
+        if with_others:
+            report.write_overview(out.parent)
     if differ := tables.unequal(rows):
         raise ValueError(f"our losses differ from those of the published step: {differ}")
     return path

@@ -72,9 +72,14 @@ def page(title: str, *blocks: str) -> str:
     return "\n\n".join(block.strip("\n") for block in (f"# {title}", *blocks) if block) + "\n"
 
 
-def other_pages(folder: Path) -> str:
-    """A block of :func:`page`: links to the other pages of results in ``folder``, by their titles."""
-    found = sorted({*folder.glob("*.md"), *folder.glob("*/README.md")} - {folder / "README.md"})
+def other_pages(folder: Path, pages: Iterable[Path] | None = None) -> str:
+    """A block of :func:`page`: links to the other ``pages`` below ``folder``, by their titles.
+
+    Default: all Markdown files of ``folder``, and the README of each of its folders.
+    """
+    if pages is None:
+        pages = {*folder.glob("*.md"), *folder.glob("*/README.md")} - {folder / "README.md"}
+    found = sorted(pages)
     lines = [path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ") for path in found]
     paths = [path.relative_to(folder).as_posix() for path in found]
     links = [f"- [{title}]({path})" for title, path in zip(lines, paths, strict=True)]

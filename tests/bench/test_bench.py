@@ -7,13 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cfclip.bench import machine, parts, run, tables, worker
+from cfclip.bench import machine, parts, report, run, tables, worker
 from cfclip.bench.measure import work_of
 from cfclip.bench.networks import random_domain
 from cfclip.bench.published import NAMES, PlainGenerator, Published, Wastes
 from cfclip.bench.run import PARTS, bench
 from cfclip.experiments import runs
-from cfclip.files import append_row, read_rows
+from cfclip.files import append_row, read_rows, write_rows
 from cfclip.method.config import CFCLIPConfig
 from cfclip.method.loop import generator_for
 from cfclip.method.trainer import MapperTrainer
@@ -326,3 +326,33 @@ def test_no_run_of_a_sweep_depends_on_the_bench(monkeypatch):
     runs.code_hash()
     assert any(path.name == "trainer.py" for path in seen)
     assert not any(path.parent.name == "bench" for path in seen)
+
+
+def test_the_overview_has_a_column_for_each_machine(quick, tmp_path):
+    folder, about = (
+        quick[0],
+        {"job": "machine", "part": "machine", "gpu": "GPU X", "cpu": "CPU Y", "flags": []},
+    )
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "bench.jsonl").write_bytes((folder / "bench.jsonl").read_bytes())
+    (tmp_path / "a" / "sweep.md").write_text("# Many at once\n\nWords.\n", encoding="utf-8")
+    pack = {"part": "scaling", "device": "cuda", "name": "pack", "dtype": "float32", "steps": 300, "n": 5}
+    pack |= {"low": 0.1, "high": 0.1, "peak_gb": 1}
+    steps = {"part": "step", "device": "cuda", "resolution": 1024, "dtype": "float32", "peak_gb": 2, "n": 1}
+    rows = [
+        about | {"commit": "abc1234"},
+        pack | {"job": "p", "value": 1, "median": 0.1},
+        pack | {"job": "p", "value": 4, "median": 0.2},
+        steps | {"job": "s", "name": "published", "median": 9.0},
+        steps | {"job": "s", "name": "ours", "median": 2.0},
+    ]
+    write_rows(tmp_path / "b" / "bench.jsonl", rows)
+    text = report.write_overview(tmp_path).read_text(encoding="utf-8")
+    header, _, *lines = [line.split("|")[2:-1] for line in text.splitlines() if line.startswith("|")]
+    assert "(a/bench.md)" in header[0] and header[1].strip() == "[CPU Y, GPU X](b/bench.md)"
+    column = [cells[1].strip() for cells in lines]
+    assert column.count("abc1234") == column.count("CUDA") == 1
+    assert "9.00 s, 2.00 GB (n = 1)" in column and "2.00 s, 2.00 GB (n = 1): 4.50 times faster" in column
+    assert "a step 100 ms, 120 trainings an hour (n = 5)" in column
+    assert "4 together: a step 200 ms, 240 trainings an hour, 2.00 times as many (n = 5)" in column
+    assert "- [Many at once](a/sweep.md)" in text and "explorer: prompt" in text
