@@ -261,7 +261,9 @@ def ablation_figure(best: pd.DataFrame) -> Figure:
     """
     first, *rows = best.method.cat.remove_unused_categories().cat.categories
     names = [name for name in ABLATED if name in columns_of(best)]
-    prompts = {prompt: f"C{i}" for i, prompt in enumerate(best.prompt.unique())}
+    prompts = best.prompt.unique()
+    colours = sns.color_palette("tab10" if len(prompts) <= 10 else "husl", len(prompts))
+    prompts = dict(zip(prompts, colours, strict=True))
     figure, axes = panels(1, len(names), (2.6 * len(names) + 1.5, 1.5 + 0.45 * len(rows)), sharey=True)
     for axis, name in zip(axes[0], names, strict=True):
         scale = 100 if name in PERCENT else 1
