@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -299,7 +300,8 @@ def test_another_loss_is_an_error(quick):
 
 def test_a_job_without_the_memory_is_skipped(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "free_gb", lambda device: 0.5)
-    monkeypatch.setattr(run.subprocess, "Popen", lambda *_, **__: pytest.fail("started all the same"))
+    started = SimpleNamespace(Popen=lambda *_, **__: pytest.fail("started all the same"))
+    monkeypatch.setattr(run, "subprocess", started)
     bench(["step"], small=True, out=tmp_path, devices=("cpu",))
     assert "it needs 2 GB, and 0 GB are free" in page(tmp_path)
 
