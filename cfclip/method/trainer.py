@@ -149,7 +149,7 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 class MapperTrainer:
     """A mapper in training: ``step`` is one optimisation step, for :func:`cfclip.method.run_loop`.
 
-    Whatever stays the same is computed once: the text features, and each latent's CLIP and identity features.
+    Whatever stays the same is computed once: the text features, and what CLIP and the judges see in a source.
     ``config`` is a :class:`CFCLIPConfig` or a :class:`MultiPromptConfig` of P prompts. The mapper begins with
     the weights of ``start``, else with random ones. ``networks``: (dtype, guides) -> the frozen ones, which
     trainings may share. Raises ValueError for a ``start`` of other settings.
