@@ -42,7 +42,7 @@ class Sources(NamedTuple):
     w: Tensor  # [N, L, D]
     clip: Tensor  # unit CLIP features [N, E]
     identity: Tensor | None  # unit identity features [N, I]
-    perceptual: Tensor | None  # perceptual features [N, C, H, W]; None also if they are more than KEPT
+    perceptual: Tensor | None  # perceptual features [N, C, H, W], if asked for; None if more than KEPT
 
 
 class FrozenNetworks:
@@ -53,7 +53,7 @@ class FrozenNetworks:
         self.half = None if self.dtype == torch.float32 else self.dtype
         self.generator = domain.generator
         self.guides = [guide.in_dtype(self.dtype) for guide in domain.first_guides(guides)]
-        self._sources: dict[tuple[int, int], Sources] = {}
+        self._sources: dict[tuple[int, int, bool], Sources] = {}
 
     def synthesise(self, w: Tensor) -> Tensor:
         """w [N, L, D] -> pictures [N, 3, R, R]."""
@@ -89,20 +89,20 @@ class FrozenNetworks:
         return [part.unflatten(0, (-1, len(images))) for part, (images, _) in parts]
 
     @torch.no_grad()
-    def sources(self, n: int, seed: int) -> Sources:
-        """The first ``n`` training codes of ``seed``, encoded once."""
-        if (n, seed) not in self._sources:
-            every, clip, identity, perceptual = self.domain.latents(n, "train", seed), [], [], []
-            judge = self.domain.perceptual
+    def sources(self, n: int, seed: int, perceptual: bool = False) -> Sources:
+        """The first ``n`` training codes of ``seed``, encoded once; with their ``perceptual`` features?"""
+        if (key := (n, seed, perceptual)) not in self._sources:
+            every, clip, identity, judged = self.domain.latents(n, "train", seed), [], [], []
+            judge = self.domain.perceptual if perceptual else None
             for w in every.split(max_batch(self.generator)):
                 images = self.synthesise(w)
                 clip.append(self.clip(images))
                 if self.domain.identity is not None:
                     identity.append(self.domain.identity(images))
                 if judge is not None:
-                    perceptual.append(judge(images))
-                    if n * perceptual[0][0].numel() > KEPT:
-                        judge, perceptual = None, []
-            known = [torch.cat(some) if some else None for some in (clip, identity, perceptual)]
-            self._sources[n, seed] = Sources(every, *known)
-        return self._sources[n, seed]
+                    judged.append(judge(images))
+                    if n * judged[0][0].numel() > KEPT:
+                        judge, judged = None, []
+            known = [torch.cat(some) if some else None for some in (clip, identity, judged)]
+            self._sources[key] = Sources(every, *known)
+        return self._sources[key]

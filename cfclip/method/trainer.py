@@ -185,7 +185,8 @@ class MapperTrainer:
     @cached_property
     def sources(self) -> Sources:
         """The codes to edit; encoded at the first step, which a finished training never takes."""
-        return self.networks.sources(self.config.train_latents, self.config.seed)
+        c = self.config
+        return self.networks.sources(c.train_latents, c.seed, c.lambda_perc > 0)
 
     @property
     def w(self) -> Tensor:

@@ -239,6 +239,7 @@ def test_the_sources_are_kept_or_drawn_again_as_memory_allows(domain, monkeypatc
     domain, config = replace(domain, perceptual=torch.nn.Identity()), replace(CONFIG, lambda_perc=2.0)
     kept, size = MapperTrainer(domain, config), domain.generator.resolution
     assert kept.sources.perceptual.shape == (config.train_latents, 3, size, size)
+    assert MapperTrainer(domain, CONFIG).sources.perceptual is None, "nobody asks for them"
     logs = kept.step(0, generator_for(0, 5))
     monkeypatch.setattr("cfclip.method.networks.KEPT", config.train_latents * 3 * size**2 - 1)
     drawn = MapperTrainer(domain, config)
