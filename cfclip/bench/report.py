@@ -1,7 +1,5 @@
 """bench.jsonl -> bench.md and its figures. Nothing is measured here."""
 
-import shutil
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from matplotlib.figure import Figure
 from cfclip.bench import tables
 from cfclip.bench.tables import Rows, number, select, to_markdown
 from cfclip.evaluation.figures import save_figure
-from cfclip.evaluation.report import markdown, other_pages, page
+from cfclip.evaluation.report import commit_of, markdown, other_pages, page
 from cfclip.files import read_rows, write_text
 
 NOTES = {
@@ -204,10 +202,9 @@ def write_overview(folder: Path) -> Path:
         rows = read_rows(file)
         machine = next(row for row in rows if row["job"] == "machine")
         title = ", ".join(filter(None, (machine["cpu"], machine["gpu"])))
-        came = commit_of(file)
         columns[f"[{title}]({file.parent.name}/bench.md)"] = {
-            "instructions": "CUDA" if machine["gpu"] else machine["flags"][-1],
-            "commit": machine.get("commit") or (f"rows came with {came}" if came else "–"),
+            "instructions": "CUDA" if machine["gpu"] else next(iter(machine["flags"][::-1]), "–"),
+            "commit": machine.get("commit") or f"rows came with {commit_of(file) or '–'}",
         } | overview(rows, "cuda" if machine["gpu"] else "cpu")
     # the machine of which most is known decides on the order
     known = dict.fromkeys(name for one in sorted(columns.values(), key=len, reverse=True) for name in one)
@@ -224,36 +221,30 @@ def overview(rows: Rows, device: str) -> dict[str, str]:
     lines = {}
     for row in select(rows, "floors", device=device, name="convolution"):
         lines[f"convolutions in {row['dtype']}, TFLOP/s"] = f"{number(row['tflops'])} (n = {row['n']})"
-    steps = [row for row in select(rows, "step", device=device, resolution=1024) if "peak_gb" in row]
-    published = next(iter(select(steps, "step", name="published")), None)
-    for row in filter(None, [published, *select(steps, "step", name="ours")]):
-        what = "FFHQ's step, published" if row is published else f"ours, {row['dtype']}"
-        lines[what] = f"{number(row['median'])} s, {number(row['peak_gb'])} GB (n = {row['n']})"
-        if published and row is not published:
-            lines[what] += f": {number(published['median'] / row['median'])} times faster"
-        if len(phases := tables.phases_table(rows, device, row["dtype"])) and row is not published:
-            share = phases["floor, s"].sum() / phases["s"].sum()
-            lines[f"its floor, {row['dtype']}"] = f"{100 * share:.0f} % of the step's time"
-    for row in select(rows, "explorer"):
-        lines[f"explorer: {row['name']}"] = f"{number(1000 * row['median'])} ms (n = {row['n']})"
+    for row in tables.step_table(rows, device).to_dict("records"):
+        text = f"{number(row['s'])} s, {number(row['peak GB'])} GB (n = {row['n']})"
+        if row["step"] == "published":
+            lines["FFHQ's step, published"] = text
+        elif row["step"] == "ours":
+            faster = f": {number(row['times faster'])} times faster" if row["times faster"] else ""
+            lines[f"ours, {row['dtype']}"] = text + faster
+            if len(phases := tables.phases_table(rows, device, row["dtype"])):
+                share = phases["floor, s"].sum() / phases["s"].sum()
+                lines[f"its floor, {row['dtype']}"] = f"{100 * share:.0f} % of the step's time"
+    for row in tables.explorer_table(rows).to_dict("records"):
+        lines[f"explorer: {row['what']}"] = f"{number(row['ms'])} ms (n = {row['n']})"
     packs = tables.pack_table(rows)
     for dtype, one in packs.groupby("dtype", sort=False) if len(packs) else ():
+        text = "a step {} ms, {} trainings an hour".format
+        for row in one[one.together == 1].to_dict("records"):
+            alone = text(number(row["ms"]), number(row["trainings an hour"]))
+            lines[f"toonfaces, one training, {dtype}"] = f"{alone} (n = {row['n']})"
         best = one.loc[one["trainings an hour"].idxmax()]
-        for row in one[one.together.isin({1, best.together})].to_dict("records"):
-            text = f"a step {number(row['ms'])} ms, {number(row['trainings an hour'])} trainings an hour"
-            times = f", {number(row['× one'])} times as many" if row["together"] > 1 else ""
-            what = "toonfaces, one training" if row["together"] == 1 else "toonfaces, the best pack"
-            many = f"{row['together']} together: " * (row["together"] > 1)
-            lines[f"{what}, {dtype}"] = f"{many}{text}{times} (n = {row['n']})"
+        if best.together > 1:
+            best_text = text(number(best.ms), number(best["trainings an hour"]))
+            times = f"{number(best['× one'])} times as many (n = {best.n})"
+            lines[f"toonfaces, the best pack, {dtype}"] = f"{best.together} together: {best_text}, {times}"
     return lines
-
-
-def commit_of(file: Path) -> str:
-    """The commit with which ``file`` came; "" if none is known."""
-    if shutil.which("git") is None:
-        return ""
-    last = ["git", "-C", file.parent, "log", "-1", "--format=%h", "--", file.name]
-    return subprocess.run(last, capture_output=True, text=True, encoding="utf-8").stdout.strip()
 
 
 def _compiling(rows: Rows) -> str:

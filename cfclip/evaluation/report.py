@@ -88,10 +88,20 @@ def other_pages(folder: Path, pages: Iterable[Path] | None = None) -> str:
 
 def commit() -> str:
     """The commit of this working tree, with "-dirty" if it has changed; "" where it is none."""
+    return _git(ROOT, "describe", "--always", "--dirty")
+
+
+def commit_of(file: Path) -> str:
+    """The commit with which ``file`` came; "" where none is known."""
+    return _git(file.parent, "log", "-1", "--format=%h", "--", file.name)
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    """What git says of ``folder``; "" without git, and outside of a working tree."""
     if shutil.which("git") is None:
         return ""
-    described = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
-    return subprocess.run(described, capture_output=True, text=True, encoding="utf-8").stdout.strip()
+    command = ["git", "-C", folder, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8").stdout.strip()
 
 
 def how_it_was_made(command: str) -> str:

@@ -331,16 +331,21 @@ def test_no_run_of_a_sweep_depends_on_the_bench(monkeypatch):
 
 
 def test_the_overview_has_a_column_for_each_machine(quick, tmp_path):
-    folder, about = (
-        quick[0],
-        {"job": "machine", "part": "machine", "gpu": "GPU X", "cpu": "CPU Y", "flags": []},
-    )
+    folder = quick[0]
+    about = {"job": "machine", "part": "machine", "gpu": "GPU X", "cpu": "CPU Y", "flags": []}
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "bench.jsonl").write_bytes((folder / "bench.jsonl").read_bytes())
     (tmp_path / "a" / "sweep.md").write_text("# Many at once\n\nWords.\n", encoding="utf-8")
     pack = {"part": "scaling", "device": "cuda", "name": "pack", "dtype": "float32", "steps": 300, "n": 5}
     pack |= {"low": 0.1, "high": 0.1, "peak_gb": 1}
-    steps = {"part": "step", "device": "cuda", "resolution": 1024, "dtype": "float32", "peak_gb": 2, "n": 1}
+    steps = {
+        "part": "step",
+        "device": "cuda",
+        "dtype": "float32",
+        "peak_gb": 2,
+        "n": 1,
+        "losses": {"loss": 1.0},
+    }
     rows = [
         about | {"commit": "abc1234"},
         pack | {"job": "p", "value": 1, "median": 0.1},
@@ -349,6 +354,7 @@ def test_the_overview_has_a_column_for_each_machine(quick, tmp_path):
         steps | {"job": "s", "name": "ours", "median": 2.0},
     ]
     write_rows(tmp_path / "b" / "bench.jsonl", rows)
+    write_rows(tmp_path / "c" / "bench.jsonl", [about | {"cpu": "CPU Z", "gpu": None}])  # no known flags
     text = report.write_overview(tmp_path).read_text(encoding="utf-8")
     header, _, *lines = [line.split("|")[2:-1] for line in text.splitlines() if line.startswith("|")]
     assert "(a/bench.md)" in header[0] and header[1].strip() == "[CPU Y, GPU X](b/bench.md)"
