@@ -65,9 +65,9 @@ CHECKS: dict[str, Check] = {
     "curve_steps": list_of(int_at_least(1), "whole numbers from 1, at least one", 1),
     "curve_centres": list_of(number(), "finite numbers from 0, at least one", 1),
     **dict.fromkeys(("n", "preview", "faces", "inversion_steps", "photo_steps"), int_at_least(1)),
-    **dict.fromkeys(("device", "method", "prompt"), text),
+    **dict.fromkeys(("device", "method", "prompt", "page"), text),
     **dict.fromkeys(("prompts", "sentences", "compared", "rows", "pictures"), list_of(text, "texts")),
-    **dict.fromkeys(("photo", "command", "out", "runs", "reports", "page", "routes"), any_text),
+    **dict.fromkeys(("photo", "command", "out", "runs", "reports", "routes"), any_text),
 }
 """What these parameters must be in every notebook of cfclip that has them."""
 
