@@ -25,9 +25,14 @@ PROMPTS = ("green lipstick", "blue hair", "red skin")
 CONFIG = MultiPromptConfig(prompts=PROMPTS, steps=6, train_latents=6, levels=("fine",))
 
 
-def test_each_slot_that_colours_gets_the_least_gain_that_is_as_good_as_any(domain, monkeypatch):
+def mapper_of_slots(domain):
+    """One that reads a colour's prompt and a shape's, as it begins."""
     config = dataclasses.replace(CONFIG, prompts=("blue hair", "bald"), shapes=("bald",), text="tokens")
-    mapper = MapperTrainer(dataclasses.replace(domain, level_split=(1, 3)), config).mapper
+    return MapperTrainer(dataclasses.replace(domain, level_split=(1, 3)), config).mapper
+
+
+def test_each_slot_that_colours_gets_the_least_gain_that_is_as_good_as_any(domain, monkeypatch):
+    mapper = mapper_of_slots(domain)
     before = [group.move.detach().clone() for group in mapper.groups]
     prompts, codes = ("red eyes", "blue eyes", "blue hair"), domain.latents(2, "train")
     monkeypatch.setattr(multi, "split", lambda: (sum(((one, "") for one in prompts), ()), ()))
@@ -58,8 +63,7 @@ def test_each_slot_that_colours_gets_the_least_gain_that_is_as_good_as_any(domai
 
 
 def test_a_slot_is_left_with_what_colours_its_own_part(domain, monkeypatch):
-    config = dataclasses.replace(CONFIG, prompts=("blue hair", "bald"), shapes=("bald",), text="tokens")
-    mapper = MapperTrainer(dataclasses.replace(domain, level_split=(1, 3)), config).mapper
+    mapper = mapper_of_slots(domain)
     slots = mapper.groups[-1]
     before, n = slots.move.detach().clone(), slots.move.shape[-1]
     first, even = (torch.arange(n) < n // 2).double(), (torch.arange(n) % 2 == 0).double()
