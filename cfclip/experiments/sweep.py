@@ -180,6 +180,11 @@ def _drive(
     failed: dict[str, str] = {}
     lost: Counter[str] = Counter()
 
+    def show() -> None:
+        """Packs are shown too: the first of them are trained long before a run is finished."""
+        done = f"{len(together) - len(waiting) - len(training)}/{len(together)}"
+        bar.set_postfix(({"packs": done} if together else {}) | {"failed": len(failed)})
+
     def hand_over() -> None:
         """What the workers can begin now: packs first, because many runs wait for one."""
         busy = Counter(kind_of_device(some[0]) for some in training.values())
@@ -193,6 +198,7 @@ def _drive(
             pending[executor.submit(execute, run, str(out), str(reports), patient, kernel)] = run
 
     try:
+        show()
         while waiting or queue or pending or training:
             hand_over()
             done, _ = wait([*pending, *training], timeout=1.0, return_when=FIRST_COMPLETED)
@@ -202,6 +208,7 @@ def _drive(
                 if (outcome := _outcome(future)).status != "finished":
                     logger.info("a pack failed (%s): its runs are trained one by one", outcome.error)
                 queue.extend((run, False) for run in training.pop(future))
+                show()
             done = pending.keys() & done
             for future in done:
                 run = pending.pop(future)
@@ -220,7 +227,7 @@ def _drive(
                 if outcome.status == "failed":
                     failed[run.id] = outcome.error
                 bar.update()
-                bar.set_postfix(failed=len(failed), refresh=False)
+                show()
     finally:
         for future in (*pending, *training):
             future.cancel()

@@ -125,10 +125,12 @@ def test_a_row_of_the_ablation_is_trained_where_its_notebook_looks(tmp_path):
 
 
 @pytest.mark.long
-def test_a_sweep_with_packs_gives_the_table_of_one_without(folder):
+def test_a_sweep_with_packs_gives_the_table_of_one_without(folder, capsys):
     spec = grid(folder, "cfclip", "nada", "offset")
     with ThreadPoolExecutor(1) as executor:
         sweep(spec, folder / "runs", folder / "reports", executor)
+        shown = capsys.readouterr().err
+        assert "packs=0/1" in shown and "packs=1/1" in shown
         sweep(spec, folder / "alone", folder / "reports", executor, pack=1)
     assert set(gather(folder / "runs").begun) == {3}, "the notebooks find finished trainings"
     assert set(gather(folder / "alone").begun) == {0}
