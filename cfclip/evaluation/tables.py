@@ -245,7 +245,8 @@ def search(table: pd.DataFrame, group_of: Callable[[str], str]) -> pd.DataFrame:
     """The trials of a search, one line per method and settings, named by the settings that vary.
 
     Columns: ``mean``, the mean :func:`area` over prompts and seeds, and ``half`` of its 95 % interval
-    (:func:`.stats.crossed`); each prompt's area; ``chosen``: the best of its method, the first of equals;
+    (:func:`.stats.crossed`), NaN of a trial that lacks prompts or seeds which another of its method has; each
+    prompt's area; ``chosen``: the best of its method, the first of equals;
     ``edge``: which settings of the chosen one are the smallest or the largest that were tried, so that the
     best may lie beyond; "" if none is. Zero is no edge: nothing is below it.
     """
@@ -271,10 +272,13 @@ def search(table: pd.DataFrame, group_of: Callable[[str], str]) -> pd.DataFrame:
         areas = best[best.method == name].pivot(index="prompt", columns="seed", values="area")
         over = crossed(areas)
         row = {"trial": name, "method": method, "mean": over.mean, "half": over.half, **areas.mean(axis=1)}
-        rows.append(row | {"edge": _edges(settings, tried[method], varied[method])})
+        edge = _edges(settings, tried[method], varied[method])
+        rows.append(row | {"edge": edge, "numbers": areas.count().sum()})
     scores = pd.DataFrame(rows)
+    whole = scores.numbers == scores.groupby("method").numbers.transform("max")
+    scores.loc[~whole, ["mean", "half"]] = np.nan
     chosen = scores.index.isin(scores.fillna({"mean": -1.0}).groupby("method")["mean"].idxmax())
-    return scores.assign(chosen=chosen, edge=scores.edge.where(chosen, "")).drop(columns="method")
+    return scores.assign(chosen=chosen, edge=scores.edge.where(chosen, "")).drop(columns=["method", "numbers"])
 
 
 def _edges(settings: Mapping[str, Any], tried: Sequence[Mapping[str, Any]], varied: Sequence[str]) -> str:

@@ -357,6 +357,17 @@ def test_the_best_trial_of_a_search_is_the_first_of_equals():
     assert result["green lipstick"].tolist() == result["mean"].tolist()
 
 
+def test_a_trial_that_lacks_a_seed_is_not_compared():
+    trials = [(1, [0.2, 0.2]), (2, [0.9]), (3, [0.3, 0.3])]
+    tried = [
+        rows("nada", success=success, identity=[0.9] * len(success), settings={"lr": lr})
+        for lr, success in trials
+    ]
+    result = tables.search(pd.DataFrame([*itertools.chain(*tried)]), group_of)
+    assert result.chosen.tolist() == [False, False, True]
+    assert result["mean"].isna().tolist() == [False, True, False]
+
+
 def test_a_winner_at_an_edge_of_its_grid_is_told():
     grid = [(lr, l2) for lr in (1, 3, 9) for l2 in (0, 0.1, 0.2)]
 
