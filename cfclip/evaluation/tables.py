@@ -278,7 +278,9 @@ def search(table: pd.DataFrame, group_of: Callable[[str], str]) -> pd.DataFrame:
     whole = scores.numbers == scores.groupby("method").numbers.transform("max")
     scores.loc[~whole, ["mean", "half"]] = np.nan
     chosen = scores.index.isin(scores.fillna({"mean": -1.0}).groupby("method")["mean"].idxmax())
-    return scores.assign(chosen=chosen, edge=scores.edge.where(chosen, "")).drop(columns=["method", "numbers"])
+    return scores.assign(chosen=chosen, edge=scores.edge.where(chosen, "")).drop(
+        columns=["method", "numbers"]
+    )
 
 
 def _edges(settings: Mapping[str, Any], tried: Sequence[Mapping[str, Any]], varied: Sequence[str]) -> str:
