@@ -303,24 +303,6 @@ def guides_figure(best: pd.DataFrame) -> Figure:
     return _with_legend(figure, best)
 
 
-def search_figure(trials: pd.DataFrame) -> Figure:
-    """The area of each trial of :func:`cfclip.evaluation.tables.search`, with its interval; chosen: red."""
-    method = trials.trial.str.split(":").str[0]
-    sizes = method.value_counts(sort=False)
-    ratios = [count + 1.5 for count in sizes]
-    drawn, axes = panels(len(sizes), 1, (7.5, 0.19 * sum(ratios) + 0.5), sharex=True, height_ratios=ratios)
-    for axis, name in zip(axes[:, 0], sizes.index, strict=True):
-        for line in trials[method == name].iloc[::-1].itertuples(index=False):
-            bar = {"xerr": 0 if np.isnan(line.half) else line.half, "capsize": 2, "markersize": 4}
-            setting = line.trial.removeprefix(f"{name}: ")
-            axis.errorbar(line.mean, setting, marker="o", color="C3" if line.chosen else "0.5", **bar)
-        axis.set_title(name, fontsize=9, loc="left")
-        axis.tick_params(labelsize=7)
-        axis.margins(y=0.12)
-    axes[-1, 0].set_xlabel(label("area").replace(" %", ""))
-    return drawn
-
-
 def _styles(each: pd.DataFrame) -> dict[str, dict[str, str]]:
     """method -> its colour and marker."""
     methods = enumerate(each.method.cat.categories)

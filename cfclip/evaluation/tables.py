@@ -241,65 +241,6 @@ def headline_table(best: pd.DataFrame) -> pd.DataFrame:
     return table.loc[pd.MultiIndex.from_frame(order[by])].reset_index()
 
 
-def search(table: pd.DataFrame, group_of: Callable[[str], str]) -> pd.DataFrame:
-    """The trials of a search, one line per method and settings, named by the settings that vary.
-
-    Columns: ``mean``, the mean :func:`area` over prompts and seeds, and ``half`` of its 95 % interval
-    (:func:`.stats.crossed`), NaN of a trial that lacks prompts or seeds which another of its method has; each
-    prompt's area; ``chosen``: the best of its method, the first of equals;
-    ``edge``: which settings of the chosen one are the smallest or the largest that were tried, so that the
-    best may lie beyond; "" if none is. Zero is no edge: nothing is below it.
-    """
-    tried = table.groupby("method").settings.agg(list)
-    varied = {
-        method: [name for name in trials[0] if len({str(one.get(name)) for one in trials}) > 1]
-        for method, trials in tried.items()
-    }
-    trial = [
-        f"{method}: " + ", ".join(f"{name} {one.get(name)}" for name in varied[method])
-        for method, one in zip(table.method, table.settings, strict=True)
-    ]
-    known = dict(zip(trial, zip(table.method, table.settings, strict=True), strict=True))
-    best = headline(trainings(table.assign(trial=trial), group_of, by="trial")).astype({"method": str})
-    rows = []
-
-    def rank(one: tuple) -> tuple:  # 3 before 10
-        method, settings = one[1]
-        values = [settings.get(name) for name in varied[method]]
-        return method, [(1, x) if _is_number(x) else (0, str(x)) for x in values]
-
-    for name, (method, settings) in sorted(known.items(), key=rank):
-        areas = best[best.method == name].pivot(index="prompt", columns="seed", values="area")
-        over = crossed(areas)
-        row = {"trial": name, "method": method, "mean": over.mean, "half": over.half, **areas.mean(axis=1)}
-        edge = _edges(settings, tried[method], varied[method])
-        rows.append(row | {"edge": edge, "numbers": areas.count().sum()})
-    scores = pd.DataFrame(rows)
-    whole = scores.numbers == scores.groupby("method").numbers.transform("max")
-    scores.loc[~whole, ["mean", "half"]] = np.nan
-    chosen = scores.index.isin(scores.fillna({"mean": -1.0}).groupby("method")["mean"].idxmax())
-    return scores.assign(chosen=chosen, edge=scores.edge.where(chosen, "")).drop(
-        columns=["method", "numbers"]
-    )
-
-
-def _edges(settings: Mapping[str, Any], tried: Sequence[Mapping[str, Any]], varied: Sequence[str]) -> str:
-    """Which of the ``varied`` settings are the smallest or the largest of those ``tried``, in words."""
-    found = []
-    for name in varied:
-        value = settings[name]
-        numbers = [one.get(name) for one in tried if _is_number(one.get(name))]
-        if _is_number(value) and value == max(numbers):
-            found.append(f"{name} {value:g} is the largest tried")
-        elif _is_number(value) and value == min(numbers) and value != 0:
-            found.append(f"{name} {value:g} is the smallest tried")
-    return "; ".join(found)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def variant(settings: Mapping[str, Any]) -> str:
     """Which of :data:`VARIANTS` a run with these settings belongs to; a table has one of them only.
 

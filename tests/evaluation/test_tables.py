@@ -342,48 +342,6 @@ def test_ablation_rows_are_kept_apart_from_methods():
     assert tables.budget(table, seconds).method.tolist() == ["ablation", "cfclip"]
 
 
-def searched(*tried):
-    """The trials (method, settings, success) of one prompt and one seed."""
-    trials = [rows(name, success=[s], identity=[0.9], settings=given) for name, given, s in tried]
-    return tables.search(pd.DataFrame([*itertools.chain(*trials)]), group_of)
-
-
-def test_the_best_trial_of_a_search_is_the_first_of_equals():
-    tried = [("cfclip", 1, 0.5), ("cfclip", 2, 0.5), ("nada", 1, 0.2), ("nada", 4, 0.3)]
-    result = searched(*((method, {"lr": lr, "steps": 9}, success) for method, lr, success in tried))
-    assert result.trial.tolist() == ["cfclip: lr 1", "cfclip: lr 2", "nada: lr 1", "nada: lr 4"]
-    assert result.chosen.tolist() == [True, False, False, True]
-    assert result["mean"].tolist() == pytest.approx([0.4375, 0.4375, 0.175, 0.2625])
-    assert result["green lipstick"].tolist() == result["mean"].tolist()
-
-
-def test_a_trial_that_lacks_a_seed_is_not_compared():
-    trials = [(1, [0.2, 0.2]), (2, [0.9]), (3, [0.3, 0.3])]
-    tried = [
-        rows("nada", success=success, identity=[0.9] * len(success), settings={"lr": lr})
-        for lr, success in trials
-    ]
-    result = tables.search(pd.DataFrame([*itertools.chain(*tried)]), group_of)
-    assert result.chosen.tolist() == [False, False, True]
-    assert result["mean"].isna().tolist() == [False, True, False]
-
-
-def test_a_winner_at_an_edge_of_its_grid_is_told():
-    grid = [(lr, l2) for lr in (1, 3, 9) for l2 in (0, 0.1, 0.2)]
-
-    def edge_of(winner):
-        tried = [("nada", {"lr": lr, "l2": l2, "levels": ["fine"]}, 0.1) for lr, l2 in grid]
-        tried[grid.index(winner)] = (*tried[grid.index(winner)][:2], 0.9)
-        (line,) = searched(*tried).query("chosen").edge
-        return line
-
-    assert edge_of((3, 0.1)) == "" and edge_of((3, 0)) == "", "nothing is below 0"
-    assert edge_of((9, 0.1)) == "lr 9 is the largest tried"
-    named = [("nada", {"beta": beta}, 0.2) for beta in (None, 0.1, 0.2)]
-    assert searched(*named).query("chosen").edge.tolist() == [""], "None is no number"
-    assert edge_of((1, 0.2)) == "lr 1 is the smallest tried; l2 0.2 is the largest tried"
-
-
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -406,7 +364,6 @@ def test_figures_are_written_and_the_same_twice(tmp_path):
         drawn = {"tradeoff": figures.tradeoff(each), "claims": claims.figure(judged)}
         both = [tables.headline(each).assign(variant=name) for name in tables.VARIANTS[:2]]
         drawn["guides"] = figures.guides_figure(pd.concat(both))
-        drawn["search"] = figures.search_figure(searched(*(("nada", {"lr": k}, 0.1 * k) for k in (1, 2))))
         report.write(tmp_path / folder, {"claims.csv": judged} | drawn)
     names = {path.name for path in (tmp_path / "a").iterdir()}
     assert names == {"claims.csv"} | {f"{name}.{kind}" for name in drawn for kind in ("png", "pdf")}

@@ -1,0 +1,114 @@
+"""The settings of every method, chosen from the trials of a sweep by one rule."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from cfclip.evaluation.figures import label, panels
+from cfclip.evaluation.stats import crossed
+from cfclip.evaluation.tables import headline, trainings
+
+TIE = 0.01
+"""Trials whose areas differ by less than a point are equally good."""
+RULE = (
+    "Rule: trials whose mean is within a point of their method's best one are equally good, and the one in "
+    "their middle is chosen: beside it the settings may vary, while one at the rim may fail on other prompts."
+)
+
+
+def trials(table: pd.DataFrame, group_of: Callable[[str], str]) -> pd.DataFrame:
+    """The trials of a search, one line per method and settings, named by the settings that vary.
+
+    table: of :func:`cfclip.experiments.gather`. Columns: ``mean``, the mean :func:`.tables.area` over prompts
+    and seeds, and ``half`` of its 95 % interval (:func:`.stats.crossed`), both NaN if the trial lacks prompts
+    or seeds that another of its method has; each prompt's area; ``chosen``, by :data:`RULE`; ``edge``: which
+    settings of the chosen one are the smallest or the largest that were tried, so that the best may lie
+    beyond; "" if none is. Zero is no edge: nothing is below it.
+    """
+    tried = {
+        name: [*{str(one): one for one in rows.settings}.values()] for name, rows in table.groupby("method")
+    }
+    varied = {method: _varied(settings) for method, settings in tried.items()}
+
+    def name_of(method: str, settings: Mapping[str, Any]) -> str:
+        return f"{method}: " + ", ".join(f"{name} {settings.get(name)}" for name in varied[method])
+
+    named = table.assign(trial=[*map(name_of, table.method, table.settings)])
+    best = headline(trainings(named, group_of, by="trial")).astype({"method": str})
+    found = []
+    for method, every in tried.items():
+        ranks = _ranks(every, varied[method])
+        rows = []
+        for settings in every:
+            name = name_of(method, settings)
+            areas = best[best.method == name].pivot(index="prompt", columns="seed", values="area")
+            over, edge = crossed(areas), _edges(settings, every, varied[method])
+            row = {"trial": name, "mean": over.mean, "half": over.half, **areas.mean(axis=1)}
+            rows.append(row | {"edge": edge, "numbers": areas.count().sum()})
+        scores = pd.DataFrame(rows)
+        scores.loc[scores.numbers < scores.numbers.max(), ["mean", "half"]] = np.nan
+        chosen = scores.index == _middle(scores["mean"].fillna(-1.0), ranks)
+        scores = scores.assign(chosen=chosen, edge=scores.edge.where(chosen, ""))
+        found.append(scores.iloc[np.lexsort(ranks[::-1])] if varied[method] else scores)
+    return pd.concat(found, ignore_index=True).drop(columns="numbers")
+
+
+def _varied(tried: Sequence[Mapping[str, Any]]) -> list[str]:
+    names = dict.fromkeys(name for one in tried for name in one)
+    return [name for name in names if len({str(one.get(name)) for one in tried}) > 1]
+
+
+def _ranks(tried: Sequence[Mapping[str, Any]], varied: Sequence[str]) -> np.ndarray:
+    """[settings, trials]: the place of each of the ``varied`` settings among those tried, 3 before 10."""
+    ranks = []
+    for name in varied:
+        keys = [(1, value) if _is_number(value := one.get(name)) else (0, str(value)) for one in tried]
+        order = sorted(set(keys))
+        ranks.append([order.index(key) for key in keys])
+    return np.array(ranks).reshape(len(varied), len(tried))
+
+
+def _middle(mean: pd.Series, ranks: np.ndarray) -> int:
+    """The trial nearest to the middle of the good ones; of those as near the best, of equals the first."""
+    good = np.flatnonzero(mean >= mean.max() - TIE)
+    centre = ranks[:, good].mean(axis=1, keepdims=True)
+    away = np.abs(ranks[:, good] - centre).sum(axis=0).round(6)
+    return int(good[np.lexsort((-mean[good], away))[0]])
+
+
+def _edges(settings: Mapping[str, Any], tried: Sequence[Mapping[str, Any]], varied: Sequence[str]) -> str:
+    """Which of the ``varied`` settings are the smallest or the largest of those ``tried``, in words."""
+    found = []
+    for name in varied:
+        value = settings.get(name)
+        numbers = [one.get(name) for one in tried if _is_number(one.get(name))]
+        if _is_number(value) and value == max(numbers):
+            found.append(f"{name} {value:g} is the largest tried")
+        elif _is_number(value) and value == min(numbers) and value != 0:
+            found.append(f"{name} {value:g} is the smallest tried")
+    return "; ".join(found)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def figure(tried: pd.DataFrame) -> Figure:
+    """The area of each of :func:`trials`, with its interval; chosen: red."""
+    method = tried.trial.str.split(":").str[0]
+    sizes = method.value_counts(sort=False)
+    ratios = [count + 1.5 for count in sizes]
+    drawn, axes = panels(len(sizes), 1, (7.5, 0.19 * sum(ratios) + 0.5), sharex=True, height_ratios=ratios)
+    for axis, name in zip(axes[:, 0], sizes.index, strict=True):
+        for line in tried[method == name].iloc[::-1].itertuples(index=False):
+            bar = {"xerr": 0 if np.isnan(line.half) else line.half, "capsize": 2, "markersize": 4}
+            setting = line.trial.removeprefix(f"{name}: ")
+            axis.errorbar(line.mean, setting, marker="o", color="C3" if line.chosen else "0.5", **bar)
+        axis.set_title(name, fontsize=9, loc="left")
+        axis.tick_params(labelsize=7)
+        axis.margins(y=0.12)
+    axes[-1, 0].set_xlabel(label("area").replace(" %", ""))
+    return drawn
