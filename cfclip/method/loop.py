@@ -82,7 +82,8 @@ def begin_run(
     """``config`` with its dtype resolved. With ``out`` the folder is marked as that of this run.
 
     A run that is resumed keeps the dtype it began with. ``what`` else tells runs apart, e.g. the method.
-    Raises ValueError if ``out`` holds another run, FolderInUse if another process is running in it.
+    Raises ValueError if ``out`` holds another run that has left something, FolderInUse if another process is
+    running in it.
     """
     if out is None:
         return _with_dtype(config, device, "auto")
@@ -93,10 +94,15 @@ def begin_run(
             before = saved["run"]
         config = _with_dtype(config, device, before.get("dtype", "auto"))
         run = described(config, **what)
-        if before:
+        if before and _has_begun(path.parent):
             _refuse_another(run, before, path.parent)
         write_json(path, run)
     return config
+
+
+def _has_begun(folder: Path) -> bool:
+    """Not if its settings were refused: then it can be begun with others."""
+    return any((folder / name).exists() for name in (CHECKPOINT, LOG)) or any(folder.glob("*.safetensors"))
 
 
 def _with_dtype(config: Settings, device: str | torch.device, begun: Any) -> Settings:

@@ -19,6 +19,7 @@ from cfclip.method.losses import (
     info_nce,
     nce_directions,
 )
+from cfclip.models.clip import TEMPLATES
 from cfclip.settings import Settings, int_at_least, number, one_of, setting, some_of
 
 
@@ -47,7 +48,8 @@ class CLIPNCE(Settings):
     temperature: float = setting(0.1, number(above=True))  # tau
     positives: tuple[str, ...] = setting(POSITIVES, some_of(POSITIVES))  # p1: "text", p2: "target"
     negatives: str = setting("first", one_of(NEGATIVES))  # which source image they start from
-    negative_templates: int | None = setting(None, int_at_least(1, optional=True))  # None: all
+    # None: all
+    negative_templates: int | None = setting(None, int_at_least(1, optional=True, maximum=len(TEMPLATES)))
     query: str = setting("difference", one_of(QUERIES))
 
     def directions(self, features: Features) -> Directions:

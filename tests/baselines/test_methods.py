@@ -45,6 +45,26 @@ def test_defaults_are_the_papers():
     assert configure("cfclip", "x") == CFCLIPConfig("x")
 
 
+REFUSED = [
+    ("cfclip", {"lambda_id": 0.2}, "lambda_id", {"lambda_id": 0.0}),
+    ("cfclip", {"lambda_id": 0.0, "negative_templates": 80}, "from 1 to 79", {"lambda_id": 0.0}),
+    ("nada-generator", {"layers": 99}, "set it to that or less", {"layers": 2}),
+    ("styleclip-global", {"beta": 0.99}, "lower", {"beta": 0.0}),
+]
+
+
+@pytest.mark.parametrize(("method", "bad", "words", "good"), REFUSED)
+def test_a_run_whose_settings_were_refused_can_be_begun_with_others(
+    method, bad, words, good, domain, tmp_path
+):
+    domain = dataclasses.replace(domain, identity=None)
+    with pytest.raises(ValueError, match=words):
+        quick(method, domain, tmp_path, **bad)
+    quick(method, domain, tmp_path, **good)
+    with pytest.raises(ValueError, match="holds a run with another seed"):
+        quick(method, domain, tmp_path, **good | {"seed": 1})
+
+
 @every
 def test_strength_and_files(method, domain, tmp_path):
     editor, w = quick(method, domain, tmp_path / "run"), latents.sample(domain.generator, 3, "test")
