@@ -153,7 +153,8 @@ def run_sweep(
         int | None, typer.Option(min=1, help="trainings in a process; default: as many as gain something")
     ] = None,
     only: Annotated[
-        list[str] | None, typer.Option(help="runs with this value, as method=nada; may be repeated")
+        list[str] | None,
+        typer.Option(help="runs with this value, as method=nada, and no tables; may be repeated"),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; default: the file's")] = None,
     kernel: Annotated[bool, typer.Option(help="execute notebooks; without: only their numbers")] = True,

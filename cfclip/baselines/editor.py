@@ -12,6 +12,7 @@ from cfclip.checkpoints import weights
 from cfclip.domain import Domain
 from cfclip.method.config import flat
 from cfclip.method.loop import Loop
+from cfclip.models.stylegan2 import Generator
 from cfclip.settings import Settings
 
 Rows = list[dict[str, float]]
@@ -64,6 +65,6 @@ class Editor:
         return cls.fit(method, domain, config, out, **loop)
 
     @classmethod
-    def open(cls, path: Path, domain: Domain) -> nn.Module:
-        """``module`` from its file."""
+    def open(cls, path: Path, generator: Generator) -> nn.Module:
+        """``module`` from its file, on the device of ``generator``."""
         raise NotImplementedError

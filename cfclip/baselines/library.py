@@ -7,6 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from cfclip.baselines.editor import Editor
 from cfclip.baselines.methods import METHODS, configure
 from cfclip.checkpoints import weights
@@ -15,6 +17,7 @@ from cfclip.checkpoints.weights import WeightsError
 from cfclip.domain import Domain
 from cfclip.files import DATA
 from cfclip.models.mapper import Mapper
+from cfclip.models.stylegan2 import Generator
 from cfclip.settings import number
 
 
@@ -39,7 +42,7 @@ class Trained:
         return self.training.get("seed", 0)
 
     def open(self, domain: Domain) -> Editor:
-        """The editor; the last 16 stay open. WeightsError for another domain or an unknown method."""
+        """The editor; the last 16 files stay open. WeightsError for another domain or an unknown method."""
         if self.domain not in ("", domain.name):
             wrong = f"domain {self.domain}, not {domain.name}"
             raise WeightsError(f"{self.path} was made for {wrong}: load that domain")
@@ -47,19 +50,17 @@ class Trained:
         if known is None or self.kind != known.editor.KIND or self.prompt is None:
             unknown = "by which method or for which prompt it was made"
             raise WeightsError(f"{self.path} does not say {unknown}: fit it again")
-        # a domain cannot be hashed; the editor keeps its generator alive, so that the id stays its own
-        key = (self.path, self.path.stat().st_mtime, id(domain.generator))
-        if key not in _OPEN:
-            while len(_OPEN) >= 16:
-                _OPEN.pop(next(iter(_OPEN)), None)
-            given = {k: v for k, v in self.training.items() if k not in ("prompt", *known.fixed)}
-            config = configure(self.method, self.prompt, **given)
-            _OPEN[key] = known.editor(self.method, domain, config, known.editor.open(self.path, domain))
-            _OPEN[key].path = self.path
-        return _OPEN[key]
+        given = {k: v for k, v in self.training.items() if k not in ("prompt", *known.fixed)}
+        config = configure(self.method, self.prompt, **given)
+        module = _open_module(self.path, self.path.stat().st_mtime, self.method, domain.generator)
+        editor = known.editor(self.method, domain, config, module)
+        editor.path = self.path
+        return editor
 
 
-_OPEN: dict[tuple, Editor] = {}
+@lru_cache(maxsize=16)
+def _open_module(path: Path, modified: float, method: str, generator: Generator) -> nn.Module:
+    return METHODS[method].editor.open(path, generator)
 
 
 def read_trained(path: str | os.PathLike) -> Trained | None:

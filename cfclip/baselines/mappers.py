@@ -13,6 +13,7 @@ from cfclip.domain import Domain
 from cfclip.method.loop import Loop, begin_run
 from cfclip.method.trainer import MapperTrainer, mapper_loop
 from cfclip.models.mapper import Mapper
+from cfclip.models.stylegan2 import Generator
 
 
 class MapperEditor(Editor):
@@ -28,9 +29,8 @@ class MapperEditor(Editor):
     @torch.no_grad()
     def round_trip(self, w: Tensor, strength: float = 1.0) -> Tensor:
         """``G(w' - strength * 0.1 * delta(w', t))``: the residual at w' differs from that at w."""
-        text = self.module.read(self.domain.clip, self.config.prompt)
-        edited = self.module.edit(w, text, strength)
-        return self.domain.generator.synthesis(self.module.edit(edited, text, -strength))
+        edited = self.domain.edited(w, self.config.prompt, self.module, strength)
+        return self.edit(edited, -strength)
 
     @property
     def sizes(self) -> Mapping[str, Any]:
@@ -46,5 +46,5 @@ class MapperEditor(Editor):
         return cls(method, domain, config, module, rows)
 
     @classmethod
-    def open(cls, path: Path, domain: Domain) -> nn.Module:
-        return load_mapper(path).to(domain.device)
+    def open(cls, path: Path, generator: Generator) -> nn.Module:
+        return load_mapper(path).to(generator.w_avg.device)

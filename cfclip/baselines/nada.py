@@ -117,5 +117,5 @@ class GeneratorEditor(Editor):
         return cls(method, domain, c, tuned.requires_grad_(False), rows)
 
     @classmethod
-    def open(cls, path: Path, domain: Domain) -> nn.Module:
-        return load_generator(path, domain.device)
+    def open(cls, path: Path, generator: Generator) -> nn.Module:
+        return load_generator(path, generator.w_avg.device)

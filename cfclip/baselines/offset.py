@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from cfclip.baselines.editor import Editor
 from cfclip.baselines.mappers import MapperEditor
 from cfclip.checkpoints import weights
-from cfclip.domain import Domain
 from cfclip.method.trainer import MapperTrainer
 from cfclip.models.clip import ClipGuide
 from cfclip.models.mapper import RESIDUAL_SCALE, level_slices
+from cfclip.models.stylegan2 import Generator
 
 
 class Offset(nn.Module):
@@ -58,6 +58,6 @@ class OffsetEditor(MapperEditor):
     module: Offset
 
     @classmethod
-    def open(cls, path: Path, domain: Domain) -> nn.Module:
-        blank = Offset(domain.generator.num_ws, domain.generator.w_dim)
-        return weights.load_into(blank, weights.read(path, cls.KIND)[0], path).to(domain.device)
+    def open(cls, path: Path, generator: Generator) -> nn.Module:
+        blank = Offset(generator.num_ws, generator.w_dim)
+        return weights.load_into(blank, weights.read(path, cls.KIND)[0], path).to(generator.w_avg.device)

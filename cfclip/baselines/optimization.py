@@ -13,6 +13,7 @@ from cfclip.domain import Domain, warn_null_edit
 from cfclip.method.config import DTYPES, GuidedConfig
 from cfclip.method.loop import begin_run, learning_rate, run_loop
 from cfclip.method.networks import FrozenNetworks, check_networks
+from cfclip.models.stylegan2 import Generator
 from cfclip.settings import batch_size, int_at_least, number, one_of, seed_number, setting, text
 
 
@@ -95,5 +96,5 @@ class OptimizationEditor(Editor):
         return editor
 
     @classmethod
-    def open(cls, path: Path, domain: Domain) -> nn.Module:
+    def open(cls, path: Path, generator: Generator) -> nn.Module:
         return nn.Module()

@@ -230,7 +230,7 @@ class GlobalEditor(Editor):
         return cls(method, domain, config, found, each[0][1])
 
     @classmethod
-    def open(cls, path: Path, domain: Domain) -> nn.Module:
+    def open(cls, path: Path, generator: Generator) -> nn.Module:
         tensors = weights.read(path, cls.KIND)[0]
-        blank = torch.zeros(len(_places(domain.generator)))
-        return weights.load_into(Direction(blank, blank.clone()), tensors, path).to(domain.device)
+        blank = torch.zeros(len(_places(generator)))
+        return weights.load_into(Direction(blank, blank.clone()), tensors, path).to(generator.w_avg.device)

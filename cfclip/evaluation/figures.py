@@ -253,6 +253,11 @@ def tradeoff(each: pd.DataFrame) -> Figure:
     return _with_legend(figure, each)
 
 
+def ablated(best: pd.DataFrame) -> list[str]:
+    """The columns of :func:`.tables.headline` that an ablation shows, CLIP's own if there is no other."""
+    return [name for name in ABLATED if name in columns_of(best)] or ["clip_direction"]
+
+
 def ablation_figure(best: pd.DataFrame) -> Figure:
     """How far each row is from the first one at the same prompt and seed: a panel per metric.
 
@@ -260,7 +265,7 @@ def ablation_figure(best: pd.DataFrame) -> Figure:
     seeds (:func:`.stats.crossed`), none without two of each. best: :func:`.tables.headline` ``by="row"``.
     """
     first, *rows = best.method.cat.remove_unused_categories().cat.categories
-    names = [name for name in ABLATED if name in columns_of(best)]
+    names = ablated(best)
     prompts = best.prompt.unique()
     colours = sns.color_palette("tab10" if len(prompts) <= 10 else "husl", len(prompts))
     prompts = dict(zip(prompts, colours, strict=True))

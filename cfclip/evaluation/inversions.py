@@ -31,11 +31,11 @@ def tradeoff(
     :func:`cfclip.evaluation.evaluate` (the edit against the inversion; there the perceptual column is
     ``moved``).
     """
-    text, rows = mapper.read(domain.clip, prompt), []
+    rows = []
     for label, config in configs:
         inverted = invert(domain, photos, config, start, progress)
         with torch.no_grad():
-            w_edited = mapper.edit(inverted.w_plus, text, strength)
+            w_edited = domain.edited(inverted.w_plus, prompt, mapper, strength)
             edited = domain.generator.synthesis(w_edited, inverted.synthesis_noise)
         scores = evaluate(Edit(domain, prompt, inverted.images, edited))
         scores = {"moved" if name.startswith("lpips") else name: values for name, values in scores.items()}

@@ -21,8 +21,7 @@ from cfclip.baselines.many import MOST
 from cfclip.domains import load_domain
 from cfclip.evaluation import ablation
 from cfclip.experiments.runs import KERNEL_ENVIRONMENT, Outcome, Run, code_hash
-from cfclip.experiments.spec import find_notebook
-from cfclip.files import FolderInUse, locked
+from cfclip.files import NOTEBOOKS, FolderInUse, locked
 
 logger = logging.getLogger(__name__)
 
@@ -42,15 +41,18 @@ def _ablation(p: dict[str, Any], folder: Path) -> list[Job]:
     return [*ablation.jobs(p["rows"], p["prompts"], p["seeds"], p["settings"], folder).values()]
 
 
-TRAINED_BY = {"02_training": _training, "03_ablation_directions": _ablation}
+TRAINED_BY = {
+    NOTEBOOKS / "02_training.ipynb": _training,
+    NOTEBOOKS / "03_ablation_directions.ipynb": _ablation,
+}
 """Notebook -> (parameters, folder) -> its trainings."""
 
 
 def trainings(run: Run, out: Path) -> list[Job]:
     """The trainings of ``run`` that a pack can do and that are not finished in its folder."""
     found = []
-    for name, jobs_of in TRAINED_BY.items():
-        if run.gathers is None and run.notebook == find_notebook(name):
+    for notebook, jobs_of in TRAINED_BY.items():
+        if run.gathers is None and run.notebook == notebook.resolve():
             with suppress(ValueError):  # the notebook names what is wrong
                 found = [job for job in jobs_of(dict(run.parameters), out / run.id) if job.shared]
     files = [Path(job.out, f"{METHODS[job.method].editor.KIND}.safetensors") for job in found]

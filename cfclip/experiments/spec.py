@@ -145,7 +145,8 @@ class Spec:
                 raise ValueError(f"write a parameter and its value, as in method=nada, not {one!r}")
             values.setdefault(name, []).append(value)
         given = {"device": device} if device else {}
-        return replace(self, only=values, parameters={**self.parameters, **given})
+        grid = tuple({name: one for name, one in block.items() if name not in given} for block in self.grid)
+        return replace(self, only=values, grid=grid, parameters={**self.parameters, **given})
 
     def keeps(self, parameters: Mapping[str, Any]) -> bool:
         """Whether a run with these parameters is one of those that ``only`` asks for."""

@@ -116,7 +116,7 @@ def plan(spec: Spec, out: str | os.PathLike = "reports/runs") -> tuple[list[Run]
         raise ValueError(f"no notebook has a parameter {names} of {spec.name}'s preset")
     if known != before and hashes.parent.is_dir():
         write_json(hashes, known)
-    return list(grid.values()), then
+    return list(grid.values()), [] if spec.only else then
 
 
 # ---- driving ----

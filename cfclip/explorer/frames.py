@@ -149,8 +149,9 @@ def draw(
 
 
 def edit_label(recipe: Recipe) -> str:
-    """The label of the row of edited pictures."""
-    return recipe.prompt.strip() or "no prompt"
+    """The label of the row of edited pictures; no other row has it."""
+    prompt = recipe.prompt.strip() or "no prompt"
+    return f"“{prompt}”" if prompt in ("photo", "source", "difference") else prompt
 
 
 def _moved(domain: Domain, recipe: Recipe) -> tuple[bool, ...]:

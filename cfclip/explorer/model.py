@@ -49,7 +49,7 @@ HISTORY_LENGTH = 100
 GIVE_UP_SECONDS = 1.0
 """A picture of many rows that takes longer is given up for one that is asked for later."""
 SKETCHED = ("edit", "difference")
-"""What is drawn twice where half precision is faster: in it, to be seen at once, and then exactly."""
+"""Shows that are drawn first in half precision, where that is faster, and then exactly."""
 STEP_TO_DRAWING = 2.0
 """Seconds of a training's step, in seconds that drawing the faces takes: a guess until a step was taken."""
 OUT = Path("reports", "runs", "explorer")
@@ -316,11 +316,18 @@ class Explorer(HasTraits):
         if frame is None:
             return
         if sketch:
-            exact = replace(drawing(), seconds=frame.seconds)
+            exact = None
+            try:
+                exact = drawing()
+            except Exception as error:  # then the sketch stays
+                message = one_line(error)
             with self._lock:
                 if stale():
                     return
-                self.frame = frame = exact
+                if exact is None:
+                    self.message = brief(message, LONGEST_LINE)
+                else:
+                    self.frame = frame = replace(exact, seconds=frame.seconds)
         self._scoring.ask(lambda stale: self._score(frame, stale))
 
     def _hint(self, frame: Frame) -> str:

@@ -191,10 +191,7 @@ class View(ipw.VBox):
         ])
 
     def _where(self) -> ipw.Widget:
-        e = self.explorer
-        parts = [(part.replace("_", " "), part) for part in e.parts]
-        region = ipw.Dropdown(description="edit only", options=[("everything", ""), *parts, ("a box", "box")])
-        self.region = self._on_user(region, self._set_region)
+        self.region = self._on_user(ipw.Dropdown(description="edit only"), self._set_region)
         limits = {"value": (0.2, 0.8), "min": 0, "max": 1, "step": 0.02, "disabled": True}
         self.across, self.down = (
             self._on_user(ipw.FloatRangeSlider(description=text, **limits), self._set_region)
@@ -289,6 +286,8 @@ class View(ipw.VBox):
             self.label.max = max(0, e.classes - 1)
             self.label.value = e.domain.label or 0
             is_box = isinstance(recipe.region, tuple)
+            parts = ((part.replace("_", " "), part) for part in e.parts)
+            self.region.options = [("everything", ""), *parts, ("a box", "box")]
             self.region.value = "box" if is_box else recipe.region if recipe.region in e.parts else ""
             self.across.disabled = self.down.disabled = not is_box
             if is_box:

@@ -150,6 +150,10 @@ class Training:
         self.start_from = None
         if start is not None and self.config.text_mapper:
             if isinstance(start, WordMapper):
+                clauses = domain.truth.clauses(prompt) if domain.truth else ()
+                if any(one.colours for one in clauses) and any(one.shapes for one in clauses):
+                    kinds = "'refine' trains a colour or a shape, not both at once"
+                    raise ValueError(f"{kinds}: leave one, and combine them afterwards")
                 start = start.busiest(faces.w, start.read(domain.clip, prompt))
                 given |= WORDS | {"levels": start.config.levels}
             same = configure(method, prompt, **{"norm_axis": start.config.norm_axis} | given)

@@ -146,8 +146,7 @@ def held_out(domain: Domain, n: int, seed: int = 0) -> Tensor:
     warnings.warn(
         f"domain {domain.name} has no ground truth: inverting samples of its generator", stacklevel=2
     )
-    with torch.no_grad():
-        return domain.generator.synthesis(domain.latents(n, "test", seed)).clamp(-1, 1)
+    return domain.pictures(domain.latents(n, "test", seed)).clamp(-1, 1)
 
 
 def invert(

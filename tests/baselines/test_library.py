@@ -56,14 +56,17 @@ def test_a_damaged_file_is_named_or_skipped(tmp_path):
 def test_an_opened_editor_is_kept_until_its_file_changes(domain, tmp_path):
     quick("nada", domain, tmp_path)
     first = load_editor(tmp_path, domain)
-    assert load_editor(tmp_path, domain) is first
-    assert load_editor(tmp_path, dataclasses.replace(domain)) is first
+    assert load_editor(tmp_path, domain).module is first.module
+    other = dataclasses.replace(domain, source_text="a cat")
+    again = load_editor(tmp_path, other)
+    assert again.module is first.module and again.domain is other and first.domain is domain
     path = tmp_path / "mapper.safetensors"
     opened = open_mapper(path, domain)
     assert open_mapper(path, domain) is opened
     quick("nada", domain, tmp_path / "other", seed=1)
     (tmp_path / "other" / "mapper.safetensors").replace(path)
-    assert load_editor(tmp_path, domain) is not first and open_mapper(path, domain) is not opened
+    assert load_editor(tmp_path, domain).module is not first.module
+    assert open_mapper(path, domain) is not opened
     path.unlink()
     with pytest.raises(WeightsError, match="does not exist"):
         open_mapper(path, domain)

@@ -53,7 +53,7 @@ def folder(tmp_path, monkeypatch) -> Path:
         monkeypatch.setenv(name, value)
     cells = [new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}), new_code_cell(BODY)]
     nbformat.write(new_notebook(cells=cells), tmp_path / "train.ipynb")
-    monkeypatch.setattr(packs, "TRAINED_BY", {str(tmp_path / "train.ipynb"): packs._training})
+    monkeypatch.setattr(packs, "TRAINED_BY", {tmp_path / "train.ipynb": packs._training})
     return tmp_path
 
 

@@ -1,5 +1,6 @@
 """Sweeps of throw-away notebooks: what is run, run again, or left alone."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -406,15 +407,20 @@ def test_quick_replaces_the_grid_and_axes_multiply(folder):
 
 
 def test_a_sweep_can_be_a_part_of_its_grid_and_on_another_device(folder):
-    spec = load_spec(write_spec(folder, "[a, b, c]", parameters={"marker": str(folder / "mark")}))
-    runs, _ = plan(spec.narrowed(["prompt=a", "prompt=c"]), folder / "runs")
+    spec = load_spec(write_spec(folder, "[a, b, c]", then=[{"notebook": "gather.ipynb"}]))
+    assert len(plan(spec, folder / "runs")[1]) == 1
+    runs, then = plan(spec.narrowed(["prompt=a", "prompt=c"]), folder / "runs")
     assert [run.parameters["prompt"] for run in runs] == ["a", "c"]
+    assert then == [], "tables are of the whole grid"
     with pytest.raises(ValueError, match="no run of tiny has"):
         plan(spec.narrowed(["prompt=z"]), folder / "runs")
     with pytest.raises(ValueError, match="as in method=nada, not 'prompt'"):
         spec.narrowed(["prompt"])
     assert spec.narrowed([], "cuda").parameters["device"] == "cuda"
     assert "device" not in spec.narrowed([]).parameters
+    named = dataclasses.replace(spec, grid=({"notebook": "02_training", "device": "cpu"},))
+    assert named.narrowed([], "cuda").grid == ({"notebook": "02_training"},)
+    assert named.narrowed([]).grid == named.grid
 
 
 def test_without_a_kernel_the_numbers_are_the_same_and_a_failure_is_recorded(folder):

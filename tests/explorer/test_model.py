@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from cfclip.baselines.library import scan
 from cfclip.checkpoints.mappers import load_mapper
 from cfclip.domains import DOMAINS
-from cfclip.explorer import model
+from cfclip.explorer import frames, model
 from cfclip.explorer.frames import SHOWS, edit_label, strip
 from cfclip.explorer.model import HISTORY_LENGTH, MERGE_SECONDS, Explorer
 from cfclip.explorer.recipe import MAX_SEED, Recipe, draw_faces, render
@@ -384,6 +384,36 @@ def test_a_sketch_is_seen_first_where_half_precision_is_faster_and_the_exact_pic
     sketch, exact = seen[0].edited, toons.frame.edited
     assert torch.equal(exact, render(toons.domain, toons.recipe)) and not torch.equal(sketch, exact)
     assert (sketch - exact).abs().max() < 6 / 127.5 and not seen[0].scores and toons.frame.scores
+
+
+def test_a_sketch_stays_if_the_exact_picture_cannot_be_drawn(toons, monkeypatch):
+    assert toons.wait()
+    monkeypatch.setattr(model, "fast_dtype", lambda device: torch.bfloat16)
+
+    def draw(domain, recipe, show, faces, others, stale, dtype=None):
+        if dtype is None:
+            raise MemoryError("no room")
+        return frames.draw(domain, recipe, show, faces, others, stale, dtype)
+
+    monkeypatch.setattr(model, "draw", draw)
+    toons.change(strength=0.7)
+    assert toons.wait() and "no room" in toons.message and toons.frame.recipe.strength == 0.7
+    monkeypatch.setattr(model, "draw", frames.draw)
+    toons.change(strength=0.6)
+    assert toons.wait() and toons.message == "" and toons.frame.recipe.strength == 0.6, "the thread lives"
+
+
+def test_refine_refuses_a_shape_and_a_colour_at_once_because_their_layers_are_others(toons):
+    toons.change(prompt="smiling with green lipstick", mapper="")
+    assert toons.wait()
+    toons.refine()
+    assert "a colour or a shape, not both at once" in toons.message and toons.training is None
+
+
+def test_a_prompt_that_is_the_name_of_another_row_has_a_row_of_its_own(toons):
+    toons.set_show("difference")
+    toons.change(prompt="source", mapper="")
+    assert toons.wait() and [*toons.frame.rows] == ["source", "“source”", "difference"]
 
 
 @pytest.mark.filterwarnings("ignore:this CLIP does not know")
