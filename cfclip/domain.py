@@ -75,7 +75,7 @@ class GroundTruth(Protocol):
         """Segment and measure pictures [N, 3, R, R] in [-1, 1]."""
 
     def claims(self, prompt: str) -> tuple[str, ...]:
-        """All that ``prompt`` says and that can be measured, each claim in one wording of many."""
+        """All that ``prompt`` says and that can be measured, each in its standard wording."""
 
     def clauses(self, prompt: str) -> tuple[Clause, ...]:
         """``prompt`` taken apart, at "and" for example, into clauses that together claim what it claims."""
@@ -123,9 +123,9 @@ def null_edit(prompt: str, source_text: str) -> str:
 
 
 def fingerprint(network: nn.Module) -> str:
-    """12 digits for the values of all tensors of ``network``, wherever they are. Computed once.
+    """12 digits for the values of all tensors of ``network``, on whatever device.
 
-    Once more if a tensor was changed, of which torch counts the times.
+    Kept until a tensor changes: torch counts its changes.
     """
     tensors = network.state_dict()
     now = [(tensor.data_ptr(), tensor._version) for tensor in tensors.values()]
@@ -242,7 +242,7 @@ class Domain:
         self, w: Tensor, prompt: str, mapper: nn.Module | None = None, strength: float | Tensor = 1.0
     ) -> Tensor:
         """Pictures [N, 3, R, R] of the codes that :meth:`edited` gives."""
-        return self.generator.synthesis(self.edited(w, prompt, mapper, strength))
+        return self.pictures(self.edited(w, prompt, mapper, strength))
 
     @property
     def fingerprints(self) -> dict[str, str]:

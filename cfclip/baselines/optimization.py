@@ -39,7 +39,7 @@ class OptimizationEditor(Editor):
     def __init__(self, *args: Any):
         super().__init__(*args)
         self._shifts: dict[bytes, Tensor] = {}
-        self.loop: dict[str, Any] = {}  # of :func:`run_loop`, e.g. progress and callbacks
+        self.options: dict[str, Any] = {}  # of :func:`run_loop`, e.g. progress and callbacks
 
     def edit(self, w: Tensor, strength: float = 1.0) -> Tensor:
         shift = torch.zeros_like(w) if strength == 0 else self.shift(w)
@@ -83,7 +83,7 @@ class OptimizationEditor(Editor):
             optimizer.step()
             return {name: value.mean().item() for name, value in ({"loss": loss} | losses).items()}
 
-        self.rows = run_loop(step, c.steps, state={}, **{"desc": c.prompt, "progress": False} | self.loop)
+        self.rows = run_loop(step, c.steps, state={}, **{"desc": c.prompt, "progress": False} | self.options)
         return shift.detach()
 
     @classmethod
@@ -92,7 +92,7 @@ class OptimizationEditor(Editor):
         warn_null_edit(domain, config)
         config = begin_run(config, domain.device, out, method=method, **domain.described)
         editor = cls(method, domain, config, nn.Module())
-        editor.loop = loop
+        editor.options = loop
         return editor
 
     @classmethod

@@ -42,8 +42,8 @@ from cfclip.settings import (
 class GlobalConfig(GuidedConfig):
     """StyleCLIP's global direction in StyleSpace; alpha and beta are the published demo's.
 
-    The demo offers alpha from -10 to 10 and beta from 0.08 to 0.3. How relevant a channel is differs between
-    prompts, and so do the channels that a beta leaves; None is one choice for all (:func:`automatic_beta`).
+    The demo offers alpha from -10 to 10 and beta from 0.08 to 0.3. One beta leaves few channels of one prompt
+    and many of another; None chooses it for each prompt (:func:`automatic_beta`).
     """
 
     prompt: str = setting(MISSING, text)

@@ -6,8 +6,8 @@ from cfclip.domain import Domain
 def predicted_success(domain: Domain, prompt: str) -> float | None:
     """The share of faces, in [0, 1], on which ``domain.mapper`` is expected to do what ``prompt`` says.
 
-    What was measured of the prompt, else the least of what was measured of its claims in other words. None
-    where the domain has no such mapper, or where nothing is known of a claim. ``domain.confidence``:
+    What was measured of the prompt, else the smallest share measured of any of its claims, however worded.
+    None where the domain has no such mapper, or where nothing is known of a claim. ``domain.confidence``:
     "measured", prompt -> share; "claims", a name as in :meth:`.GroundTruth.claims` -> share.
     """
     known = domain.confidence

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from cfclip.domain import Domain, asked
 from cfclip.evaluation import metrics
 from cfclip.models.mapper import Mapper
-from cfclip.models.stylegan2 import max_batch
 
 
 @torch.no_grad()
@@ -41,8 +40,7 @@ def compare(
     for prompt, codes in faces.items():
         if id(codes) not in sources:
             sources[id(codes)] = metrics.Pictures(domain, domain.pictures(codes))
-        parts = codes.split(max_batch(domain.generator))
-        edited = torch.cat([domain.edit(w, prompt, mapper, strength) for w in parts])
+        edited = domain.edit(codes, prompt, mapper, strength)
         edit = metrics.Edit(domain, prompt, sources[id(codes)], edited)
         measured = metrics.ground_truth(edit) | metrics.identity(edit)
         rows += metrics.rows(measured, prompt=prompt, strength=strength)

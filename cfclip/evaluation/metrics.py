@@ -60,7 +60,7 @@ CLEAN_IDENTITY, CLEAN_LEAKAGE = 0.85, 0.25
 The mean leakage of the generator's best possible edits is 0.18 (``cfclip toonfaces ceiling``).
 """
 TOGETHER = 8
-"""Times as many pictures as a generator draws at once are measured at once, whatever their strength."""
+"""So many batches of the generator are measured in one go, whatever their strengths."""
 LEAST_SPREAD = 10.0
 """CIELAB distance that counts as another person's where all people are alike, as in the white of an eye."""
 
@@ -252,10 +252,15 @@ def clean(edit: Edit) -> Columns:
     return {"clean": kept(scores, CLEAN_LEAKAGE)}
 
 
-METRICS: dict[str, Callable[[Edit], Columns]] = {
-    one.__name__: one for one in (clip, heldout_clip, identity, perceptual, ground_truth, clean)
-}
-"""Name -> function; it returns {} where it does not apply."""
+METRICS: tuple[Callable[[Edit], Columns], ...] = (
+    clip,
+    heldout_clip,
+    identity,
+    perceptual,
+    ground_truth,
+    clean,
+)
+"""Each returns {} where it does not apply."""
 
 
 def leakage_by_part(edit: Edit) -> Columns:
@@ -290,7 +295,7 @@ def natural_spread(truth: GroundTruth) -> tuple[np.ndarray, np.ndarray]:
 def evaluate(edit: Edit) -> Columns:
     """All :data:`METRICS` of ``edit``: column -> [N]."""
     columns: Columns = {}
-    for function in METRICS.values():
+    for function in METRICS:
         columns |= function(edit)
     return columns
 

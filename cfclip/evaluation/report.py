@@ -104,6 +104,12 @@ def _git(folder: Path, *arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, encoding="utf-8").stdout.strip()
 
 
+def quoted(command: str) -> str:
+    """``command`` in backticks, so that it can be copied; what follows it in brackets stays outside."""
+    line, bracket, remark = command.partition(" (")
+    return f"`{line}`{bracket}{remark}"
+
+
 def how_it_was_made(command: str) -> str:
     """A block of :func:`page`: the commit, the machine and the versions, now."""
     return f"## How it was made\n\n`{command}` at commit {commit()} on {machine()}: {made_with()}"

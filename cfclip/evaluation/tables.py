@@ -207,14 +207,15 @@ def differences(best: pd.DataFrame, ours: str, other: str, column: str = "area")
 
 
 def against_first(best: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
-    """A line per method or row: its means, and in brackets their difference from those of the first one.
+    """A line per row of an ablation: what it changes, its means, and their difference from the first row's.
 
     The interval of a difference is over prompts and seeds (:func:`.stats.crossed`), at equal prompt and seed.
     """
     first, *others = best.method.cat.remove_unused_categories().cat.categories
     names, lines = [name for name in names if name in columns_of(best)], []
     for method in (first, *others):
-        line = {"method": method}
+        changed = ", ".join(f"{name} {value}" for name, value in ROWS.get(method, {}).items())
+        line = {"row": method, "it changes": changed}
         for name in names:
             scale = 100 if name in PERCENT else 1
             line[label(name)] = plus_minus(best.loc[best.method == method, name].mean(), np.nan, scale)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 logger = logging.getLogger(__name__)
 
 PACKS_ON_A_GPU = 3
-"""One alone waits for its launches; of many at a time each waits for the others' turns."""
+"""At a time: one leaves a GPU idle between its launches, and more than a few slow each other down."""
 
 
 def cores() -> int:

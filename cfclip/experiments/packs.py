@@ -130,7 +130,7 @@ def main() -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
-    domain = load_domain(given["domain"], given["device"] or "cpu", given["label"])
+    domain = load_domain(given["domain"], given["device"], given["label"])
     jobs, every = [Job(**job) for job in given["jobs"]], CHECKPOINT_EVERY[_kind(domain.device.type)]
     for job, result in zip(jobs, fit_many(domain, jobs, given["most"], False, every), strict=True):
         if isinstance(result, Exception):  # its notebook will say so

@@ -170,7 +170,7 @@ def _drive(
     pack: int | None = None,
     kernel: bool = True,
 ) -> dict[str, str]:
-    """Execute all of ``runs``, those that are trained ``together`` after that; returns id -> error."""
+    """Execute ``runs``; those in ``together`` wait for their pack. Returns id -> error of a failed one."""
     here = isinstance(executor, LocalExecutor)
     room = executor.workers if here else {}  # a cluster has its own queue
     packed = {run.id for some in together for run in some}

@@ -172,7 +172,7 @@ def score(domain: Domain, frame: Frame, stale: Callable[[], bool] = lambda: Fals
         return frame
     domain = replace(domain, source_text=recipe.source_text.strip() or domain.source_text)
     edit = metrics.Edit(domain, " and ".join(recipe.prompts), frame.source, frame.edited)
-    for metric in metrics.METRICS.values():
+    for metric in metrics.METRICS:
         if stale():
             return frame
         measured |= metric(edit)

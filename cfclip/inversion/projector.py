@@ -23,6 +23,10 @@ from cfclip.models.stylegan2 import Generator
 from cfclip.settings import Settings, flag, int_at_least, number, one_of, seed_number, setting
 
 SPACES = ("w", "w_plus")
+W_NOISE_UNTIL = 0.75
+"""The share of the steps in which the noise added to w falls to 0."""
+MSE = 5.0
+"""b, the weight of the pixels: it makes them about as important as the perceptual distance."""
 PERCEPTUAL_SIZE = 256
 """Larger pictures are pooled to this size before the perceptual distance, as in the projector."""
 
@@ -34,15 +38,11 @@ class InversionConfig(Settings):
     space: str = setting("w_plus", one_of(SPACES))  # "w": one w for all layers; "w_plus": one per layer
     steps: int = setting(300, int_at_least(0))
     lr: float = setting(0.1, number())  # of Adam, for w in units of W's standard deviation
-    ramp_up: float = setting(0.05, number(0, 1))  # share of the steps in which lr rises from 0
-    ramp_down: float = setting(0.25, number(0, 1))  # share of the steps in which lr falls to 0, as a cosine
     # noise added to w at the first step, relative to |w - w_avg| of a sample; none if there is a start
     w_noise: float = setting(0.05, number())
-    w_noise_until: float = setting(0.75, number(0, 1))  # share of the steps in which that noise falls to 0
     noise_maps: bool = setting(True, flag)  # also optimise the noise maps, if the generator uses them
     noise_weight: float = setting(1e5, number())  # e
     perceptual: float = setting(1.0, number())  # a
-    mse: float = setting(5.0, number())  # b; the default makes it about as large as the perceptual term
     w_centre: float = setting(0.0, number())  # c: a higher value edits better and reconstructs worse
     seed: int = setting(0, seed_number)
 
@@ -213,13 +213,13 @@ def _invert(
 
     def step(i: int, _: torch.Generator) -> dict[str, float]:
         t, noise = i / c.steps, 0.0
-        optimizer.param_groups[0]["lr"] = c.lr * learning_rate(t, c.ramp_up, c.ramp_down)
-        scale = w_noise * max(0.0, 1 - t / c.w_noise_until) ** 2 if c.w_noise_until else 0.0
+        optimizer.param_groups[0]["lr"] = c.lr * learning_rate(t)
+        scale = w_noise * max(0.0, 1 - t / W_NOISE_UNTIL) ** 2
         if scale:
             noise = scale * torch.stack([torch.randn(w.shape[1:], generator=one) for one in randoms]).to(w)
         w_plus = codes(noise)
         images = g.synthesis(w_plus, maps or "const")
-        terms = {"mse": c.mse * (images - photos).square().mean((1, 2, 3))}
+        terms = {"mse": MSE * (images - photos).square().mean((1, 2, 3))}
         if distance:
             terms[distance.name] = c.perceptual * distance.between(_pool(images), _pool(photos))
         if c.w_centre:

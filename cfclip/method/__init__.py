@@ -2,7 +2,7 @@
 
 # ruff: noqa: F401 (what other modules import from here)
 from cfclip.method import losses
-from cfclip.method.config import CFCLIPConfig, MultiPromptConfig
+from cfclip.method.config import CFCLIPConfig
 from cfclip.method.loop import Callback, run_loop
 from cfclip.method.networks import FrozenNetworks
 from cfclip.method.objectives import CLIPNCE, ClipDistance, Directional

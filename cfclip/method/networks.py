@@ -90,7 +90,7 @@ class FrozenNetworks:
 
     @torch.no_grad()
     def sources(self, n: int, seed: int, perceptual: bool = False) -> Sources:
-        """The first ``n`` training codes of ``seed``, encoded once; with their ``perceptual`` features?"""
+        """The first ``n`` training codes of ``seed``, encoded once; ``perceptual``: with those features."""
         if (key := (n, seed, perceptual)) not in self._sources:
             every, clip, identity, judged = self.domain.latents(n, "train", seed), [], [], []
             judge = self.domain.perceptual if perceptual else None

@@ -64,8 +64,9 @@ def test_a_row_is_compared_with_the_first_at_equal_prompt_and_seed(table):
     both = pd.concat([table, table.assign(prompt="q", identity=table.identity + 10)])
     both.loc[both.row == "views: none", "identity"] = both.identity[both.row == "CF-CLIP"].to_numpy() + 1
     each = trainings(both)
-    line = tables.against_first(each, ("identity",)).set_index("method")["identity ↑"]
-    assert line.to_dict() == {"CF-CLIP": "7", "views: none": "8 (+1 ± 0)"}
+    lines = tables.against_first(each, ("identity",)).set_index("row")
+    assert lines["identity ↑"].to_dict() == {"CF-CLIP": "7", "views: none": "8 (+1 ± 0)"}
+    assert lines["it changes"].to_dict() == {"CF-CLIP": "", "views: none": "num_views 0"}
     both.loc[both.prompt == "q", "seed"] += 7  # no seed of both prompts: a mean of nothing
     assert ablation_figure(trainings(both[both.row == "CF-CLIP"])).axes
 

@@ -100,3 +100,8 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
 def test_pictures_are_rounded_and_clamped():
     image = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]).reshape(1, 1, 1, 5).expand(1, 3, 1, 5)
     assert to_uint8(image)[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
+
+
+def test_a_command_can_be_copied_and_its_remark_cannot():
+    assert report.quoted("cfclip sweep a.yaml (on a GPU)") == "`cfclip sweep a.yaml` (on a GPU)"
+    assert report.quoted("cfclip sweep a.yaml") == "`cfclip sweep a.yaml`"

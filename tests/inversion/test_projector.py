@@ -136,7 +136,7 @@ def test_the_learning_rate_is_the_projectors():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("space", "z"), ("steps", -1), ("steps", 1.5), ("mse", -1), ("ramp_up", 2)]
+    ("name", "value"), [("space", "z"), ("steps", -1), ("steps", 1.5), ("w_noise", -1), ("lr", -1)]
 )
 def test_wrong_settings_are_named(name, value):
     with pytest.raises(ValueError, match=f"{name} must be .* not {value!r}"):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.stats import mannwhitneyu
 from torch import Tensor, nn
 
 from cfclip.models.arcface import IRSE, FaceIdentity
@@ -97,7 +98,7 @@ def _features(facenet: FaceIdentity, faces: Sequence[Face]) -> Tensor:
 
 
 def _auc(same: np.ndarray, other: np.ndarray) -> float:
-    return float((same[:, None] > other[None]).mean() + 0.5 * (same[:, None] == other[None]).mean())
+    return mannwhitneyu(same, other).statistic / (len(same) * len(other))
 
 
 def verification(facenet: FaceIdentity, pairs: int = 1000, seed: int = 30_000) -> dict[str, float]:
