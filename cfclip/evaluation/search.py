@@ -97,18 +97,21 @@ def _is_number(value: Any) -> bool:
 
 
 def figure(tried: pd.DataFrame) -> Figure:
-    """The area of each of :func:`trials`, with its interval; chosen: red."""
+    """The mean of each of :func:`trials`, red if it was chosen, and the area of each prompt."""
     method = tried.trial.str.split(":").str[0]
+    prompts = [name for name in tried if name not in ("trial", "mean", "half", "edge", "chosen")]
     sizes = method.value_counts(sort=False)
     ratios = [count + 1.5 for count in sizes]
-    drawn, axes = panels(len(sizes), 1, (7.5, 0.19 * sum(ratios) + 0.5), sharex=True, height_ratios=ratios)
+    drawn, axes = panels(len(sizes), 1, (7.5, 0.19 * sum(ratios) + 0.8), sharex=True, height_ratios=ratios)
     for axis, name in zip(axes[:, 0], sizes.index, strict=True):
-        for line in tried[method == name].iloc[::-1].itertuples(index=False):
-            bar = {"xerr": 0 if np.isnan(line.half) else line.half, "capsize": 2, "markersize": 4}
-            setting = line.trial.removeprefix(f"{name}: ")
-            axis.errorbar(line.mean, setting, marker="o", color="C3" if line.chosen else "0.5", **bar)
+        rows = tried[method == name].iloc[::-1]
+        settings = rows.trial.str.removeprefix(f"{name}: ")
+        for k, prompt in enumerate(prompts):
+            axis.plot(rows[prompt], settings, "|", color=f"C{k}", markersize=7, label=prompt)
+        axis.scatter(rows["mean"], settings, 20, rows.chosen.map({True: "C3", False: "0.5"}), zorder=3)
         axis.set_title(name, fontsize=9, loc="left")
         axis.tick_params(labelsize=7)
         axis.margins(y=0.12)
     axes[-1, 0].set_xlabel(label("area").replace(" %", ""))
+    drawn.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return drawn

@@ -2,6 +2,7 @@
 
 import pandas as pd
 import pytest
+from matplotlib.colors import to_rgba
 
 from cfclip.evaluation import search
 
@@ -31,8 +32,12 @@ def test_the_best_trial_of_each_method_is_chosen():
     assert result["mean"].tolist() == pytest.approx([0.35, 0.4375, 0.175, 0.175, 0.2625])
     assert result["green lipstick"].tolist() == result["mean"].tolist()
     drawn = search.figure(result)
-    colours = [[line.get_color() for line in axis.lines if line.get_marker() == "o"] for axis in drawn.axes]
-    assert colours == [["0.5", "C3", "0.5"], ["C3", "0.5"]], "from below"
+    means = [axis.collections[0] for axis in drawn.axes]
+    values = [dots.get_offsets()[:, 0].tolist() for dots in means]
+    assert values == [pytest.approx([0.175, 0.4375, 0.35]), pytest.approx([0.2625, 0.175])]
+    red, grey = to_rgba("C3"), to_rgba("0.5")
+    colours = [[*map(tuple, dots.get_facecolors())] for dots in means]
+    assert colours == [[grey, red, grey], [red, grey]], "from below"
 
 
 def test_of_trials_that_are_equally_good_the_one_in_their_middle_is_chosen():
