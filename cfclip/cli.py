@@ -50,14 +50,13 @@ def toonfaces_train(
     seed: Annotated[int | None, typer.Option(help="default: the recipe's")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, …; the committed networks are of a GPU")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="checkpoints and logs, to resume from")] = None,
-    weights: Annotated[Path, typer.Option(help="where the trained file goes")] = DATA / "toonfaces",
 ) -> None:
-    """Train one network and store it with its card. Stop it at any time: the same command resumes it."""
+    """Train one network; store it and its card in data/ or $CFCLIP_DATA. The same command resumes it."""
     from cfclip.toonfaces.train import cards
 
     given = {key: value for key, value in {"seed": seed, "steps": steps}.items() if value is not None}
-    cards.train(name, out or Path("reports/runs/toonfaces") / name, weights, device, **given)
-    typer.echo(cards.write_card(name, weights))
+    cards.train(name, out or Path("reports/runs/toonfaces") / name, device=device, **given)
+    typer.echo(cards.write_card(name))
 
 
 @toonfaces.command("measure")

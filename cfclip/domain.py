@@ -5,6 +5,7 @@ import hashlib
 import warnings
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
@@ -120,6 +121,12 @@ def null_edit(prompt: str, source_text: str) -> str:
     if prompt.lower().split() != source_text.lower().split():
         return ""
     return f"nothing can move: the prompt {prompt!r} is the source text; ask for something else"
+
+
+@lru_cache(maxsize=8)
+def _digest(path: Path, changed: int) -> str:
+    """12 digits for a file that may have gigabytes and is asked for at every training."""
+    return sha256(path)[:12]
 
 
 def fingerprint(network: nn.Module) -> str:
@@ -251,7 +258,7 @@ class Domain:
         networks |= {f"guide{i}": guide for i, guide in enumerate(self.more_guides, 2)}
         found = {name: fingerprint(network) for name, network in networks.items() if network is not None}
         if codes := self.latent_files.get("train"):
-            found["latents"] = sha256(codes)[:12]
+            found["latents"] = _digest(codes, codes.stat().st_mtime_ns)
         return found
 
     def group_of(self, prompt: str) -> str:

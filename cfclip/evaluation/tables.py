@@ -70,9 +70,12 @@ def trainings(table: pd.DataFrame, group_of: Callable[[str], str], by: str = "me
 
     Means are over the faces that have the part that the prompt asks for; a training without any is left
     out. The mean over all faces where the prompt asks for none, as in a null edit. ``by="row"`` takes the
-    rows of the ablation as methods. ``group_of`` is the domain's. Raises ValueError if two runs of one
+    rows of the ablation as methods; if "CF-CLIP" is not among them, the runs of cfclip with the same prompts
+    and seeds are that row. ``group_of`` is the domain's. Raises ValueError if two runs of one
     training differ in other settings, or if a face is there twice: the mean would be meaningless.
     """
+    if by == "row" and by in table:
+        table = _with_first_row(table)
     table = table[table[by].notna()] if by in table else table.iloc[:0]
     group = table.prompt.map(group_of) if len(table) else None
     if "success_after" in table and len(table):
@@ -94,6 +97,14 @@ def trainings(table: pd.DataFrame, group_of: Callable[[str], str], by: str = "me
         method, prompt, seed, strength = twice[["method", "prompt", "seed", "strength"]].iloc[0]
         raise ValueError(f"{method}, {prompt}, {seed} has two rows of one face at strength {strength:g}")
     return table.groupby(KEYS, observed=True)[names].mean().reset_index()
+
+
+def _with_first_row(table: pd.DataFrame) -> pd.DataFrame:
+    if "method" not in table or "CF-CLIP" in {*table.row}:
+        return table
+    trained = pd.MultiIndex.from_frame(table[["prompt", "seed"]])
+    beside = trained.isin(trained[table.row.notna()]) & (table.method == "cfclip")
+    return table.assign(row=table.row.mask(beside, "CF-CLIP"))
 
 
 def over_seeds(each: pd.DataFrame, by: Sequence[str] = ("group", "method")) -> pd.DataFrame:

@@ -340,6 +340,14 @@ def test_ablation_rows_are_kept_apart_from_methods():
     assert judged.why["the text mapper contributes"] == "no runs of no text mapper"
     seconds = [{"run": run, "seconds": 2.0} for run in table.run.unique()]
     assert tables.budget(table, seconds).method.tolist() == ["ablation", "cfclip"]
+    # without a row CF-CLIP the method's runs with the same prompts and seeds are it
+    beside = table[table.get("row") != "CF-CLIP"]
+    beside = pd.concat([beside, pd.DataFrame(rows("cfclip", "purple eyebrows", (0.8, 0.9), (0.9, 0.9)))])
+    beside = beside[(beside.prompt != "purple eyebrows") | (beside.seed < 2)]
+    ablated = tables.trainings(beside, group_of, by="row")
+    assert list(ablated.method) == ["CF-CLIP"] * 2 + ["negatives: none"] * 2
+    assert set(ablated.prompt) == {"purple eyebrows"}, "cfclip's green lipstick has no rows beside it"
+    assert ablated.success_after.tolist() == pytest.approx([0.8, 0.9, 0.2, 0.2])
 
 
 @pytest.mark.parametrize(
