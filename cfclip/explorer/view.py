@@ -287,7 +287,9 @@ class View(ipw.VBox):
             self.label.value = e.domain.label or 0
             is_box = isinstance(recipe.region, tuple)
             parts = ((part.replace("_", " "), part) for part in e.parts)
-            self.region.options = [("everything", ""), *parts, ("a box", "box")]
+            regions = (("everything", ""), *parts, ("a box", "box"))
+            if self.region.options != regions:  # to set them again would move the choice for a moment
+                self.region.options = regions
             self.region.value = "box" if is_box else recipe.region if recipe.region in e.parts else ""
             self.across.disabled = self.down.disabled = not is_box
             if is_box:
