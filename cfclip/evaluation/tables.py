@@ -225,8 +225,11 @@ def against_first(best: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     first, *others = best.method.cat.remove_unused_categories().cat.categories
     names, lines = [name for name in names if name in columns_of(best)], []
     for method in (first, *others):
-        changed = ", ".join(f"{name} {value}" for name, value in ROWS.get(method, {}).items())
-        line = {"row": method, "it changes": changed}
+        changed = (
+            f"{name} {' '.join(value) if isinstance(value, tuple) else value}"
+            for name, value in ROWS.get(method, {}).items()
+        )
+        line = {"row": method, "it changes": ", ".join(changed)}
         for name in names:
             scale = 100 if name in PERCENT else 1
             line[label(name)] = plus_minus(best.loc[best.method == method, name].mean(), np.nan, scale)
