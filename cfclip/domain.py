@@ -157,7 +157,7 @@ def warn_null_edit(domain: "Domain", config: Any) -> None:
         warnings.warn(words[0], stacklevel=3)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # so that it can be a key, equal only to itself
 class Domain:
     """Frozen networks and the words that go with them."""
 

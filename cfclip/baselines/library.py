@@ -18,7 +18,7 @@ from cfclip.domain import Domain
 from cfclip.files import DATA
 from cfclip.models.mapper import Mapper
 from cfclip.models.stylegan2 import Generator
-from cfclip.settings import number
+from cfclip.settings import Settings, number
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Trained:
         return self.training.get("seed", 0)
 
     def open(self, domain: Domain) -> Editor:
-        """The editor; the last 16 files stay open. WeightsError for another domain or an unknown method."""
+        """The editor; the last 16 stay open. WeightsError for another domain or an unknown method."""
         if self.domain not in ("", domain.name):
             wrong = f"domain {self.domain}, not {domain.name}"
             raise WeightsError(f"{self.path} was made for {wrong}: load that domain")
@@ -52,10 +52,16 @@ class Trained:
             raise WeightsError(f"{self.path} does not say {unknown}: fit it again")
         given = {k: v for k, v in self.training.items() if k not in ("prompt", *known.fixed)}
         config = configure(self.method, self.prompt, **given)
-        module = _open_module(self.path, self.path.stat().st_mtime, self.method, domain.generator)
-        editor = known.editor(self.method, domain, config, module)
-        editor.path = self.path
-        return editor
+        return _open(self.path, self.path.stat().st_mtime, self.method, config, domain)
+
+
+@lru_cache(maxsize=16)
+def _open(path: Path, modified: float, method: str, config: Settings, domain: Domain) -> Editor:
+    """One that optimises each picture keeps what it found, so the editor is kept, not its module alone."""
+    module = _open_module(path, modified, method, domain.generator)
+    editor = METHODS[method].editor(method, domain, config, module)
+    editor.path = path
+    return editor
 
 
 @lru_cache(maxsize=16)

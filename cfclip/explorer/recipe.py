@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,12 @@ def a_region(value: Any) -> str | None:
     return None if fine else f"the name of a part, or a box ({box})"
 
 
+@lru_cache(maxsize=16)
+def _of_class(domain: Domain, label: int) -> Domain:
+    """The same one each time: what is open stays open."""
+    return dataclasses.replace(domain, label=label)
+
+
 @dataclass(frozen=True)
 class Recipe(Settings):
     """Everything that defines an edit. ValueError says which value cannot work."""
@@ -119,7 +126,7 @@ class Recipe(Settings):
         """``domain`` with the recipe's class. ValueError if it has no such class."""
         if self.label in (None, domain.label):
             return domain
-        return dataclasses.replace(domain, label=self.label)
+        return _of_class(domain, self.label)
 
     def to_json(self) -> str:
         given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}

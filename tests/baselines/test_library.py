@@ -56,7 +56,7 @@ def test_a_damaged_file_is_named_or_skipped(tmp_path):
 def test_an_opened_editor_is_kept_until_its_file_changes(domain, tmp_path):
     quick("nada", domain, tmp_path)
     first = load_editor(tmp_path, domain)
-    assert load_editor(tmp_path, domain).module is first.module
+    assert load_editor(tmp_path, domain) is first and load_editor(tmp_path, domain).module is first.module
     other = dataclasses.replace(domain, source_text="a cat")
     again = load_editor(tmp_path, other)
     assert again.module is first.module and again.domain is other and first.domain is domain
