@@ -2,7 +2,7 @@
 
 import html
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -64,6 +64,13 @@ def _button(text: str, icon: str, call: Callable[[], Any], tip: str = "") -> ipw
     button = ipw.Button(description=text, icon=icon, tooltip=tip, layout=Layout(width="auto"))
     button.on_click(lambda _: call())
     return button
+
+
+def _offer(choice: ipw.Dropdown, options: Iterable[Any], chosen: Any) -> None:
+    """Show ``chosen`` of ``options``; setting equal ones again would move the choice for a moment."""
+    if choice.options != (options := tuple(options)):
+        choice.options = options
+    choice.value = chosen
 
 
 def _box(kind: str, text: str, role: str = "status") -> str:
@@ -277,20 +284,16 @@ class View(ipw.VBox):
                 mappers.append(("each prompt its own", recipe.mapper))
             elif recipe.mapper and recipe.mapper not in e.mappers:
                 mappers.append((recipe.mapper, recipe.mapper))
-            if self.mapper.options != tuple(mappers):
-                self.mapper.options = mappers
-            self.mapper.value = recipe.mapper
-            self.domain.options, self.domain.value = e.domains, recipe.domain
+            _offer(self.mapper, mappers, recipe.mapper)
+            _offer(self.domain, e.domains, recipe.domain)
             self.stage.align = is_aligned(e.domain) and not finds_points(e.domain)
             self.label.layout.display = "" if e.classes else "none"
             self.label.max = max(0, e.classes - 1)
             self.label.value = e.domain.label or 0
             is_box = isinstance(recipe.region, tuple)
             parts = ((part.replace("_", " "), part) for part in e.parts)
-            regions = (("everything", ""), *parts, ("a box", "box"))
-            if self.region.options != regions:  # to set them again would move the choice for a moment
-                self.region.options = regions
-            self.region.value = "box" if is_box else recipe.region if recipe.region in e.parts else ""
+            region = "box" if is_box else recipe.region if recipe.region in e.parts else ""
+            _offer(self.region, [("everything", ""), *parts, ("a box", "box")], region)
             self.across.disabled = self.down.disabled = not is_box
             if is_box:
                 left, top, right, bottom = recipe.region
