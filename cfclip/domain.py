@@ -26,8 +26,7 @@ from cfclip.models.stylegan2 import Generator, max_batch
 
 Claim = tuple[str, str]
 """What a prompt asks for: (part, colour), e.g. ("lipstick", "green")."""
-COUNTERFACTUAL = ("counterfactual", "counterfactual, held out from CLIP")
-GROUPS = (*COUNTERFACTUAL, "in the domain", "null edit", "other")
+GROUPS = ("counterfactual", "counterfactual, held out from CLIP", "in the domain", "null edit", "other")
 """Kinds of edit. A null edit asks for the source text; "other" does not name the colour of a part."""
 
 

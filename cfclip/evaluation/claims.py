@@ -9,7 +9,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from cfclip.baselines.methods import METHODS
-from cfclip.domain import COUNTERFACTUAL
+from cfclip.domain import GROUPS
 from cfclip.evaluation.figures import panels
 from cfclip.evaluation.stats import Crossed, complete, crossed, holm, plan, plus_minus, power
 from cfclip.evaluation.tables import differences
@@ -17,16 +17,19 @@ from cfclip.evaluation.tables import differences
 HOLDS, FAILS, EQUAL = "holds", "does not hold", "no difference"
 UNDECIDED, UNTESTED = "undecided", "cannot be tested here"
 COLOURS = {HOLDS: "C2", FAILS: "C3", EQUAL: "C0", UNDECIDED: "0.5"}
+COUNTERFACTUAL, UNSEEN = GROUPS[:2]
 MATTERS = 0.1
 """A difference of the area that matters: ten points."""
 RULE = (
     "Rule: the number of a claim is the difference of the area under success over identity, in points, "
-    "between two methods at the same counterfactual prompt and the same seed. Prompts and seeds are both "
-    "samples (two-way random effects model); the interval of the mean difference is 95 %. A claim holds, or "
-    "does not hold, if its p-value, adjusted by Holm for all claims, is below 0.05; else there is no "
-    f"difference if all of the interval is within ± {100 * MATTERS:g} points; else it is undecided. Where "
-    "there is nothing to compare, it cannot be tested here. clean: the same difference of clean success at "
-    "each training's best strength, which says what the area does not, the leakage; no verdict is made of it."
+    "between two methods at the same seed and the same counterfactual prompt of words that CLIP has seen "
+    "together. Prompts and seeds are both samples (two-way random effects model); the interval of the mean "
+    "difference is 95 %. A claim holds, or does not hold, if its p-value, adjusted by Holm for all claims, "
+    "is below 0.05; else there is no difference if all of the interval is within "
+    f"± {100 * MATTERS:g} points; else it is undecided. Where there is nothing to compare, it cannot be "
+    "tested here. No verdict is made of the other two differences: clean, that of clean success at each "
+    "training's best strength, says what the area does not, the leakage; unseen, that of the area with words "
+    "that CLIP never saw together, depends on what CLIP makes of them."
 )
 
 
@@ -50,18 +53,18 @@ CLAIMS = (
 """At most a dozen, so that Holm's price stays low."""
 
 
-COLUMNS = ["claim", "verdict", "why", "difference", "half", "clean", "p", "power"]
+COLUMNS = ["claim", "verdict", "why", "difference", "half", "clean", "unseen", "p", "power"]
 
 
 def judge(best: pd.DataFrame) -> pd.DataFrame:
     """:data:`CLAIMS` by :data:`RULE`, one line each.
 
     best: :func:`.tables.headline` of the methods and of the ablation's rows. Columns: ``claim``, ``verdict``,
-    ``why``, ``difference`` and its ``half`` (as shares: 0.1 is ten points), ``clean``, ``p`` (adjusted),
-    ``power``: the chance that this many prompts and seeds would have found ten points, by the spread that was
-    found.
+    ``why``, ``difference`` and its ``half`` (as shares: 0.1 is ten points), ``clean``, ``unseen``, ``p``
+    (adjusted), ``power``: the chance that this many prompts and seeds would have found ten points, by the
+    spread that was found.
     """
-    best = best[best.group.isin(COUNTERFACTUAL)]
+    unseen, best = best[best.group == UNSEEN], best[best.group == COUNTERFACTUAL]
     tables = [differences(best, one.ours, one.other) for one in CLAIMS]
     found = [crossed(table) if table.size else None for table in tables]
     adjusted = holm([one.p if one else np.nan for one in found])
@@ -74,8 +77,8 @@ def judge(best: pd.DataFrame) -> pd.DataFrame:
             rows.append({"claim": claim.says, "verdict": UNTESTED, "why": why})
             continue
         row = {"claim": claim.says, "verdict": verdict(one, p), "why": _why(best, claim, one, table)}
-        beside = differences(best, claim.ours, claim.other, "clean")
-        row["clean"] = _points(crossed(beside)) if beside.size else ""
+        row["clean"] = _beside(differences(best, claim.ours, claim.other, "clean"))
+        row["unseen"] = _beside(differences(unseen, claim.ours, claim.other))
         level = 0.05 / sum(each is not None for each in found)
         chance = np.nan if np.isnan(one.error) else power(one.spread, one.prompts, one.seeds, MATTERS, level)
         rows.append(row | {"difference": one.mean, "half": one.half, "p": p, "power": chance})
@@ -99,6 +102,10 @@ def _why(best: pd.DataFrame, claim: Claim, found: Crossed, table: pd.DataFrame) 
     return f"{ours:.1f} against {other:.1f}: {_points(found)} points; {ahead}, {_number(found.seeds, 'seed')}"
 
 
+def _beside(table: pd.DataFrame) -> str:
+    return _points(crossed(table)) if table.size else ""
+
+
 def _points(found: Crossed) -> str:
     return plus_minus(found.mean, found.half, 100, "+.3g")
 
@@ -113,7 +120,7 @@ def planned(best: pd.DataFrame) -> pd.DataFrame:
     :func:`.stats.plan` with the spread of each claim's differences; the widest one decides. Raises
     ValueError if the pilot has no claim with two prompts and two seeds.
     """
-    tables = (differences(best[best.group.isin(COUNTERFACTUAL)], one.ours, one.other) for one in CLAIMS)
+    tables = (differences(best[best.group == COUNTERFACTUAL], one.ours, one.other) for one in CLAIMS)
     found = [crossed(table) for table in tables if table.size]
     spreads = [one.spread for one in found if not np.isnan(one.error)]
     if not spreads:

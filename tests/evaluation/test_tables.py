@@ -323,6 +323,14 @@ def test_pairs_are_of_the_same_prompt_and_seed():
     assert "ahead on 2 of 2 prompts" in line.why
 
 
+def test_words_that_clip_never_saw_together_are_beside_the_verdict():
+    seen = [rows("cfclip", success=(0.5,) * 3), rows("nada", success=(0.5,) * 3)]
+    unseen = [rows("cfclip", "cyan hair", (0.9,) * 3), rows("nada", "cyan hair", (0.1,) * 3)]
+    line = verdict_of(tables.headline(each_of(*seen, *unseen)))
+    assert line.difference == 0 and "ahead on 0 of 1 prompt," in line.why and line.unseen == "+70"
+    assert verdict_of(tables.headline(each_of(*seen))).unseen == ""
+
+
 def test_ablation_rows_are_kept_apart_from_methods():
     ablated = rows("CF-CLIP", "purple eyebrows", (0.8, 0.9, 0.8))
     ablated = rows("negatives: none", "purple eyebrows", (0.2, 0.2, 0.3)) + ablated
