@@ -15,8 +15,8 @@ from torch import Tensor
 
 from cfclip.evaluation.figures import panels
 from cfclip.method.loop import Callback, generator_for, run_loop
-from cfclip.method.losses import Directions, identity_loss, latent_l2, perceptual_loss
-from cfclip.method.trainer import MapperTrainer
+from cfclip.method.losses import Directions
+from cfclip.method.trainer import Edit, MapperTrainer, Seen
 from cfclip.models.mapper import Mapper, level_slices
 
 COLOURS = {"q": "C0", "p1": "C3", "p2": "C2", "n_k": "0.6"}
@@ -119,13 +119,11 @@ def pulls(run: MapperTrainer, mapper: Mapper, w: Tensor, num_views: int) -> Pull
     w_edited = w_edited.requires_grad_()
     edited = networks.synthesise(w_edited)
     views = networks.clip(edited, num_views, generator_for(c.seed, 0))
-    terms = {c.objective.name: run.pull(run.features(0, views, source_clip, source_clip[:1]))}
-    if c.lambda_id:
-        terms["id"] = identity_loss(run.domain.identity, edited, source)
-    if c.lambda_perc:
-        judged = map(run.domain.perceptual, (edited, source))
-        terms["perc"] = perceptual_loss(*judged, c.perc_limit)
-    terms["l2"] = latent_l2(w_edited, w)
+    judges = (c.lambda_id, run.domain.identity), (c.lambda_perc, run.domain.perceptual)
+    seen = Seen(views, *((judge(edited), judge(source)) if weight else () for weight, judge in judges))
+    pull = run.pull(run.features(0, views, source_clip, source_clip[:1]))
+    terms = run.weighted(pull, Edit(w, w_edited, w_edited), seen)
+    del terms["loss"]
     terms = {TITLES.get(name, name): term for name, term in c.weighted(terms).items()}
     on_picture, on_code = {}, {}
     for name, term in terms.items():
