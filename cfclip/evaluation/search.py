@@ -34,7 +34,8 @@ def trials(table: pd.DataFrame, group_of: Callable[[str], str]) -> pd.DataFrame:
     varied = {method: _varied(settings) for method, settings in tried.items()}
 
     def name_of(method: str, settings: Mapping[str, Any]) -> str:
-        return f"{method}: " + ", ".join(f"{name} {settings.get(name)}" for name in varied[method])
+        given = [f"{name} {settings[name]}" for name in varied[method] if name in settings]
+        return f"{method}: {', '.join(given)}"
 
     named = table.assign(trial=[*map(name_of, table.method, table.settings)])
     best = headline(trainings(named, group_of, by="trial")).astype({"method": str})
