@@ -435,7 +435,8 @@ def test_names_in_the_papers_sweep_tell_its_runs_apart():
     sizes = (
         pd.DataFrame(trials).groupby("method").settings.agg(lambda given: len({str(one) for one in given}))
     )
-    assert sizes.to_dict() == dict.fromkeys(METHODS, 9), "the same number of trials for every method"
+    assert {*sizes.index} == {*METHODS} and sizes.min() == 9, "the same number of trials for every method"
+    assert sizes.max() - sizes.min() <= 2, "but for one or two where the best one was at an edge"
 
 
 SWEEP = """
