@@ -26,7 +26,9 @@ from cfclip.models.stylegan2 import Generator, max_batch
 
 Claim = tuple[str, str]
 """What a prompt asks for: (part, colour), e.g. ("lipstick", "green")."""
-GROUPS = ("counterfactual", "counterfactual, held out from CLIP", "in the domain", "null edit", "other")
+COUNTERFACTUAL, HELD_OUT_FROM_CLIP = "counterfactual", "counterfactual, held out from CLIP"
+IN_THE_DOMAIN, NULL_EDIT, OTHER = "in the domain", "null edit", "other"
+GROUPS = (COUNTERFACTUAL, HELD_OUT_FROM_CLIP, IN_THE_DOMAIN, NULL_EDIT, OTHER)
 """Kinds of edit. A null edit asks for the source text; "other" does not name the colour of a part."""
 
 
@@ -263,9 +265,9 @@ class Domain:
     def group_of(self, prompt: str) -> str:
         """One of :data:`GROUPS`: what kind of edit ``prompt`` asks for."""
         if prompt == self.source_text:
-            return "null edit"
+            return NULL_EDIT
         claim = self.truth and self.truth.claim(prompt)
-        return "other" if claim is None else self.truth.group(claim)
+        return OTHER if claim is None else self.truth.group(claim)
 
     def distance(self) -> PerceptualDistance | None:
         """LPIPS (AlexNet) if its weights are here, else the same formula on the ground truth's features.

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cfclip.method.losses import clip_nce, identity_loss_from_features, latent_l2
+from cfclip.method.losses import clip_nce, identity_loss, latent_l2
 from cfclip.method.trainer import MapperTrainer
 from cfclip.method.views import perspective_views
 from cfclip.models.clip import TEMPLATES
@@ -187,7 +187,7 @@ class Published:
             nce = clip_nce(views, source, target_text, source_text, c.objective.temperature)
             l2 = latent_l2(w_edited, w)
             source_id = d.identity(picture).detach() if on.sources else self.sources.identity[index]
-            same = identity_loss_from_features(d.identity(edited), source_id)
+            same = identity_loss(d.identity(edited), source_id)
             loss = c.lambda_nce * nce + c.lambda_l2 * l2 + c.lambda_id * same
             run.optimizer.zero_grad()
             loss.backward()

@@ -9,7 +9,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from cfclip.baselines.methods import METHODS
-from cfclip.domain import GROUPS
+from cfclip.domain import COUNTERFACTUAL, HELD_OUT_FROM_CLIP
 from cfclip.evaluation.figures import panels
 from cfclip.evaluation.stats import Crossed, complete, crossed, holm, plan, plus_minus, power
 from cfclip.evaluation.tables import differences
@@ -17,7 +17,6 @@ from cfclip.evaluation.tables import differences
 HOLDS, FAILS, EQUAL = "holds", "does not hold", "no difference"
 UNDECIDED, UNTESTED = "undecided", "cannot be tested here"
 COLOURS = {HOLDS: "C2", FAILS: "C3", EQUAL: "C0", UNDECIDED: "0.5"}
-COUNTERFACTUAL, UNSEEN = GROUPS[:2]
 MATTERS = 0.1
 """A difference of the area that matters: ten points."""
 RULE = (
@@ -64,7 +63,7 @@ def judge(best: pd.DataFrame) -> pd.DataFrame:
     (adjusted), ``power``: the chance that this many prompts and seeds would have found ten points, by the
     spread that was found.
     """
-    unseen, best = best[best.group == UNSEEN], best[best.group == COUNTERFACTUAL]
+    unseen, best = best[best.group == HELD_OUT_FROM_CLIP], best[best.group == COUNTERFACTUAL]
     tables = [differences(best, one.ours, one.other) for one in CLAIMS]
     found = [crossed(table) if table.size else None for table in tables]
     adjusted = holm([one.p if one else np.nan for one in found])

@@ -3,7 +3,7 @@
 All embeddings are unit vectors. N rows, E wide; T prompt templates.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -156,20 +156,8 @@ def latent_l2(w_edited: Tensor, w: Tensor) -> Tensor:
     return F.mse_loss(w_edited, w)
 
 
-def identity_loss(
-    facenet: Callable[[Tensor], Tensor], edited_images: Tensor, source_images: Tensor
-) -> Tensor:
-    """``1 - mean cos(R(x'), R(x))``.
-
-    facenet: images [N, 3, H, W] in [-1, 1] -> unit features [N, D].
-    """
-    with torch.no_grad():
-        source = facenet(source_images)
-    return identity_loss_from_features(facenet(edited_images), source)
-
-
-def identity_loss_from_features(edited: Tensor, source: Tensor) -> Tensor:
-    """:func:`identity_loss` from unit features [N, D], for sources that were encoded before."""
+def identity_loss(edited: Tensor, source: Tensor) -> Tensor:
+    """``1 - mean cos(R(x'), R(x))`` from the unit features [N, D] that the identity network R gives."""
     return 1 - (edited * source).sum(1).mean()
 
 

@@ -20,7 +20,7 @@ from cfclip.checkpoints.mappers import save_mapper
 from cfclip.domain import Domain, asked, fingerprint, warn_null_edit
 from cfclip.method.config import TrainingConfig, flat
 from cfclip.method.loop import Loop, begin_run, described, drive, learning_rate, looped
-from cfclip.method.losses import identity_loss_from_features, latent_l2, perceptual_loss
+from cfclip.method.losses import identity_loss, latent_l2, perceptual_loss
 from cfclip.method.networks import FrozenNetworks, Sources, check_networks
 from cfclip.method.objectives import Features
 from cfclip.method.views import draw_perspectives
@@ -329,7 +329,7 @@ class MapperTrainer:
         if self.free is not None:
             terms["silence"] = latent_l2(edit.mapped, edit.free)
         if c.lambda_id:
-            terms["id"] = identity_loss_from_features(*seen.identity)
+            terms["id"] = identity_loss(*seen.identity)
         if c.lambda_perc:
             terms["perc"] = perceptual_loss(*seen.perceptual, c.perc_limit)
         return {"loss": sum(c.weighted(terms).values())} | terms

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cfclip.domain import GROUPS, Claim, Clause
+from cfclip.domain import COUNTERFACTUAL, HELD_OUT_FROM_CLIP, IN_THE_DOMAIN, Claim, Clause
 from cfclip.domain import Measurement as Seen
 from cfclip.toonfaces.captions import Fact, claim_of, claims_of, phrase
 from cfclip.toonfaces.factors import HAIR_STYLES, HELD_OUT, NATURAL, PARTS, Face, colours, sample_face
@@ -18,7 +18,6 @@ from cfclip.toonfaces.render import MASKS, pictures, render
 
 # the seeds of faces that no network was trained on start with these numbers
 NATURAL_FACES, PHOTOS, COUNTERFACTUALS = 40_000, 70_000, 80_000
-COUNTERFACTUAL, HELD_OUT_FROM_CLIP, IN_THE_DOMAIN = GROUPS[:3]
 
 BETWEEN_CLAUSES = re.compile(r"\s*(?:[,;+]|\band\b|\bwith\b)\s*", re.IGNORECASE)
 

@@ -221,7 +221,7 @@ def test_identity(size, facenet):
     with torch.no_grad():
         assert rel(facenet(source), o[f"{size}_feat_y"]) < 1e-5
         assert rel(facenet(edited), o[f"{size}_feat_yhat"]) < 1e-5
-    loss = identity_loss(facenet, edited, source)
+    loss = identity_loss(facenet(edited), facenet(source))
     loss.backward()
     assert abs(loss.item() - o[f"{size}_loss"].item()) < 1e-6
     assert rel(edited.grad.flatten(1).norm(dim=1), o[f"{size}_grad_yhat_norm"]) < 1e-4
@@ -282,7 +282,7 @@ def check_step(o, s, mapper, generator, facenet, clip, text, optimizer=None):
         source = normalize(clip.encode_image(x), dim=-1)
     edited = normalize(clip.encode_image(views), dim=-1)
     losses = {
-        "id": identity_loss(facenet, x_hat, x),
+        "id": identity_loss(facenet(x_hat), facenet(x)),
         "l2_latent": latent_l2(w_hat, w),
         "nce": clip_nce(edited, source, text["tgt"], text["src"]),
     }

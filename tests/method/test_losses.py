@@ -68,8 +68,8 @@ def test_unknown_variants_are_refused(wrong):
 def test_identity_and_latent_losses():
     net = lambda x: F.normalize(x.flatten(1), dim=1)  # noqa: E731
     a = torch.randn(2, 3, 4, 4)
-    assert identity_loss(net, a, a).item() == pytest.approx(0, abs=1e-6)
-    assert identity_loss(net, -a, a).item() == pytest.approx(2, abs=1e-6)
+    assert identity_loss(net(a), net(a)).item() == pytest.approx(0, abs=1e-6)
+    assert identity_loss(net(-a), net(a)).item() == pytest.approx(2, abs=1e-6)
     assert latent_l2(torch.ones(2, 3), torch.zeros(2, 3)).item() == 1
 
 
