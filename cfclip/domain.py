@@ -33,7 +33,7 @@ GROUPS = (COUNTERFACTUAL, HELD_OUT_FROM_CLIP, IN_THE_DOMAIN, NULL_EDIT, OTHER)
 
 
 class Clause(NamedTuple):
-    """A part of a prompt, and which of the two it asks for; neither where that is not known."""
+    """A part of a prompt, and whether it asks for colours or shapes. Both are False if that is not known."""
 
     text: str
     colours: bool
@@ -48,23 +48,23 @@ class Measurement(Protocol):
     lab: np.ndarray  # CIELAB (D65) of each part [N, P, 3], NaN where the part is too small to measure
 
     def __getitem__(self, rows: slice) -> "Measurement":
-        """What was measured in some of the pictures."""
+        """The measurements of the pictures ``rows``."""
 
     def colour(self, part: str) -> list[str | None]:
         """The name of the nearest colour of ``part`` in each picture; None where the part is not visible."""
 
     def has(self, part: str) -> np.ndarray:
-        """bool [N]: whether there is such a ``part`` at all, one whose colour a prompt can name."""
+        """bool [N]: whether the picture has ``part``, which must be one whose colour a prompt can name."""
 
     def distance(self, part: str, colour: str) -> np.ndarray:
         """CIELAB distance [N] of ``part`` from its named ``colour``; NaN where the part is not visible."""
 
 
 class GroundTruth(Protocol):
-    """What a world that can be rendered can answer. A domain of real photos has None in its place."""
+    """What is known of a world because it can be rendered. A domain of real photos has None instead."""
 
-    parts: tuple[str, ...]  # what a picture is segmented into; P of them
-    regions: tuple[str, ...]  # those that an edit can be restricted to
+    parts: tuple[str, ...]  # the P parts into which a picture is segmented
+    regions: tuple[str, ...]  # the parts to which an edit can be restricted
     prompts: tuple[str, ...]  # a prompt for each colour of each part
 
     def claim(self, prompt: str) -> Claim | None:
@@ -77,16 +77,16 @@ class GroundTruth(Protocol):
         """Segment and measure pictures [N, 3, R, R] in [-1, 1]."""
 
     def claims(self, prompt: str) -> tuple[str, ...]:
-        """All that ``prompt`` says and that can be measured, each in its standard wording."""
+        """All measurable claims of ``prompt``, each in its standard wording."""
 
     def clauses(self, prompt: str) -> tuple[Clause, ...]:
-        """``prompt`` taken apart, at "and" for example, into clauses that together claim what it claims."""
+        """``prompt`` split into clauses, e.g. at "and". Together they claim the same as ``prompt``."""
 
     def done(self, prompt: str, before: Measurement, after: Measurement) -> dict[str, np.ndarray]:
-        """Each of :meth:`claims` -> 1 or 0 for each of N pictures.
+        """Each of :meth:`claims` -> [N], whether each picture fulfils the claim: 1, 0 or NaN.
 
-        A colour is NaN where the part was not there before, unless ``prompt`` asked for it and it is there
-        now; a shape is NaN where it was there already.
+        A colour is NaN where the part was not there before, unless ``prompt`` also asks for the part and the
+        part is there now. A shape is NaN where it was there before.
         """
 
     def masks(self, images: Tensor) -> Tensor:
@@ -96,29 +96,29 @@ class GroundTruth(Protocol):
         """Feature maps [N, C_l, h, w], fine to coarse, for perceptual distances and KID; differentiable."""
 
     def renders(self, n: int, claim: Claim | None = None) -> Tensor:
-        """``n`` natural faces [n, 3, R, R], always the same; with ``claim`` the same, recoloured."""
+        """``n`` natural faces [n, 3, R, R], the same in every call. With ``claim`` they are recoloured."""
 
     def counterfactuals(self, claim: Claim, n: int) -> tuple[Tensor, Tensor]:
-        """``n`` held-out faces that show the part, and the same recoloured: [n, 3, R, R] each."""
+        """``n`` held-out faces that show the part, and the same faces recoloured: [n, 3, R, R] each."""
 
     def photos(self, n: int, seed: int) -> Tensor:
         """``n`` held-out faces to invert [n, 3, R, R]."""
 
     def to(self, device: torch.device) -> "GroundTruth":
-        """The same on ``device``; the original stays where it is."""
+        """A copy of this ground truth on ``device``."""
 
 
 def asked(truth: GroundTruth, prompt: str, seen: Measurement) -> np.ndarray:
-    """bool [N]: where ``prompt`` asks for something: there is the part, or not yet the shape.
+    """bool [N]: pictures in which ``prompt`` asks for a change: the part is there, or the shape is missing.
 
-    All of them if nothing that it says can be measured.
+    One such claim of ``prompt`` is enough. All pictures count if nothing in ``prompt`` can be measured.
     """
     done = [*truth.done(prompt, seen, seen).values()]
     return ~np.isnan(done).all(0) if done else np.ones(len(seen.area), bool)
 
 
 def null_edit(prompt: str, source_text: str) -> str:
-    """A sentence that says so if ``prompt`` asks for what the pictures show already, else ""."""
+    """A sentence that says that ``prompt`` asks for no change, if it is the source text; otherwise ""."""
     if prompt.lower().split() != source_text.lower().split():
         return ""
     return f"nothing can move: the prompt {prompt!r} is the source text; ask for something else"
@@ -126,14 +126,14 @@ def null_edit(prompt: str, source_text: str) -> str:
 
 @lru_cache(maxsize=8)
 def _digest(path: Path, changed: int) -> str:
-    """12 digits for a file that may have gigabytes and is asked for at every training."""
+    """12 digits of the file's sha256. Cached: the file may have gigabytes, and every training needs them."""
     return sha256(path)[:12]
 
 
 def fingerprint(network: nn.Module) -> str:
-    """12 digits for the values of all tensors of ``network``, on whatever device.
+    """12 digits that identify the names and values of all tensors of ``network``, the same on every device.
 
-    Kept until a tensor changes: torch counts its changes.
+    Cached until a tensor changes; torch counts the changes of each tensor.
     """
     tensors = network.state_dict()
     now = [(tensor.data_ptr(), tensor._version) for tensor in tensors.values()]
@@ -151,35 +151,35 @@ _FINGERPRINTS: MutableMapping[nn.Module, tuple[list[tuple[int, int]], str]] = We
 
 
 def warn_null_edit(domain: "Domain", config: Any) -> None:
-    """A warning if all prompts of ``config`` are the source text. Every method calls this as it starts."""
+    """Warn if all prompts of ``config`` are the source text. Every method calls this when it starts."""
     source_text = getattr(config, "source_text", None) or domain.source_text
     prompts = getattr(config, "prompts", None) or (config.prompt,)
     if all(words := [null_edit(prompt, source_text) for prompt in prompts]):
         warnings.warn(words[0], stacklevel=3)
 
 
-@dataclass(frozen=True, eq=False)  # so that it can be a key, equal only to itself
+@dataclass(frozen=True, eq=False)  # eq=False: hashable, and equal only to itself
 class Domain:
     """Frozen networks and the words that go with them."""
 
     name: str
     generator: Generator
     clip: ClipGuide  # the first guide; its text features condition mappers
-    identity: FaceIdentity | None  # None where nobody has trained one (dogs, cats)
+    identity: FaceIdentity | None  # None where no such network exists (dogs, cats)
     source_text: str  # what every picture of the domain shows
     prompts: tuple[str, ...]  # examples, counterfactual ones first
-    truth: GroundTruth | None = None  # the judge, where the world can be rendered
+    truth: GroundTruth | None = None  # the judge; None if the world cannot be rendered
     truncation: float = 1.0  # psi of the latents that are edited
     level_split: tuple[int, int] = PUBLISHED_SPLIT  # which layers are coarse, medium and fine
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    perceptual: nn.Module | None = None  # pictures -> what lambda_perc holds: VGG19's features, or the pixels
+    perceptual: nn.Module | None = None  # pictures -> what lambda_perc compares: VGG19's features, or pixels
     encoder: nn.Module | None = None  # photos -> W+, see cfclip.inversion.encode
-    more_guides: tuple[ClipGuide, ...] = ()  # of other makes, for trainings by several guides
+    more_guides: tuple[ClipGuide, ...] = ()  # other CLIPs, for trainings with several guides
     heldout_clip: ClipGuide | None = None  # judges edits; no training uses it
-    mapper: Mapper | None = None  # edits by any prompt at once
+    mapper: Mapper | None = None  # edits by any prompt, with no further training
     confidence: Mapping[str, Any] | None = None  # of the mapper, see cfclip.evaluation.confidence
-    latent_files: Mapping[str, Path] = field(default_factory=dict)  # split -> codes of photos; else sampled
-    label: int | None = None  # the class that is sampled, of a class-conditional generator
+    latent_files: Mapping[str, Path] = field(default_factory=dict)  # split -> photos' codes; others: sampled
+    label: int | None = None  # the class to sample, if the generator is class-conditional
 
     def __post_init__(self) -> None:
         if self.label is None:
@@ -189,26 +189,26 @@ class Domain:
 
     @property
     def described(self) -> dict[str, Any]:
-        """What tells runs in this domain apart from those in others."""
+        """What distinguishes runs in this domain from runs in other domains."""
         label = {} if self.label is None else {"label": self.label}
         return {"domain": self.name} | label | self.fingerprints
 
     @property
     def guides(self) -> tuple[ClipGuide, ...]:
-        """All CLIPs that an edit can be trained by."""
+        """All CLIPs that can guide an edit."""
         return (self.clip, *self.more_guides)
 
     def first_guides(self, count: int) -> tuple[ClipGuide, ...]:
-        """The guides of a training whose setting ``guides`` is ``count``. ValueError if there are fewer."""
+        """The first ``count`` guides; ``count`` is the setting ``guides``. ValueError if there are fewer."""
         if count > len(self.guides):
             raise ValueError(f"guides is {count}, but domain {self.name} has {len(self.guides)}: lower it")
         return self.guides[:count]
 
     def latents(self, n: int, split: str = "train", seed: int = 0) -> Tensor:
-        """``n`` codes w_plus [n, L, D] to edit, or as many as there are; the same for the same seed.
+        """``n`` codes w_plus [n, L, D] to edit, or all that the file has; the same for the same seed.
 
-        Raises WeightsError if the file is damaged or belongs to another generator, and ValueError if a
-        class-conditional generator has no class: see ``label``.
+        Raises WeightsError if the file is damaged or belongs to another generator, and ValueError if
+        ``split`` is unknown or a class-conditional generator has no class: see ``label``.
         """
         if split not in self.latent_files:
             return latents.sample(self.generator, n, split, seed, self.truncation)
@@ -219,17 +219,16 @@ class Domain:
     def edited(
         self, w: Tensor, prompt: str, mapper: nn.Module | None = None, strength: float | Tensor = 1.0
     ) -> Tensor:
-        """The codes ``w`` [N, L, D] edited by ``mapper``, else by the domain's own.
+        """The codes ``w`` [N, L, D] edited by ``mapper`` (default: the domain's own).
 
-        Of a mapper that reads words the moves of all clauses of ``prompt`` add up. A clause moves the layers
-        that its like moved in the training: colours the fine ones, shapes the coarse and medium ones.
-
-        strength: one number, or one a layer [L, 1].
+        If the mapper reads words and the domain has a ground truth, the changes for all clauses of ``prompt``
+        add up. As in training, a clause for colours changes the fine layers, and one for shapes the coarse
+        and medium layers; other clauses change all. strength: one number, or one per layer [L, 1].
         """
         mapper = self.mapper if mapper is None else mapper
         if not isinstance(mapper, WordMapper) or self.truth is None:
             return mapper.edit(w, mapper.read(self.clip, prompt), strength)
-        self.clip.tokenize(prompt)  # one that cannot be read is refused as a whole
+        self.clip.tokenize(prompt)  # an error should quote the whole prompt, not a clause
         fine, moves = mapper.config.split[1], torch.zeros_like(w)
         for clause in self.truth.clauses(prompt):
             moved = mapper.edit(w, mapper.read(self.clip, clause.text), strength) - w
@@ -254,7 +253,7 @@ class Domain:
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """name -> 12 digits of each thing whose change makes a training another one."""
+        """Name -> 12 digits, for each network and file that determines the result of a training."""
         networks = {name: getattr(self, name) for name in ("generator", "clip", "identity", "perceptual")}
         networks |= {f"guide{i}": guide for i, guide in enumerate(self.more_guides, 2)}
         found = {name: fingerprint(network) for name, network in networks.items() if network is not None}
@@ -270,7 +269,7 @@ class Domain:
         return OTHER if claim is None else self.truth.group(claim)
 
     def distance(self) -> PerceptualDistance | None:
-        """LPIPS (AlexNet) if its weights are here, else the same formula on the ground truth's features.
+        """LPIPS (AlexNet) if this machine has its weights, else its formula on the ground truth's features.
 
         None if there is neither.
         """
@@ -282,7 +281,7 @@ class Domain:
         return PerceptualDistance("lpips_readout", lambda a, b: feature_distance(features(a), features(b)))
 
     def to(self, device: str | torch.device) -> "Domain":
-        """The same domain on ``device``. Networks that have to move are copied; this domain stays."""
+        """This domain if it is on ``device``; otherwise a copy there, with copies of all networks."""
         device = torch.device(device)
         if device == self.device:
             return self

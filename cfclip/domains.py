@@ -1,4 +1,4 @@
-"""Domains by name. The only module that knows both the core and a world."""
+"""Domains by name. Only this module and the command line import both the core and a world, toonfaces."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -36,7 +36,7 @@ def load_ffhq(folder: Path = DOWNLOADS) -> Domain:
 
 
 def load_afhq(animal: str, prompts: tuple[str, ...], folder: Path = DOWNLOADS) -> Domain:
-    """The paper's dogs or cats: W codes at psi = 0.7, VGG19 instead of identity, the CLIPs of :func:`_clips`.
+    """The paper's dogs or cats: W codes at psi = 0.7, VGG19 for identity, the CLIPs of :func:`_clips`.
 
     Raises WeightsError.
     """
@@ -54,9 +54,9 @@ def load_afhq(animal: str, prompts: tuple[str, ...], folder: Path = DOWNLOADS) -
 
 
 def _clips(files: Mapping[str, Path]) -> dict[str, Any]:
-    """The guides and the judge: ViT-B/32 guides as published, and ViT-B/16 judges where its file is.
+    """The guides and the judge. ViT-B/32 is the guide, as published; ViT-B/16 judges if its file exists.
 
-    Where ViT-L/14's is too, it judges, and ViT-B/16 is a second guide for trainings that ask for two.
+    If the file of ViT-L/14 exists, ViT-L/14 judges, and ViT-B/16 is a second guide, used if ``guides`` is 2.
     """
     models = {"held-out clip": "ViT-B-16-quickgelu", "third clip": "ViT-L-14-quickgelu"}
     clips = [load_openai_clip(files[role], model) for role, model in models.items() if role in files]

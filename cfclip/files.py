@@ -17,12 +17,12 @@ from platformdirs import user_data_path
 
 PACKAGE = Path(__file__).resolve().parent
 INSTALLED = (PACKAGE / "data").is_dir()
-"""True in a wheel, which has the embedded domain inside the package; a source tree has it beside it."""
+"""True if installed from a wheel: the embedded domain is in the package. In a source tree it is beside it."""
 ROOT = Path.cwd() if INSTALLED else PACKAGE.parent
-"""Where notebooks and reports are: the source tree; of an installed package the folder it is used from."""
+"""Where notebooks and reports are: the source tree, or the current folder if the package is installed."""
 DATA = Path(os.environ.get("CFCLIP_DATA") or (PACKAGE if INSTALLED else ROOT) / "data")
-"""Where weights are; the environment variable CFCLIP_DATA moves it."""
-# not into an installed package: it may be read-only, and an update deletes what is in it
+"""Where weights are; the environment variable CFCLIP_DATA names another folder."""
+# not inside an installed package: it may be read-only, and an update deletes its files
 DOWNLOADS = (user_data_path("cfclip") if DATA == PACKAGE / "data" else DATA) / "downloads"
 NOTEBOOKS = ROOT / "notebooks"
 
@@ -32,9 +32,10 @@ class FolderInUse(ValueError):
 
 
 def atomic_write(path: str | os.PathLike, write: Callable[[Path], Any]) -> Path:
-    """``write(part)``, then ``part`` becomes ``path``: no reader, crash or power cut finds half a file.
+    """``write(part)``, then rename ``part`` to ``path``: no reader, crash or power cut finds half a file.
 
-    Its permissions are those of any new file. An OSError, e.g. of a full disk, names ``path``.
+    ``path`` gets the permissions of any new file. An OSError that names no file, e.g. because the disk is
+    full, is made to name ``path``.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,11 +45,11 @@ def atomic_write(path: str | os.PathLike, write: Callable[[Path], Any]) -> Path:
         part.touch()
         mode = part.stat().st_mode
         write(part)
-        if part.stat().st_mode != mode:  # safetensors lets nobody else read its files
+        if part.stat().st_mode != mode:  # safetensors makes its files unreadable for other users
             part.chmod(mode)
         _sync(part, os.O_RDWR)
         os.replace(part, path)
-        with suppress(OSError):  # not every system can do this to a folder
+        with suppress(OSError):  # not every system can sync a folder
             _sync(path.parent, os.O_RDONLY)
     except OSError as error:
         if error.errno is None or error.filename is not None:
@@ -69,27 +70,27 @@ def _sync(path: Path, flags: int) -> None:
 
 
 def write_text(path: str | os.PathLike, text: str) -> Path:
-    """UTF-8, atomically."""
+    """Write ``text`` as UTF-8, atomically."""
     return atomic_write(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: str | os.PathLike, value: Any) -> Path:
-    """Indented JSON, atomically."""
+    """Write ``value`` as indented JSON, atomically."""
     return write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_rows(path: str | os.PathLike, rows: Iterable[Mapping]) -> Path:
-    """JSON lines, atomically."""
+    """Write ``rows`` as JSON lines, atomically."""
     return write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_rows(path: str | os.PathLike) -> list[dict]:
-    """The rows of JSON lines. A last line that is cut off, as by a crash, is left out with a warning.
+    """The rows of a file of JSON lines. A last line that a crash cut off is left out, with a warning.
 
-    Raises ValueError that names another line that is damaged.
+    Raises ValueError if any other line is damaged; the message has the line's number.
     """
     rows = []
-    lines = Path(path).read_bytes().removesuffix(b"\n").split(b"\n")  # str.splitlines knows more line ends
+    lines = Path(path).read_bytes().removesuffix(b"\n").split(b"\n")  # str.splitlines splits elsewhere, too
     for number, line in enumerate(lines, 1):
         if not line.strip() and number == len(lines):
             continue
@@ -103,9 +104,9 @@ def read_rows(path: str | os.PathLike) -> list[dict]:
 
 
 def append_row(path: str | os.PathLike, row: Mapping) -> None:
-    """Add a line to JSON lines. It is there even if this process is killed next.
+    """Append ``row`` to a file of JSON lines. The line stays even if this process is killed right after.
 
-    A last line that a killed process left cut off is dropped first, with a warning: no row is glued to it.
+    If a killed process has left a cut-off last line, that line is dropped first, with a warning.
     """
     line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
     with Path(path).open("a+b") as file:
@@ -144,12 +145,12 @@ def sha256(path: Path) -> str:
 
 
 def write_csv(path: str | os.PathLike, table: Any) -> Path:
-    """A pandas table as CSV with six significant digits, atomically."""
+    """Write a pandas table as CSV with six significant digits, atomically."""
     return atomic_write(path, lambda part: table.to_csv(part, index=False, float_format="%.6g"))
 
 
 def writable(folder: str | os.PathLike) -> Path:
-    """``folder``, made if it is missing. PermissionError says how to mend one that cannot be written to."""
+    """``folder``, created if it is missing. PermissionError, with advice, if nothing can be written to it."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -182,5 +183,5 @@ def slug(text: str) -> str:
 
 
 def first_bytes(text: str, limit: int) -> str:
-    """As much of ``text`` as ``limit`` bytes hold, which is what file systems count."""
+    """The first characters of ``text`` that fit into ``limit`` bytes: file systems limit names in bytes."""
     return text.encode()[:limit].decode(errors="ignore")

@@ -19,5 +19,5 @@ def to_tensor(images: Sequence[np.ndarray] | np.ndarray) -> Tensor:
 
 
 def at_once(images: Tensor) -> int:
-    """How many of ``images`` [N, 3, R, R] a network sees in one call: a GPU gains from more of small ones."""
+    """How many of ``images`` [N, 3, R, R] a network gets per call: 64, or on a GPU more if small."""
     return max(64, 512 * 64**2 // images.shape[-1] ** 2) if images.is_cuda else 64

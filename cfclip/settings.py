@@ -1,4 +1,4 @@
-"""Settings of runs: frozen dataclasses in which each field has a default, a comment and one check.
+"""Settings of runs: frozen dataclasses in which each field has a comment, one check and usually a default.
 
 @dataclass(frozen=True)
 class Config(Settings):
@@ -10,13 +10,13 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 LARGEST = 1e30
-"""Of a number: torch computes with float32, which ends at 3.4e38, and multiplies the setting by others."""
+"""The largest number in a setting. torch multiplies it by others in float32, which ends at 3.4e38."""
 LARGEST_COUNT = 10**9
-"""Of a whole number, such as steps."""
+"""The largest whole number, such as steps, where a check names no other maximum."""
 LARGEST_BATCH = 2**16
-"""Of what is in memory at a time."""
+"""The largest number of pictures or codes in memory at a time."""
 Check = Callable[[Any], str | None]
-"""Returns what a value must be, e.g. "a whole number from 1", or None if it is that."""
+"""Returns what a value must be, e.g. "a whole number from 1", or None if the value is fine."""
 
 
 def setting(default: Any, check: Check) -> Any:
@@ -39,7 +39,7 @@ def int_at_least(minimum: int, optional: bool = False, maximum: int = LARGEST_CO
 def number(
     minimum: float = 0.0, maximum: float = LARGEST, above: bool = False, optional: bool = False
 ) -> Check:
-    """A finite number from ``minimum`` to ``maximum``; ``above``: larger than it; ``optional``: also None."""
+    """A finite number from ``minimum`` to ``maximum``; ``above``: not ``minimum``; ``optional``: or None."""
 
     def check(value: Any) -> str | None:
         fine = isinstance(value, int | float) and not isinstance(value, bool)
@@ -57,9 +57,9 @@ def number(
 finite = number(-LARGEST)
 """Any finite number."""
 batch_size = int_at_least(1, maximum=LARGEST_BATCH)
-"""Of pictures or codes that are in memory at a time."""
+"""A number of pictures or codes that are in memory at a time."""
 seed_number = int_at_least(0, maximum=2**63 - 1)
-"""What torch and numpy can start their random numbers from."""
+"""A seed that both torch and numpy accept."""
 
 
 def flag(value: Any) -> str | None:
@@ -78,7 +78,7 @@ def optional_text(value: Any) -> str | None:
 
 
 def in_a_list(value: Any) -> str:
-    """How a single value is written where a list is needed; "" for anything else."""
+    """A hint for error messages: how to write a single value as a list; "" for anything else."""
     return f" (write it as [{value}])" if isinstance(value, str | int | float) and str(value).strip() else ""
 
 
@@ -113,13 +113,13 @@ class Settings:
 
 
 def defaults(config: type | Settings) -> dict[str, Any]:
-    """name -> default of each optional field of a configuration's class, or of the values of an instance."""
+    """For a class: name -> default of each optional field. For an instance: name -> value of each field."""
     if isinstance(config, Settings):
         return {one.name: getattr(config, one.name) for one in fields(config)}
     return {one.name: one.default for one in fields(config) if one.default is not MISSING}
 
 
 def check_known(given: Mapping[str, Any], known: Collection[str], what: str) -> None:
-    """ValueError that names the keys of ``given`` that ``what`` does not have."""
+    """Raise ValueError that names the keys of ``given`` that ``what`` does not have, if there are any."""
     if unknown := sorted(set(given) - set(known)):
         raise ValueError(f"{what} has no setting {', '.join(map(repr, unknown))}; it has: {', '.join(known)}")

@@ -21,8 +21,8 @@ Rows = list[dict[str, float]]
 class Editor:
     """The result of :func:`cfclip.baselines.fit`. ``rows``: the log of its training."""
 
-    KIND: ClassVar[str]  # of its file, which is <KIND>.safetensors
-    STORE_AS: ClassVar[torch.dtype | None] = None  # the dtype of the tensors in it, if it is not theirs
+    KIND: ClassVar[str]  # the kind of its file, <KIND>.safetensors
+    STORE_AS: ClassVar[torch.dtype | None] = None  # dtype of the tensors in the file; None: the module's
     path: Path | None = None  # the file that it was opened from
 
     def __init__(
@@ -38,7 +38,7 @@ class Editor:
     def round_trip(self, w: Tensor, strength: float = 1.0) -> Tensor | None:
         """Pictures [N, 3, R, R] after the edit and then its reverse; None if the method cannot be reversed.
 
-        By default the source pictures: a step that is the same for all pictures is undone exactly.
+        By default these are the source pictures: a step that is the same for all pictures is undone exactly.
         """
         return self.edit(w, 0.0)
 
@@ -55,12 +55,12 @@ class Editor:
 
     @classmethod
     def fit(cls, method: str, domain: Domain, config: Any, out: Path | None, **loop: Any) -> "Editor":
-        """Train what the editor needs, or resume it in ``out``; ``loop``: see :func:`run_loop`."""
+        """Train an editor, or resume its training in ``out``; ``loop``: options of :func:`run_loop`."""
         raise NotImplementedError
 
     @classmethod
     def loop(cls, method: str, domain: Domain, config: Any, out: Path | None, **loop: Any) -> Loop:
-        """:meth:`fit` as a generator that yields a trainer and its steps; nothing where there is none."""
+        """:meth:`fit` as a generator that yields a trainer and its steps; by default it yields nothing."""
         yield from ()
         return cls.fit(method, domain, config, out, **loop)
 

@@ -29,12 +29,12 @@ class Trained:
     kind: str
     method: str
     domain: str  # "" if the file does not say
-    training: Mapping[str, Any]  # its flat settings, with its prompt or prompts
+    training: Mapping[str, Any]  # its settings, as ``flat`` gives them, with prompt or prompts
     success: float | None = None  # share of held-out faces on which it succeeded, if that was measured
 
     @property
     def prompt(self) -> str | None:
-        """The prompt it was trained for, else its file's name; None for a mapper of many prompts."""
+        """The prompt it was trained for, or its file's name if that is unknown; None for many prompts."""
         return None if "prompts" in self.training else self.training.get("prompt", self.path.stem)
 
     @property
@@ -42,7 +42,7 @@ class Trained:
         return self.training.get("seed", 0)
 
     def open(self, domain: Domain) -> Editor:
-        """The editor; the last 16 stay open. WeightsError for another domain or an unknown method."""
+        """The editor; the last 16 stay open. WeightsError for a wrong domain or method, or many prompts."""
         if self.domain not in ("", domain.name):
             wrong = f"domain {self.domain}, not {domain.name}"
             raise WeightsError(f"{self.path} was made for {wrong}: load that domain")
@@ -57,7 +57,7 @@ class Trained:
 
 @lru_cache(maxsize=16)
 def _open(path: Path, modified: float, method: str, config: Settings, domain: Domain) -> Editor:
-    """One that optimises each picture keeps what it found, so the editor is kept, not its module alone."""
+    """The editor is cached, not only its module: optimising per picture keeps its results in the editor."""
     module = _open_module(path, modified, method, domain.generator)
     editor = METHODS[method].editor(method, domain, config, module)
     editor.path = path
@@ -87,7 +87,7 @@ def read_trained(path: str | os.PathLike) -> Trained | None:
 
 
 def scan(*places: str | os.PathLike, skip_damaged: bool = False) -> list[Trained]:
-    """The editors in ``places``: files, or folders with the folders in them. Reads headers only.
+    """The editors in ``places``: files, or folders and their direct subfolders. Reads headers only.
 
     Raises WeightsError for a file that cannot be read, unless ``skip_damaged``.
     """
@@ -104,7 +104,7 @@ def scan(*places: str | os.PathLike, skip_damaged: bool = False) -> list[Trained
 
 
 def load_editor(place: str | os.PathLike, domain: Domain) -> Editor:
-    """The editor in the folder or file ``place``. WeightsError if there is none, or it does not fit."""
+    """The editor in the folder or file ``place``. WeightsError unless there is exactly one, and it fits."""
     place = Path(place)
     found = scan(*sorted(place.glob("*.safetensors")) if place.is_dir() else [place])
     if len(found) != 1:
@@ -116,9 +116,9 @@ def load_editor(place: str | os.PathLike, domain: Domain) -> Editor:
 
 
 def find_editors(folder: str | os.PathLike, domain: Domain, prompts: Sequence[str] = ()) -> dict[str, Editor]:
-    """label -> editor, for all in ``folder`` and the folders in it; ``prompts`` chooses and orders.
+    """label -> editor, for all in ``folder`` and its direct subfolders; ``prompts`` chooses and orders.
 
-    The label is the prompt; with the method if there are several, and with the seed if there are several.
+    The label is the prompt, with the method if methods differ, and with the seed if seeds differ.
     Raises ValueError if there is none, none for one of ``prompts``, or two with one label.
     """
     known = _of_prompts(scan(folder), folder, prompts, "editor")
@@ -133,7 +133,7 @@ def find_editors(folder: str | os.PathLike, domain: Domain, prompts: Sequence[st
 
 
 def find_mappers(folder: str | os.PathLike, prompts: Sequence[str] = ()) -> dict[str, Mapper]:
-    """prompt -> mapper, for all in ``folder`` and the folders in it; ``prompts`` chooses and orders.
+    """prompt -> mapper, for all in ``folder`` and its direct subfolders; ``prompts`` chooses and orders.
 
     Raises ValueError if there is none, or none for one of ``prompts``.
     """
@@ -172,14 +172,14 @@ def plain(prompt: str) -> str:
 
 
 def committed(domain: Domain) -> dict[str, Trained]:
-    """:func:`plain` prompt -> the mapper that was committed with the domain for it."""
+    """:func:`plain` prompt -> its mapper in the domain's folder of committed mappers."""
     folder = DATA / domain.name / "mappers"
     found = _scan_once(folder) if folder.is_dir() else []
     return {plain(one.prompt): one for one in found if one.prompt is not None}
 
 
 def preferred(prompt: str, found: Iterable[Trained]) -> Trained | None:
-    """The first of ``found`` for exactly this prompt: mappers before others, CF-CLIP's before others."""
+    """The best of ``found`` for this :func:`plain` prompt: mappers first, then CF-CLIP's; or None."""
     alike = [one for one in found if one.prompt is not None and plain(one.prompt) == plain(prompt)]
     return min(alike, key=lambda one: (one.kind != "mapper", one.method != "cfclip"), default=None)
 
@@ -190,7 +190,7 @@ def _scan_once(folder: Path) -> list[Trained]:
 
 
 def mapper_for(domain: Domain, prompt: str) -> Mapper:
-    """The mapper committed for this prompt, else the domain's for any. ValueError if there is neither."""
+    """The mapper in :func:`committed`, or the domain's for any prompt. ValueError if there is neither."""
     known = committed(domain)
     if plain(prompt) in known:
         return known[plain(prompt)].open(domain).module

@@ -1,4 +1,4 @@
-"""Many fits at once: those that train a mapper by the same networks take their steps together, as packs."""
+"""Many fits at once: trainings of mappers that use the same networks take their steps together, as a pack."""
 
 import logging
 import os
@@ -23,7 +23,7 @@ from cfclip.method.trainer import driven
 logger = logging.getLogger(__name__)
 
 MOST = {"cpu": 8, "cuda": 64}
-"""More members of a pack gain nothing: a processor is busy with 32 pictures, a GPU with 256."""
+"""The largest pack that still gains speed: 32 pictures keep a processor busy, 256 a GPU."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Job:
 
     @property
     def shared(self) -> tuple[str, int] | None:
-        """What jobs of a pack have in common, beside their domain; None of one that is done alone.
+        """(dtype, guides), which jobs of a pack share beside their domain; None for a job done alone.
 
         Raises ValueError for settings that cannot work.
         """
@@ -53,8 +53,8 @@ class Job:
 def sensible_pack(domain: Domain, config: TrainingConfig) -> int:
     """How many trainings such as this one fit into the free memory, at most :data:`MOST`.
 
-    About what was measured of FFHQ's step, and more than toonfaces' takes: for a pixel of a picture 2.5 kB,
-    and for one that a guide looks at 0.8 kB.
+    Assumes 2.5 kB per pixel of a picture and 0.8 kB per pixel that a guide sees: about what was measured for
+    FFHQ's step, and more than toonfaces' step takes.
     """
     on_cpu = domain.device.type == "cpu"
     free = psutil.virtual_memory().available / 2 if on_cpu else torch.cuda.mem_get_info(domain.device)[0]
@@ -72,9 +72,10 @@ def fit_many(
 ) -> list[Editor | Exception]:
     """:func:`fit` of each job, or the error with which it failed; a failed job leaves the others alone.
 
-    Jobs that train a mapper with the same dtype and guides are done ``pack`` at a time, which changes no
-    result but by rounding: see :mod:`cfclip.method.pack`. By default as many as memory allows; a pack for
-    which it was not enough is done again in smaller ones. The other jobs are done one by one.
+    Jobs that train a mapper with the same dtype and guides are done ``pack`` at a time, which changes results
+    only by rounding: see :mod:`cfclip.method.pack`. The default is :func:`sensible_pack`. A pack that fails,
+    for example for lack of memory, is done again in packs of half its size. All other jobs are done one by
+    one.
     """
     loop = {} if checkpoint_every is None else {"checkpoint_every": checkpoint_every}
     done: dict[int, Editor | Exception] = {}
@@ -86,7 +87,7 @@ def fit_many(
                 groups.setdefault((resolve_dtype(dtype, domain.device), guides), []).append(k)
         except ValueError as error:
             done[k] = error
-    networks = cache(partial(FrozenNetworks, domain))  # dtype, guides -> one for all
+    networks = cache(partial(FrozenNetworks, domain))  # (dtype, guides) -> networks that all jobs share
     for members in groups.values():
         first = jobs[members[0]]
         size = pack or sensible_pack(domain, configure(first.method, first.prompt, **first.settings))
@@ -99,7 +100,7 @@ def fit_many(
             except RuntimeError:  # e.g. out of memory
                 size //= 2
                 logger.warning("a pack of %d trainings failed; with %d on", len(some), size, exc_info=True)
-            except (ValueError, OSError):  # of one of them, which will say so where each is done alone
+            except (ValueError, OSError):  # one of them cannot work: below, each is done alone
                 members = rest
     for k, job in enumerate(jobs):
         if k not in done:

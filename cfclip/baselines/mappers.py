@@ -17,7 +17,7 @@ from cfclip.models.stylegan2 import Generator
 
 
 class MapperEditor(Editor):
-    """``x' = G(w + strength * 0.1 * delta(w, t))``. The mapper has the half floats that its file has."""
+    """``x' = G(w + strength * 0.1 * delta(w, t))``. Weights are rounded to half floats, as in the file."""
 
     KIND, STORE_AS = "mapper", torch.float16
     TRAINER: ClassVar[type[MapperTrainer]] = MapperTrainer
@@ -38,11 +38,11 @@ class MapperEditor(Editor):
 
     @classmethod
     def loop(cls, method: str, domain: Domain, config: Any, out: Path | None, **loop: Any) -> Loop:
-        """As :func:`.mapper_loop`: it can be one of a pack."""
+        """Like :func:`.mapper_loop`, so that the training can be one of a pack."""
         config = begin_run(config, domain.device, out, method=method, **domain.described)
         module, rows = yield from mapper_loop(domain, config, out, method, trainer=cls.TRAINER, **loop)
         if cls.STORE_AS is not None:
-            module = module.to(cls.STORE_AS).float()  # as its file has it
+            module = module.to(cls.STORE_AS).float()  # rounded as in its file
         return cls(method, domain, config, module, rows)
 
     @classmethod

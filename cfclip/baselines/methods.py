@@ -1,8 +1,8 @@
 """All methods by name: ``fit(method, domain, prompt) -> editor``.
 
 StyleCLIP (Patashnik et al. 2021) as a mapper, as an optimisation per picture and as a global direction of
-StyleSpace; StyleGAN-NADA (Gal et al. 2021) on a mapper and on the generator. All see pictures through the
-domain's CLIP, or through several of its guides. And CF-CLIP's objective without a mapper, as one offset.
+StyleSpace; StyleGAN-NADA (Gal et al. 2021) on a mapper and on the generator; CF-CLIP with a mapper, and with
+one offset in its place. All see pictures through the domain's CLIP, or through several of its guides.
 """
 
 import os
@@ -32,7 +32,7 @@ class Method:
 
     config: Callable[[str], Settings]  # prompt -> configuration with the defaults of the method's paper
     editor: type[Editor]
-    fixed: tuple[str, ...] = ()  # settings that make the method what it is
+    fixed: tuple[str, ...] = ()  # settings that define the method and cannot be given
 
 
 # StyleCLIP's mapper: no text, no views; lambda_nce is published as clip_lambda
@@ -64,9 +64,9 @@ def settings(method: str) -> dict[str, Any]:
 
 
 def configure(method: str, prompt: str, **given: Any) -> Settings:
-    """The configuration of ``method`` for ``prompt``; ``given`` as :func:`settings` has them.
+    """The configuration of ``method`` for ``prompt``; ``given``: some of its :func:`settings`.
 
-    ValueError names a setting that the method does not have, or that cannot work.
+    Raises ValueError, which names a setting that the method does not have or that cannot work.
     """
     chosen = _method(method)
     try:
@@ -88,10 +88,10 @@ def fit(
 ) -> Editor:
     """Fit ``method`` to ``prompt``; ``given`` are settings of :func:`configure`.
 
-    With ``out`` the folder holds the editor at the end (:func:`cfclip.baselines.load_editor`), and meanwhile
-    the log and a checkpoint, ``checkpoint_every`` so many steps (default: the method's), from which a stopped
-    run is resumed. Channel statistics are kept beside the folder, for other prompts. Raises ValueError if
-    ``out`` holds another run.
+    With ``out`` this folder gets the log, a checkpoint every ``checkpoint_every`` steps (default: the
+    method's), from which a stopped run is resumed, and at the end the editor
+    (:func:`cfclip.baselines.load_editor`). Channel statistics are kept beside the folder, for other prompts.
+    Raises ValueError if ``out`` holds another run.
     """
     loop = {"progress": progress, "callbacks": tuple(callbacks)}
     loop |= {} if checkpoint_every is None else {"checkpoint_every": checkpoint_every}
@@ -109,7 +109,7 @@ def fit_loop(
     """:func:`fit` as a generator, see :meth:`Editor.loop`."""
     config = configure(method, prompt, **given)
     for guide in domain.first_guides(config.guides):
-        guide.tokenize(prompt)  # one that cannot be read fails here, not after minutes
+        guide.tokenize(prompt)  # a prompt that cannot be read fails here, not after minutes
     out = None if out is None else Path(out)
     editor = yield from METHODS[method].editor.loop(method, domain, config, out, **loop)
     if out is not None:

@@ -28,10 +28,10 @@ class NADAGeneratorConfig(GuidedConfig):
     source_text: str | None = setting(None, optional_text)  # None: the domain's
     steps: int = setting(300, int_at_least(1))
     batch: int = setting(2, batch_size)
-    lr: float = setting(0.002, number(above=True))  # of Adam, times 4/5 for StyleGAN2's lazy regularisation
-    # how many convolutions are trained in each step, see liveliest; None: all, and the constant
+    lr: float = setting(0.002, number(above=True))  # Adam gets 4/5 of it: StyleGAN2's lazy regularisation
+    # how many convolutions are trained in each step, see liveliest; None: all, and the constant input
     layers: int | None = setting(None, int_at_least(1, optional=True))
-    choice_batch: int = setting(8, batch_size)  # pictures by which they are chosen
+    choice_batch: int = setting(8, batch_size)  # pictures by which the convolutions are chosen
     train_latents: int = setting(512, int_at_least(1, maximum=10**6))
     seed: int = setting(0, seed_number)
 
@@ -39,8 +39,9 @@ class NADAGeneratorConfig(GuidedConfig):
 def liveliest(tuned: Generator, loss: Callable[[Tensor], Tensor], w: Tensor, k: int) -> list[int]:
     """The ``k`` convolutions whose codes a gradient step moves most (Gal et al. 2021, section 4.2).
 
-    loss: of pictures [N, 3, R, R]; w: codes [N, L, D]. How far a layer's codes move is the mean absolute
-    gradient of the loss; any learning rate gives the same order. Layer i of W+ feeds convolution i.
+    loss: a function of pictures [N, 3, R, R]; w: codes [N, L, D]. How far a layer's codes move is measured by
+    the mean absolute gradient of the loss, since a learning rate would not change the order. Layer i of W+
+    feeds convolution i.
     """
     w = w.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(loss(tuned.synthesis(w)), w)
@@ -48,7 +49,7 @@ def liveliest(tuned: Generator, loss: Callable[[Tensor], Tensor], w: Tensor, k: 
 
 
 class GeneratorEditor(Editor):
-    """``x' = G'(w)``; the weights of G' lie between the source's (strength 0) and the tuned ones (1)."""
+    """``x' = G'(w)``; G' interpolates the weights of the source (strength 0) and the tuned generator (1)."""
 
     KIND = "generator"
     module: Generator

@@ -24,7 +24,7 @@ class Offset(nn.Module):
         self.register_buffer("edited", torch.ones(num_ws, 1))  # 0 for the layers that stay as they are
 
     def read(self, clip: ClipGuide, texts: str | Sequence[str]) -> Tensor:
-        """Nothing of P texts [P, 0]."""
+        """An empty feature [P, 0] of P texts: the offset does not depend on them."""
         return torch.zeros(1 if isinstance(texts, str) else len(texts), 0, device=clip.mean.device)
 
     def residual(self, w: Tensor, text_feature: Tensor | None = None) -> Tensor:

@@ -27,7 +27,7 @@ class OptimizationConfig(GuidedConfig):
     lambda_id: float = setting(0.005, number())
     lambda_l2: float = setting(0.008, number())  # of the sum of squares, not of their mean
     batch: int = setting(4, batch_size)  # pictures at a time; they do not influence each other
-    seed: int = setting(0, seed_number)  # nothing is random here; all methods have a seed
+    seed: int = setting(0, seed_number)  # unused: nothing is random here, but all methods have it
     dtype: str = setting("float32", one_of(DTYPES))  # of the convolutions
 
 
@@ -39,7 +39,7 @@ class OptimizationEditor(Editor):
     def __init__(self, *args: Any):
         super().__init__(*args)
         self._shifts: dict[bytes, Tensor] = {}
-        self.options: dict[str, Any] = {}  # of :func:`run_loop`, e.g. progress and callbacks
+        self.options: dict[str, Any] = {}  # options of :func:`run_loop`, e.g. progress
 
     def edit(self, w: Tensor, strength: float = 1.0) -> Tensor:
         shift = torch.zeros_like(w) if strength == 0 else self.shift(w)
@@ -61,7 +61,7 @@ class OptimizationEditor(Editor):
     def _optimise(self, w: Tensor) -> Tensor:
         c, identity = self.config, self.domain.identity
         networks = FrozenNetworks(self.domain, c.dtype, c.guides)
-        # weighted: the product with the features of all guides is then the mean of their cosines
+        # weighted, so that the product with the features of all guides is the weighted mean of their cosines
         each = zip(c.guide_shares, self.domain.first_guides(c.guides), strict=True)
         target = [share * F.normalize(guide.encode_text(c.prompt), dim=-1) for share, guide in each]
         target = torch.cat(target, -1)  # [1, E], E the sum of the guides' widths

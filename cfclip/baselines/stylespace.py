@@ -42,19 +42,19 @@ from cfclip.settings import (
 class GlobalConfig(GuidedConfig):
     """StyleCLIP's global direction in StyleSpace; alpha and beta are the published demo's.
 
-    The demo offers alpha from -10 to 10 and beta from 0.08 to 0.3. One beta leaves few channels of one prompt
-    and many of another; None chooses it for each prompt (:func:`automatic_beta`).
+    The demo offers alpha from -10 to 10 and beta from 0.08 to 0.3. The same beta keeps few channels for one
+    prompt and many for another; None chooses it for each prompt (:func:`automatic_beta`).
     """
 
     prompt: str = setting(MISSING, text)
     source_text: str | None = setting(None, optional_text)  # None: the domain's
     alpha: float = setting(4.1, finite)  # how far to go at strength 1
     beta: float | None = setting(0.15, number(optional=True))  # channels of less relevance stay as they are
-    samples: int = setting(100, batch_size)  # pictures in which each channel is tried …
-    sigmas: float = setting(5.0, number(above=True))  # … so many standard deviations from its mean
-    style_samples: int = setting(100_000, int_at_least(2))  # latents behind that mean and standard deviation
+    samples: int = setting(100, batch_size)  # pictures on which each channel is tried
+    sigmas: float = setting(5.0, number(above=True))  # how far a channel is moved, in standard deviations
+    style_samples: int = setting(100_000, int_at_least(2))  # latents for the mean and standard deviation
     seed: int = setting(0, seed_number)
-    # of the statistics' convolutions; "auto": bfloat16 where it is clearly faster
+    # of the convolutions behind the statistics; "auto": bfloat16 where it is clearly faster
     dtype: str = setting("float32", one_of(DTYPES))
 
 
@@ -82,7 +82,7 @@ class Direction(nn.Module):
 
 
 def convolutions(styles: Sequence[Tensor]) -> list[int]:
-    """Indices of the convolutions in ``style_space``: conv, rgb, then conv, conv, rgb per resolution."""
+    """Indices of the convolutions in ``styles``: conv, rgb, then conv, conv, rgb per resolution."""
     return [i for i in range(len(styles)) if i % 3 != 1]
 
 
@@ -98,10 +98,11 @@ def channel_statistics(
 ) -> tuple[Channels, list[dict[str, float]]]:
     """Move each channel to its mean -/+ ``sigmas`` standard deviations, on the same pictures (section 6.1).
 
-    ``effect_c`` is the mean over pictures of ``direction(E_I(above) - E_I(below))``, made unit again. With
-    ``folder`` the result and its checkpoints are kept in ``folder/channels-<key>``; the key depends on the
-    networks and the settings, so that all prompts share the result: one run makes it, and others wait for it.
-    ``loop``: see :func:`cfclip.method.run_loop`.
+    ``effect_c`` is the mean over pictures of ``direction(E_I(above) - E_I(below))``, scaled to unit length.
+    With ``folder`` the result and its checkpoints are kept in ``folder/channels-<key>``. The key depends on
+    the networks and the settings but not on the prompt: one run makes the result, and others wait for it.
+    Returns the channels and the logged rows, which are [] if the result was there. ``loop``: options of
+    :func:`cfclip.method.run_loop`.
     """
     if folder is None:
         return _measure_channels(domain, config, **loop)
@@ -161,7 +162,7 @@ def _measure_channels(
 
 
 def _key(domain: Domain, settings: Mapping[str, Any]) -> str:
-    """12 digits for all that channel statistics depend on: a file with the same key may be used."""
+    """12 digits for everything that channel statistics depend on; a file with the same key can be reused."""
     networks = [domain.fingerprints[name] for name in ("generator", "clip")]
     what = json.dumps([domain.name, domain.label, domain.truncation, *settings.values(), *networks])
     return hashlib.sha256(what.encode()).hexdigest()[:12]
@@ -170,7 +171,7 @@ def _key(domain: Domain, settings: Mapping[str, Any]) -> str:
 def global_direction(domain: Domain, config: GlobalConfig, *channels: Channels) -> Direction:
     """The direction of ``config.prompt``; a zero step for the source text.
 
-    ``channels``: those of each guide; a channel's relevance is the mean over guides, by their weights.
+    ``channels``: one for each guide; a channel's relevance is the weighted mean over the guides.
     Raises ValueError if no channel is relevant enough.
     """
     described = config.source_text or domain.source_text
@@ -194,9 +195,9 @@ def global_direction(domain: Domain, config: GlobalConfig, *channels: Channels) 
 
 
 def automatic_beta(relevance: Tensor) -> float:
-    """As the authors' program chooses it: the most of 0.10, 0.11, … 0.29 that leaves more than 20 channels.
+    """The authors' choice of beta: the largest of 0.10, 0.11, … 0.29 that keeps more than 20 channels.
 
-    0.1 if none does. relevance: [C].
+    0.1 if none keeps so many. relevance: [C].
     """
     steps = [k / 100 for k in range(10, 30)]
     return max((beta for beta in steps if (relevance.abs() >= beta).sum() > 20), default=steps[0])

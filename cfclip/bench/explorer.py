@@ -16,7 +16,7 @@ from cfclip.bench.measure import stats
 from cfclip.files import NOTEBOOKS
 
 DRAG_SECONDS = 0.06
-"""Between two values of a slider that is dragged."""
+"""Seconds between two values of a slider that is dragged."""
 FIND_WIDGETS = """
 import json
 from cfclip.explorer.view import View
@@ -72,7 +72,7 @@ class Panel:
                 return content["comm_id"], content["data"]["state"], bool(message["buffers"])
 
     def change(self, widget: str, value: Any, timeout: float = 60) -> float:
-        """Seconds from a control's message until the new picture is here and the panel is not drawing."""
+        """Seconds from a control's message until the new picture has come and the panel stops drawing."""
         has_picture, start = False, time.perf_counter()
         self._set(widget, value)
         while time.perf_counter() < start + timeout:
@@ -93,11 +93,11 @@ class Panel:
                     comm, _, pictures = self._next(left)
                     if comm == self.ids["picture"] and pictures:
                         came.append(time.perf_counter())
-        came = came if len(came) > 1 else [start, time.perf_counter()]  # none: at best one from now on
+        came = came if len(came) > 1 else [start, time.perf_counter()]  # none came: at least this long
         return [after - before for before, after in pairwise(came)]
 
     def first_preview(self) -> float:
-        """Seconds from the press of the button until a refined picture is here; the training is cancelled."""
+        """Seconds from the press of the button to the first refined picture; then cancels the training."""
         start, pictures = time.perf_counter(), 0
         self._send("refine", method="custom", content={"event": "click"})
         while pictures < 2:  # the first has the instant edit only
@@ -115,9 +115,9 @@ class Panel:
 
 
 def explorer(device: str, faces: int, moves: int) -> Iterator[dict[str, Any]]:
-    """``moves`` changes of the strength and of the prompt, a drag of as many, and a training's first preview.
+    """Measure ``moves`` strengths, a drag over as many, ``moves`` prompts and a training's first preview.
 
-    At rest, each change waits for the scores of the picture before.
+    Except in the drag, each change waits until the previous picture has its scores.
     """
     with tempfile.TemporaryDirectory() as folder:
         panel = Panel(faces, folder)

@@ -14,7 +14,7 @@ from cfclip.evaluation.versions import machine, versions
 from cfclip.experiments.runs import KERNEL_ENVIRONMENT
 
 ALLOCATOR = {name: value for name, value in KERNEL_ENVIRONMENT.items() if name.startswith("MALLOC")}
-"""In the environment of every process that measures, as ``make`` sets it."""
+"""Environment variables of every process that measures; ``make`` sets the same."""
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16")
 """Instruction sets that matter for speed; the last one that a processor has is part of its folder's name."""
 

@@ -49,7 +49,7 @@ def new_judges(tiny: bool = False) -> tuple[ClipGuide, FaceIdentity]:
 
 
 def random_generator(resolution: int, tiny: bool = False) -> Generator:
-    """:func:`new_generator`, the same weights at every call."""
+    """:func:`new_generator` with the same weights at every call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return new_generator(resolution, tiny)
@@ -74,6 +74,6 @@ def random_domain(resolution: int, tiny: bool = False, device: str = "cpu") -> D
         identity=identity,
         source_text="face",
         prompts=("green lipstick",),
-        perceptual=nn.Identity(),  # as toonfaces, whose settings a pack has
+        perceptual=nn.Identity(),  # as in toonfaces, whose settings the pack uses
         device=torch.device(device),
     )

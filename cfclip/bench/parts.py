@@ -45,10 +45,10 @@ PROMPT = "green lipstick"
 
 
 def floors(device: str, side: int, copied: int, repeats: int) -> Rows:
-    """The best that the device does.
+    """The best rates of the device.
 
-    TFLOP/s of a matrix product of ``side`` and of a 3x3 convolution, per dtype; GB/s of a copy of ``copied``
-    bytes.
+    Per dtype, TFLOP/s of a product of ``side`` x ``side`` matrices and of a 3x3 convolution; GB/s of a copy
+    of ``copied`` bytes.
     """
     reduced = (torch.bfloat16, torch.float16) if device == "cuda" else (torch.bfloat16,)
     for dtype in (torch.float32, *reduced):
@@ -95,7 +95,7 @@ def _passes(draw: Callable, g: Generator, batch: int, device: str) -> dict[str, 
 
 
 def _ours(g: Generator, dtype: torch.dtype, fold: bool | None = None) -> Callable[[Tensor], Tensor]:
-    """w -> pictures in ``dtype``. ``fold``: all FIR filters folded into kernels, or none; default: ours."""
+    """w -> pictures in ``dtype``. ``fold``: fold all FIR filters into kernels, or none; None: our choice."""
 
     def draw(w: Tensor) -> Tensor:
         with nullcontext() if fold is None else folding(fold):
@@ -105,9 +105,10 @@ def _ours(g: Generator, dtype: torch.dtype, fold: bool | None = None) -> Callabl
 
 
 def generator(device: str, sizes: Sequence[tuple[int, int]], repeats: int, tiny: bool) -> Rows:
-    """Both passes at each (resolution, batch) of ``sizes``, in turns.
+    """Both passes at each (resolution, batch) of ``sizes``; in each repeat all variants take turns.
 
-    In plain operators, and ours per dtype: as by default, and with the FIR filters folded the other way.
+    Variants: plain operators in float32, and ours per dtype: with our choice of folding, with all FIR filters
+    folded and, in half precision, with none folded.
     """
     for resolution, batch in sizes:
         g = random_generator(resolution, tiny).to(device)
@@ -182,7 +183,7 @@ def _repeated(run: MapperTrainer, step: Step | None = None, repeats: int = 1, wa
 
 
 def step(device: str, repeats: int, sources: bool = False, again: bool = False, **settings: Any) -> Rows:
-    """Our step. ``sources``: the sources are synthesised and encoded in every step. ``again``: a repeat."""
+    """Our step. ``sources``: synthesise and encode the sources in every step. ``again``: a repeat."""
     run = _trainer(device, **settings)
     name, take = "ours", run.step
     if sources:
@@ -237,14 +238,14 @@ def wastes(device: str, resolution: int, tiny: bool, rounds: int) -> Rows:
 
 
 def _toonfaces(device: str, tiny: bool) -> Domain:
-    """Or, if ``tiny``, tiny random networks."""
+    """The domain toonfaces, or with ``tiny`` one of tiny random networks."""
     return random_domain(16, True, device) if tiny else load_domain("toonfaces", device)
 
 
 def growing_steps(device: str, name: str, values: Sequence[int], repeats: int, **fixed: Any) -> Rows:
     """Our step at each of ``values`` of ``name``, "resolution" or "batch"; other settings are ``fixed``.
 
-    From small to large: the peak memory so far is then that of the last value.
+    ``values`` go from small to large, so that the peak memory so far is that of the current value.
     """
     for value in values:
         measured = _repeated(_trainer(device, **fixed | {name: value}), repeats=repeats, warm=1)
@@ -254,9 +255,10 @@ def growing_steps(device: str, name: str, values: Sequence[int], repeats: int, *
 def growing_prompts(
     device: str, prompts: Sequence[int], prompts_at_once: Sequence[int], tiny: bool, repeats: int
 ) -> Rows:
-    """One mapper of many prompts on toonfaces, batch 8: prompts to choose from, then prompts in one step.
+    """Steps of one mapper of many prompts on toonfaces, batch 8.
 
-    ``tiny``: on tiny random networks.
+    First the number of prompts to choose from grows, then the number in one step. ``tiny``: on tiny random
+    networks.
     """
     domain, texts = _toonfaces(device, tiny), load_domain("toonfaces").truth.prompts
     together = [(max(prompts), k) for k in prompts_at_once if k > 1]
@@ -271,9 +273,9 @@ def growing_prompts(
 
 
 def growing_pack(device: str, values: Sequence[int], dtype: str, repeats: int, tiny: bool) -> Rows:
-    """A step of a pack of so many trainings on toonfaces, with the settings of its preset.
+    """A step of packs of ``values`` trainings on toonfaces, with the settings of its preset.
 
-    They have eight prompts, and other seeds. ``tiny``: on tiny random networks.
+    They have eight prompts in turn, and a new seed after every eight. ``tiny``: on tiny random networks.
     """
     domain = _toonfaces(device, tiny)
     settings = load_preset(NOTEBOOKS / "presets" / "toonfaces.yaml")["settings"]
@@ -295,7 +297,7 @@ def growing_pack(device: str, values: Sequence[int], dtype: str, repeats: int, t
 
 
 def growing_sweep(device: str, runs: Sequence[int], repeats: int) -> Rows:
-    """The overhead of sweeps of so many ``runs``: the plan (``--dry-run``), and a restart after the end."""
+    """The overhead of sweeps of ``runs`` runs: the plan (``--dry-run``), and a restart after the end."""
     for count in runs:
         with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as executor:
             out = Path(folder, "runs")
@@ -392,7 +394,7 @@ class Phases:
         return wrapped
 
     def mark(self, phase: str) -> None:
-        """The end of ``phase``, or of a part of it."""
+        """Mark the end of ``phase``, or of a part of it."""
         synchronise(self.device)
         now = time.perf_counter()
         self.seconds[phase] += now - self.last
@@ -402,7 +404,7 @@ class Phases:
             self.counted[phase][dtype] = [a + b for a, b in zip(before, counted, strict=True)]
 
     def take(self, count: bool = False) -> None:
-        """Take one step; with ``count`` its arithmetic is counted, which takes time."""
+        """Take one step; with ``count`` also count its arithmetic, which takes time."""
         self.seconds: Counter[str] = Counter()
         self.counted: dict[str, dict[str, list[float]]] = {}
         synchronise(self.device)

@@ -1,7 +1,7 @@
-"""A training step that does all the work of the published recipe's, written from its description.
+"""A training step that does all the work of the published recipe, written from its description.
 
-It has the same losses as :class:`cfclip.method.MapperTrainer`, whose cost is compared with its. Each piece of
-work that our step leaves out is a switch.
+It has the same losses as :class:`cfclip.method.MapperTrainer`, so that their costs can be compared. Each
+piece of work that our step leaves out is a switch.
 """
 
 import copy
@@ -48,7 +48,7 @@ class Wastes:
 
 
 NAMES = tuple(f.name for f in fields(Wastes))
-"""The switches as the ladder turns them off; the sources last, because caching them needs few latents."""
+"""The switches, in the ladder's order; sources last, because they can be cached only for few latents."""
 
 WORDS = {
     "texts": "constant texts encoded again",
@@ -84,9 +84,9 @@ class PlainGenerator:
         return image
 
     def filter(self, x: Tensor, up: int, pad: tuple[int, int]) -> Tensor:
-        """FIR with gain 4 on x [N, C, H, W], after zeros are inserted where ``up`` is 2 -> [N, C, H', W'].
+        """FIR filter with gain 4 on x [N, C, H, W] -> [N, C, H', W'], after inserting zeros if ``up`` is 2.
 
-        The published one pads (before, after) and convolves plane by plane.
+        pad: zeros (before, after) on each axis. The published filter convolves plane by plane.
         """
         fir, (n, c, h, w) = self.generator.fir, x.shape
         if not self.plane_filters:
@@ -121,7 +121,7 @@ class PlainGenerator:
 
 
 class Published:
-    """Steps of ``run`` (a prompt, a guide, the objective for faces) with ``wastes``: the same losses.
+    """Steps of ``run`` with ``wastes``. ``run`` has one prompt, one guide and the paper's losses for faces.
 
     Raises ValueError for a dtype other than float32, unless the wastes that need float32 are off.
     """
@@ -146,7 +146,7 @@ class Published:
 
     @contextmanager
     def weight_gradients(self) -> Iterator[None]:
-        """As published: frozen networks are only missing from the optimiser; their gradients still add up."""
+        """With this waste, as published, frozen networks still gather gradients; no optimiser uses them."""
         for network in self.networks:
             network.requires_grad_(self.wastes.weight_gradients)
         try:

@@ -124,7 +124,7 @@ def scaling_figure(rows: Rows, device: str) -> Figure:
 
 
 def write(rows: Rows, out: Path) -> Path:
-    """``bench.md`` and its figures."""
+    """Write ``bench.md`` and its figures into ``out``; returns the path of bench.md."""
     machine = next(row for row in rows if row["job"] == "machine")
     devices = list(dict.fromkeys(row["device"] for row in rows if row.get("device") and "status" not in row))
     page = ["# Bench\n", "Written by `make bench` from `bench.jsonl`. Ratios are of medians.\n"]
@@ -196,7 +196,7 @@ OVERVIEW = (
 
 
 def write_overview(folder: Path) -> Path:
-    """``README.md`` of ``folder``: a column for each machine, which has a folder of its own there."""
+    """Write ``README.md`` of ``folder``: a column for each machine, whose results are in a subfolder."""
     columns = {}
     for file in sorted(folder.glob("*/bench.jsonl")):
         rows = read_rows(file)
@@ -206,7 +206,7 @@ def write_overview(folder: Path) -> Path:
             "instructions": "CUDA" if machine["gpu"] else next(iter(machine["flags"][::-1]), "–"),
             "commit": machine.get("commit") or f"rows came with {commit_of(file) or '–'}",
         } | overview(rows, "cuda" if machine["gpu"] else "cpu")
-    # the machine of which most is known decides on the order
+    # the machine with the most numbers decides the order
     known = dict.fromkeys(name for one in sorted(columns.values(), key=len, reverse=True) for name in one)
     table = pd.DataFrame([
         {"": name} | {title: one.get(name, "–") for title, one in columns.items()} for name in known
@@ -217,7 +217,7 @@ def write_overview(folder: Path) -> Path:
 
 
 def overview(rows: Rows, device: str) -> dict[str, str]:
-    """What matters of a machine's rows: what was measured -> the number and n."""
+    """The main results of a machine: what was measured -> the number and n."""
     lines = {}
     for row in select(rows, "floors", device=device, name="convolution"):
         lines[f"convolutions in {row['dtype']}, TFLOP/s"] = f"{number(row['tflops'])} (n = {row['n']})"

@@ -1,4 +1,4 @@
-"""The jobs of a bench, and doing them one after the other, each in a process of its own."""
+"""The jobs of a bench, which run one after the other, each in a separate process."""
 
 import json
 import logging
@@ -94,7 +94,7 @@ def full(device: str) -> Iterator[Job]:
         yield job("scaling", "growing_pack", 8, values=packs, dtype=dtype, repeats=5, tiny=False)
     yield job("step", "wastes", 6, 1500, resolution=256, tiny=False, rounds=2)
     yield job("generator", "compiled", 6, 240, resolution=256, batch=2, repeats=3, tiny=False)
-    # a job per training: a bench that is stopped has the trainings before, and resumes after them
+    # a job per training: a bench that is stopped keeps the finished trainings, and resumes after them
     for seed in (0, 1, 2):
         for prompt in ("green lipstick", "purple eyebrows"):
             train = partial(job, "fidelity", "success", 3, prompt=prompt, seed=seed, steps=300, faces=32)
@@ -156,9 +156,9 @@ def bench(
 ) -> Path:
     """Measure, write ``bench.jsonl``, ``bench.md`` and figures into ``out``, and return the path of bench.md.
 
-    Every row is written as soon as it is known. What the same code has measured on the same machine before is
-    not measured again, so an interrupted bench is resumed. Raises ValueError if a part is unknown, and, once
-    everything is written, if our losses differ from those of the published step.
+    Every row is written as soon as it is known. Rows that the same code has measured on the same machine are
+    kept, so an interrupted bench is resumed. Raises ValueError if a part is unknown, and, once everything is
+    written, if our losses differ from those of the published step.
 
     Args:
         parts: some of :data:`PARTS`; default: all.
@@ -199,7 +199,7 @@ def bench(
 
 
 def _groups(parts: Sequence[str], small: bool, devices: Sequence[str], done: set[str]) -> list[list[Job]]:
-    """The jobs that are left, by process: each alone; ``small`` ones together, as a start takes seconds."""
+    """Jobs still to do, by process: each alone, ``small`` ones together because a start takes seconds."""
     groups = []
     for device in devices:
         if device != "cuda" or torch.cuda.is_available():

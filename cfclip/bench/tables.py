@@ -199,7 +199,7 @@ def memory_table(rows: Rows) -> pd.DataFrame:
 def unequal(rows: Rows) -> str:
     """The float32 steps whose losses or gradient's norm differ from the published one's; "" if none does.
 
-    By more than :data:`TOLERANCE`, plus 1e-6 for the losses.
+    A difference counts if it is above what :data:`TOLERANCE` allows, plus 1e-6 for the losses.
     """
     measured, differ = [row for row in select(rows, "step") if "losses" in row], []
     for device, size in dict.fromkeys((row["device"], row["resolution"]) for row in measured):
@@ -225,7 +225,7 @@ def explorer_table(rows: Rows) -> pd.DataFrame:
 
 
 def scaling_table(rows: Rows, name: str) -> pd.DataFrame:
-    """What is measured at several values of ``name``."""
+    """The measurements at several values of ``name``."""
     columns = {"device": "device", name: "value"} | TIMES
     if name == "batch" or name.startswith("sweep"):
         unit = "picture" if name == "batch" else "run"
@@ -235,7 +235,7 @@ def scaling_table(rows: Rows, name: str) -> pd.DataFrame:
 
 
 def pack_table(rows: Rows) -> pd.DataFrame:
-    """Trainings an hour, by how many take their steps together, and how many times those of one alone."""
+    """Trainings an hour by the size of the pack, and their ratio to those of one training alone."""
     measured = select(rows, "scaling", name="pack")
 
     def an_hour(row: Row) -> float:
@@ -260,7 +260,7 @@ def pictures_table(rows: Rows) -> pd.DataFrame:
 
 
 def success_table(rows: Rows) -> pd.DataFrame:
-    """Success and identity by prompt, operators and dtype, and the difference from the reference by seed."""
+    """Success and identity by prompt, operators and dtype; difference from the reference, paired by seed."""
     measured = pd.DataFrame([row for row in select(rows, "fidelity") if "success_after" in row])
     if measured.empty:
         return measured
@@ -310,7 +310,7 @@ def phases_table(rows: Rows, device: str, dtype: str) -> pd.DataFrame:
 
 
 def next_bound(phases: pd.DataFrame) -> str:
-    """The phase that takes the most time, and what its floor would save; of :func:`phases_table`."""
+    """Words on the phase of :func:`phases_table` that takes the most time, and what its floor would save."""
     first = phases.loc[phases["s"].idxmax()]
     words = f"**The next bound: {first['phase']}**, {100 * first['share']:.0f} % of the step"
     if pd.isna(first["× floor"]):

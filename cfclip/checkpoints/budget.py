@@ -1,22 +1,22 @@
-"""What reading one file may cost: everything that is built from it is paid from one budget."""
+"""The limit on the cost of reading a file: everything that is built from it is paid from one budget."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 EXPANSION = 64
-"""How many times larger than a small file its tensors may be; W repeated over 18 layers shrinks well."""
+"""How many times larger than a small file its tensors may be; W repeated over 18 layers compresses well."""
 
 LARGE = 1 << 30
-"""Bytes up to which a file may grow by EXPANSION; a larger one is needed for more, a quarter of it."""
+"""The most bytes that EXPANSION allows; more bytes need a file of at least a quarter of their size."""
 
 
 class BudgetError(ValueError):
-    """A file that costs more than a file of its size may."""
+    """A file costs more to read than its size allows."""
 
 
 class Budget:
-    """What is left for a file of ``size`` bytes: bytes of memory, and steps of a microsecond or two."""
+    """What a file of ``size`` bytes may still use: bytes of memory, and steps of one or two microseconds."""
 
     def __init__(self, size: int):
         self.size = size
@@ -24,7 +24,7 @@ class Budget:
         self.steps = min(50_000 + size // 8, 3_000_000)  # a code in a dict of codes takes 40 to 100
 
     def spend(self, nbytes: int = 0, steps: int = 0) -> None:
-        """Pay, before the memory or the time is used. Raises BudgetError."""
+        """Pay for memory or time before it is used. Raises BudgetError."""
         self.bytes -= nbytes
         self.steps -= steps
         if self.bytes < 0:
@@ -45,7 +45,7 @@ _current: ContextVar[Budget | None] = ContextVar("budget", default=None)
 
 @contextmanager
 def budget_of(size: int) -> Iterator[Budget]:
-    """All that is read inside is paid from the budget of a file of ``size`` bytes, unless one is open."""
+    """Pay for all reading inside from one budget: the open one, or a new one for a file of ``size`` bytes."""
     budget = current() if _current.get() else Budget(size)
     before = _current.set(budget)
     try:
@@ -55,7 +55,7 @@ def budget_of(size: int) -> Iterator[Budget]:
 
 
 def current() -> Budget:
-    """The budget of the file that is being read; outside of any file a new one, of a large file."""
+    """The budget of the file that is being read; if there is none, a new budget for a very large file."""
     return _current.get() or Budget(1 << 40)
 
 

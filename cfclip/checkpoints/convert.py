@@ -1,4 +1,4 @@
-"""Rewriting generators and mappers as safetensors, and generators for the code of others."""
+"""Convert generators and mappers to safetensors, and generators to the layouts of other people's code."""
 
 import os
 import warnings
@@ -16,7 +16,7 @@ from cfclip.files import atomic_write
 from cfclip.models.stylegan2 import Generator
 
 LAYOUTS = {"cfclip": None, "rosinality": to_rosinality, "nvidia": to_nvidia}
-"""What can be written -> how a generator becomes it; ours is of safetensors."""
+"""Layout -> function that converts a generator to it; None for ours, which is written as safetensors."""
 
 
 def convert(
@@ -30,12 +30,12 @@ def convert(
 
     Args:
         kind: "generator" takes the generator out of a file that holds more (a mapper's, e4e's).
-        layout: a generator for the code of others, as a ``.pt`` of plain tensors. "rosinality": its
-            ``Generator`` reads ``["g_ema"]``. "nvidia": see
+        layout: "cfclip" for our safetensors. The others write a generator for other people's code, as a
+            ``.pt`` of plain tensors. "rosinality": its ``Generator`` reads ``["g_ema"]``. "nvidia": see
             :func:`cfclip.checkpoints.generator_writers.to_nvidia`.
-        label: of a class-conditional generator: write this class alone, as a generator without classes.
+        label: of a class-conditional generator: the class to write alone, as a generator without classes.
 
-    Returns "generator" or "mapper", whichever was written; warns of what ``layout`` has no place for.
+    Returns the kind that was written, "generator" or "mapper". Warns of properties that ``layout`` lacks.
     Raises ValueError (WeightsError if the input is bad). ``out`` is never half written.
     """
     path, out = Path(path), Path(out)

@@ -19,26 +19,26 @@ Parts = tuple[dict[str, Any], dict[str, Tensor | None]]
 """(constructor arguments, state dict); ``w_avg`` is None if the file has none."""
 
 RESOLUTIONS = [4 << level for level in range(13)]
-"""Of the synthesis blocks, up to the largest size that is read."""
+"""Resolutions of the synthesis blocks, up to the largest that is supported."""
 
 Take = Callable[[int, str, str], Tensor]
 """(level, layer, part) -> tensor. Level 0 is 4 x 4; layer: "conv0" (up-sampling), "conv1" or "torgb"."""
 PARTS = ("weight", "bias", "affine.weight", "affine.bias")
-"""Of every layer; convolutions also have "noise_strength" and "noise_const" unless trained without noise."""
+"""Parts of every layer. Convolutions trained with noise also have "noise_strength" and "noise_const"."""
 
 Style = list[tuple[Tensor, Tensor, float]]
 """Weight, bias and learning-rate multiplier of each mapping layer."""
 Embedding = tuple[Tensor, Tensor] | None
 """Weight and bias of the layer that reads the labels of a class-conditional generator."""
 LR_MUL = 0.01
-"""The multiplier of our mapping layers; others are folded into the weights."""
+"""Learning-rate multiplier of our mapping layers; any other is folded into their weights and biases."""
 
 MAX_STYLE = 64
-"""Mapping layers that are read; NVIDIA's networks have 8 or 2."""
+"""The largest number of mapping layers that is supported; NVIDIA's networks have 8 or 2."""
 
 
 def from_rosinality(state: Mapping[str, Tensor], latent_avg: Tensor | None = None) -> Parts:
-    """A state dict of rosinality's ``Generator`` (keys without a prefix) and the mean latent beside it."""
+    """Convert a state dict of rosinality's ``Generator`` (keys without a prefix) and its mean latent."""
     flat: dict[str, Any] = dict(state)
     names = {"weight": "conv.weight", "noise_strength": "noise.weight"}
     names |= {"affine.weight": "conv.modulation.weight", "affine.bias": "conv.modulation.bias"}
@@ -58,13 +58,13 @@ def from_rosinality(state: Mapping[str, Tensor], latent_avg: Tensor | None = Non
     depth = len(_indices(r"style\.(\d+)\.weight", flat))
     layers = [f"style.{i + 1}" for i in range(depth)]
     style = [(_take(flat, f"{layer}.weight"), _take(flat, f"{layer}.bias"), LR_MUL) for layer in layers]
-    if latent_avg is not None:  # [D], or e4e's [L, D] of one repeated row
+    if latent_avg is not None:  # [D], or in e4e's files [L, D] with equal rows
         check_numbers("mean latent", latent_avg)
         latent_avg = latent_avg.reshape(-1, latent_avg.shape[-1])
         if not (latent_avg == latent_avg[0]).all():
             raise ValueError("its mean latent differs between layers, but one for all of them is needed")
         latent_avg = latent_avg[0]
-    levels = [0, *(min(k + 1, 20) for k in _indices(r"to_rgbs\.(\d+)\..+", flat))]  # no giant number below
+    levels = [0, *(min(k + 1, 20) for k in _indices(r"to_rgbs\.(\d+)\..+", flat))]  # 4 << level stays small
     used = r"convs\.\d+\.conv\.blur\.kernel|to_rgbs\.\d+\.upsample\.kernel"
     fir = _one_filter(flat, used, gain=4)
     const, resolutions = _take(flat, "input.input")[0], [4 << level for level in levels]
@@ -74,14 +74,14 @@ def from_rosinality(state: Mapping[str, Tensor], latent_avg: Tensor | None = Non
 
 
 def _seeded_noise(index: int) -> Tensor:
-    """Noise map ``index`` for files from before maps were stored; upstream draws new ones in every run."""
+    """Noise map ``index`` for old files, which store none; rosinality's code draws new maps in every run."""
     side = 4 * 2 ** ((index + 1) // 2)
     spend(4 * side * side)
     return torch.randn(side, side, generator=torch.Generator().manual_seed(index))
 
 
 def from_nvidia(network: Any) -> Parts:
-    """``G_ema`` of an NVIDIA PyTorch pickle (stylegan2-ada-pytorch, or a StyleGAN2 of stylegan3)."""
+    """Convert ``G_ema`` of an NVIDIA PyTorch pickle (stylegan2-ada-pytorch, or a StyleGAN2 of stylegan3)."""
     flat: dict[str, Any] = {}
     modules: dict[str, Record] = {}
     _flatten(network, "", flat, modules)
@@ -111,10 +111,10 @@ def from_nvidia_state(
     lr_muls: Mapping[str, float] | None = None,
     classes: float = 0,
 ) -> Parts:
-    """``G_ema.state_dict()`` of an NVIDIA PyTorch network.
+    """Convert ``G_ema.state_dict()`` of an NVIDIA PyTorch network.
 
-    A state dict says neither its clamp nor its mapping's multipliers: the defaults are those of NVIDIA's
-    training.
+    A state dict does not contain the clamp or the learning-rate multipliers of the mapping layers. Their
+    defaults are the values of NVIDIA's training.
     """
     flat: dict[str, Any] = dict(state)
     _check_architecture({"skip"}, any(key.endswith("skip.weight") for key in flat))
@@ -156,7 +156,7 @@ def _flatten(
 
 
 def from_tensorflow(network: Record) -> Parts:
-    """``Gs`` of an NVIDIA TensorFlow pickle (stylegan2, stylegan2-ada)."""
+    """Convert ``Gs`` of an NVIDIA TensorFlow pickle (stylegan2, stylegan2-ada)."""
     flat: dict[str, Any] = {}
     _flatten_tensorflow(network, "", flat)
     kwargs = dict(_items(network.get("static_kwargs")))
@@ -228,7 +228,7 @@ def _assemble(
     use_noise: bool = True,
     embed: Embedding = None,
 ) -> Parts:
-    """The parts of our generator. ``const``: [C, 4, 4]; ``fir``: 1-D or 2-D (default: 1, 3, 3, 1)."""
+    """The parts of our generator. ``const``: [C, 4, 4]; ``fir``: 1-D or 2-D, None for 1, 3, 3, 1."""
     if not resolutions or resolutions != RESOLUTIONS[: len(resolutions)]:
         raise ValueError(
             f"its synthesis blocks are {resolutions[:12]}, but 4, 8, … without a gap are needed: "
@@ -302,7 +302,7 @@ def _check_constant(const: Tensor) -> None:
 
 
 def _embedding(flat: dict[str, Any], layer: str, classes: float) -> Embedding:
-    """Weight and bias of ``layer`` (with its last dot or slash), which reads labels; None without classes."""
+    """Weight and bias of the label embedding; ``layer``: prefix with dot or slash. None without classes."""
     names = [f"{layer}{part}" for part in ("weight", "bias")]
     if not classes and not any(name in flat for name in names):
         return None
@@ -315,7 +315,7 @@ def _embedding(flat: dict[str, Any], layer: str, classes: float) -> Embedding:
 
 
 def _items(value: Any) -> Iterable[tuple[str, Any]]:
-    """The named entries of a dict, or of a record of one; they are paid for, as a file may repeat them."""
+    """The text-keyed entries of a dict or dict-like Record. Each costs a step: a file may repeat a dict."""
     value = value.items if isinstance(value, Record) else value
     for name, entry in value.items() if isinstance(value, dict) else ():
         spend(steps=1)
@@ -324,7 +324,7 @@ def _items(value: Any) -> Iterable[tuple[str, Any]]:
 
 
 def _word(value: Any) -> str:
-    """``value`` to compare and to print: its first letters, or the type of what is no text."""
+    """``value`` as short text to compare and print: the first letters of a string, otherwise its type."""
     return value[:40] if isinstance(value, str) else f"a {type(value).__name__}"
 
 
@@ -343,7 +343,7 @@ def _indices(pattern: str, keys: Iterable[str]) -> list[int]:
 
 
 def _take(flat: dict[str, Any], key: str) -> Tensor:
-    """The tensor ``key``, removed from ``flat``: what stays was not used. Errors name it."""
+    """Remove the tensor ``key`` from ``flat`` and return it; unused tensors remain. Errors name ``key``."""
     try:
         tensor = to_tensor(flat.pop(key)).detach()
     except PickleError as error:
@@ -353,10 +353,10 @@ def _take(flat: dict[str, Any], key: str) -> Tensor:
 
 
 def _one_filter(flat: dict[str, Any], names: str, gain: float) -> Tensor | None:
-    """The resampling filter in all tensors whose names match ``names``; they are removed. None without any.
+    """Remove the tensors whose names match ``names`` and return their common filter; None without any.
 
-    Our generator has one filter, of sum 1; ``gain`` is the sum of the file's. ValueError names the first
-    tensor that differs.
+    The sum of the filter must be ``gain`` (in our generator it is 1). ValueError for another sum, and for
+    tensors that differ.
     """
     filters = {key: _take(flat, key) for key in list(flat) if re.fullmatch(names, key)}
     if not filters:
@@ -365,13 +365,13 @@ def _one_filter(flat: dict[str, Any], names: str, gain: float) -> Tensor | None:
     for key, other in filters.items():
         if other.shape != fir.shape or not torch.equal(other, fir):
             raise ValueError(f"its resampling filters {first} and {key} differ, but one for all is needed")
-    if abs(float(fir.double().sum()) - gain) > 0.005 * gain:  # half precision may round it
+    if abs(float(fir.double().sum()) - gain) > 0.005 * gain:  # half precision may round the sum
         raise ValueError(f"its filter {first} has the sum {float(fir.sum()):g}, but needs {gain:g}")
     return fir
 
 
 def _check_rest(flat: Mapping[str, Any], unused: Collection[str]) -> None:
-    """ValueError if a tensor was not used, which is then part of another architecture."""
+    """ValueError if ``flat`` has a tensor that is not in ``unused``: it is part of another architecture."""
     known = frozenset(unused)
     if rest := [key for key in flat if key not in known]:
         names = ", ".join(key[:80] for key in rest[:4]) + (", …" if len(rest) > 4 else "")

@@ -1,4 +1,4 @@
-"""Our ``Generator`` in other people's layouts: what ``torch.save`` writes, and what their code needs to know.
+"""Our ``Generator`` in other people's layouts: the tree to save, and notes for use with their code.
 
 Pure functions, the inverse of ``generator_formats.py``.
 """
@@ -14,7 +14,7 @@ from cfclip.models.stylegan2 import Generator, StyledConv, ToRGB, pixel_norm
 
 STANDARD_FIR = ops.setup_filter([1.0, 3.0, 3.0, 1.0])
 Written = tuple[dict[str, Any], list[str]]
-"""The tree that is saved, and one sentence for all that the layout or its authors' code has no place for."""
+"""The tree to save, and one sentence for each property that the layout or its authors' code lacks."""
 
 
 def to_rosinality(g: Generator) -> Written:
@@ -57,11 +57,11 @@ def to_rosinality(g: Generator) -> Written:
 
 
 def to_nvidia(g: Generator) -> Written:
-    """``{"G_ema": state dict, "init_kwargs": …}``: the arguments of NVIDIA's ``Generator`` and its tensors.
+    """``{"G_ema": state dict, "init_kwargs": …}``: the tensors and arguments of NVIDIA's ``Generator``.
 
-    ``Generator(**init_kwargs)`` of stylegan2-ada-pytorch, then ``load_state_dict``; that of stylegan3 takes
-    ``synthesis_kwargs`` as its own arguments. ``legacy.load_network_pkl`` reads only pickles that carry
-    NVIDIA's source code, which are not written here.
+    With stylegan2-ada-pytorch, load it by ``Generator(**init_kwargs)`` and ``load_state_dict``. With
+    stylegan3, pass the entries of ``synthesis_kwargs`` as arguments of ``Generator`` itself.
+    ``legacy.load_network_pkl`` cannot load it: it reads only pickles that carry NVIDIA's source code.
     """
     state: dict[str, Tensor] = {"mapping.w_avg": g.w_avg}
     for i, layer in enumerate(g.style):
@@ -77,7 +77,7 @@ def to_nvidia(g: Generator) -> Written:
         if name != "torgb":
             state[f"{block}.{name}.noise_const"] = layer.noise_const
             state[f"{block}.{name}.noise_strength"] = layer.noise_strength
-            # NVIDIA's code has the standard one where nothing is resampled
+            # NVIDIA's code has the standard filter in layers that do not resample
             state[f"{block}.{name}.resample_filter"] = g.fir if layer.up else STANDARD_FIR
     notes = []
     synthesis: dict[str, Any] = {"conv_clamp": g.conv_clamp, "num_fp16_res": 0}
@@ -93,9 +93,9 @@ def to_nvidia(g: Generator) -> Written:
 
 
 def one_class(g: Generator, label: int) -> Generator:
-    """The generator of class ``label`` alone, without classes: its embedding becomes part of the bias.
+    """A generator without classes that draws only class ``label``, whose embedding becomes part of a bias.
 
-    Raises ValueError for a class that is not there.
+    Raises ValueError for a class that does not exist.
     """
     chosen = g.for_class(label)
     config = g.config | {"c_dim": 0, "fir": g.fir}
@@ -112,7 +112,7 @@ def one_class(g: Generator, label: int) -> Generator:
 
 
 def _layers(g: Generator) -> Iterator[tuple[int, str, StyledConv | ToRGB]]:
-    """(level, NVIDIA's name in its block, layer) of all layers, from 4 x 4 on."""
+    """(level, NVIDIA's name of the layer in its block, layer) of all layers, from 4 x 4 upwards."""
     for level, rgb in enumerate(g.rgbs):
         if level:
             yield level, "conv0", g.convs[2 * level - 1]
@@ -125,12 +125,12 @@ def _named(layer: nn.Module, prefix: str) -> dict[str, Tensor]:
 
 
 def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU: a file holds the whole memory behind a tensor."""
+    """Copies on the CPU, because ``torch.save`` writes the whole memory behind a tensor."""
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
 
 
 def _nvidia_widths(g: Generator) -> dict[str, int] | None:
-    """``channel_base`` and ``channel_max`` with ``min(base // resolution, max)`` = all channels, if any."""
+    """``channel_base`` and ``channel_max`` with ``min(base // resolution, max)`` = all channels, or None."""
     widest = max(g.channels)
     base = max(width * (4 << level) for level, width in enumerate(g.channels))
     fits = [min(base // (4 << level), widest) == width for level, width in enumerate(g.channels)]

@@ -33,16 +33,16 @@ from cfclip.models.stylegan2 import Generator
 from cfclip.settings import number
 
 ROSINALITY, NVIDIA = "input.input", "synthesis.b4.const"
-"""A tensor by which a generator's state dict is found."""
+"""The tensor by which a generator's state dict of each layout is recognised."""
 
 
 def load_generator(path: str | os.PathLike, device: str | torch.device = "cpu") -> Generator:
-    """A StyleGAN2 generator: rosinality's ``.pt``, NVIDIA's ``.pkl`` (PyTorch or TensorFlow), or ours.
+    """Load a StyleGAN2 generator: rosinality's ``.pt``, NVIDIA's ``.pkl`` (PyTorch or TensorFlow), or ours.
 
-    Also a state dict of either PyTorch network under any key and prefix, e.g. the generator in a mapper's
-    or e4e's checkpoint; of several, the moving average ("ema"). NVIDIA's state dicts lack their clamp
-    (unless ``convert`` wrote them) and the mapping's multiplier: 256 and 0.01 are taken. Frozen, float32.
-    Raises WeightsError.
+    A torch file may have the state dict of either PyTorch network under any key and prefix, e.g. in the
+    checkpoint of a mapper or e4e. If it has several, the moving average ("ema") is used. NVIDIA's state dicts
+    lack the clamp (unless ``convert`` wrote them) and the learning-rate multiplier of the mapping: 256 and
+    0.01 are assumed. The generator is frozen and float32. Raises WeightsError.
     """
     path, kind = Path(path), sniff(path)
     with about(path):
@@ -74,7 +74,7 @@ def _from_torch(tree: Any) -> Parts:
 
 
 def _clamp_beside(tree: Any) -> float | None:
-    """The clamp that is written beside NVIDIA's state dict (see ``to_nvidia``), else that of its training."""
+    """The clamp that ``to_nvidia`` wrote beside the state dict, otherwise 256, that of NVIDIA's training."""
     for key in ("init_kwargs", "synthesis_kwargs"):
         tree = tree.get(key) if isinstance(tree, Mapping) else None
     if not isinstance(tree, Mapping) or "conv_clamp" not in tree:

@@ -22,7 +22,7 @@ from cfclip.checkpoints.weights import WeightsError, check_numbers, read_tensors
 from cfclip.models.stylegan2 import Generator
 
 NAMES = ("w", "w_plus", "wplus", "ws", "latent", "latents", "codes", "dlatents", "projected_w", "arr_0")
-"""Keys under which tools keep codes, beside other things that are not needed."""
+"""Keys under which other tools store codes; their files may have more keys, which are not needed."""
 
 MADE_FOR = {2 * level - 2: 2**level for level in range(3, 13)}
 """Layers L of a W+ code -> size of the generator in pixels."""
@@ -31,19 +31,19 @@ WANTED = "latents are needed: floats [N, L, D] (W+) or [N, D] (W), or a list or 
 
 
 def load_latents(path: str | os.PathLike, generator: Generator | None = None) -> Tensor:
-    """Latent codes, float32: W+ [N, L, D], or W [N, D] or [N, 1, D].
+    """Load latent codes as float32: W+ [N, L, D], or W [N, D] or [N, 1, D].
 
-    Read are ``.pt``, ``.npy``, ``.npz`` (also NVIDIA's ``projected_w.npz``), ``.safetensors``, and pickles of
-    plain arrays. They hold one of:
+    The file is a ``.pt``, ``.npy``, ``.npz`` (also NVIDIA's ``projected_w.npz``), ``.safetensors``, or a
+    pickle of plain arrays. It holds one of:
 
     - a float tensor [N, L, D] or [N, D];
-    - a list, or a dict by picture, of one code each, in the file's order: [L, D], [1, L, D] or [D];
-    - a dict with either of these under one of ``NAMES``; a picture's code may be in such a dict too, as
-      rosinality's projector writes it.
+    - a list or a dict with one code per picture, [L, D], [1, L, D] or [D]; the order of the file is kept;
+    - a dict with either of these under one of ``NAMES``. The code of a single picture may also be in such a
+      dict, as in the files of rosinality's projector.
 
-    With ``generator`` they are checked to fit, and W is repeated over its layers: always [N, L, D]. A tensor
-    [L, D] with just the generator's L is one picture's W+ code, and a warning says so: L codes of W have the
-    same shape, and are saved as [L, 1, D] instead. Raises WeightsError.
+    With ``generator``, the codes must fit it, and W is repeated over its layers: the result is always
+    [N, L, D]. A tensor [L, D] with exactly the generator's L is read as one W+ code, with a warning, because
+    L codes of W have the same shape. Save L codes of W as [L, 1, D]. Raises WeightsError.
     """
     path, kind = Path(path), sniff(path)
     with about(path):
@@ -55,7 +55,7 @@ def load_latents(path: str | os.PathLike, generator: Generator | None = None) ->
 
 
 def _open(path: Path, kind: str) -> Any:
-    """What the file holds: tensors in lists and dicts, or a pickle's records of them."""
+    """The content of the file: a tensor, or lists and dicts of tensors, which may be Views or Records."""
     if kind == "safetensors":
         return read_tensors(path)
     if kind == "npz":
@@ -67,7 +67,7 @@ def _open(path: Path, kind: str) -> Any:
 
 
 def _open_npz(path: Path) -> dict[str, Tensor]:
-    """The arrays under NAMES, or else all; arrays of other things beside codes are not read."""
+    """The arrays that NAMES lists, without reading any other; all arrays if NAMES lists none of them."""
     with path.open("rb") as file, open_zip(file) as archive:
         entries = archive.infolist()
         if any(entry.compress_type not in (ZIP_STORED, ZIP_DEFLATED) for entry in entries):
@@ -79,12 +79,12 @@ def _open_npz(path: Path) -> dict[str, Tensor]:
             size = arrays[name].file_size
             spend(size)
             with archive.open(arrays[name]) as entry:
-                found[name] = _array(BytesIO(entry.read(size)))  # without a size zipfile unpacks all first
+                found[name] = _array(BytesIO(entry.read(size)))  # without a size, zipfile unpacks all first
         return found
 
 
 def _array(file: BinaryIO) -> Tensor:
-    """The array of an ``.npy`` file; it is no larger than the file."""
+    """The floats of an ``.npy`` file as float32. ValueError if its header declares more data than it has."""
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
         raise ValueError("it is a .npy of named fields, but plain numbers are needed")
@@ -92,7 +92,7 @@ def _array(file: BinaryIO) -> Tensor:
     read = np.lib.format.read_array_header_1_0 if one else np.lib.format.read_array_header_2_0
     try:
         shape, fortran, dtype = read(file, max_header_size=1000)
-    except Exception:  # its parser is Python's own
+    except Exception:  # numpy parses it as Python source, which may fail in any way
         raise ValueError("its header is damaged: save it again with numpy.save") from None
     if dtype.hasobject:
         raise ValueError(
@@ -131,7 +131,7 @@ def _codes(tree: Any) -> list[Tensor]:
                 f"it holds {describe(tree)} with a {name} of shape {list(code.shape)}, but {WANTED}"
             )
         if code.ndim == 1 and isinstance(held, Mapping):
-            code = code[None]  # a picture's W: not one layer of a W+ code
+            code = code[None]  # in a dict by picture, [D] is a W code, not one layer of W+
         code = code if code.ndim == 3 else code[None]
         if parts and code.shape[1:] != parts[0].shape[1:]:
             shapes = f"{pictures[0][0]} {list(parts[0].shape[1:])}, {name} {list(code.shape[1:])}"
@@ -141,7 +141,7 @@ def _codes(tree: Any) -> list[Tensor]:
 
 
 def _named(tree: Any) -> Any:
-    """What ``tree`` keeps under one of NAMES, else ``tree``. ValueError if there are several."""
+    """The entry of ``tree`` whose key is in NAMES, or ``tree`` without such a key. ValueError for several."""
     keys = [key for key in NAMES if key in tree] if isinstance(tree, Mapping) else []
     if len(keys) > 1:
         raise ValueError(f"it holds codes under {' and '.join(keys)}: save those to use alone")
@@ -158,7 +158,7 @@ def _tensor(name: str, value: Any) -> Tensor:
 
 
 def _one_code(name: str, value: Any) -> Tensor:
-    """The code of one picture: [L, D], [1, L, D] or [D] in a proper file."""
+    """The code of one picture: [L, D], [1, L, D] or [D] in a valid file. Its shape is not checked here."""
     value = _named(value)
     if isinstance(value, list | tuple) and len(value) == 1:
         (value,) = value
@@ -172,8 +172,8 @@ def _one_code(name: str, value: Any) -> Tensor:
 def fit_latents(w: Tensor, generator: Generator, what: str = "the latents") -> Tensor:
     """W [N, D] (or [N, 1, D]) or W+ [N, L, D] or [L, D] -> [N, L, D] for ``generator``.
 
-    [L, D] with the generator's L is one W+ code. A warning says how a 2-D tensor was read if it could have
-    been meant otherwise. WeightsError if codes do not fit.
+    [L, D] with the generator's L is one W+ code. If a 2-D tensor is ambiguous, a warning says how it was
+    read. Raises WeightsError if the codes do not fit.
     """
     layers, width, res = generator.num_ws, generator.w_dim, generator.resolution
     if w.shape[-1] != width:

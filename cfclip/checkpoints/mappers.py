@@ -24,14 +24,14 @@ from cfclip.checkpoints.weights import check_numbers
 from cfclip.models.mapper import LEVELS, Mapper, MapperConfig
 
 OFFICIAL_LEVELS = {"coarse": "course", "medium": "medium", "fine": "fine"}
-"""Our name of a level -> that of the published files, which write "course"."""
+"""Our name of a level -> its name in the published files, which spell "coarse" as "course"."""
 
 MOST_LAYERS = 1000
-"""A StyleGAN2 of 16384 px has 26; with more than these, reading them would take long."""
+"""The most text mappers that are read, so that reading stays quick; a StyleGAN2 of 16384 px has 26 layers."""
 
 
 def load_mapper(path: str | os.PathLike) -> Mapper:
-    """A latent mapper: CF-CLIP's or StyleCLIP's ``.pt``, under any key and prefix, or ours.
+    """Load a latent mapper: CF-CLIP's or StyleCLIP's ``.pt``, under any key and prefix, or our safetensors.
 
     Frozen, float32. Raises WeightsError.
     """
@@ -90,7 +90,7 @@ def _official_mapper(tree: Any) -> tuple[MapperConfig, dict[str, Tensor]]:
 
 
 def _layers_without_text(tree: Any, state: Mapping[str, Tensor]) -> int:
-    """L of a StyleCLIP mapper, from the generator beside it or from its options; else 18 (1024 px)."""
+    """L of a StyleCLIP mapper: from the generator beside it or from its options, otherwise 18 (1024 px)."""
     if noises := sum(bool(re.fullmatch(r"decoder\.noises\.noise_\d+", key)) for key in state):
         return noises + 1
     size = option(tree, "stylegan_size")

@@ -37,15 +37,15 @@ OPENAI_SHA256 = {
     "ViT-B-16-quickgelu": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
     "ViT-L-14-quickgelu": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
 }
-"""open_clip's name of a model -> sha256 of OpenAI's file of it, e.g. ``ViT-B-32.pt``."""
+"""open_clip's name of a model -> sha256 of OpenAI's file with its weights, e.g. ``ViT-B-32.pt``."""
 ALEXNET = "alexnet-owt-7be5be79.pth"
 ALEXNET_URL = f"https://download.pytorch.org/models/{ALEXNET}"
 
 
 def load_identity(path: str | os.PathLike) -> FaceIdentity:
-    """ArcFace: ``model_ir_se50.pth``, or our safetensors of kind "identity". Raises WeightsError.
+    """Load ArcFace from ``model_ir_se50.pth`` or our safetensors of kind "identity". Raises WeightsError.
 
-    Networks that take 112 px (IR-SE50) see the published alignment crop, as trained on FFHQ-like crops.
+    Networks with an input of 112 px (IR-SE50) see images through the published alignment crop of FFHQ faces.
     """
     path, kind = Path(path), sniff(path)
     with about(path):
@@ -65,7 +65,7 @@ def load_vgg(path: str | os.PathLike) -> VGG19:
 
 
 def load_openai_clip(path: str | os.PathLike, model: str = "ViT-B-32-quickgelu") -> ClipGuide:
-    """OpenAI's CLIP: its own file (the paper's is ``ViT-B-32.pt``) or open_clip's copy (safetensors, torch).
+    """Load CLIP from OpenAI's file (in the paper ``ViT-B-32.pt``) or open_clip's copy (safetensors, torch).
 
     ``model`` is open_clip's name; "ViT-B-32" without "-quickgelu" would silently use another GELU.
     Frozen, float32. Raises WeightsError.
@@ -134,7 +134,7 @@ def load_e4e(path: str | os.PathLike) -> Encoder4Editing:
 
 @lru_cache(maxsize=2)
 def load_lpips(path: str | os.PathLike, device: str | torch.device = "cpu") -> lpips.LPIPS:
-    """LPIPS with torchvision's ``alexnet-owt-7be5be79.pth``, frozen; opened once. Raises WeightsError."""
+    """LPIPS with torchvision's ``alexnet-owt-7be5be79.pth``, frozen and cached. Raises WeightsError."""
     path = Path(path)
     with about(path):
         tensors = official_state(read_torch(path), ALEXNET, "features.0.weight")
@@ -158,13 +158,13 @@ def lpips_file() -> Path | None:
 
 
 def find_lpips(device: str | torch.device = "cpu") -> lpips.LPIPS | None:
-    """LPIPS if its weights are on this machine, loaded once per device; never downloads. WeightsError."""
+    """LPIPS, cached per device; None if its weights are not local. Never downloads. Raises WeightsError."""
     path = lpips_file()
     return path and load_lpips(path, str(device))
 
 
 def lpips_note() -> str:
-    """One sentence: which perceptual distance this machine uses, and how to get the published one."""
+    """A note on which perceptual distance this machine uses and, if it lacks LPIPS, how to get that."""
     if lpips_file() is not None:
         return "LPIPS: the lpips package with AlexNet."
     return (

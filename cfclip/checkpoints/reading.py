@@ -1,4 +1,4 @@
-"""What all readers share: which format a file has, opening it safely, filling a network, clear errors."""
+"""Shared by all readers: detect the format of a file, open it safely, fill a network, raise clear errors."""
 
 import logging
 import math
@@ -52,21 +52,21 @@ WRAPPERS = ("module", "_orig_mod")
 """Parts of names that DataParallel and torch.compile add."""
 
 AVERAGED = re.compile(r"(?<![a-z0-9])ema(?![a-z0-9])", re.IGNORECASE)
-"""In the place of a network: its weights are the moving average, which is the one to use."""
+"""Found in the place of a network whose weights are a moving average; this network is preferred."""
 
 MEAN_LATENTS = ("latent_avg", "mean_latent")
 """Names of the mean latent in rosinality's files, the first one preferred."""
 
 MAX_PLACE = 4
-"""How deep in dicts of dicts a network is looked for."""
+"""How deep networks are searched for in nested dicts."""
 
 MAX_NETWORKS = 100
-"""How many prefixes may make a network of one dict's tensors."""
+"""How many networks, each with its own prefix, one dict of tensors may hold."""
 
 
 @contextmanager
 def about(path: Path) -> Iterator[None]:
-    """Read ``path`` within one budget; every error becomes a WeightsError that names it, and is logged."""
+    """Read ``path`` within one budget. Any error is logged and becomes a WeightsError that names ``path``."""
     try:
         with budget_of(path.stat().st_size if path.exists() else 0):
             yield
@@ -89,7 +89,7 @@ def about(path: Path) -> Iterator[None]:
 
 
 def sniff(path: str | os.PathLike) -> str:
-    """Format by content; WeightsError if it is none of them.
+    """Detect the format of a file from its content. WeightsError if it has none of the formats.
 
     Formats: "torch-zip", "torch-legacy", "pickle", "npy", "npz", "safetensors".
     """
@@ -103,7 +103,7 @@ def sniff(path: str | os.PathLike) -> str:
     if not head:
         raise WeightsError(f"{path} is empty (an interrupted download?): download it again")
     if head[8:9] == b"{" and 0 < int.from_bytes(head[:8], "little") <= path.stat().st_size - 8:
-        return "safetensors"  # before the others: the length may begin with any of their letters
+        return "safetensors"  # tested first: the length may begin with the same bytes as another format
     for start, problem in NOT_WEIGHTS.items():
         if head.lstrip().startswith(start):
             raise WeightsError(f"{path} is {problem}")
@@ -121,13 +121,13 @@ def sniff(path: str | os.PathLike) -> str:
 
 @contextmanager
 def mapped(path: Path) -> Iterator[mmap.mmap]:
-    """The file as memory: a read never allocates more than the file holds."""
+    """The file mapped into memory, so that a read never allocates more than the file holds."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         yield content
 
 
 def read_torch(path: str | os.PathLike) -> Any:
-    """What ``torch.save`` wrote, as :mod:`safe_pickle` gives it; tensors are views of the mapped file.
+    """The content of a torch file, as :mod:`safe_pickle` returns it; tensors are views of the mapped file.
 
     Raises WeightsError.
     """
@@ -144,12 +144,12 @@ def read_torch(path: str | os.PathLike) -> Any:
 
 
 def read_plain(path: str | os.PathLike) -> Any:
-    """What ``torch.save`` wrote, if it is dicts, lists, tuples, plain values, and tensors, which are copied.
+    """The content of a torch file that holds only dicts, lists, tuples, plain values and tensors.
 
-    Raises WeightsError.
+    Tensors are copied. Raises WeightsError, also for any other object.
     """
     path = Path(path)
-    made: dict[int, Any] = {}  # what the file refers to twice is made once
+    made: dict[int, Any] = {}  # id -> copy: an object that the file refers to twice is copied once
 
     def plain(value: Any) -> Any:
         if id(value) in made:
@@ -173,9 +173,9 @@ def read_plain(path: str | os.PathLike) -> Any:
 
 
 def tensor_dicts(tree: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """(place, its tensors) of each dict in ``tree``, outer ones first; names without ``WRAPPERS``.
+    """(place, tensors) of each dict in ``tree``, outer dicts first; tensor names are without ``WRAPPERS``.
 
-    The place is "" or like "state_dict: ". Each dict is seen once, however often the file refers to it.
+    The place is "" or like "state_dict: ". Each dict is visited once, however often the file refers to it.
     """
     queue, seen = [("", 0, tree)], set()
     for place, depth, node in queue:
@@ -197,8 +197,8 @@ def tensor_dicts(tree: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
 def find_networks(tree: Any, *names: str) -> dict[str, dict[str, Tensor]]:
     """Place -> tensors of each network in ``tree`` that has all of ``names``, under any key and prefix.
 
-    A name that ends with "." stands for all that begin with it. The prefix ends the place and is removed
-    from the tensors' names.
+    If the first name ends with ".", it stands for all names that begin with it. The prefix is removed from
+    the tensors' names and becomes the end of the place.
     """
     found = {}
     for place, tensors in tensor_dicts(tree):
@@ -214,7 +214,7 @@ def find_networks(tree: Any, *names: str) -> dict[str, dict[str, Tensor]]:
 
 
 def the_network(found: Mapping[str, T], tree: Any, wanted: str, *names: str) -> tuple[str, T]:
-    """(place, network): the only one of ``found``, or the only moving average among them; else ValueError."""
+    """The only (place, network) of ``found``, or of its moving averages if any; otherwise ValueError."""
     options = {place: one for place, one in found.items() if AVERAGED.search(place)} or found
     if len(options) == 1:
         return next(iter(options.items()))
@@ -226,12 +226,12 @@ def the_network(found: Mapping[str, T], tree: Any, wanted: str, *names: str) -> 
 
 
 def official_state(tree: Any, wanted: str, *names: str) -> dict[str, Tensor]:
-    """The tensors of the network ``wanted``, which has those called ``names``; ValueError without it."""
+    """The tensors of the one network with all ``names`` (``wanted`` in errors). ValueError without it."""
     return the_network(find_networks(tree, *names), tree, wanted, *names)[1]
 
 
 def mean_latent(tree: Any, place: str) -> Tensor | None:
-    """The mean latent that lies in the network at ``place``, or else nearest around it."""
+    """The mean latent in the network at ``place``, otherwise the nearest one around it; None without any."""
     near: dict[tuple[int, bool], Tensor] = {}
     for outer, tensors in tensor_dicts(tree):
         for key, tensor in tensors.items():
@@ -242,7 +242,7 @@ def mean_latent(tree: Any, place: str) -> Tensor | None:
 
 
 def has_part(tree: Any, start: str) -> bool:
-    """Whether a tensor's name begins with ``start`` after some prefix."""
+    """Whether the name of any tensor in ``tree`` begins with ``start``, directly or after a prefix."""
     return any(f".{start}" in f".{name}" for _, tensors in tensor_dicts(tree) for name in tensors)
 
 
@@ -275,9 +275,9 @@ def describe(tree: Any) -> str:
 
 
 class _Limit(TorchFunctionMode):
-    """Stop a constructor that makes a larger network than ``count`` tensors fill, as a header may demand.
+    """Stop a constructor whose network is too large for ``count`` tensors; bad headers may declare one.
 
-    Our networks take at most 7 calls of torch a tensor, the largest (e4e) 3000.
+    Calls of torch are counted. Our networks need at most 7 per tensor, and the largest (e4e) needs 3000.
     """
 
     def __init__(self, count: int):
@@ -292,8 +292,8 @@ class _Limit(TorchFunctionMode):
 
 
 def build(make: Callable[[], nn.Module], tensors: Mapping[str, Tensor], what: str) -> Any:
-    """``make()`` with float32 copies of ``tensors``; eval, frozen. ValueError names the first misfit."""
-    with torch.device("meta"), _Limit(len(tensors)):  # neither memory nor random numbers are spent
+    """``make()`` with ``tensors`` copied to its dtypes; eval, frozen. ValueError names the first misfit."""
+    with torch.device("meta"), _Limit(len(tensors)):  # uses no memory and no random numbers
         module = make()
     filled = {}
     for name, empty in module.state_dict().items():

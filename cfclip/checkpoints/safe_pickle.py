@@ -2,10 +2,10 @@
 
 NVIDIA's networks are pickles of live objects that carry their own source code; the usual unpickler imports
 classes, calls functions and runs that source. Here ``pickletools`` decodes the opcodes, and :func:`load`
-interprets them with no function to call: a class is a :class:`Name`, a call gives a :class:`Record` of it.
-Only the few calls that make plain data (tensors, arrays, containers) are understood, by code of this module.
-All of it is paid from the file's budget, and nothing of the file is hashed, compared or printed before its
-type and its size are known: a tuple nested a million deep would overflow the C stack.
+interprets them without running anything: a class becomes a :class:`Name`, and a call a :class:`Record`.
+Only the few calls that make plain data (tensors, containers, bytes) are carried out, by functions of this
+module. All work is paid from the file's budget. Nothing from the file is hashed, compared or printed before
+its type and size are known, because a tuple nested a million deep would overflow the C stack.
 """
 
 import _compat_pickle
@@ -26,7 +26,7 @@ from cfclip.checkpoints.budget import BudgetError, current, spend
 from cfclip.checkpoints.values import Name, PickleError, Record, Storage, View, sizes
 
 MAX_NAME = 4096
-"""Characters in a key, or in the name of a class."""
+"""The most characters in a key, or in the name of a class together with its module."""
 
 MAX_DEPTH = 100
 """How deep values may be nested in each other; NVIDIA's networks are nested 30 deep."""
@@ -38,14 +38,14 @@ STORAGES = {"Float": torch.float32, "Double": torch.float64, "Half": torch.float
 STORAGES |= {"BFloat16": torch.bfloat16, "Long": torch.int64, "Int": torch.int32, "Short": torch.int16}
 STORAGES |= {"Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool, "Untyped": torch.uint8}
 STORAGES |= {"ComplexFloat": torch.complex64, "ComplexDouble": torch.complex128}
-"""dtype of ``torch.FloatStorage`` and its siblings."""
+"""Name of a storage class of torch, without its ending "Storage" -> dtype."""
 
 PLAIN_TYPES = (bool, bytearray, bytes, complex, dict, float, frozenset, int)
 PLAIN_TYPES += (list, object, range, set, slice, str, tuple)
 PLAIN_BUILTINS = {kind.__name__ for kind in PLAIN_TYPES}
 PLAIN_MODULES = {"_codecs", "argparse", "collections", "copyreg", "datetime"}
 PLAIN_MODULES |= {"functools", "pathlib", "types", "typing"}
-"""What honest files call of the standard library; a call of anything else there is reported as hostile."""
+"""Standard-library modules and builtins that honest files call. Calls of others are reported as hostile."""
 
 VALUES = (
     "(SHORT_)?BIN(BYTES|STRING|UNICODE)8?|BYTEARRAY8|(BIN)?FLOAT|BININT[12]?|INT|LONG[14]?|STRING|UNICODE"
@@ -54,17 +54,17 @@ PUSHED = {op.name: lambda arg: arg for op in pickletools.opcodes if re.fullmatch
 PUSHED |= {"NONE": lambda _: None, "NEWTRUE": lambda _: True, "NEWFALSE": lambda _: False}
 PUSHED |= {"EMPTY_LIST": lambda _: [], "EMPTY_DICT": lambda _: {}, "EMPTY_SET": lambda _: set()}
 PUSHED |= {"EMPTY_TUPLE": lambda _: ()}
-"""Opcode -> the value that it pushes, from its argument."""
+"""Opcode -> function from the argument of the opcode to the value that it pushes."""
 
 KEYS = {type(None), bool, bytes, float, str}
-"""Types of keys and of members of sets, with int. Others are dropped: no weight file needs them."""
+"""Types of dict keys and set members that are kept, besides int. No weight file needs any others."""
 
 
 def load(file: BinaryIO, persistent: Callable[[Any], Any] | None = None) -> Any:
-    """Interpret one pickle (protocol 2 … 5) from ``file`` and stop at its end. Raises PickleError.
+    """Interpret one pickle (protocol 2 … 5) from ``file`` and stop at its end.
 
     ``file.read(n)`` must not allocate more than the file holds (BytesIO, mmap). ``persistent`` resolves
-    persistent ids.
+    persistent ids. Raises PickleError or BudgetError.
     """
     try:
         value = _interpret(file, persistent)
@@ -84,7 +84,7 @@ def _interpret(file: BinaryIO, persistent: Callable[[Any], Any] | None) -> Any:
     budget = current()
 
     def pop(count: int | None = None) -> list[Any]:
-        """The top ``count`` values, or those above the last mark."""
+        """Remove and return the top ``count`` values, or without ``count`` all above the last mark."""
         start = marks.pop() if count is None else len(stack) - count
         if not 0 <= start <= len(stack):
             raise PickleError("the pickle is damaged: it takes more values than it has")
@@ -102,7 +102,7 @@ def _interpret(file: BinaryIO, persistent: Callable[[Any], Any] | None) -> Any:
             case "BINGET" | "LONG_BINGET" | "GET":
                 stack.append(memo[arg])
             case "BINPUT" | "LONG_BINPUT" | "PUT":
-                if arg >= 1 << 32:  # large numbers can be chosen to have one hash
+                if arg >= 1 << 32:  # a file could choose large numbers that share a hash
                     raise PickleError("the pickle is damaged: it remembers more values than it has")
                 memo[arg] = stack[-1]
             case "MEMOIZE":
@@ -162,7 +162,7 @@ def _interpret(file: BinaryIO, persistent: Callable[[Any], Any] | None) -> Any:
 
 
 def _check_depth(value: Any) -> None:
-    """PickleError if a value lies more than MAX_DEPTH deep in others, by the shortest way to it."""
+    """PickleError if a value is nested more than MAX_DEPTH deep, counted along the shortest path to it."""
     seen, level = {id(value)}, [value]
     for _ in range(MAX_DEPTH):
         deeper: dict[int, Any] = {}
@@ -186,7 +186,7 @@ def _children(node: Any) -> Iterable[Any]:
 
 
 def _is_key(value: Any) -> bool:
-    """Whether ``value`` is hashed: its type is plain, and no large number can be chosen to have one hash."""
+    """Whether ``value`` may be hashed: its type is in KEYS, or it is an int too small for hash collisions."""
     if type(value) in (str, bytes):
         if len(value) > MAX_NAME:
             raise PickleError(f"it has a name of {len(value)} characters, which no weight file needs")
@@ -218,7 +218,7 @@ def _extend(target: Any, values: list[Any]) -> None:
 
 
 def _call(name: Any, args: Any) -> Any:
-    """The result of ``name(*args)``: data that this module understands, or a record of the call."""
+    """The result of ``name(*args)`` for CALLS, otherwise a Record. PickleError if the call may be hostile."""
     if not isinstance(name, Name) or not isinstance(args, tuple):
         raise PickleError("the pickle calls something that is not a function")
     if (known := CALLS.get(str(name))) is not None:
@@ -244,7 +244,7 @@ def _persistent_object(meta: Any) -> Record:
 
 
 def _load_from_bytes(data: Any) -> Storage:
-    """A storage inside a plain pickle of tensors: a whole torch file of the old format."""
+    """The storage in ``data``. A plain pickle stores each one as a whole torch file of the old format."""
     storage = load_legacy(io.BytesIO(data), data) if isinstance(data, bytes) else None
     if not isinstance(storage, Storage):
         raise PickleError("a storage holds something else")
@@ -262,7 +262,7 @@ def _dict(pairs: Any = (), *_: Any) -> dict:
 
 
 def _encode(text: Any, encoding: Any = "latin1") -> bytes:
-    """How protocol 2 stores bytes."""
+    """The bytes that protocol 2 stores as text."""
     if not (type(text) is type(encoding) is str and encoding == "latin1"):
         raise PickleError("the pickle is damaged: it encodes something that is not text")
     spend(len(text))
@@ -274,7 +274,7 @@ def _view(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> View:
 
 
 def _meta(dtype: Any, size: Any, *_: Any) -> Tensor:
-    """A tensor that was saved without its numbers; whoever needs those says so."""
+    """A tensor that was saved without its numbers. Readers that need the numbers raise an error."""
     return torch.empty(sizes(size), device="meta")
 
 
@@ -290,7 +290,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": _dict,
     "builtins.set": lambda values=(): _members(values),
     "builtins.frozenset": lambda values=(): frozenset(_members(values)),
-    "builtins.bytes": lambda: b"",  # the empty one in protocol 2
+    "builtins.bytes": lambda: b"",  # how protocol 2 stores empty bytes
     "_codecs.encode": _encode,
     "torch.storage._load_from_bytes": _load_from_bytes,
     "torch._utils._rebuild_tensor": _view,
@@ -306,9 +306,9 @@ CALLS: dict[str, Callable[..., Any]] = {
 
 
 def load_legacy(file: BinaryIO, content: UntypedStorage | bytes) -> Any:
-    """What a torch file from before the zip format holds, as data. ``content``: all of ``file``.
+    """The data in a torch file from before the zip format. ``content``: all bytes of ``file``.
 
-    Tensors are views of ``content``, and inside of it. Raises PickleError.
+    Each tensor is a :class:`View` that lies within ``content``. Raises PickleError.
     """
     if type(magic := load(file)) is not int or magic != LEGACY_MAGIC:
         raise PickleError("it is not a torch file")
@@ -337,7 +337,7 @@ def load_legacy(file: BinaryIO, content: UntypedStorage | bytes) -> Any:
 def _declare(pid: Any, storages: dict[str, Storage]) -> Any:
     """Persistent id ``("storage", torch.FloatStorage, key, location, numel[, None])`` -> Storage."""
     kind = pid[0] if type(pid) is tuple and 4 <= len(pid) <= 6 and type(pid[0]) is str else ""
-    if kind == "module":  # of a saved object: its class, and the source, which is not needed
+    if kind == "module":  # of a saved module: its class, and its source code, which is not needed
         return pid[1]
     if kind != "storage" or len(pid) == 4:
         raise PickleError("the torch file refers to something that is not a storage")
@@ -357,10 +357,10 @@ def _declare(pid: Any, storages: dict[str, Storage]) -> Any:
 
 
 def load_zip(file: BinaryIO, content: UntypedStorage) -> Any:
-    """What a torch file of the zip format holds, as data. ``content``: all of ``file``.
+    """The data in a torch file of the zip format. ``content``: all bytes of ``file``.
 
-    Checksums are compared; tensors are views of ``content``, and inside of it. Raises PickleError, or
-    zipfile's errors for a damaged archive.
+    Checksums are verified. Each tensor is a :class:`View` that lies within ``content``. Raises PickleError,
+    or zipfile's errors for a damaged archive.
     """
     with open_zip(file) as archive:
         all_entries = archive.infolist()
@@ -397,10 +397,10 @@ def load_zip(file: BinaryIO, content: UntypedStorage) -> Any:
 
 
 def open_zip(file: BinaryIO) -> ZipFile:
-    """An archive whose list of entries is paid for. Raises BudgetError, or zipfile's errors."""
+    """Open a zip archive, after paying for its list of entries. Raises BudgetError, or zipfile's errors."""
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         found = content.find(b"PK\1\2")
-        while found >= 0:  # each takes zipfile a kilobyte and ten microseconds
+        while found >= 0:  # each entry costs zipfile a kilobyte and ten microseconds
             spend(steps=8)
             found = content.find(b"PK\1\2", found + 46)
     return ZipFile(file)

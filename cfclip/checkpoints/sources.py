@@ -1,8 +1,8 @@
 """Files that this repository cannot contain: where they come from, how to get them, whether a copy is good.
 
-They are kept in ``data/downloads``. :func:`fetch` downloads those that have a URL, :func:`check` reports
-what is there. Most authors publish no checksum: that of the first copy that opened is recorded in
-``checksums.json`` beside it, and the file must keep it from then on.
+They are kept in ``data/downloads``. :func:`fetch` downloads the files that have a URL, :func:`check` reports
+which files are there. Most authors publish no checksum. For their files, the checksum of the first copy that
+opens is recorded in ``checksums.json`` beside it, and must not change from then on.
 """
 
 import json
@@ -45,15 +45,15 @@ class Source:
     what: str
     domains: tuple[str, ...] = (FFHQ,)
     urls: tuple[str, ...] = ()  # tried in order
-    page: str = ""  # where a person gets it in a browser (a drive asks for confirmation)
+    page: str = ""  # where to get it in a browser (Google Drive asks for confirmation)
     sha256: str | None = None  # None: its authors publish none, and no two copies could be compared
-    sha256_from: str = ""  # who gives it
-    exact: bool = True  # False: other exports of the same network are in use and as good
+    sha256_from: str = ""  # where sha256 comes from
+    exact: bool = True  # False: other exports of the same network are in use and equally good
     required: bool = True
-    limit: int = 2 << 30  # bytes; a download that is larger is none of these files
+    limit: int = 2 << 30  # bytes; a larger download cannot be the file
 
     def how(self, folder: Path, domain: str = "") -> str:
-        """Instructions for a person who wants it for ``domain``."""
+        """Instructions for getting the file for ``domain``."""
         place = folder / self.name
         by_hand = f"open {self.page} in a browser and put the file at {place}"
         if not self.urls:
@@ -201,7 +201,7 @@ SOURCES = (
 
 
 def check_onnx(path: Path) -> None:
-    """WeightsError unless the file begins as ONNX does: a protobuf whose first field is the version."""
+    """WeightsError unless the file begins like ONNX, a protobuf whose first field is the version."""
     with path.open("rb") as file:
         is_onnx = file.read(1) == b"\x08"
     if not is_onnx:
@@ -229,8 +229,8 @@ OPENERS: dict[str, Callable[[Path], object]] = {
 class Row:
     """The state of one file.
 
-    status: "valid" (opens, and is the documented file), "unverified" (opens, but no documented checksum
-    confirms it), "missing" or "corrupt".
+    status: "valid" (has the documented checksum; is not opened), "unverified" (opens, or is unchanged since
+    it did, but no documented checksum confirms it), "missing" or "corrupt".
     """
 
     source: Source
@@ -260,8 +260,8 @@ def roles_of(domain: str) -> dict[str, list[Source]]:
 
 
 def elsewhere(source: Source) -> Path | None:
-    """A copy that open_clip or OpenAI's clip package has downloaded."""
-    if source.role not in ("clip", "held-out clip"):  # a third one changes who judges: only on purpose
+    """The path of a copy that open_clip or OpenAI's clip package has downloaded, or None."""
+    if source.role not in ("clip", "held-out clip"):  # ViT-L/14 changes which CLIP judges: never by accident
         return None
     if source.name.endswith(".pt"):
         path = Path.home() / ".cache" / "clip" / source.name
@@ -273,15 +273,15 @@ def elsewhere(source: Source) -> Path | None:
 
 
 def locate(source: Source, folder: Path = DOWNLOADS) -> Path | None:
-    """The path of ``source`` in ``folder``, else in another tool's cache; None if it is in neither."""
+    """The path of ``source`` in ``folder``, otherwise in another tool's cache; None if it is in neither."""
     path = folder / source.name
     return path if path.exists() else elsewhere(source)
 
 
 def require(domain: str, folder: Path = DOWNLOADS) -> dict[str, Path]:
-    """role -> path of every file that is there.
+    """role -> path of the first file that is there, for every role that has one.
 
-    If required ones are missing, one WeightsError names them all and says how to get them.
+    If required files are missing, one WeightsError names them all and says how to get them.
     """
     paths, missing = {}, []
     for role, options in roles_of(domain).items():
@@ -309,9 +309,9 @@ def recorded(folder: Path) -> dict[str, str]:
 
 
 def inspect(source: Source, folder: Path = DOWNLOADS, domain: str = "") -> Row:
-    """Look at one file: its checksum, and if that does not decide, whether it opens as what it should be.
+    """Check one file: its checksum and, if that does not decide, whether it opens in its role.
 
-    The checksum of a file that opens is recorded if there is no documented one.
+    The checksum of a file in ``folder`` that opens is recorded, unless it must be the documented one.
     """
     path, how = locate(source, folder), source.how(folder, domain)
     if path is None:
@@ -322,12 +322,12 @@ def inspect(source: Source, folder: Path = DOWNLOADS, domain: str = "") -> Row:
     if digest == source.sha256:
         return Row(source, "valid", path, f"sha256 as documented ({source.sha256_from})")
     only_documented = source.sha256 is not None and source.exact
-    in_folder = path.parent == folder  # another tool's cache is not recorded
+    in_folder = path.parent == folder  # a file in another tool's cache is not recorded
     before = known.get(source.name) if in_folder and not only_documented else None
     if before == digest:
         detail = "opened when it was new, unchanged since; no checksum is published for it"
         return Row(source, "unverified", path, detail)
-    try:  # also if the checksum is wrong already: "a web page" is the better message
+    try:  # even if the checksum is already known to be wrong: "a web page" is a better message
         OPENERS[source.role](path)
     except WeightsError as error:
         return Row(source, "corrupt", path, f"{error}; {how}")
@@ -359,11 +359,11 @@ def unmet(rows: list[Row]) -> list[str]:
 
 
 def _resume(url: str, part: Path, limit: int, progress: bool) -> None:
-    """Download ``url`` to ``part``; what an interrupted download of the same content left there is kept.
+    """Download ``url`` to ``part``, or continue an interrupted download of the same content.
 
-    The server's mark of the content (ETag or date), kept beside ``part``, tells whether the bytes so far
-    belong to what the server sends. Without one they cannot be continued, and are deleted.
-    Raises OSError, of which the errors of requests are a kind.
+    The server's mark of the content (ETag or date) is kept beside ``part``. It tells whether the bytes so far
+    belong to the content that the server sends now. Without a mark they are deleted.
+    Raises OSError, which includes the errors of requests.
     """
     mark_file = part.with_name(part.name + ".etag")
     headers = {"Accept-Encoding": "identity"}  # a compressed answer could not be continued
@@ -376,7 +376,7 @@ def _resume(url: str, part: Path, limit: int, progress: bool) -> None:
         so_far = part.stat().st_size if part.exists() else 0
         continues = answer.headers.get("Content-Range", f"bytes {so_far}-").startswith(f"bytes {so_far}-")
         if so_far and (answer.status_code == 416 or (answer.status_code == 206 and not continues)):
-            _forget(part)  # nothing is left to send, or something else is sent: the bytes cannot be verified
+            _forget(part)  # no bytes are left, or others are sent: the bytes so far cannot be verified
             return _resume(url, part, limit, progress)
         answer.raise_for_status()
         start = so_far if answer.status_code == 206 else 0
@@ -413,7 +413,7 @@ def _forget(part: Path) -> None:
 
 
 def _download(source: Source, url: str, folder: Path, progress: bool) -> Row:
-    """One file from one URL. WeightsError if that fails or gives a bad file; the folder is then as before."""
+    """Download one file from one URL. WeightsError if that fails or the file is bad; an old file stays."""
     path = folder / source.name
     aside, part = path.with_name(path.name + ".bad"), path.with_name(path.name + ".part")
     try:
@@ -436,10 +436,11 @@ def _download(source: Source, url: str, folder: Path, progress: bool) -> Row:
 
 
 def fetch(domain: str, folder: Path = DOWNLOADS, optional: bool = False, progress: bool = True) -> list[Row]:
-    """Download the files of ``domain`` that are required (``optional``: all) and have a URL, one per role.
+    """Download the required files (``optional``: all files) of ``domain`` that have a URL, one per role.
 
-    If one fails, the next URL is tried, then the next file of the role. Returns the rows of :func:`check`;
-    those of failed downloads say why. Raises FolderInUse if another process fetches into ``folder``.
+    A role that already has a good file is skipped. If a download fails, the next URL is tried, then the next
+    file of the role. Returns the rows of :func:`check`; the row of a failed download says why.
+    Raises FolderInUse if another process fetches into ``folder``.
     """
     with locked(folder, "fetch"):  # two downloads into one file would mix
         rows = {source.name: inspect(source, folder, domain) for source in sources_of(domain)}

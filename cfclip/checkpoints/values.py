@@ -1,4 +1,4 @@
-"""What a file holds before it is used: names, records of calls, and tensors that are views of its content."""
+"""The content of a file before it is used: names, records of calls, and tensors that are views of it."""
 
 import math
 import re
@@ -13,7 +13,7 @@ from torch import Tensor, UntypedStorage
 from cfclip.checkpoints.budget import EXPANSION, BudgetError, spend
 
 MAX_DIMS, MAX_LENGTH = 16, 2**31
-"""Dimensions of a tensor, and the largest of them."""
+"""The most dimensions of a tensor, and the largest size or stride of one."""
 
 
 class PickleError(ValueError):
@@ -42,7 +42,7 @@ class Record:
     values: list = field(default_factory=list)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """An item (of a dict-like object) or an attribute."""
+        """The item ``key`` of a dict-like object, otherwise the attribute ``key``, otherwise ``default``."""
         attributes = self.state if isinstance(self.state, dict) else {}
         return self.items[key] if key in self.items else attributes.get(key, default)
 
@@ -71,12 +71,12 @@ class Storage:
         if isinstance(self.content, bytes):
             part = bytearray(memoryview(self.content)[self.start : self.start + self.nbytes])
             return torch.frombuffer(part, dtype=self.dtype)
-        part = self.content[self.start : self.start + self.nbytes].clone()  # as numbers it must be aligned
+        part = self.content[self.start : self.start + self.nbytes].clone()  # copied: numbers must be aligned
         return torch.empty(0, dtype=self.dtype).set_(part, 0, (self.numel,), (1,))
 
 
 def sizes(values: Any) -> tuple[int, ...]:
-    """``values`` if they can be a tensor's sizes or strides; PickleError for anything else."""
+    """``values`` as a tuple, if they can be a tensor's sizes or strides; PickleError for anything else."""
     if not isinstance(values, tuple | list) or len(values) > MAX_DIMS:
         raise PickleError("a tensor is declared without proper sizes")
     if not all(type(n) is int and 0 <= n <= MAX_LENGTH for n in values):
@@ -86,7 +86,7 @@ def sizes(values: Any) -> tuple[int, ...]:
 
 @dataclass(eq=False)
 class View:
-    """A tensor that is not built yet. PickleError if it leaves its storage or repeats it too often."""
+    """A tensor that is not built yet. PickleError if it exceeds its storage or repeats it too often."""
 
     storage: Storage
     offset: int
@@ -109,13 +109,13 @@ class View:
 
 
 def is_array(value: Any) -> bool:
-    """Whether :func:`to_tensor` may take ``value``, which is not a mere number."""
+    """Whether ``value`` is a tensor, View or numpy Record. :func:`to_tensor` also accepts plain numbers."""
     numpy = isinstance(value, Record) and value.name.module.split(".")[0] == "numpy"
     return numpy or isinstance(value, Tensor | View)
 
 
 def to_tensor(value: Any) -> Tensor:
-    """A tensor, array or number from :func:`load` as a torch tensor. Raises PickleError."""
+    """A tensor, array or number from :func:`safe_pickle.load` as a torch tensor. Raises PickleError."""
     if isinstance(value, Tensor):
         return value
     if isinstance(value, View):
@@ -153,6 +153,6 @@ def _array(raw: Any, dtype: Any, shape: Any, order: str) -> Tensor:
     if type(raw) not in (bytes, bytearray, str):
         raise PickleError("a numpy array has no numbers")
     spend(len(raw))
-    raw = raw.encode("latin1") if isinstance(raw, str) else raw  # Python 2 had no bytes
+    raw = raw.encode("latin1") if isinstance(raw, str) else raw  # Python 2 pickled bytes as text
     array = np.frombuffer(raw, kind).reshape(sizes(shape), order=order)
     return torch.from_numpy(array.astype(kind.newbyteorder("="), order="C"))

@@ -16,10 +16,10 @@ from cfclip.checkpoints.values import sizes
 from cfclip.files import atomic_write
 
 MAX_SIZE = 16384
-"""The largest number that a header may declare: the network is built before its tensors are compared."""
+"""The largest number in a header; limited because the network is built before its tensors are checked."""
 
 MAX_KIND = 60
-"""Characters in the kind that a header names."""
+"""The most characters in the kind that a header names."""
 
 
 class WeightsError(ValueError):
@@ -31,7 +31,7 @@ class Header(NamedTuple):
 
     kind: str  # of network, e.g. "generator"
     config: dict[str, Any]  # the constructor's arguments
-    card: dict[str, Any]  # free notes; of a mapper: method, domain, training
+    card: dict[str, Any]  # free notes; for a mapper: method, domain, training
 
 
 def save(
@@ -44,7 +44,7 @@ def save(
 ) -> Path:
     """Write ``module`` with its header. ``store_as``: dtype of float tensors (default: unchanged).
 
-    Raises ValueError for a tensor that is not finite, or would not be as ``store_as``.
+    Raises ValueError for a tensor that is not finite, before or after conversion to ``store_as``.
     """
     tensors = {}
     for name, tensor in module.state_dict().items():
@@ -97,7 +97,7 @@ def read(path: str | os.PathLike, kind: str) -> tuple[dict[str, Tensor], dict[st
 
 
 def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, of few dimensions each. Raises SafetensorError or ValueError."""
+    """The tensors of a safetensors file. Raises SafetensorError, or ValueError for too many dimensions."""
     tensors = {}
     with safe_open(path, "pt") as file:
         for name in file.keys():  # noqa: SIM118
@@ -121,9 +121,9 @@ def _check_sizes(path: str | os.PathLike, values: list, depth: int = 0) -> None:
 
 
 def check_numbers(name: str, tensor: Tensor, place: Tensor | None = None) -> None:
-    """ValueError that names the tensor unless it holds finite floats; its float32 copy is paid for.
+    """Pay for a float32 copy of ``tensor``. ValueError names the tensor unless it holds finite floats.
 
-    ``place``: the network's tensor that it is for, which may be a counter; then it may be one too.
+    ``place``: the network's tensor that it fills. If that is a counter (int64), ``tensor`` may be one too.
     """
     spend(4 * tensor.numel())
     if place is not None and place.dtype == tensor.dtype == torch.int64 and not tensor.is_meta:

@@ -1,4 +1,4 @@
-"""The ablation of CF-CLIP's directions: rows that change one thing each. :mod:`.tables` summarises them."""
+"""The ablation of CF-CLIP: each row changes one thing. :mod:`.tables` summarises the rows."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -35,10 +35,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "loss: StyleCLIP": {"objective": "clip", "lambda_nce": 1.0},
     "loss: directional": {"objective": "directional", "lambda_nce": 1.0},
 }
-"""Row -> the settings of CFCLIPConfig that it changes. The other losses have the weights of their papers.
+"""Row -> the settings of CFCLIPConfig that it changes. The "loss" rows use the weight of their papers.
 
-All levels are the paper's; on toonfaces the preset has only the fine ones, which colour.
-The rows "pixels held" are of toonfaces, which has the pixels in the place of VGG19's features.
+"levels: all" is the paper's setting; the preset of toonfaces has only the fine level, which changes colours.
+The "pixels held" rows are for toonfaces, where ``lambda_perc`` compares pixels instead of VGG19's features.
 """
 
 
@@ -49,10 +49,10 @@ def jobs(
     settings: Mapping[str, Any],
     out: str | os.PathLike = "",
 ) -> dict[tuple[str, str, int], Job]:
-    """(row, prompt, seed) -> its training; what the row changes takes precedence over ``settings``.
+    """(row, prompt, seed) -> the job that trains it. The row's changes override ``settings``.
 
-    rows: [] for all. out: the folder in which each training has one; "": nothing is kept.
-    ValueError names an unknown row.
+    rows: names of :data:`ROWS`; [] for all. out: a folder in which each training gets its own; "" keeps
+    nothing. Raises ValueError for an unknown row.
     """
     if unknown := set(rows) - set(ROWS):
         raise ValueError(f"unknown rows {sorted(unknown)}; there are: {list(ROWS)}")
@@ -72,9 +72,10 @@ def jobs(
 def run(
     domain: Domain, wanted: Mapping[tuple[str, str, int], Job], n: int, strengths: Sequence[float]
 ) -> tuple[pd.DataFrame, dict[tuple[str, str, int], Editor]]:
-    """Train :func:`jobs`: (every metric of their edits, a line per strength and held-out face; the editors).
+    """Train the :func:`jobs` ``wanted``. Returns (a table of metrics, (row, prompt, seed) -> editor).
 
-    All are measured on the same ``n`` faces. The first training that failed is raised.
+    The table has a line per editor, strength and held-out face. All editors are measured on the same ``n``
+    faces. If trainings fail, the error of the first one is raised.
     """
     editors = dict(zip(wanted, fit_many(domain, [*wanted.values()], progress=False), strict=True))
     w, lines = domain.latents(n, "test"), []

@@ -18,7 +18,7 @@ HOLDS, FAILS, EQUAL = "holds", "does not hold", "no difference"
 UNDECIDED, UNTESTED = "undecided", "cannot be tested here"
 COLOURS = {HOLDS: "C2", FAILS: "C3", EQUAL: "C0", UNDECIDED: "0.5"}
 MATTERS = 0.1
-"""A difference of the area that matters: ten points."""
+"""The smallest difference of the area that matters: ten points."""
 RULE = (
     "Rule: the number of a claim is the difference of the area under success over identity, in points, "
     "between two methods at the same seed and the same counterfactual prompt of words that CLIP has seen "
@@ -33,7 +33,7 @@ RULE = (
 
 
 class Claim(NamedTuple):
-    """``ours`` has a larger area than ``other``, if the sentence ``says`` is true."""
+    """A claim: if the sentence ``says`` is true, ``ours`` has a larger area than ``other``."""
 
     says: str
     ours: str  # a method, or a row of the ablation
@@ -49,19 +49,19 @@ CLAIMS = (
     Claim("the text mapper contributes", "CF-CLIP", "no text mapper"),
     Claim("CLIP-NCE beats the directional loss", "CF-CLIP", "loss: directional"),
 )
-"""At most a dozen, so that Holm's price stays low."""
+"""At most twelve, because Holm's adjustment is stricter for more claims."""
 
 
 COLUMNS = ["claim", "verdict", "why", "difference", "half", "clean", "unseen", "p", "power"]
 
 
 def judge(best: pd.DataFrame) -> pd.DataFrame:
-    """:data:`CLAIMS` by :data:`RULE`, one line each.
+    """Judge each of :data:`CLAIMS` by :data:`RULE`: a table with one line per claim.
 
     best: :func:`.tables.headline` of the methods and of the ablation's rows. Columns: ``claim``, ``verdict``,
-    ``why``, ``difference`` and its ``half`` (as shares: 0.1 is ten points), ``clean``, ``unseen``, ``p``
-    (adjusted), ``power``: the chance that this many prompts and seeds would have found ten points, by the
-    spread that was found.
+    ``why``, ``difference`` and the ``half`` width of its interval (as shares: 0.1 is ten points), ``clean``
+    and ``unseen`` (the two other differences, as text), ``p`` (adjusted), ``power``: the chance that this
+    many prompts and seeds detect a difference of ten points, given the spread of the differences.
     """
     unseen, best = best[best.group == HELD_OUT_FROM_CLIP], best[best.group == COUNTERFACTUAL]
     tables = [differences(best, one.ours, one.other) for one in CLAIMS]
@@ -85,7 +85,7 @@ def judge(best: pd.DataFrame) -> pd.DataFrame:
 
 
 def verdict(found: Crossed, p: float) -> str:
-    """By :data:`RULE`; p: adjusted."""
+    """The verdict of :data:`RULE`. p: the adjusted p-value."""
     if p < 0.05:
         return HOLDS if found.mean > 0 else FAILS
     return EQUAL if abs(found.mean) + found.half <= MATTERS else UNDECIDED
@@ -114,10 +114,10 @@ def _number(count: int, what: str) -> str:
 
 
 def planned(best: pd.DataFrame) -> pd.DataFrame:
-    """From a pilot's :func:`.tables.headline`: how many prompts and seeds find ten points with 90 % power.
+    """How many prompts and seeds detect ten points with 90 % power. best: a pilot's :func:`.tables.headline`.
 
-    :func:`.stats.plan` with the spread of each claim's differences; the widest one decides. Raises
-    ValueError if the pilot has no claim with two prompts and two seeds.
+    This is :func:`.stats.plan` with the spread of each claim's differences; the widest spread decides. Raises
+    ValueError if no claim has two prompts and two seeds in the pilot.
     """
     tables = (differences(best[best.group == COUNTERFACTUAL], one.ours, one.other) for one in CLAIMS)
     found = [crossed(table) for table in tables if table.size]
@@ -128,7 +128,7 @@ def planned(best: pd.DataFrame) -> pd.DataFrame:
 
 
 def figure(judged: pd.DataFrame) -> Figure:
-    """The differences of :func:`judge` with their intervals, coloured by verdict; ten points are shaded."""
+    """The differences of :func:`judge` with their intervals, coloured by verdict; ± ten points are shaded."""
     shown = judged[judged.difference.notna()].iloc[::-1]
     drawn, axes = panels(1, 1, (8.5, 0.3 * max(len(shown), 1) + 1.2))
     axis = axes[0, 0]

@@ -1,4 +1,4 @@
-"""How likely is it that a prompt's edit does what it says? Asked before anybody has measured the edit."""
+"""Predicts how likely an edit is to do what its prompt says, before the edit is measured."""
 
 from cfclip.domain import Domain
 
@@ -6,9 +6,10 @@ from cfclip.domain import Domain
 def predicted_success(domain: Domain, prompt: str) -> float | None:
     """The share of faces, in [0, 1], on which ``domain.mapper`` is expected to do what ``prompt`` says.
 
-    What was measured of the prompt, else the smallest share measured of any of its claims, however worded.
-    None where the domain has no such mapper, or where nothing is known of a claim. ``domain.confidence``:
-    "measured", prompt -> share; "claims", a name as in :meth:`.GroundTruth.claims` -> share.
+    If the prompt itself was measured, this is its share; otherwise the smallest share measured for any of its
+    claims, in whatever wording. None if the domain has no mapper or no ``confidence``, if the prompt makes no
+    claim that can be measured, or if one of its claims was not measured. ``domain.confidence`` has
+    "measured": prompt -> share, and "claims": name as in :meth:`.GroundTruth.claims` -> share.
     """
     known = domain.confidence
     if domain.mapper is None or known is None:

@@ -1,6 +1,6 @@
-"""The method's own pictures, for ``notebooks/00b_method.ipynb``: what each step of CF-CLIP passes on.
+"""Figures of the method for ``notebooks/00b_method.ipynb``: what each step of CF-CLIP passes to the next.
 
-Shapes: P prompts, E = CLIP's embedding width, L layers of W+, D = w_dim, N views of edited pictures.
+Shapes: P prompts, E = CLIP's embedding width, L layers of W+, D = w_dim, N pictures of R x R pixels.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,13 +21,13 @@ from cfclip.models.mapper import Mapper, level_slices
 
 COLOURS = {"q": "C0", "p1": "C3", "p2": "C2", "n_k": "0.6"}
 LABELS = {"q": "$q$", "p1": "$p_1$", "p2": "$p_2$", "n_k": "$n_k$"}
-"""Of the directions that CLIP-NCE compares; the same in each picture."""
+"""Colours and labels of the directions that CLIP-NCE compares, the same in all figures."""
 TITLES = {"nce": "CLIP-NCE", "id": "identity", "perc": "perceptual", "l2": "latent L2"}
-"""Of the loss's terms."""
+"""Titles of the loss's terms."""
 
 
 def text_features(stages: Mapping[str, Tensor], prompts: Sequence[str]) -> Figure:
-    """A strip per prompt and a panel per stage: title -> [P, E]; red is positive, blue negative."""
+    """A panel per stage, title -> [P, E], with a strip per prompt; red is positive, blue negative."""
     figure, axes = panels(len(stages), 1, (11, 0.5 + len(stages) * (0.5 + 0.24 * len(prompts))))
     for axis, (title, values) in zip(axes[:, 0], stages.items(), strict=True):
         _signed(axis, values)
@@ -41,7 +41,7 @@ def text_features(stages: Mapping[str, Tensor], prompts: Sequence[str]) -> Figur
 
 
 def w_plus_maps(stages: Mapping[str, Tensor], split: Sequence[int]) -> Figure:
-    """A panel per stage of an edit, title -> [L, D], with the levels of W+ marked. Colours fit each panel."""
+    """A panel per stage of an edit, title -> [L, D], with its own colour scale and marks between levels."""
     figure, axes = panels(1, len(stages), (2.5 * len(stages) + 0.5, 2.6), sharey=True)
     levels = level_slices(split)
     for axis, (title, values) in zip(axes[0], stages.items(), strict=True):
@@ -64,7 +64,7 @@ def _signed(axis, values: Tensor) -> None:
 
 
 def cosines(directions: Directions) -> pd.DataFrame:
-    """How far each query points along each other direction: columns ``with`` and ``cosine``, tidy."""
+    """Cosines of each query with p1, its p2 and each n_k: a tidy table of columns ``with`` and ``cosine``."""
     q, p1, p2, n_k = directions
     pairs = {"p1": (q * p1).sum(-1), "p2": (q * p2).sum(-1), "n_k": (q @ n_k.T).flatten()}
     return pd.concat([pd.DataFrame({"with": name, "cosine": values}) for name, values in pairs.items()])
@@ -73,8 +73,9 @@ def cosines(directions: Directions) -> pd.DataFrame:
 def compass(stages: Mapping[str, Directions]) -> Figure:
     """Above, the directions as arrows on two axes; below, the queries' cosines. A column per stage.
 
-    The axes are the two principal ones of all stages' arrows, in which q, p1, p2 and n_k count equally
-    however many there are: an arrow that seems short leaves the plane. Negatives must be the batch's.
+    The axes are the first two principal axes of all stages' arrows. q, p1, p2 and n_k have the same weight in
+    them, however many arrows each has. An arrow that seems short points out of the plane. The negatives must
+    be one set for the whole batch: n_k [T, E].
     """
     kinds = [kind / len(kind) ** 0.5 for directions in stages.values() for kind in directions]
     axes_of_all = torch.linalg.svd(torch.cat(kinds), full_matrices=False).Vh[:2]
@@ -101,16 +102,16 @@ def compass(stages: Mapping[str, Directions]) -> Figure:
 
 
 class Pulls(NamedTuple):
-    """Each term of the loss, weighted, and the change that would lower it fastest: its negative gradient."""
+    """Each weighted term of the loss, and its pull: the negative gradient, along which it falls fastest."""
 
     edited: Tensor  # the edited pictures x' [N, 3, R, R]
     loss: dict[str, float]
-    on_picture: dict[str, Tensor]  # [N, 3, R, R], of the terms that look at the picture
-    on_code: dict[str, Tensor]  # for w' [N, L, D]
+    on_picture: dict[str, Tensor]  # [N, 3, R, R], for the terms that depend on the picture
+    on_code: dict[str, Tensor]  # on w' [N, L, D], for all terms
 
 
 def pulls(run: MapperTrainer, mapper: Mapper, w: Tensor, num_views: int) -> Pulls:
-    """The loss of ``run`` where ``mapper`` edits w [N, L, D], seen in ``num_views`` perspectives."""
+    """The pulls of ``run``'s loss where ``mapper`` edits w [N, L, D], seen in ``num_views`` perspectives."""
     c, networks = run.config, run.networks
     with torch.no_grad():
         source = networks.synthesise(w)
@@ -137,7 +138,7 @@ def pulls(run: MapperTrainer, mapper: Mapper, w: Tensor, num_views: int) -> Pull
 
 
 def as_pictures(pull: Tensor) -> Tensor:
-    """Changes of pictures [N, 3, R, R] as pictures in [-1, 1], each at a scale of its own; grey: none."""
+    """Changes of pictures [N, 3, R, R], as pictures in [-1, 1], each scaled separately; grey: no change."""
     limit = pull.abs().flatten(1).quantile(0.998, dim=1).clamp(min=1e-20)
     return (pull / limit[:, None, None, None]).clamp(-1, 1)
 
@@ -154,7 +155,7 @@ def pull_by_layer(on_code: Mapping[str, Tensor]) -> Figure:
 
 
 def along(pull: Tensor, layers: slice, length: float) -> Tensor:
-    """``pull`` [N, L, D] in ``layers`` alone, scaled to ``length``."""
+    """``pull`` [N, L, D] with zeros outside of ``layers``, each of the N scaled to ``length``."""
     kept = torch.zeros_like(pull)
     kept[:, layers] = pull[:, layers]
     return length * kept / kept.flatten(1).norm(dim=1)[:, None, None]
@@ -163,9 +164,9 @@ def along(pull: Tensor, layers: slice, length: float) -> Tensor:
 def film(
     run: MapperTrainer, w: Tensor, at: Sequence[int]
 ) -> tuple[dict[int, Tensor], list[dict[str, float]]]:
-    """Train ``run`` to its end: (step -> its edits of ``w`` after so many steps, the logged rows).
+    """Train ``run`` to its end. Returns (step -> edited pictures of ``w`` after that step, the logged rows).
 
-    w: [N, L, D]; at: numbers of steps, 0 for the mapper as it is drawn at random.
+    w: [N, L, D]; at: the steps to show, 0 for the untrained mapper.
     """
     pictures: dict[int, Tensor] = {}
 

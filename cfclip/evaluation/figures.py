@@ -34,7 +34,7 @@ def panels(rows: int, columns: int, size: tuple[float, float], **options: Any) -
 
 
 def save_figure(figure: Figure, path: str | os.PathLike) -> Path:
-    """PNG or PDF by the suffix, atomically. It has no time stamp: the same run writes the same file."""
+    """Write PNG or PDF, by the suffix, atomically; no time stamp: the same run writes the same file."""
     kind = Path(path).suffix.removeprefix(".")
     untimed = {"CreationDate" if kind == "pdf" else "Software": None}
     return atomic_write(path, lambda part: figure.savefig(part, dpi=120, format=kind, metadata=untimed))
@@ -52,7 +52,7 @@ def image_grid(
     """
     above = (0.4 if title else 0) + (0.45 if headers else 0)
     width, height = columns + 1.6, len(rows) + above
-    figure, axis = plt.subplots(figsize=(width, height))  # one for all: an axis takes longer than a picture
+    figure, axis = plt.subplots(figsize=(width, height))  # one axis for all, because axes are slow
     apart = 1.03
     for y, (name, images) in enumerate(rows.items()):
         for x, picture in enumerate(to_uint8(images[:columns])):
@@ -87,9 +87,9 @@ def scored_picture(image: Tensor, scores: pd.Series, title: str = "", unit: str 
 
 
 def readings(images: Tensor, measured: pd.DataFrame, truth: pd.DataFrame) -> Figure:
-    """Pictures [N, 3, R, R], and under each what was measured in it: N rows, a column per part.
+    """Pictures [N, 3, R, R], and under each its line of ``measured``; both tables: N rows, a column per part.
 
-    What differs from ``truth`` is red, with the truth after it; an en dash is a part that is not there.
+    A value that differs from ``truth`` is red and followed by the true one; an en dash is a missing part.
     """
     measured, truth = (table.astype(object).fillna("–") for table in (measured, truth))
     parts, n = list(measured.columns), len(measured)
@@ -120,11 +120,11 @@ def pictures_by_method(
     prompts: Sequence[str] = (),
     strength: float = 1.0,
 ) -> dict[str, Tensor]:
-    """prompt -> pictures [N (1 + M), 3, R, R]: each source, G(w), and after it its edits by M methods.
+    """prompt -> pictures [N (1 + M), 3, R, R]: each source G(w), followed by its edits by M methods.
 
-    w: [N, L, D]. Each method shows its first seed, or white without a run for the prompt, or where a run's
-    networks were not kept, as those of a machine that was lent. ``table`` is that of the folder ``runs``
-    (:func:`cfclip.experiments.gather`). Default: all prompts, by group.
+    w: [N, L, D]. table: :func:`cfclip.experiments.gather` of the folder ``runs``. prompts: default: all, by
+    group. Each method shows its lowest seed. It shows white if it has no run for the prompt, or if the run's
+    network files were not kept, for example those from a borrowed machine.
     """
     trained = table[table.method.notna()].drop_duplicates("run").sort_values("seed")
     trained = trained.drop_duplicates(["method", "prompt"])
@@ -145,7 +145,7 @@ def pictures_by_method(
 
 
 def picture_grid(rows: Mapping[str, Tensor], methods: Sequence[str]) -> Figure:
-    """:func:`pictures_by_method` with the methods' names above; one without any picture has no column."""
+    """:func:`pictures_by_method` with the methods' names above. A column without any picture is left out."""
     n = len(next(iter(rows.values())))
     headers = [name.replace("-", "-\n") for name in ("source", *methods)] * (n // (1 + len(methods)))
     drawn = [k for k in range(n) if any(images[k].min() < 1 for images in rows.values())]
@@ -167,7 +167,7 @@ def loss_curves(log: pd.DataFrame) -> Figure:
 
 
 def distributions(table: pd.DataFrame) -> Figure:
-    """How each metric is spread over the pictures, per prompt."""
+    """How each metric spreads over the pictures, per prompt; without success, KID and round trips."""
     columns = 4
     names = [name for name in MAIN if name in table and table[name].dtype.kind == "f"]
     names = [name for name in names if not name.startswith(("success", "clean", "kid", "round_trip"))]
@@ -185,7 +185,7 @@ def distributions(table: pd.DataFrame) -> Figure:
 def tradeoff_curves(table: pd.DataFrame) -> Figure:
     """Means over photos against the distance to the centre of W, one panel per number.
 
-    table: rows of :func:`cfclip.evaluation.inversions.tradeoff`; lines: what is varied, points: its values.
+    table: rows of :func:`cfclip.evaluation.inversions.tradeoff`. A line is a varied setting, a point a value.
     """
     x, means = "centre_distance", table.groupby(["varied", "value"], sort=False).mean(numeric_only=True)
     means = means.reset_index()
@@ -240,7 +240,7 @@ def tradeoff(each: pd.DataFrame) -> Figure:
     """
     defined = set(each.group[each.success_after.notna()])
     groups = [group for group in each.group.cat.categories if group in defined]
-    size = max(3.4 * len(groups) + 0.4, 6.0), 3.3  # the legend needs as much
+    size = max(3.4 * len(groups) + 0.4, 6.0), 3.3  # the legend needs this width
     figure, axes = panels(1, len(groups), size, sharex=True, sharey=True)
     for axis, group in zip(axes[0], groups, strict=True):
         shown = each[each.group == group]
@@ -254,15 +254,16 @@ def tradeoff(each: pd.DataFrame) -> Figure:
 
 
 def ablated(best: pd.DataFrame) -> list[str]:
-    """The columns of :func:`.tables.headline` that an ablation shows, CLIP's own if there is no other."""
+    """The columns of :func:`.tables.headline` that an ablation shows; CLIP's score if there is no other."""
     return [name for name in ABLATED if name in columns_of(best)] or ["clip_direction"]
 
 
 def ablation_figure(best: pd.DataFrame) -> Figure:
-    """How far each row is from the first one at the same prompt and seed: a panel per metric.
+    """The difference of each row from the first one at the same prompt and seed, a panel per metric.
 
-    A dot is a training, coloured by its prompt; black is the mean with its 95 % interval over prompts and
-    seeds (:func:`.stats.crossed`), none without two of each. best: :func:`.tables.headline` ``by="row"``.
+    A dot is a training, coloured by its prompt. Black is the mean with its 95 % interval over prompts and
+    seeds (:func:`.stats.crossed`), which needs two of each. best: :func:`.tables.headline` of
+    :func:`.tables.trainings` ``by="row"``.
     """
     first, *rows = best.method.cat.remove_unused_categories().cat.categories
     names = ablated(best)
@@ -293,10 +294,10 @@ def ablation_figure(best: pd.DataFrame) -> Figure:
 
 
 def guides_figure(best: pd.DataFrame) -> Figure:
-    """The area of each method by each variant: is the order of methods a fact, or a property of one CLIP?
+    """The area of each method in each variant: does the order of methods depend on the CLIP that guides?
 
-    best: :func:`cfclip.evaluation.tables.headline` of the same prompts and seeds for each ``variant``, a
-    column; means over prompts and seeds, with 95 % intervals over seeds.
+    best: :func:`cfclip.evaluation.tables.headline` with a column ``variant``, and the same prompts and seeds
+    in each variant. Shown are means over prompts and seeds, with 95 % intervals over seeds.
     """
     figure, axes = panels(1, 1, (6.5, 3.6))
     keys, styles = ["variant", "method", "seed"], _styles(best).values()

@@ -1,4 +1,4 @@
-"""What frames a table: editors that no method can be worse or better than, on the same faces."""
+"""The frames of a table: reference edits that show how bad and how good a method can be."""
 
 from collections.abc import Iterable, Sequence
 
@@ -10,21 +10,21 @@ from cfclip.domain import Claim, Domain, GroundTruth
 from cfclip.evaluation.metrics import over_strengths
 
 FRAMES = ("do nothing", "composite", "ceiling")
-"""The source; the source with its part recoloured; the generator's closest picture to the truth."""
+"""The source; the source with its part recoloured; the generator's closest picture to the true edit."""
 
 
 @torch.no_grad()
 def recolour(truth: GroundTruth, images: Tensor, claim: Claim) -> Tensor:
-    """``images`` [N, 3, R, R] with their part moved to the colour of ``claim``: no generator, no CLIP.
+    """``images`` [N, 3, R, R] with the part recoloured as ``claim`` says, without generator and CLIP.
 
-    ``x' = x + m (c - c_x)``: m are the shares of the part in each pixel, as the ground truth segments it,
-    c_x is the part's mean colour in this picture and c that in 64 renders that show the claim; shades
-    stay. A picture without the part stays as it is.
+    ``x' = x + m (c - c_x)``, so shades stay: m is the part's share of each pixel in the ground truth's
+    segmentation, c_x the part's mean colour in this picture, c its mean colour in 64 renders that show the
+    claim. The means weight pixels by m^2. A picture without the part is unchanged.
     """
     part = truth.parts.index(claim[0])
 
     def seen(pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Shares [N, 1, R, R], and by their squares: sums [N, 1, 1, 1], sums of colours [N, 3, 1, 1]."""
+        """Shares m [N, 1, R, R], the sums of m^2 [N, 1, 1, 1] and of m^2 times colour [N, 3, 1, 1]."""
         shares = torch.cat([truth.masks(batch)[:, [part]] for batch in pictures.split(64)])
         pure = shares.square()
         return shares, pure.sum((2, 3), keepdim=True), (pure * pictures).sum((2, 3), keepdim=True)
@@ -38,11 +38,11 @@ def recolour(truth: GroundTruth, images: Tensor, claim: Claim) -> Tensor:
 def frames(
     domain: Domain, prompts: Iterable[str], seeds: Sequence[int], n: int, ceiling: Sequence[dict] = ()
 ) -> pd.DataFrame:
-    """Rows of the :data:`FRAMES`, as those of :func:`cfclip.experiments.gather`, at strength 1.
+    """Rows of the :data:`FRAMES` at strength 1, with columns as in :func:`cfclip.experiments.gather`.
 
-    The first two are measured on the ``n`` test faces of each of ``seeds``, those that the methods edit;
-    prompts that do not name the colour of a part have no composite. ``ceiling``: rows of the world's own
-    ceiling (of toonfaces: :func:`cfclip.toonfaces.ceiling.ceiling`), a line per prompt, on renders.
+    The first two are measured on the ``n`` test faces of each seed, the same faces that the methods edit. A
+    prompt that does not name the colour of a part has no composite. ``ceiling``: rows of the world's ceiling,
+    one per prompt, measured on renders; for toonfaces :func:`cfclip.toonfaces.ceiling.ceiling`.
     """
     rows, g = [], domain.generator
     for prompt in prompts:

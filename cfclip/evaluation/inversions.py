@@ -27,9 +27,9 @@ def tradeoff(
     Args:
         configs: pairs of a label (columns, e.g. ``{"varied": "w_centre", "value": 0.1}``) and a config.
 
-    A row has the label, the inversion's ``metrics`` (against the photo), and the columns of
-    :func:`cfclip.evaluation.evaluate` (the edit against the inversion; there the perceptual column is
-    ``moved``).
+    A row has the label, the ``index`` of the photo, the inversion's ``metrics`` (against the photo), and the
+    columns of :func:`cfclip.evaluation.evaluate` (the edit against the inversion), whose perceptual column is
+    renamed ``moved``.
     """
     rows = []
     for label, config in configs:

@@ -34,7 +34,7 @@ def kid(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def kid_to_renders(edit: Edit, n: int = 256) -> dict[str, float]:
-    """KID of the edited pictures to ``n`` natural renders, ``kid_natural``.
+    """``kid_natural``: KID of the edited pictures to ``n`` natural renders.
 
     If the prompt names the colour of a part, also ``kid_counterfactual``: to the same renders, recoloured.
     {} without a ground truth, or for a single picture.
@@ -51,5 +51,5 @@ def kid_to_renders(edit: Edit, n: int = 256) -> dict[str, float]:
 
 @lru_cache(maxsize=64)
 def _references(truth: GroundTruth, n: int, claim: Claim | None = None) -> np.ndarray:
-    # natural_spread draws 2 n natural renders, which are cached: use the first half of those
+    # natural_spread draws 2 n natural renders, which are cached: use their first half
     return kid_features(truth, truth.renders(n, claim) if claim else truth.renders(2 * n)[:n])

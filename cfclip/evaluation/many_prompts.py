@@ -16,9 +16,10 @@ from cfclip.models.mapper import Mapper
 def faces_for(
     domain: Domain, prompts: Iterable[str], n: int = 32, split: str = "test", seed: int = 0
 ) -> dict[str, Tensor]:
-    """prompt -> codes [n, L, D] of the first faces of a ``split`` where it asks for something.
+    """prompt -> codes [n, L, D] of the first faces in ``split`` on which it asks for something.
 
-    They are sought among 8 n, so of a rare part there may be fewer. If there are none, it is any faces.
+    Only the first 8 n faces are searched, so a rare part may give fewer codes. If no face is found, the first
+    n are taken.
     """
     every, found = domain.latents(8 * n, split, seed), {}
     seen = domain.truth.measure(domain.pictures(every))
@@ -31,9 +32,9 @@ def faces_for(
 def compare(
     domain: Domain, mapper: nn.Module, faces: Mapping[str, Tensor], strength: float = 1.0
 ) -> pd.DataFrame:
-    """Edits of ``faces``, prompt -> codes [N, L, D], see :func:`faces_for`: a row per prompt and face.
+    """Measure edits of ``faces``, prompt -> codes [N, L, D] (:func:`faces_for`): a row per prompt and face.
 
-    Columns: ``prompt``, ``strength``, ``index`` of the face among its prompt's, and those of
+    Columns: ``prompt``, ``strength``, ``index`` (of the face within its prompt), and the columns of
     :func:`metrics.ground_truth` and :func:`metrics.identity`.
     """
     rows, sources = [], {}
@@ -54,7 +55,7 @@ SENTENCES = (
     "cyan skin", "a man with a red moustache", "pale skin", "grey hair", "blond eyebrows", "orange lips",
     "purple glasses",
 )  # fmt: skip
-"""What people type."""
+"""Examples of what people type."""
 
 
 @torch.no_grad()
@@ -63,8 +64,9 @@ def typed(
 ) -> pd.DataFrame:
     """Edits of ``n`` test faces by ``sentences``, as :meth:`.GroundTruth.done` judges them.
 
-    One row per sentence and claim: ``done``, the share of the ``n_judged`` faces where there was something to
-    do, and the mean ``identity`` of all. A claim that cannot be measured, such as a smile, has neither.
+    One row per sentence and claim that can be measured. ``n_judged``: faces with something to do; ``done``:
+    the share of these on which it was done; ``identity``: the mean over all ``n`` faces. A sentence without
+    such a claim, such as "smiling", has one row, with an empty ``claim`` and without ``done``.
     """
     rows, w = [], domain.latents(n, "test")
     source = metrics.Pictures(domain, domain.generator.synthesis(w))

@@ -18,7 +18,7 @@ from cfclip.models.stylegan2 import max_batch
 
 @dataclass(frozen=True, eq=False)
 class TrueEdits:
-    """Held-out renders of which the true counterfactual is known."""
+    """Held-out renders whose true counterfactual is known."""
 
     domain: Domain
     claim: Claim
@@ -28,7 +28,7 @@ class TrueEdits:
 
     @classmethod
     def of(cls, domain: Domain, prompt: str, n: int) -> "TrueEdits | None":
-        """None if the prompt does not name the colour of a part, or without a ground truth or an encoder."""
+        """``n`` renders; None if ``prompt`` names no colour of a part, or without ground truth or encoder."""
         claim = domain.truth and domain.truth.claim(prompt)
         if claim is None or domain.encoder is None:
             return None
@@ -41,7 +41,7 @@ class TrueEdits:
         return metrics.distances(self.domain, self.domain.pictures(self.w), self.renders)[1]
 
     def columns(self, editor: Editor, strength: float) -> metrics.Columns:
-        """Measurements of the edited inversions; ``truth_distance`` is to the true counterfactual."""
+        """Columns of the edited inversions; ``truth_distance``: their distance to the true counterfactual."""
         (part, colour), parts = self.claim, self.w.split(max_batch(self.domain.generator))
         edited = metrics.Pictures(self.domain, torch.cat([editor.edit(w, strength) for w in parts]))
         return {
@@ -52,7 +52,7 @@ class TrueEdits:
 
 
 def round_trip(editor: Editor, w: Tensor, strength: float, source: metrics.Pictures) -> metrics.Columns:
-    """Identity and distance to the source after the edit and its reverse; {} if it cannot be reversed."""
+    """Identity and distance to the source after the edit and its reverse; {} if there is no reverse."""
     parts = [editor.round_trip(part, strength) for part in w.split(max_batch(editor.domain.generator))]
     if parts[0] is None:
         return {}
@@ -66,10 +66,10 @@ def measure(
 ) -> list[dict]:
     """One row per strength and picture, with the columns for which the domain has the networks:
 
-    - edits of w [N, L, D]: :func:`.metrics.evaluate` and ``leakage_<part>``;
-    - and at the strengths that are in ``whole`` (None: at all), because that takes most of the time:
-      :func:`round_trip`; of the set of edits :func:`.kid.kid_to_renders`, the same number in each row; of N
-      edited inversions :meth:`TrueEdits.columns`, where row i has the i-th render, not the i-th face.
+    - at every strength, for the edits of w [N, L, D]: :func:`.metrics.evaluate` and ``leakage_<part>``;
+    - only at the strengths in ``whole`` (None: at all), because they take most of the time:
+      :func:`round_trip`; :func:`.kid.kid_to_renders` of the whole set, the same number in each row; and
+      :meth:`TrueEdits.columns` of N edited inversions, where row i has the i-th render, not the i-th face.
     """
     domain, prompt, lines = editor.domain, editor.config.prompt, []
     true_edits = TrueEdits.of(domain, prompt, len(w))

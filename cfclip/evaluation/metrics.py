@@ -55,18 +55,18 @@ MAIN = (
 )  # fmt: skip
 """The columns of a report's page, in order; its files have all columns."""
 CLEAN_IDENTITY, CLEAN_LEAKAGE = 0.85, 0.25
-"""A clean success keeps this identity and leaks this much at most: a quarter of the way to another person.
+"""A clean success has at least this identity and at most this leakage, where 1 is another person's.
 
 The mean leakage of the generator's best possible edits is 0.18 (``cfclip toonfaces ceiling``).
 """
 TOGETHER = 8
-"""So many batches of the generator are measured in one go, whatever their strengths."""
+"""How many of the generator's batches are measured at once; their strengths may differ."""
 LEAST_SPREAD = 10.0
-"""CIELAB distance that counts as another person's where all people are alike, as in the white of an eye."""
+"""The least CIELAB distance that counts as another person's, for parts such as the white of the eye."""
 
 
 def _feature(compute: Callable[["Pictures"], Any]) -> cached_property:
-    """A property that is computed once, and for all pictures of ``together`` in one go."""
+    """A property that is computed once; with ``together``, for all pictures of that larger set at once."""
 
     def values(self: "Pictures") -> Any:
         if self.together is None:
@@ -84,10 +84,10 @@ class Pictures:
 
     domain: Domain
     images: Tensor
-    together: tuple["Pictures", slice] | None = None  # more pictures, and which of them these are
+    together: tuple["Pictures", slice] | None = None  # a larger set, and the rows of it that these are
 
     def split(self, n: int) -> list["Pictures"]:
-        """``n`` pictures at a time. What one part computes is computed of all, in large batches."""
+        """Parts of ``n`` pictures. A feature that one part needs is computed for all, in large batches."""
         parts = [slice(i, i + n) for i in range(0, len(self.images), n)]
         return [Pictures(self.domain, self.images[rows], (self, rows)) for rows in parts]
 
@@ -112,7 +112,7 @@ class Pictures:
 
     @_feature
     def seen(self) -> Measurement:
-        """What the ground truth measures in them."""
+        """What the ground truth measures in the pictures."""
         return self.domain.truth.measure(self.images)
 
 
@@ -155,7 +155,7 @@ def clip(edit: Edit) -> Columns:
 
 
 def heldout_clip(edit: Edit) -> Columns:
-    """The same three by the held-out CLIP, because those of the CLIP that was optimised are biased."""
+    """The same scores by the held-out CLIP, because those by the CLIP that guided the edit are biased."""
     if (guide := edit.domain.heldout_clip) is None:
         return {}
     names = ("heldout_clip_before", "heldout_clip_after", "heldout_direction")
@@ -196,13 +196,13 @@ def ground_truth(edit: Edit) -> Columns:
 
     success: 1 if the part is visible and its nearest colour, in CIELAB, is the one asked for, else 0.
     progress: how far the part's colour has come from its own to the one asked for, by CIELAB distance:
-        ``1 - after / before``, in [-1, 1]; 1 = there, 0 = no nearer, or gone. NaN where the part had the
-        colour already, or was too small to measure.
+        ``1 - after / before``, in [-1, 1]; 1 = there, 0 = no nearer, or the part is gone. NaN where the part
+        had the colour already, or was too small to measure.
     leakage: how far the *other* parts moved, the mean of their colours (CIELAB distance) and shapes (1 - soft
         Dice), each divided by its :func:`natural_spread`: 0 = unchanged, 1 = as another person's.
 
-    A face without the part neither succeeds nor fails, its success and progress are NaN; one that loses the
-    part by the edit fails. A null edit has neither, and all parts count in its leakage.
+    On a face without the part, success and progress are NaN. A face that loses the part by the edit fails. A
+    null edit has no success and no progress, and all parts count in its leakage.
     """
     truth = edit.domain.truth
     claim = truth and truth.claim(edit.prompt)
@@ -219,7 +219,7 @@ def _towards(before: Measurement, after: Measurement, claim: Claim) -> Columns:
     (part, colour), has = claim, before.has(claim[0])
     first, last = (np.array([one == colour for one in seen.colour(part)], float) for seen in (before, after))
     was, is_now = before.distance(part, colour), after.distance(part, colour)
-    away = has & (first == 0) & ~np.isnan(was)  # and then it is not at the colour itself: was > 0
+    away = has & (first == 0) & ~np.isnan(was)  # these have another colour, so was > 0
     progress = np.full(len(has), np.nan)
     progress[away] = np.nan_to_num((1 - is_now[away] / was[away]).clip(-1, 1), nan=0.0)
     return {
@@ -230,10 +230,10 @@ def _towards(before: Measurement, after: Measurement, claim: Claim) -> Columns:
 
 
 def kept(scores: Mapping[str, Any], leakage: float | None = None) -> Any:
-    """Success of each face that keeps an identity of :data:`CLEAN_IDENTITY`; NaN where success is.
+    """Success, set to 0 on faces whose identity is below :data:`CLEAN_IDENTITY`; NaN where success is NaN.
 
-    scores: the columns of :func:`ground_truth` and :func:`identity`, or a table of them. leakage: the most
-    that counts; None: any.
+    scores: the columns of :func:`ground_truth` and :func:`identity`, or a table of them. leakage: the limit
+    above which success is 0 too; None: no limit.
     """
     good = scores["identity"] >= CLEAN_IDENTITY
     if leakage is not None:
@@ -242,7 +242,7 @@ def kept(scores: Mapping[str, Any], leakage: float | None = None) -> Any:
 
 
 def clean(edit: Edit) -> Columns:
-    """1 where success, identity and leakage are good on the same face, else 0; NaN where success is.
+    """1 where success, identity and leakage are good on the same face, otherwise 0; NaN where success is NaN.
 
     Identity is at least :data:`CLEAN_IDENTITY`, leakage at most :data:`CLEAN_LEAKAGE`.
     """
@@ -285,7 +285,7 @@ def movement(before: Measurement, after: Measurement) -> tuple[np.ndarray, np.nd
 def natural_spread(truth: GroundTruth) -> tuple[np.ndarray, np.ndarray]:
     """Median :func:`movement` between two random natural renders, per part: colours [P], shapes [P].
 
-    That of a colour is at least :data:`LEAST_SPREAD`.
+    The median of a colour is raised to at least :data:`LEAST_SPREAD`.
     """
     images = truth.renders(512)
     colour, shape = movement(truth.measure(images[:256]), truth.measure(images[256:]))
@@ -313,7 +313,7 @@ def edits(
 
 
 def rows(columns: Mapping[str, np.ndarray], **labels: Any) -> list[dict]:
-    """Columns [N] as N rows of six digits, which begin with ``labels`` and the ``index``; NaN is left out."""
+    """Columns [N] as N rows: ``labels``, the ``index`` and numbers with six digits; NaN is left out."""
     lines = []
     for i, values in enumerate(zip(*columns.values(), strict=True)):
         defined = {name: float(f"{v:.6g}") for name, v in zip(columns, values, strict=True) if v == v}

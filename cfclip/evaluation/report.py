@@ -26,7 +26,7 @@ HEADLINE = (
 )  # fmt: skip
 """The columns of the first table of 04_evaluation."""
 SHARES = ("kept", "done", "predicted")
-"""Columns that are shares of few pictures, as success is."""
+"""More columns that are shares; like success, they are shown as whole per cent."""
 
 
 def _cell(column: str, value: float) -> str:
@@ -40,10 +40,11 @@ def _cell(column: str, value: float) -> str:
 
 
 def markdown(table: pd.DataFrame, note: str = "", across: str = "") -> str:
-    """A Markdown table: shares in per cent, counts whole, 100 cosines with one decimal, other floats with
-    three, "–" for NaN.
+    """A Markdown table of ``table``, with ``note`` below it.
 
-    ``across``: the column whose values become the header; a table of many columns is easier to read so.
+    Shares are in per cent, counts are whole numbers, CLIP's scores and floats from 10 on have one decimal,
+    other floats have three; NaN is "–". ``across``: the column whose values become the header, which makes a
+    table of many columns easier to read.
     """
     shown = table.copy()
     for column in shown.columns:
@@ -62,7 +63,7 @@ def section(heading: str, table: pd.DataFrame, note: str = "") -> str:
 
 
 def pictures(names: Iterable[str], pdf: bool = True) -> str:
-    """A block of :func:`page`: the PNG files of these names, each with a link to its PDF."""
+    """A block of :func:`page`: the PNG files of these names; with ``pdf`` each has a link to its PDF."""
     links = [f"![{name}]({name}.png)" + (f"\n\n[{name}.pdf]({name}.pdf)" if pdf else "") for name in names]
     return "\n\n".join(links)
 
@@ -87,17 +88,17 @@ def other_pages(folder: Path, pages: Iterable[Path] | None = None) -> str:
 
 
 def commit() -> str:
-    """The commit of this working tree, with "-dirty" if it has changed; "" where it is none."""
+    """The commit of this working tree, with "-dirty" if it has changed; "" without git."""
     return _git(ROOT, "describe", "--always", "--dirty")
 
 
 def commit_of(file: Path) -> str:
-    """The commit with which ``file`` came; "" where none is known."""
+    """The last commit that changed ``file``; "" if none is known."""
     return _git(file.parent, "log", "-1", "--format=%h", "--", file.name)
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    """What git says of ``folder``; "" without git, and outside of a working tree."""
+    """The output of git in ``folder``; "" without git, and outside of a working tree."""
     if shutil.which("git") is None:
         return ""
     command = ["git", "-C", folder, *arguments]
@@ -105,13 +106,13 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def quoted(command: str) -> str:
-    """``command`` in backticks, so that it can be copied; what follows it in brackets stays outside."""
+    """``command`` in backticks, so that it can be copied; a remark in brackets after it stays outside."""
     line, bracket, remark = command.partition(" (")
     return f"`{line}`{bracket}{remark}"
 
 
 def how_it_was_made(command: str) -> str:
-    """A block of :func:`page`: the commit, the machine and the versions, now."""
+    """A block of :func:`page`: the command, and the current commit, machine and versions."""
     return f"## How it was made\n\n`{command}` at commit {commit()} on {machine()}: {made_with()}"
 
 
@@ -123,10 +124,10 @@ def write_evaluation(
     note: str,
     drawn: Mapping[str, Figure | None],
 ) -> Path:
-    """The tables, figures and the page of 04_evaluation: the figures first, then every number.
+    """Write the tables, the figures and the page of 04_evaluation into ``folder``.
 
-    curves: a row per face and strength; table: those at one strength; summary: their means, a line per
-    prompt; note: what the numbers are over.
+    curves: a row per face and strength; table: its rows at one strength; summary: the means of these, a line
+    per prompt; note: what was measured (faces, seed, device, strength); drawn: name -> figure, or None.
     """
     folder, figures = writable(folder), {name: figure for name, figure in drawn.items() if figure}
     by_strength = means(curves, by=["prompt", "group", "strength"]).drop(columns="n")
@@ -155,7 +156,7 @@ def write_evaluation(
 
 
 def by_prompt(each: pd.DataFrame) -> str:
-    """Markdown: one section per group, in it one table per metric, prompts by methods.
+    """Markdown: a section per group with a table per metric, in which prompts are rows and methods columns.
 
     each: :func:`cfclip.evaluation.tables.headline`.
     """
@@ -171,8 +172,8 @@ def by_prompt(each: pd.DataFrame) -> str:
 def write(folder: str | os.PathLike, files: Mapping[str, pd.DataFrame | str | Figure]) -> Path:
     """Write each of ``files``, name -> content, into ``folder``.
 
-    A table is written as its suffix says, CSV or JSON lines; a text as it is; a figure as its suffix says, or
-    both as PNG and as PDF if it has none.
+    The suffix of a name decides the format: CSV or JSON lines for a table, PNG or PDF for a figure. A figure
+    without a suffix is written as both. A text is written as it is.
     """
     folder = writable(folder)
     for name, content in files.items():

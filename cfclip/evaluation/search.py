@@ -1,4 +1,4 @@
-"""The settings of every method, chosen from the trials of a sweep by one rule."""
+"""Chooses the settings of every method from the trials of a sweep, by one rule."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,13 +20,13 @@ RULE = (
 
 
 def trials(table: pd.DataFrame, group_of: Callable[[str], str]) -> pd.DataFrame:
-    """The trials of a search, one line per method and settings, named by the settings that vary.
+    """The trials of a search, one line per method and settings.
 
-    table: of :func:`cfclip.experiments.gather`. Columns: ``mean``, the mean :func:`.tables.area` over prompts
-    and seeds, and ``half`` of its 95 % interval (:func:`.stats.crossed`), both NaN if the trial lacks prompts
-    or seeds that another of its method has; each prompt's area; ``chosen``, by :data:`RULE`; ``edge``: which
-    settings of the chosen one are the smallest or the largest that were tried, so that the best may lie
-    beyond; "" if none is. Zero is no edge: nothing is below it.
+    table: :func:`cfclip.experiments.gather`. Columns: ``trial``, named by the settings that vary; ``mean``,
+    the mean :func:`.tables.area` over prompts and seeds, and the ``half`` width of its 95 % interval
+    (:func:`.stats.crossed`), both NaN if another trial of the method has more prompts or seeds; each prompt's
+    area; ``chosen``, by :data:`RULE`; ``edge``: which settings of the chosen trial are the smallest or the
+    largest tried, so that better ones may lie beyond, or "". A smallest value of 0 is not an edge.
     """
     tried = {
         name: [*{str(one): one for one in rows.settings}.values()] for name, rows in table.groupby("method")
@@ -63,7 +63,7 @@ def _varied(tried: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _ranks(tried: Sequence[Mapping[str, Any]], varied: Sequence[str]) -> np.ndarray:
-    """[settings, trials]: the place of each of the ``varied`` settings among those tried, 3 before 10."""
+    """[settings, trials]: rank of each trial's value of each ``varied`` setting; 3 comes before 10."""
     ranks = []
     for name in varied:
         keys = [(1, value) if _is_number(value := one.get(name)) else (0, str(value)) for one in tried]
@@ -73,7 +73,7 @@ def _ranks(tried: Sequence[Mapping[str, Any]], varied: Sequence[str]) -> np.ndar
 
 
 def _middle(mean: pd.Series, ranks: np.ndarray) -> int:
-    """The trial nearest to the middle of the good ones; of those as near the best, of equals the first."""
+    """The good trial nearest to the middle of the good ones; of several the best, then the first."""
     good = np.flatnonzero(mean >= mean.max() - TIE)
     centre = ranks[:, good].mean(axis=1, keepdims=True)
     away = np.abs(ranks[:, good] - centre).sum(axis=0).round(6)

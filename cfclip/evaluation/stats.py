@@ -29,9 +29,9 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def plus_minus(mean: float, half: float, scale: float = 1, form: str = ".3g") -> str:
-    """ "12.0 ± 3.4": two digits of the half width, and the mean to the same place.
+    """ "12.0 ± 3.4": the half width with two digits, and the mean to the same place, both times ``scale``.
 
-    "12" without an interval, or "–" without a number; ``form``: format of such a mean, "+" of any.
+    "12" in the format ``form`` if ``half`` is NaN; "–" if ``mean`` is NaN. A "+" in ``form`` always applies.
     """
     if np.isnan(mean):
         return "–"
@@ -67,7 +67,7 @@ class Crossed:
 
     mean: float
     error: float  # standard error of the mean; NaN with fewer than two prompts or seeds
-    df: float  # its degrees of freedom
+    df: float  # degrees of freedom of ``error``
     spread: Spread
     prompts: int
     seeds: int
@@ -88,8 +88,8 @@ class Crossed:
 def _error(squares: np.ndarray, prompts: int, seeds: int) -> tuple[float, float]:
     """(standard error, degrees of freedom) of the mean, from the mean squares of prompts, seeds and the rest.
 
-    ``Var = (MS_P + MS_S - MS_R) / (P S)`` with Satterthwaite's degrees of freedom, but at least what each
-    mean square alone would give: by chance the difference can be far too small.
+    ``Var = (MS_P + MS_S - MS_R) / (P S)`` with Satterthwaite's degrees of freedom. By chance this can be far
+    too small, so Var is at least the largest of the mean squares / (P S), with its degrees of freedom.
     """
     df = np.array([prompts - 1, seeds - 1, (prompts - 1) * (seeds - 1)])
     total, freedom = squares[0] + squares[1] - squares[2], max((squares**2 / df).sum(), 1e-300)
@@ -98,15 +98,15 @@ def _error(squares: np.ndarray, prompts: int, seeds: int) -> tuple[float, float]
 
 
 def complete(table: pd.DataFrame) -> pd.DataFrame:
-    """``table`` without the rows, or else the columns, that have a gap: whichever leaves more numbers."""
+    """``table`` without its rows that have a gap, or without such columns: whichever keeps more numbers."""
     return max(table.dropna(), table.dropna(axis=1), key=lambda rest: rest.size)
 
 
 def crossed(table: pd.DataFrame) -> Crossed:
     """Mean, standard error and spread of a table of numbers, one row per prompt and one column per seed.
 
-    Of a table with gaps it is the :func:`complete` part. The method of moments for two crossed random effects
-    without replication (Searle et al. 1992, section 4.5).
+    A table with gaps is first reduced to its :func:`complete` part. The method of moments for two crossed
+    random effects without replication (Searle et al. 1992, section 4.5).
     """
     table = complete(table)
     values, (prompts, seeds) = table.to_numpy(float), table.shape
@@ -141,7 +141,7 @@ def holm(p: Sequence[float]) -> np.ndarray:
 def power(spread: Spread, prompts: int, seeds: int, difference: float = 0.1, level: float = 0.05) -> float:
     """Chance that :func:`crossed` finds a true ``difference`` of the mean from 0 at p < ``level``.
 
-    The noncentral t distribution with the standard error that ``spread`` gives; ``level`` two-sided.
+    The noncentral t distribution with the standard error that ``spread`` gives; ``level`` is two-sided.
     """
     error, df = _error(spread.mean_squares(prompts, seeds), prompts, seeds)
     if error == 0:
@@ -159,13 +159,14 @@ def plan(
     """For each number of prompts the fewest seeds with the power ``wanted`` in each of the ``pilots``.
 
     Args:
-        pilots: :attr:`Crossed.spread` of a pilot's differences, one per comparison; the widest one decides.
-        claims: how many claims share the level of 5 %: the plan has Bonferroni's level, Holm's worst case.
-        difference: that must not be missed, in the unit of the values: 0.1 is ten points.
-        most: prompts and seeds to go to at most.
+        pilots: :attr:`Crossed.spread` of a pilot's differences, one per comparison; the widest decides.
+        claims: how many claims share the level of 5 %. The level is 0.05 / claims (Bonferroni), Holm's worst
+            case.
+        difference: the difference to detect, in the unit of the values: 0.1 is ten points.
+        most: the largest numbers of prompts and of seeds to try.
 
-    Columns: ``prompts``, ``seeds``, ``trainings`` (of each method), ``power`` (of the widest). Prompts with
-    which no number of seeds is enough are left out; empty if there are none with which it is.
+    Columns: ``prompts``, ``seeds``, ``trainings`` (of each method), ``power`` (for the widest spread). A
+    number of prompts for which no number of seeds is enough is left out, so the table may be empty.
     """
     rows, level = [], 0.05 / claims
     for prompts in range(2, most[0] + 1):

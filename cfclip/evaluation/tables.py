@@ -1,4 +1,4 @@
-"""From the rows of a sweep to tidy tables, and from those to tables for people.
+"""Turns the rows of a sweep into tidy tables, and these into tables for people.
 
 A row of :func:`cfclip.experiments.gather` is one picture at one strength. A *training* is one method,
 prompt and seed; its number is the mean over its pictures. In tables intervals are 95 % (Student's t) over
@@ -24,9 +24,9 @@ KEYS = ["method", "group", "prompt", "seed", "strength"]
 LOWEST_IDENTITY = 0.6
 """Where :func:`area` begins: below it a face is another person's."""
 HEADLINE = ("area", "clean", "success_after", "progress", "identity", "leakage", "leakage_beyond")
-"""The columns of :func:`headline`."""
+"""The metrics that :func:`headline_table` shows."""
 VARIANTS = ("first guide", "second guide", "both guides", "published budget")
-"""Of the main comparison, see :func:`variant`."""
+"""The variants of the main comparison, see :func:`variant`."""
 
 
 def columns_of(table: pd.DataFrame) -> list[str]:
@@ -52,8 +52,8 @@ def ordered(values: pd.Series, known: Iterable[str]) -> pd.Categorical:
 def means(table: pd.DataFrame, by: str | list[str] = "prompt") -> pd.DataFrame:
     """Mean of every number per group, in the groups' order of appearance; ``n``: rows of the group.
 
-    Where faces of one group differ in whether they have the part, there is also ``n_with_part``: the rows
-    that do, whose mean success is.
+    If only some faces of a group have the part, there is also ``n_with_part``, the number of these; the mean
+    success is over them.
     """
     grouped = table.groupby(by, sort=False)
     numbers = grouped.mean(numeric_only=True).drop(columns=["index", "seed"], errors="ignore")
@@ -68,11 +68,11 @@ def means(table: pd.DataFrame, by: str | list[str] = "prompt") -> pd.DataFrame:
 def trainings(table: pd.DataFrame, group_of: Callable[[str], str], by: str = "method") -> pd.DataFrame:
     """:data:`KEYS` and metrics, one line per training and strength.
 
-    Means are over the faces that have the part that the prompt asks for; a training without any is left
-    out. The mean over all faces where the prompt asks for none, as in a null edit. ``by="row"`` takes the
-    rows of the ablation as methods; if "CF-CLIP" is not among them, the runs of cfclip with the same prompts
-    and seeds are that row. ``group_of`` is the domain's. Raises ValueError if two runs of one
-    training differ in other settings, or if a face is there twice: the mean would be meaningless.
+    If the prompt asks for the colour of a part, means are over the faces that have the part, and a training
+    without such faces is left out. For others, such as a null edit, they are over all faces. ``by="row"``
+    takes the ablation's rows as methods; if "CF-CLIP" is not one of them, the cfclip runs with the same
+    prompts and seeds become that row. group_of: :meth:`.Domain.group_of`. Raises ValueError if two runs of a
+    training differ in other settings, or if a face occurs twice: the mean would be meaningless.
     """
     if by == "row" and by in table:
         table = _with_first_row(table)
@@ -110,8 +110,8 @@ def _with_first_row(table: pd.DataFrame) -> pd.DataFrame:
 def over_seeds(each: pd.DataFrame, by: Sequence[str] = ("group", "method")) -> pd.DataFrame:
     """One line per ``by`` and metric: its mean, half of its interval, and the number of seeds.
 
-    The mean of each seed comes first, over its prompts (or faces). each: :func:`trainings` at one strength. A
-    metric that none of a group defines, as success for the null edit, is NaN.
+    Within each seed, prompts (or faces) are averaged first. each: :func:`trainings` at one strength. A metric
+    that is undefined in the whole group, such as success for the null edit, is NaN.
     """
     by, names = list(by), columns_of(each)
     per_seed = each.groupby([*by, "seed"], observed=True)[names].mean()
@@ -125,7 +125,7 @@ def over_seeds(each: pd.DataFrame, by: Sequence[str] = ("group", "method")) -> p
 
 
 def wide(long: pd.DataFrame, rows: Sequence[str], across: str = "metric") -> pd.DataFrame:
-    """:func:`over_seeds` for people: cells "mean ± half", one column per ``across``, as they appear."""
+    """A readable :func:`over_seeds`: cells "mean ± half", columns by ``across`` in order of appearance."""
     scales = [100 if metric in PERCENT else 1 for metric in long.metric]
     cells = [plus_minus(*values) for values in zip(long["mean"], long.half, scales, strict=True)]
     table = long.assign(cell=cells).pivot(index=list(rows), columns=across, values="cell")
@@ -152,14 +152,14 @@ def best_where(x: np.ndarray, y: np.ndarray, at: float) -> float:
 def area(identity: np.ndarray, success: np.ndarray) -> float:
     """The headline: the area under *success over identity*, of one training.
 
-    ``1 / (1 - lowest)  integral from lowest to 1 of S(i) di``, where S(i) is the most success at any
-    strength at which identity is at least i (:func:`best_where`): what the method gives to whoever insists
-    on an identity of i, averaged over what one may insist on. In [0, 1]; 0 for whoever does nothing, 1 for
-    whoever always succeeds at an identity of 1.
+    ``1 / (1 - lowest)  integral from lowest to 1 of S(i) di``, where S(i) is the highest success at any
+    strength that keeps an identity of at least i (:func:`best_where`): the success that the method gives if
+    an identity of i is required, averaged over all i from :data:`LOWEST_IDENTITY` to 1. In [0, 1]; 0 for
+    doing nothing, 1 for success on every face at an identity of 1.
 
-    identity, success: means over the faces that have the part, at growing strength, from the source on
-    (identity 1): [K], see :func:`whole_curve`. Between two strengths the curve is a line; beyond the
-    largest, S stays.
+    identity, success: means over the faces that have the part, [K], from the source (identity 1) to the
+    largest strength, see :func:`whole_curve`. Between two strengths the curve is a straight line; below the
+    identities that were reached, S is constant.
     """
     lowest = LOWEST_IDENTITY
     kinks = identity[(identity > lowest) & (identity < 1)]
@@ -170,14 +170,14 @@ def area(identity: np.ndarray, success: np.ndarray) -> float:
 def headline(each: pd.DataFrame) -> pd.DataFrame:
     """One line per training: :func:`area`, and every metric at the training's own best strength.
 
-    each: :func:`trainings`, also of the :mod:`.frames`. The best strength is the one with the most clean
-    success (:func:`.metrics.clean`), of equals the one with the most progress; 1, or the nearest to it,
-    where success is undefined. Strength 1 is not the same edit for two methods; the best one is chosen on the
-    faces that are scored, for every method alike.
+    each: :func:`trainings`, also of the :mod:`.frames`. The best strength has the most clean success
+    (:func:`.metrics.clean`); ties go to the most progress, then to the smallest strength. If clean success is
+    undefined, the strength nearest to 1 counts as best. Strength 1 means a different edit in each method, so
+    every method gets its best strength, chosen on the same faces that are scored.
 
     More columns: ``leakage_beyond``, the leakage above that of the frame "ceiling" at the same prompt;
-    ``open``, 1 where a larger strength might add to the area: at the largest one identity is still above
-    :data:`LOWEST_IDENTITY`, and success is complete at none.
+    ``open``, 1 if a larger strength might add to the area: identity at the largest strength is still above
+    :data:`LOWEST_IDENTITY`, and no strength has a success of 1.
     """
     if each.empty:
         return each
@@ -206,7 +206,7 @@ def _at_best(training: pd.DataFrame) -> dict[str, Any]:
 
 
 def differences(best: pd.DataFrame, ours: str, other: str, column: str = "area") -> pd.DataFrame:
-    """``column`` of ``ours`` less that of ``other``: a table of prompts x seeds, NaN where one is missing.
+    """``column`` of ``ours`` minus that of ``other``: a table of prompts x seeds, NaN where one is missing.
 
     best: :func:`headline`, of methods or rows.
     """
@@ -220,7 +220,7 @@ def differences(best: pd.DataFrame, ours: str, other: str, column: str = "area")
 def against_first(best: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     """A line per row of an ablation: what it changes, its means, and their difference from the first row's.
 
-    The interval of a difference is over prompts and seeds (:func:`.stats.crossed`), at equal prompt and seed.
+    Differences are at equal prompt and seed, with intervals over prompts and seeds (:func:`.stats.crossed`).
     """
     first, *others = best.method.cat.remove_unused_categories().cat.categories
     names, lines = [name for name in names if name in columns_of(best)], []
@@ -243,7 +243,7 @@ def against_first(best: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
 def headline_table(best: pd.DataFrame) -> pd.DataFrame:
     """:func:`headline` for people: a line per group and method, those with the largest area first.
 
-    "open %": trainings to whose area a larger strength might add.
+    "open %": the share of trainings whose area might grow with a larger strength.
     """
     by = ["group", "method"]
     shown = [*KEYS[:4], *(name for name in HEADLINE if name in best)]
@@ -257,9 +257,9 @@ def headline_table(best: pd.DataFrame) -> pd.DataFrame:
 
 
 def variant(settings: Mapping[str, Any]) -> str:
-    """Which of :data:`VARIANTS` a run with these settings belongs to; a table has one of them only.
+    """Which of :data:`VARIANTS` a run with these settings belongs to; a table has runs of one variant only.
 
-    A guide whose weight is less than a hundredth of another's is as good as none.
+    A guide with at most a hundredth of the largest weight does not count.
     """
     if settings.get("steps", 0) >= 50_000:
         return VARIANTS[3]

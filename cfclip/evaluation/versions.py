@@ -11,7 +11,7 @@ from cfclip.models.ops import fast_dtype, name_of
 
 
 def versions(device: str = "cpu") -> dict[str, str]:
-    """What numbers computed on ``device`` depend on."""
+    """Versions and settings that the numbers computed on ``device`` depend on."""
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),

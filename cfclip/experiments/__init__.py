@@ -1,7 +1,7 @@
 """Sweeps: grids of notebook runs.
 
-spec (what to run), parameters (of notebooks), runs (what a run is), packs (trainings of many
-runs at once), executors, sweep (driving).
+Modules: spec (what to run), parameters (checks of notebooks' parameters), runs (one run), packs (many
+trainings at once), executors (where runs happen), sweep (drives the runs), notebooks (the committed ones).
 """
 
 from cfclip.experiments.parameters import check_parameters

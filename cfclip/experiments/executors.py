@@ -11,7 +11,7 @@ from contextlib import contextmanager
 logger = logging.getLogger(__name__)
 
 PACKS_ON_A_GPU = 3
-"""At a time: one leaves a GPU idle between its launches, and more than a few slow each other down."""
+"""Packs at a time: one leaves the GPU idle between its launches, and more than a few slow each other down."""
 
 
 def cores() -> int:
@@ -20,17 +20,17 @@ def cores() -> int:
 
 
 def _follow_parent() -> None:
-    """In a worker: end with the process that started it, else its queue keeps the run alive for ever."""
+    """Called in a worker: end it when its parent process ends. Otherwise its queue keeps its run alive."""
 
     def watch() -> None:
         multiprocessing.parent_process().join()
-        os._exit(1)  # its kernel notices and ends as well
+        os._exit(1)  # the kernel of the run notices this and ends as well
 
     threading.Thread(target=watch, daemon=True).start()
 
 
 class LocalExecutor(ThreadPoolExecutor):
-    """Spawned processes, each in a pool of its own: one that dies loses only its run, and is replaced."""
+    """Spawned processes, each in a separate pool: a process that dies loses only its run, and is replaced."""
 
     def __init__(self, workers: int | None = None):
         super().__init__(workers or cores())
@@ -38,7 +38,7 @@ class LocalExecutor(ThreadPoolExecutor):
         self._thread, self._pools = threading.local(), []
 
     def submit(self, fn, /, *args, **kwargs) -> Future:
-        """As in every executor; the future of a process that died raises BrokenProcessPool."""
+        """Like :meth:`Executor.submit`. If the process dies, the future raises BrokenProcessPool."""
         return super().submit(self._call, fn, *args, **kwargs)
 
     def _call(self, fn, /, *args, **kwargs):
@@ -61,10 +61,10 @@ class LocalExecutor(ThreadPoolExecutor):
 def cluster_executor(scheduler: str) -> Iterator[Executor]:
     """The dask cluster at ``scheduler``; its workers must see the same files under the same paths.
 
-    A worker takes as many runs at a time as it declares of the resource "run". For one per GPU:
-    ``CUDA_VISIBLE_DEVICES=0 dask worker tcp://… --nthreads 1 --resources run=1``. The scheduler gives the run
-    of a dead worker to another one, as often as its ``allowed-failures`` says.
-    Raises ValueError if no scheduler answers.
+    A worker that declares N units of the dask resource "run" takes N runs at a time. For one run per GPU:
+    ``CUDA_VISIBLE_DEVICES=0 dask worker tcp://… --nthreads 1 --resources run=1``. If a worker dies, the
+    scheduler gives its run to another worker, as often as the scheduler's ``allowed-failures`` permits.
+    Raises ValueError if dask is not installed, or if no scheduler answers.
     """
     try:
         from distributed import Client  # optional

@@ -1,4 +1,4 @@
-"""The committed notebooks: executed in place, without what differs from run to run and machine to machine."""
+"""Execute the committed notebooks in place, and remove everything that differs between runs and machines."""
 
 import ast
 import base64
@@ -14,14 +14,14 @@ from cfclip.experiments.runs import notebook_hash, run_notebook
 from cfclip.files import write_text
 
 EXECUTED = "executed"
-"""The key of a notebook's metadata that holds the hash of the code its outputs are of."""
+"""The key in a notebook's metadata for the hash of the code that made the outputs."""
 WIDGET = "application/vnd.jupyter.widget-view+json"
 LINK = re.compile(r"\[`(?P<name>[\w.]+)`\]\((?P<path>[\w./]+\.py)(?:#L\d+)?\)")
-"""A link of a Markdown text to a thing in a file of code: [`Class.method`](../file.py#L12)."""
+"""A Markdown link to a definition in a Python file: [`Class.method`](../file.py#L12)."""
 
 
 def execute(path: Path) -> Path:
-    """Execute a notebook at its own parameters, and put it in place with its outputs."""
+    """Execute a notebook with its default parameters, and replace the file by the executed notebook."""
     with tempfile.TemporaryDirectory() as folder:
         book = nbformat.read(run_notebook(path, folder, {}), as_version=4)
     clean(book)
@@ -30,7 +30,7 @@ def execute(path: Path) -> Path:
 
 
 def clean(book: nbformat.NotebookNode) -> None:
-    """Leave out times, versions, progress bars and widgets, and make the pictures' files smaller."""
+    """Remove times, versions, stderr (progress bars) and widgets, and make the PNG pictures smaller."""
     spec = book.metadata.get("kernelspec", {})
     kernel = {name: spec[name] for name in ("display_name", "language", "name") if name in spec}
     book.metadata = nbformat.from_dict({"kernelspec": kernel, "language_info": {"name": "python"}})
@@ -47,7 +47,7 @@ def clean(book: nbformat.NotebookNode) -> None:
 
 
 def _smaller(picture: str) -> str:
-    """A PNG in base64 with 64 levels a channel, at most 2 of 255 away: half the size, and no eye sees it."""
+    """A PNG in base64 with 64 levels a channel: half the size. The change, up to 2 of 255, is invisible."""
     image = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")
     file, levels = io.BytesIO(), [round(round(value / 255 * 63) * 255 / 63) for value in range(256)]
     image.point(levels * 3).save(file, "PNG", optimize=True)
@@ -57,7 +57,7 @@ def _smaller(picture: str) -> str:
 def renew_links(path: Path) -> None:
     """Renew the line of each :data:`LINK` of a notebook or a Markdown file, in place.
 
-    Raises ValueError for one to a file or a name that does not exist.
+    Raises ValueError if a link names a file, or a name in it, that does not exist.
     """
     before = path.read_text(encoding="utf-8")
     after = linked(before, path.parent)
@@ -66,7 +66,7 @@ def renew_links(path: Path) -> None:
 
 
 def linked(text: str, folder: Path) -> str:
-    """``text`` with the line of each :data:`LINK` as it is in the code now; paths start at ``folder``."""
+    """``text`` with the current line number in each :data:`LINK`; paths are relative to ``folder``."""
 
     def renewed(link: re.Match) -> str:
         line = line_of(folder / link["path"], link["name"])

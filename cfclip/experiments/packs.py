@@ -1,7 +1,7 @@
-"""The trainings of a grid, many at a time in a process of their own, before the runs' notebooks open them.
+"""Packs: many trainings of a grid at a time, in one separate process, before the notebooks of the runs start.
 
-A pack changes no run: it leaves in a run's folder what its notebook would have trained there. A notebook
-whose training is missing, because a pack failed or died, trains it itself.
+A pack does not change a run: it writes into the run's folder what the notebook would have trained there, up
+to rounding. If a training is missing because a pack failed or died, the notebook does the training.
 """
 
 import json
@@ -26,18 +26,18 @@ from cfclip.files import NOTEBOOKS, FolderInUse, locked
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_EVERY = {"cpu": 50, "cuda": 150}
-"""Steps on a device: what is lost when a pack is killed. On a GPU fifty take less time than to write them."""
+"""Device -> steps that are lost if a pack is killed. On a GPU, 50 steps take less time than a checkpoint."""
 COMMAND = (sys.executable, "-c", "from cfclip.experiments.packs import main; main()")
-"""The process of a pack."""
+"""The command that starts the process of a pack."""
 
 
 def _training(p: dict[str, Any], folder: Path) -> list[Job]:
-    """Of 02_training: what its cell ``baselines.fit(…)`` trains."""
+    """The training of a run of 02_training: the one in its cell ``baselines.fit(…)``."""
     return [Job(p["method"], p["prompt"], str(folder), {"seed": p["seed"]} | p["settings"])]
 
 
 def _ablation(p: dict[str, Any], folder: Path) -> list[Job]:
-    """Of 03_ablation_directions: what its cell ``ablation.jobs(…)`` names."""
+    """The trainings of a run of 03_ablation_directions: those that its cell ``ablation.jobs(…)`` lists."""
     return [*ablation.jobs(p["rows"], p["prompts"], p["seeds"], p["settings"], folder).values()]
 
 
@@ -45,7 +45,7 @@ TRAINED_BY = {
     NOTEBOOKS / "02_training.ipynb": _training,
     NOTEBOOKS / "03_ablation_directions.ipynb": _ablation,
 }
-"""Notebook -> (parameters, folder) -> its trainings."""
+"""Notebook -> a function of a run's parameters and folder that returns the trainings of this run."""
 
 
 def trainings(run: Run, out: Path) -> list[Job]:
@@ -53,7 +53,7 @@ def trainings(run: Run, out: Path) -> list[Job]:
     found = []
     for notebook, jobs_of in TRAINED_BY.items():
         if run.gathers is None and run.notebook == notebook.resolve():
-            with suppress(ValueError):  # the notebook names what is wrong
+            with suppress(ValueError):  # the notebook will report the error
                 found = [job for job in jobs_of(dict(run.parameters), out / run.id) if job.shared]
     files = [Path(job.out, f"{METHODS[job.method].editor.KIND}.safetensors") for job in found]
     return [job for job, file in zip(found, files, strict=True) if not file.exists()]
@@ -71,15 +71,15 @@ def _kind(device: str | None) -> str:
 def packs(
     runs: Sequence[Run], out: Path, workers: Mapping[str, int], most: int | None = None
 ) -> list[list[Run]]:
-    """Runs whose trainings share the frozen networks and are equally long, in packs for the ``workers``.
+    """Packs for the ``workers``, of runs whose trainings share the frozen networks and are equally long.
 
-    ``workers``: how many work at a time on "cpu" and on "cuda". ``most``: runs in a pack; default: as many as
-    gain something on the device. A run that would be alone is in none.
+    ``workers``: "cpu" or "cuda" -> how many workers it has. ``most``: the most runs in a pack; default:
+    :data:`MOST` of the device. A run that would be alone in its pack is left out.
     """
     groups: dict[tuple, list[Run]] = {}
     for run in runs:
         if jobs := trainings(run, out):
-            steps = jobs[0].settings.get("steps")  # the notebook of a short one would wait for a long one
+            steps = jobs[0].settings.get("steps")  # otherwise short trainings would wait for long ones
             where = tuple(run.parameters.get(name) for name in ("domain", "device", "label"))
             groups.setdefault((where, jobs[0].shared, steps), []).append(run)
     found = []
@@ -91,9 +91,10 @@ def packs(
 
 
 def train(runs: Sequence[Run], out: str, most: int | None = None) -> Outcome:
-    """Train what is missing of ``runs``, all of one domain, in a process that ends with this one.
+    """Do the missing trainings of ``runs``, all of one domain, in a process that ends when this one ends.
 
-    A run that another sweep is doing is left out, and none is begun by other code than that of its plan.
+    Runs that another sweep is doing are left out. Nothing is trained if fewer than two trainings are missing,
+    or if the code has changed since the runs were planned.
     """
     with ExitStack() as held:
         jobs = []
@@ -102,7 +103,7 @@ def train(runs: Sequence[Run], out: str, most: int | None = None) -> Outcome:
                 held.enter_context(locked(Path(out) / run.id, "run"))
                 jobs += trainings(run, Path(out))
         if len(jobs) < 2 or runs[0].content["code"] != code_hash():
-            return Outcome("finished")  # the notebooks do the rest, or say why they do not
+            return Outcome("finished")  # the notebooks do the rest, or report why they cannot
         where = {name: runs[0].parameters.get(name) for name in ("domain", "device", "label")}
         given = {"jobs": [asdict(job) for job in jobs], "most": most} | where
         streams = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
@@ -110,7 +111,7 @@ def train(runs: Sequence[Run], out: str, most: int | None = None) -> Outcome:
             try:
                 with suppress(BrokenPipeError):
                     process.stdin.write(json.dumps(given).encode() + b"\n")
-                    process.stdin.flush()  # and stays open: its end is the end of this process
+                    process.stdin.flush()  # stays open: it closes when this process ends, see main
                 errors = process.stderr.read().decode(errors="replace")
                 code = process.wait()
             finally:
@@ -121,7 +122,7 @@ def train(runs: Sequence[Run], out: str, most: int | None = None) -> Outcome:
 
 
 def main() -> None:
-    """In the process of a pack: the jobs come as a line of JSON; after it the input stays open."""
+    """Run a pack in its process. Its jobs are a line of JSON on stdin; the process ends when stdin closes."""
     given = json.loads(sys.stdin.buffer.readline())
 
     def follow() -> None:
@@ -133,5 +134,5 @@ def main() -> None:
     domain = load_domain(given["domain"], given["device"], given["label"])
     jobs, every = [Job(**job) for job in given["jobs"]], CHECKPOINT_EVERY[_kind(domain.device.type)]
     for job, result in zip(jobs, fit_many(domain, jobs, given["most"], False, every), strict=True):
-        if isinstance(result, Exception):  # its notebook will say so
+        if isinstance(result, Exception):  # the notebook will report it
             logger.warning("%s, %s: %s", job.method, job.prompt, result)

@@ -1,4 +1,4 @@
-"""The parameters of the notebooks: what each name may be, whether papermill, a preset or a person sets it."""
+"""Checks of the notebooks' parameters, whether papermill, a preset or a person sets them."""
 
 import ast
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ def mapping(value: Any) -> str | None:
 
 
 def settings_of_methods(value: Any) -> str | None:
-    """method -> a mapping of its settings."""
+    """A mapping of method -> mapping of its settings."""
     fine = not mapping(value) and not any(map(mapping, value.values()))
     return None if fine else "a mapping of methods to their settings, such as {cfclip: {steps: 9}}"
 
@@ -41,7 +41,7 @@ def list_of(check: Check, what: str, minimum: int = 0) -> Check:
 
 
 def point(value: Any) -> str | None:
-    """[x, y]."""
+    """Two finite numbers [x, y]."""
     fine = isinstance(value, list | tuple) and len(value) == 2 and not any(map(finite, value))
     return None if fine else "[x, y]"
 
@@ -69,14 +69,14 @@ CHECKS: dict[str, Check] = {
     **dict.fromkeys(("prompts", "sentences", "compared", "rows", "pictures"), list_of(text, "texts")),
     **dict.fromkeys(("photo", "command", "out", "runs", "reports", "routes"), any_text),
 }
-"""What these parameters must be in every notebook of cfclip that has them."""
+"""Parameter -> its check, which holds in every notebook of cfclip that has this parameter."""
 
 
 def check_parameters(**values: Any) -> None:
-    """ValueError names the first parameter of a notebook that cannot work, also among ``settings``.
+    """Check the parameters of a notebook, including ``settings``. ValueError names the first wrong one.
 
     On papermill's command line ``-p encoder false`` gives the text "false", and ``-p prompt 42`` a number. A
-    name that no notebook knows is an error too; one of another notebook is not, as presets serve many.
+    name that no notebook has is an error too. A name of another notebook is allowed: presets serve many.
     """
     if unknown := [name for name in injected() if name not in CHECKS]:
         known = set().union(*map(baselines.settings, baselines.METHODS))
@@ -92,7 +92,7 @@ def check_parameters(**values: Any) -> None:
 
 
 def injected() -> list[str]:
-    """The names that papermill set in this kernel; none anywhere else."""
+    """The names of the parameters that papermill set in this kernel; empty outside papermill."""
     shell = get_ipython()
     executed = shell.user_ns.get("In", []) if shell else []
     cells = [cell for cell in executed if cell.startswith("# Parameters\n")]
@@ -101,7 +101,7 @@ def injected() -> list[str]:
 
 
 def _papermill(name: str, value: Any, wanted: str) -> str:
-    """How papermill is told."""
+    """A hint on how to write the value on papermill's command line; "" if that is not the problem."""
     if wanted == flag(None) and str(value).lower() in ("true", "false"):
         return f" (papermill: -p {name} {str(value).capitalize()})"
     if wanted == text(None) and isinstance(value, int | float):
@@ -110,7 +110,7 @@ def _papermill(name: str, value: Any, wanted: str) -> str:
 
 
 def check_settings(values: Mapping[str, Any], what: str = "settings") -> None:
-    """ValueError unless a training with these parameters of a notebook can have its settings."""
+    """Raise ValueError if a notebook with these parameters would train with settings that cannot work."""
     one, many = {"method", "prompt", "settings"}, {"rows", "prompts", "settings"}
     if not one <= values.keys() and not many <= values.keys():
         return

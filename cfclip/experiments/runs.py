@@ -1,4 +1,4 @@
-"""A run: one notebook with its parameters, identified by its content and executed in a folder of its own."""
+"""A run: one notebook with its parameters, identified by its content and executed in a separate folder."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 KERNEL_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # one run per core; and numbers do not depend on the number of cores
     "OMP_WAIT_POLICY": "PASSIVE",  # a thread that waits leaves its core to the other runs
-    # else glibc returns every large tensor to the system, and pages of the next one are faulted in again
+    # otherwise glibc returns every large tensor to the system, and the next one faults its pages in again
     "MALLOC_MMAP_THRESHOLD_": "4000000000",
     "MALLOC_TRIM_THRESHOLD_": "8000000000",
     "MALLOC_TOP_PAD_": "500000000",
@@ -46,7 +46,7 @@ OUTPUT_PARAMS = ("out", "runs", "reports")
 _PRESENTATION = ("claims", "explain", "figures", "frames", "report", "stats", "tables", "versions")
 NOT_HASHED = ("cli.py", "bench/", "experiments/", "explorer/")
 NOT_HASHED += tuple(f"evaluation/{name}.py" for name in _PRESENTATION)
-"""Code of the package that no run's numbers depend on: to change it makes no run outdated."""
+"""Files and folders of the package that no run's numbers depend on: changing them makes no run outdated."""
 
 
 # ---- what a run is: its content ----
@@ -60,7 +60,7 @@ class Run:
     notebook: Path
     parameters: Mapping[str, Any]  # all of the notebook except OUTPUT_PARAMS
     content: Mapping[str, str]  # hashes of the notebook, the code and the weights
-    gathers: tuple[str, ...] | None = None  # of a notebook of `then`: the runs that it gathers
+    gathers: tuple[str, ...] | None = None  # ids of the runs that a notebook of `then` gathers
 
 
 def digest(content: Any) -> str:
@@ -69,21 +69,21 @@ def digest(content: Any) -> str:
 
 
 def notebook_hash(notebook: Path) -> str:
-    """Of the code cells: neither outputs nor text change a number."""
+    """Hash of the code cells and their tags. Outputs and text are left out: they change no number."""
     return digest(code_of(notebook))
 
 
 def code_hash(ignored: tuple[str, ...] = NOT_HASHED) -> str:
-    """Of the installed package, without the files and folders ``ignored``."""
+    """Hash of the package's .py and .json files, without those whose path begins with one of ``ignored``."""
     files = (path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".json"))
     names = sorted(path.relative_to(PACKAGE).as_posix() for path in files)
     return digest([(name, sha256(PACKAGE / name)) for name in names if not name.startswith(ignored)])
 
 
 def weights_hash(domain: str, known: dict[str, list]) -> str:
-    """Of all files that ``domain`` loads. ``known``: path -> [size, mtime, sha256], read and updated."""
+    """Hash of the weights of ``domain``. ``known``, path -> [size, mtime, sha256], is read and updated."""
     folder = DATA / domain
-    beside = (".md", ".png", ".part", ".json")  # cards, and checksums of the weights
+    beside = (".md", ".png", ".part", ".json")  # cards, unfinished files, checksums: not weights
     found = [p for p in folder.rglob("*") if p.is_file() and p.suffix not in beside]
     files = {path.relative_to(DATA): path for path in found}
     files |= {Path("downloads", one.name): DOWNLOADS / one.name for one in SOURCES if domain in one.domains}
@@ -114,7 +114,7 @@ def run_notebook(
     notebook: str | os.PathLike, folder: str | os.PathLike, parameters: Mapping[str, Any]
 ) -> Path:
     """Execute ``notebook``; the executed copy, also of a failed run, is in ``folder``."""
-    import papermill  # two seconds that neither a kernel nor a pack has to wait for
+    import papermill  # takes two seconds, which kernels and packs do not need to spend
 
     source = find_notebook(notebook)
     path = Path(folder) / source.name
@@ -122,23 +122,23 @@ def run_notebook(
     # papermill formats paths: braces in them have to be doubled
     literal = [str(p).replace("{", "{{").replace("}", "}}") for p in (source, path)]
     kernel = {"kernel_name": "python3", "language": "python", "start_timeout": 300}
-    quiet = {"progress_bar": False, "extra_arguments": ["--log-level=50"]}  # kernels warn of their transport
+    quiet = {"progress_bar": False, "extra_arguments": ["--log-level=50"]}  # kernels warn about transport
     before = dict(os.environ)
     os.environ.update(KERNEL_ENVIRONMENT)  # for the kernel, which inherits it
     try:
         papermill.execute_notebook(*literal, dict(parameters), **kernel, **quiet)
     finally:
         for name in KERNEL_ENVIRONMENT:
-            os.environ.pop(name, None)  # another thread may have done so
+            os.environ.pop(name, None)  # another thread may have removed it already
             if name in before:
                 os.environ[name] = before[name]
     return path
 
 
 def run_cells(notebook: Path, parameters: Mapping[str, Any]) -> None:
-    """The code cells of ``notebook`` in this process: no kernel that starts, and no executed copy.
+    """Run the code cells of ``notebook`` in this process, without a kernel and without an executed copy.
 
-    A kernel that starts and imports torch takes longer than a small run that is measured on a GPU.
+    Starting a kernel and importing torch in it takes longer than measuring a small run on a GPU.
     ``display`` shows nothing.
     """
     names: dict[str, Any] = {"__name__": "__main__", "display": lambda *shown: None}
@@ -183,10 +183,11 @@ def write_record(run: Run, folder: Path, status: str, error: str = "", seconds: 
 
 
 def execute(run: Run, out: str, reports: str, patient: bool = False, kernel: bool = True) -> Outcome:
-    """Execute ``run`` in its folder unless it is finished there; without ``kernel`` see :func:`run_cells`.
+    """Execute ``run`` in its folder. A run of the grid is not executed again if it is finished there.
 
-    If another sweep of the same folder is executing it, the outcome is "busy". With ``patient`` that sweep is
-    waited for, and the run is taken over if it dies.
+    Without ``kernel`` a run of the grid is executed by :func:`run_cells`. If another sweep of the same folder
+    is executing the run, the outcome is "busy". With ``patient``, this function waits for that sweep instead,
+    and executes the run if that sweep dies.
     """
     folder = Path(out) / run.id
     try:
@@ -223,7 +224,7 @@ def _execute(run: Run, folder: Path, reports: str, kernel: bool) -> Outcome:
 
 
 def _link(folder: Path, ids: Sequence[str]) -> None:
-    """A folder of links to these runs only: ``out`` may also hold runs of other grids and of earlier code."""
+    """Make a folder of links to these runs only: ``out`` may hold other grids and runs of older code."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for one in ids:
@@ -236,7 +237,7 @@ def _link(folder: Path, ids: Sequence[str]) -> None:
 def records(out: str | os.PathLike) -> list[dict[str, Any]]:
     """run.json (parameters, seconds, versions, …) of each finished run of a grid in ``out``, in order.
 
-    A run is in the folder of its name: a folder that was copied is left out, with a warning.
+    The folder of a run has the run's id as its name: a copied folder is left out, with a warning.
     """
     found = []
     for path in sorted(Path(out).glob("*/run.json")):
@@ -251,10 +252,11 @@ def records(out: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def measured(editor: Editor, n: int, seed: int, strengths: list[float], **where: Any) -> list[dict]:
-    """:func:`.measure` on the first ``n`` held-out faces of ``seed``.
+    """The rows of :func:`.measure` on the first ``n`` held-out faces of ``seed``.
 
-    Read from the run in whose folder the editor is, if that measured just this by today's code and weights.
-    where: more parameters that the run must have, such as its device.
+    If the editor is in the folder of a finished run of 02_training that measured exactly this, with the
+    current code and weights, the rows are read from there. where: more parameters that the run must have,
+    such as its device.
     """
     wanted = where | {"n": n, "seed": seed, "strengths": strengths}
     record = _record(editor.path.parent) if editor.path else {}
@@ -270,8 +272,8 @@ def measured(editor: Editor, n: int, seed: int, strengths: list[float], **where:
 def gather(out: str | os.PathLike) -> pd.DataFrame:
     """The rows of ``metrics.jsonl`` of all finished runs in ``out``, with their parameters, in order.
 
-    A parameter whose name is also in the rows with other values gets the column ``<name>_parameter``: the
-    ``strength`` of a notebook, for example, is only that of its table.
+    If the rows of a run have other values under a parameter's name, the parameter's column is called
+    ``<name>_parameter``: the ``strength`` of a notebook, for example, concerns only its table.
     """
     rows = []
     for record in records(out):

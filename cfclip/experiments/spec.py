@@ -15,11 +15,11 @@ import yaml
 from cfclip.files import NOTEBOOKS, first_bytes, slug
 from cfclip.settings import check_known
 
-TEXT_KEYS = ("prompt", "prompts")  # keys whose values stay text, also YAML's `no` and `1e3`
+TEXT_KEYS = ("prompt", "prompts")  # keys whose values stay text, even `no` and `1e3`
 NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 SECTIONS = ("preset", "parameters", "grid", "then")
 MAX_BYTES, MAX_VALUES, MAX_DIGITS = 1 << 18, 100_000, 40
-"""Of a YAML file: its size, its values with every alias written out, and the length of a number."""
+"""Limits of a YAML file: its bytes, its values with all aliases written out, and the digits of a number."""
 
 
 # ---- YAML ----
@@ -50,7 +50,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _count(node: yaml.Node | None, known: dict[int, int]) -> int:
-    """How many values ``node`` stands for with every alias written out. ``known``: 0 while it is counted."""
+    """The number of values in ``node``, aliases written out. ``known``: node id -> number; 0: unfinished."""
     if node is None:
         return 0
     problem = ""
@@ -82,7 +82,7 @@ def _scalars(node: yaml.Node) -> list[yaml.ScalarNode]:
 
 
 def _there_are(folder: Path, pattern: str) -> str:
-    """What an error says of the files that could have been meant."""
+    """The part of an error message that lists the files in ``folder`` that match ``pattern``."""
     if names := sorted(path.name.removesuffix(".ipynb") for path in folder.glob(pattern)):
         return f"there are: {', '.join(names)}"
     return f"there are none in {folder}: they are in cfclip's repository, so start in its folder"
@@ -129,14 +129,14 @@ class Spec:
     folder: Path  # relative paths start here
     grid: tuple[Mapping[str, Any], ...]  # blocks; each is the product of its axes, one of which is "notebook"
     then: tuple[Mapping[str, Any], ...] = ()  # notebooks that gather, one after the other
-    preset: Mapping[str, Any] = field(default_factory=dict)  # each notebook takes those that it has …
-    parameters: Mapping[str, Any] = field(default_factory=dict)  # … and of these, which win
-    only: Mapping[str, Sequence[str]] = field(default_factory=dict)  # the runs with one of these values
+    preset: Mapping[str, Any] = field(default_factory=dict)  # each notebook takes the parameters that it has
+    parameters: Mapping[str, Any] = field(default_factory=dict)  # likewise; these override the preset
+    only: Mapping[str, Sequence[str]] = field(default_factory=dict)  # name -> values that a run may have
 
     def narrowed(self, only: Sequence[str], device: str | None = None) -> "Spec":
-        """The runs with the values of ``only``, such as ("method=nada", "seed=0", "seed=1"), on ``device``.
+        """This spec, but only the runs with the values in ``only``, e.g. ("method=nada", "seed=0", "seed=1").
 
-        Raises ValueError for what is not written so.
+        ``device`` replaces the device of all runs. Raises ValueError if an item of ``only`` has another form.
         """
         values: dict[str, list[str]] = {}
         for one in only:
@@ -149,7 +149,7 @@ class Spec:
         return replace(self, only=values, grid=grid, parameters={**self.parameters, **given})
 
     def keeps(self, parameters: Mapping[str, Any]) -> bool:
-        """Whether a run with these parameters is one of those that ``only`` asks for."""
+        """Whether ``only`` allows a run with these parameters."""
         return all(str(parameters.get(name)) in values for name, values in self.only.items())
 
 
@@ -197,7 +197,7 @@ def points(block: Mapping[str, Any]) -> int:
 
 
 def cells(block: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
-    """Each combination of a block's axes: (notebook and parameters, a file name that differs)."""
+    """For each combination of a block's axes: (notebook and parameters, a readable file name)."""
     axes = {name: _axis(name, values, block) for name, values in block.items()}
     for choice in itertools.product(*axes.values()):
         cell = dict(zip(axes, (value for value, _ in choice), strict=True))
@@ -209,7 +209,7 @@ def cells(block: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def _axis(name: str, values: Any, block: Mapping[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
-    """(value, parameters that go only with this value) of each point of an axis."""
+    """For each value of an axis: (the value, the parameters that are set only together with it)."""
     if isinstance(values, dict):
         axis = [(value, overrides or {}) for value, overrides in values.items()]
     else:
@@ -231,7 +231,7 @@ def _axis(name: str, values: Any, block: Mapping[str, Any]) -> list[tuple[Any, d
 
 
 def find_notebook(name: str | os.PathLike, folder: Path = Path()) -> Path:
-    """The notebook ``name`` of ``notebooks/``; a name that ends in .ipynb is a path from ``folder``."""
+    """The path of the notebook ``name`` of ``notebooks/``; a path in .ipynb is relative to ``folder``."""
     path = folder / name if str(name).endswith(".ipynb") else NOTEBOOKS / f"{name}.ipynb"
     if not path.exists():
         raise ValueError(f"notebook {name} does not exist; {_there_are(NOTEBOOKS, '*.ipynb')}")

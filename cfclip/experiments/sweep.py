@@ -51,7 +51,7 @@ MAX_ATTEMPTS = 3
 
 
 def _parameters(notebook: Path, spec: Spec, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Defaults < preset < the spec's parameters < ``given``, checked; without OUTPUT_PARAMS."""
+    """The checked parameters, without OUTPUT_PARAMS: defaults < preset < spec's parameters < ``given``."""
     defaults = parameters_of(notebook)
     check_known(given, defaults, notebook.stem)
     merged = {**defaults, **spec.preset, **spec.parameters, **given}
@@ -71,7 +71,7 @@ def _parameters(notebook: Path, spec: Spec, given: Mapping[str, Any]) -> dict[st
         if isinstance(value, dict):
             named(value, what)
         check = CHECKS.get(name, finite if isinstance(value, float) else None)
-        # a notebook of someone else may mean something else by the name
+        # if the check refuses the default too, a user's notebook gives this name another meaning
         if check and not check(default) and (wanted := check(value)):
             raise ValueError(f"{what} must be {wanted}, not {value!r}")
         values[name] = value
@@ -80,11 +80,11 @@ def _parameters(notebook: Path, spec: Spec, given: Mapping[str, Any]) -> dict[st
 
 
 def plan(spec: Spec, out: str | os.PathLike = "reports/runs") -> tuple[list[Run], list[Run]]:
-    """The runs of the grid, and the notebooks that gather them.
+    """The runs of the grid, and the runs of notebooks that gather them (none if ``spec.only`` is set).
 
-    ValueError names what in the spec does not fit a notebook.
+    Raises ValueError that names what in the spec does not fit a notebook.
     """
-    hashes = Path(out) / ".hashes.json"  # of weights: gigabytes are not read twice
+    hashes = Path(out) / ".hashes.json"  # hashes of weights, so that gigabytes are not read twice
     known = read_object(hashes)
     before, code, used = dict(known), code_hash(), set()
     weights = cache(lambda domain: weights_hash(domain, known))
@@ -109,7 +109,7 @@ def plan(spec: Spec, out: str | os.PathLike = "reports/runs") -> tuple[list[Run]
     then = [run(block, f"{spec.name}-{Path(block['notebook']).stem}", tuple(grid)) for block in spec.then]
     if unused := [name for name in spec.parameters if name not in used]:
         raise ValueError(f"no notebook of {spec.name} has a parameter {', '.join(map(repr, unused))}")
-    # a preset serves many notebooks, and each takes what it has
+    # a preset serves many notebooks, and each takes the parameters that it has
     taken = used.union(OUTPUT_PARAMS, *map(parameters_of, NOTEBOOKS.glob("*.ipynb")))
     if unused := [name for name in spec.preset if name not in taken]:
         names = ", ".join(map(repr, unused))
@@ -130,13 +130,13 @@ def sweep(
     pack: int | None = None,
     kernel: bool = True,
 ) -> list[Run]:
-    """Do what is missing of the grid, then the notebooks that gather it. A run's folder is ``out``/its id.
+    """Execute the missing runs of the grid, each in ``out``/<its id>, then the notebooks that gather them.
 
     The notebooks of ``then`` run every time and write to ``reports``. They need the whole grid: if a run
-    fails, the others are still done, and then ValueError shows a table of the failures.
-    ``executor``: default this machine's cores; one that is given stays open.
-    ``pack``: how many trainings share a process and its networks, see :mod:`.packs`; default: as many as gain
-    something, 1: each is its notebook's own. Without ``kernel`` see :func:`.runs.run_cells`.
+    fails, the other runs are still done, and then a ValueError shows a table of the failures.
+    ``executor``: default: this machine's cores; a given executor is not closed.
+    ``pack``: the most runs in a pack, and trainings at a time in it, see :mod:`.packs`; default: as many as
+    gain something; 1: each notebook does its trainings. Without ``kernel``: see :func:`.runs.run_cells`.
     """
     out, reports = writable(out).resolve(), writable(reports).resolve()
     if executor is None:
@@ -170,7 +170,7 @@ def _drive(
     pack: int | None = None,
     kernel: bool = True,
 ) -> dict[str, str]:
-    """Execute ``runs``; those in ``together`` wait for their pack. Returns id -> error of a failed one."""
+    """Execute ``runs``; those in ``together`` wait for their packs. Returns id -> error of failed runs."""
     here = isinstance(executor, LocalExecutor)
     room = executor.workers if here else {}  # a cluster has its own queue
     packed = {run.id for some in together for run in some}
@@ -181,12 +181,12 @@ def _drive(
     lost: Counter[str] = Counter()
 
     def show() -> None:
-        """Packs are shown too: the first of them are trained long before a run is finished."""
+        """Show packs in the bar too: the first packs are trained long before a run is finished."""
         done = f"{len(together) - len(waiting) - len(training)}/{len(together)}"
         bar.set_postfix(({"packs": done} if together else {}) | {"failed": len(failed)})
 
     def hand_over() -> None:
-        """What the workers can begin now: packs first, because many runs wait for one."""
+        """Submit what the workers can begin now: packs first, because many runs wait for each of them."""
         busy = Counter(kind_of_device(some[0]) for some in training.values())
         for some in waiting.copy():
             if busy[device := kind_of_device(some[0])] < room.get(device, math.inf):

@@ -12,7 +12,7 @@ WORKS = 0.5
 
 
 def unclear(domain: Domain, recipe: Recipe, working: Collection[str]) -> str:
-    """What the words of the prompt cannot mean here; "" if nothing. Names prompts near it that work."""
+    """Warnings of unknown words, with similar prompts that work, and of null edits; "" if there are none."""
     source = recipe.source_text.strip() or domain.source_text
     clip = domain.clip
     found = [words for one in [*recipe.prompts, source] if (words := clip.describe_unknown(one))]
@@ -56,7 +56,7 @@ def outcome(domain: Domain, frame: Frame) -> str:
 def prospects(known: Iterable[float | None], frame: Frame, seconds: float) -> str:
     """What to expect of other faces, and what would help; "" if the edit works.
 
-    known: success of each prompt on other faces; seconds: that a training takes.
+    known: the share of other faces on which each prompt succeeds; seconds: the most that Refine takes.
     """
     least = min((share for share in known if share is not None), default=1.0)
     here = frame.scores.get("success_after", 1.0)

@@ -1,6 +1,6 @@
-"""What can edit a prompt here, and which prompts work. Pure functions.
+"""Which editor edits by a prompt, and which prompts work. Pure functions.
 
-``trained``: what :func:`find` found in the explorer's folders.
+``trained``: the editors that :func:`find` found in the explorer's folders.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,19 +20,19 @@ def find(folders: Iterable[Path], domain: str) -> list[Trained]:
 
 
 def place(one: Trained) -> str:
-    """A recipe's ``mapper`` that means this editor."""
+    """The value of a recipe's ``mapper`` for this editor: a mapper's file, or another editor's folder."""
     return str(one.path if one.kind == "mapper" else one.path.parent)
 
 
 def editor_for(domain: Domain, trained: Iterable[Trained], prompt: str) -> str | None:
-    """The place of what was trained for just this prompt; else "", the domain's own; None without one."""
+    """The :func:`place` of an editor for this prompt; otherwise "" if the domain has a mapper, else None."""
     own = domain.mapper is not None or plain(prompt) in committed(domain)
     found = preferred(prompt, [one for one in trained if one.kind == "mapper" or not own])
     return place(found) if found else "" if own else None
 
 
 def editors_for(domain: Domain, trained: Iterable[Trained], prompts: Sequence[str]) -> str | tuple[str, ...]:
-    """The ``mapper`` of a recipe with these single prompts, of which each has its own."""
+    """The value of a recipe's ``mapper`` that edits by each of these single prompts with its own editor."""
     each = [editor_for(domain, trained, prompt) or "" for prompt in prompts]
     if len(each) > 1:  # the folder of an editor edits by one prompt only
         each = ["" if Path(path).is_dir() else path for path in each]
@@ -40,14 +40,14 @@ def editors_for(domain: Domain, trained: Iterable[Trained], prompts: Sequence[st
 
 
 def success_of(domain: Domain, trained: Iterable[Trained], prompt: str) -> float | None:
-    """On which share of faces the editor for ``prompt`` succeeded; None if nobody measured it."""
+    """The share of faces on which ``prompt`` succeeds here, measured or predicted; None if it is unknown."""
     if path := editor_for(domain, trained, prompt):
         return next((one.success for one in trained if place(one) == path), None)
     return predicted_success(domain, prompt)
 
 
 def working(domain: Domain, trained: Sequence[Trained]) -> dict[str, float | None]:
-    """Prompts that work -> on which share of faces, None if nobody measured it. Examples come first."""
+    """Prompts that work -> the share of faces on which they do, None if unknown. Examples come first."""
     known = (*domain.prompts, *sorted(committed(domain)), *(one.prompt for one in trained))
     sure = dict.fromkeys(prompt for prompt in known if editor_for(domain, trained, prompt) is not None)
     claims = domain.truth.prompts if domain.truth else ()

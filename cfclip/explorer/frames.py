@@ -1,4 +1,4 @@
-"""What the explorer shows of a recipe: rows of pictures, scores, exported files. Pure functions.
+"""How the explorer shows a recipe: rows of pictures, scores, exported files. Functions without state.
 
 Shapes: N faces, R = resolution.
 """
@@ -30,47 +30,47 @@ STRENGTHS_SHOWN = (-1.0, 0.0, 0.5, 1.0, 1.5, 2.0)
 HEAT_MAX = 0.4
 """The difference of two pictures in [-1, 1], mean over the channels, at which the heat map is brightest."""
 UNMOVED = 0.004
-"""The mean difference of two pictures in [-1, 1], about half a grey level, that nobody sees."""
+"""The largest mean difference of two pictures in [-1, 1] that is invisible: about half a grey level."""
 MISSING = "missing: "
-"""How the note begins on a face that does not show all that a prompt with several claims asks for."""
+"""The beginning of the note on a face that does not show everything that the prompt asks for."""
 _RISING = np.linspace(0, 1, 9).tolist()
 ANIMATION = (*_RISING, *[1.0] * 4, *_RISING[::-1], *[0.0] * 2)
 """Shares of the strength in the frames of an exported animation."""
 FRAME_MS = 70
 FILM_ROUNDS = 3
-"""How often an MP4 shows the animation, because players do not begin again by themselves."""
+"""How many times an MP4 shows the animation, because players do not repeat it by themselves."""
 FILM_SIDE, FILM_WIDTH = 256, 4096
-"""Pixels of a face in an MP4, which has colours at half of its resolution; and the most that players show."""
+"""Least side of a face in an MP4, whose colours have half the resolution; largest width that players show."""
 FILM_NEEDS = "pip install av"
-"""What writes MP4s, where it is missing."""
+"""The command that installs what :func:`write_film` needs."""
 
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """A recipe's pictures: rows, label -> uint8 [N, R, R, 3], and the headers and tips of their columns.
+    """A recipe's pictures: rows, label -> uint8 [columns, R, R, 3], with a header and a tip for each column.
 
-    source, edited: [N, 3, R, R]; moved: whether the edit can move each of the L layers of W+.
-    Until they are measured, scores and photo_scores, the means over generated faces and over photos, are {},
-    and notes, a few words on each face, are ().
+    A column is a face, or a strength in "prompts × strengths". source, edited: [N, 3, R, R].
+    moved: for each of the L layers of W+, whether the edit can move it. notes: a few words on each face.
+    scores, photo_scores: means over generated faces, over photos. All three are empty until measured.
     """
 
     recipe: Recipe
     show: str  # one of SHOWS
     rows: Mapping[str, np.ndarray]
     headers: tuple[str, ...]
-    tips: tuple[str, ...]  # more about each column; "" for most
+    tips: tuple[str, ...]  # for a column with a photo: how good its reconstruction is; otherwise ""
     source: Tensor
     edited: Tensor
     moved: tuple[bool, ...]
-    sketch: bool = False  # drawn fast, and about to be replaced
-    seconds: float = 0.0  # that drawing took
+    sketch: bool = False  # drawn in half precision; an exact frame follows
+    seconds: float = 0.0  # how long drawing took
     scores: Mapping[str, float] = field(default_factory=dict)
     photo_scores: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
     def sheet(self) -> np.ndarray:
-        """All rows in one picture, uint8 [rows * R, N * R, 3]."""
+        """All rows in one picture, uint8 [rows * R, columns * R, 3]."""
         return np.concatenate([strip(row) for row in self.rows.values()])
 
 
@@ -80,7 +80,7 @@ def strip(row: np.ndarray) -> np.ndarray:
 
 
 def encode(row: np.ndarray, sketch: bool = False) -> bytes:
-    """The :func:`strip` of ``row`` as PNG; of a ``sketch`` as JPEG, in a tenth of the time."""
+    """The :func:`strip` of ``row`` as a PNG; for a ``sketch`` as a JPEG, which takes a tenth of the time."""
     file, how = io.BytesIO(), {"quality": 95, "subsampling": 0} if sketch else {"compress_level": 1}
     Image.fromarray(strip(row)).save(file, "JPEG" if sketch else "PNG", **how)
     return file.getvalue()
@@ -101,10 +101,10 @@ def draw(
     stale: Callable[[], bool] = lambda: False,
     dtype: torch.dtype | None = None,
 ) -> Frame | None:
-    """The frame of ``recipe``, shown as ``show`` says; None if it becomes ``stale`` between two of many rows.
+    """The frame of ``recipe`` for ``show``, one of :data:`SHOWS`; None if it is ``stale`` after a row.
 
-    ``others``: label -> recipe of the other rows of "methods", and of the rows of "prompts × strengths".
-    ``dtype``: as for :func:`.render`, of the edit on show.
+    "edit" is always drawn to the end. ``others``: label -> recipe of the additional rows of "methods", or of
+    all rows of "prompts × strengths". ``dtype``: for the edited pictures of ``recipe``, see :func:`.render`.
     """
     edited, size = render(domain, recipe, faces, dtype), domain.generator.resolution
     photos = [find_photo(face, size) if isinstance(face, str) else None for face in recipe.faces]
@@ -166,7 +166,7 @@ def _moved(domain: Domain, recipe: Recipe) -> tuple[bool, ...]:
 
 
 def score(domain: Domain, frame: Frame, stale: Callable[[], bool] = lambda: False) -> Frame:
-    """``frame`` with its scores and notes; without them if it has no prompt, or becomes ``stale``."""
+    """``frame`` with its scores and notes; unchanged if it has no prompt, or becomes ``stale``."""
     recipe, measured = frame.recipe, {}
     if not recipe.prompts:
         return frame
@@ -187,7 +187,7 @@ def score(domain: Domain, frame: Frame, stale: Callable[[], bool] = lambda: Fals
 
 
 def _notes(edit: metrics.Edit, measured: Mapping[str, np.ndarray]) -> tuple[str, ...]:
-    """What became of each face: "✓", its colour before and after, what is missing, or why it cannot be."""
+    """What the edit did to each face, in a few words, such as "✓", "red → blue" or "missing: …"."""
     moved = (edit.after.images - edit.before.images).abs().mean((1, 2, 3)).tolist()
     notes = ["" if share > UNMOVED else "not changed" for share in moved]
     truth = edit.domain.truth
@@ -210,29 +210,29 @@ def _notes(edit: metrics.Edit, measured: Mapping[str, np.ndarray]) -> tuple[str,
 
 
 def _of_several(truth: GroundTruth, done: Mapping[str, float]) -> str:
-    """Of one face: "✓", what is missing, or that it was so before. NaN of a colour: its part is not there."""
+    """The note on a face: "✓", what is missing, or "so before". A colour is NaN if its part is not there."""
     if missing := [name for name, hit in done.items() if hit == 0 or (np.isnan(hit) and truth.claim(name))]:
         return f"{MISSING}{', '.join(missing)}"
     return "✓" if any(hit == 1 for hit in done.values()) else "so before"
 
 
 def write_film(path: Path, pictures: Sequence[Image.Image]) -> None:
-    """Write pictures of one even size as an MP4 (H.264), :data:`FRAME_MS` each. Needs :data:`FILM_NEEDS`."""
+    """Write pictures, all of the same even size, as an MP4 (H.264): :data:`FRAME_MS` each. Needs PyAV."""
     import av
     from av.video.reformatter import Colorspace
 
     with av.open(str(path), "w", format="mp4") as film:
         stream = film.add_stream("libx264", rate=Fraction(1000, FRAME_MS), options={"preset": "veryfast"})
         (stream.width, stream.height), stream.pix_fmt = pictures[0].size, "yuv420p"
-        stream.colorspace = Colorspace.ITU601  # as it is; players of a film that does not say go by its size
+        stream.colorspace = Colorspace.ITU601  # if a film does not name it, players guess it from the size
         for picture in pictures:
             film.mux(stream.encode(av.VideoFrame.from_image(picture)))
         film.mux(stream.encode())
 
 
 def export(folder: Path, domain: Domain, frame: Frame) -> tuple[Path, ...]:
-    """Write the picture (.png), an animation of the strength (.gif, and .mp4 where :data:`FILM_NEEDS` was
-    done), the recipe (.json) and its cell (.py).
+    """Write the picture (.png), an animation of the strength (.gif, and .mp4 if PyAV is installed), the
+    recipe (.json) and its notebook cell (.py). Returns the files.
     """
     recipe, text = frame.recipe, frame.recipe.to_json()
     key = hashlib.sha256((text + frame.show).encode()).hexdigest()[:6]

@@ -1,6 +1,6 @@
 """The explorer's state: a recipe, its history, and threads that draw the latest recipe. Knows no widgets.
 
-Traits may change in any thread; :meth:`Explorer.wait` returns when all that was asked for is done.
+Traits may change in any thread; :meth:`Explorer.wait` returns when everything requested is done.
 """
 
 import reprlib
@@ -44,14 +44,14 @@ from cfclip.models.ops import fast_dtype
 from cfclip.models.stylegan2 import max_batch
 
 MERGE_SECONDS = 0.7
-"""Changes of one setting within this time, as when a slider is dragged, are one entry of the history."""
+"""Changes of one setting within this time of each other, as by a dragged slider, are one history entry."""
 HISTORY_LENGTH = 100
 GIVE_UP_SECONDS = 1.0
-"""A picture of many rows that takes longer is given up for one that is asked for later."""
+"""A picture of many rows that takes longer is given up as soon as another picture is requested."""
 SKETCHED = ("edit", "difference")
 """Shows that are drawn first in half precision, where that is faster, and then exactly."""
 STEP_TO_DRAWING = 2.0
-"""Seconds of a training's step, in seconds that drawing the faces takes: a guess until a step was taken."""
+"""Time of a training step divided by the time of drawing the faces: a guess until a training has ended."""
 OUT = Path("reports", "runs", "explorer")
 
 
@@ -65,11 +65,11 @@ class Explorer(HasTraits):
     """One explorer: change it with its methods, read its traits.
 
     Args:
-        n: faces to begin with.
-        out: folder for exports, codes of photos and trained mappers; "": :data:`OUT` of the repository.
-        runs: more folders (or one) whose editors can be chosen.
+        n: number of faces to begin with; a photo that is added to as many replaces one of them.
+        out: folder for exports, codes of photos and trained mappers; "": :data:`OUT` in the repository.
+        runs: another folder, or several, with trained editors to choose from.
         settings: method -> settings of the trainings that :meth:`refine` starts.
-        photo_steps: optimisation steps when a photo is inverted.
+        photo_steps: optimisation steps of the inversion of a photo.
         label: the class to begin with, if the generator is class-conditional; None: the domain's, or 0.
     """
 
@@ -110,8 +110,8 @@ class Explorer(HasTraits):
         self._domains, self._lock = {domain.name: domain}, threading.RLock()
         self._seconds_a_step = 0.0  # of the last training
         self._hinted: tuple = ()  # prompt and mapper of the hint
-        self._suggested: tuple[tuple, dict[str, float | None]] = ((), {})  # with their key
-        self._faces: tuple[tuple, Faces] | None = None  # of the last picture, with their key
+        self._suggested: tuple[tuple, dict[str, float | None]] = ((), {})  # key, suggestions
+        self._faces: tuple[tuple, Faces] | None = None  # key, faces of the last picture
         self._last_change: tuple[frozenset, float] = (frozenset(), 0.0)  # names of fields, time
         self._drawing, self._scoring = LatestJobThread(), LatestJobThread()
         self._tasks, self._jobs = ThreadPoolExecutor(1), set[Future]()
@@ -136,7 +136,7 @@ class Explorer(HasTraits):
 
     @property
     def classes(self) -> int:
-        """How many classes can be chosen from; 0 if the generator is not class-conditional."""
+        """The number of classes to choose from; 0 if the generator is not class-conditional."""
         return self._domains[self.recipe.domain].generator.c_dim
 
     @property
@@ -153,11 +153,11 @@ class Explorer(HasTraits):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """What an edit can be restricted to."""
+        """The parts of a face that an edit can be restricted to."""
         return self.domain.truth.regions if self.domain.truth else ()
 
     def find_mappers(self) -> None:
-        """Look again which editors the folders hold."""
+        """Search the folders for trained editors again."""
         self._trained, self.mappers = self._mappers_of(self.recipe.domain)
 
     def _mappers_of(self, domain: str) -> tuple[list[Trained], dict[str, tuple[str, str]]]:
@@ -188,16 +188,16 @@ class Explorer(HasTraits):
             self._show(recipe, history, len(history) - 1)
 
     def _show(self, recipe: Recipe, history: tuple[Recipe, ...], at: int) -> None:
-        """Make ``recipe`` the present one. Nobody is told before all of the state belongs together."""
+        """Make ``recipe`` the current one. Observers are notified only when all traits are consistent."""
         mappers = self.mappers
         if recipe.domain != self.recipe.domain:
             self._trained, mappers = self._mappers_of(recipe.domain)
         with self.hold_trait_notifications():
             self.mappers, self.history, self.at, self.recipe = mappers, history, at, recipe
-            self.refresh()  # inside: it is drawn while the controls are told
+            self.refresh()  # inside, so that drawing begins before observers are notified
 
     def set_prompt(self, prompt: str) -> None:
-        """Set the prompt; a mapper that was trained for another prompt is replaced."""
+        """Set the prompt, and choose its mappers. A chosen file stays if its prompt is equal or unknown."""
         mapper = self.recipe.mapper
         try:
             recipe = replace(self.recipe, prompt=prompt)
@@ -210,7 +210,7 @@ class Explorer(HasTraits):
         self.change(prompt=prompt, mapper=mapper)
 
     def set_mapper(self, path: str) -> None:
-        """One of :attr:`mappers`, with its prompt; or another mapper's file; or "", the domain's own."""
+        """Choose one of :attr:`mappers`, with its prompt; another mapper's file; or "", the domain's own."""
         if isinstance(path, str) and path in self.mappers:
             layers = () if Path(path).is_dir() else self.recipe.layers  # other editors edit all layers
             self.change(mapper=path, prompt=self.mappers[path][1], layers=layers)
@@ -218,7 +218,7 @@ class Explorer(HasTraits):
             self.change(mapper=path)
 
     def stronger(self, by: float) -> None:
-        """Move the strength, no further than it goes."""
+        """Add ``by`` to the strength, within its limits."""
         strength = round(self.recipe.strength + by, 2)
         self.change(strength=min(MAX_STRENGTH, max(MIN_STRENGTH, strength)))
 
@@ -239,7 +239,7 @@ class Explorer(HasTraits):
         self.refresh()
 
     def new_faces(self) -> None:
-        """Replace all faces that are not locked by new ones."""
+        """Replace all faces, except locked ones and photos, by new ones."""
         seen = [face for recipe in self.history for face in recipe.faces if isinstance(face, int)]
         faces = enumerate(self.recipe.faces, 1 + max(seen, default=-1))
         stay = {*self.locked, *(face for face in self.recipe.faces if isinstance(face, str))}
@@ -258,7 +258,7 @@ class Explorer(HasTraits):
         self.locked = (*(f for f in self.locked if f != face), *([face] if on else []))
 
     def remove(self, face: int | str) -> None:
-        """Take a face away, such as a photo; a new one comes in the place of the last."""
+        """Remove a face or a photo; if none is left, the explorer shows its first faces again."""
         left = tuple(one for one in self.recipe.faces if one != face)
         self.lock(face, False)
         self.change(faces=left or self._first_faces(self.domain))
@@ -280,7 +280,7 @@ class Explorer(HasTraits):
     # ---- drawing ----
 
     def refresh(self) -> None:
-        """Draw what the recipe says, instead of anything that was asked for before."""
+        """Draw the current recipe, instead of anything that was requested before."""
         with self._lock:
             self.busy, self.message = True, ""
             recipe, show = self.recipe, self.show
@@ -305,13 +305,13 @@ class Explorer(HasTraits):
         except Exception as error:  # whatever it is: the panel shows it, and the thread lives on
             message = one_line(error)
         with self._lock:
-            if frame is not None:  # shown even if it is not the latest: who drags a slider sees it move
+            if frame is not None:  # shown even if it is stale, so that pictures follow a slider being dragged
                 self.frame = frame = replace(frame, seconds=time.perf_counter() - begun)
             if stale():
                 return
             self.message = brief(message, LONGEST_LINE) or self.message
             self.busy = False
-            if self._hinted != (recipe.prompt, recipe.mapper):  # of the same it stays until there is another
+            if self._hinted != (recipe.prompt, recipe.mapper):  # otherwise kept until the next hint
                 self.hint = ""
         if frame is None:
             return
@@ -348,7 +348,7 @@ class Explorer(HasTraits):
         return "; ".join(filter(None, found))
 
     def _others(self, recipe: Recipe, show: str) -> dict[str, Recipe]:
-        """label -> recipe of the rows beside the edit."""
+        """The ``others`` of :func:`.draw`: label -> recipe."""
         others = {}
         if show == "methods":
             for path, (label, trained_for) in self.mappers.items():
@@ -365,7 +365,7 @@ class Explorer(HasTraits):
         return others
 
     def _score(self, frame: Frame, stale: Callable[[], bool]) -> None:
-        """Measure ``frame``. What to expect is said first: it may be known, and measuring takes longer."""
+        """Measure ``frame``. A hint without measurements is shown first, because measuring takes longer."""
         try:
             self._say(self._hint(frame), frame)
             domain = frame.recipe.chosen(self._domains[frame.recipe.domain])
@@ -386,7 +386,7 @@ class Explorer(HasTraits):
     # ---- slow tasks, one after the other ----
 
     def _task(self, what: str, job: Callable[[], str]) -> None:
-        """Do ``job`` in the tasks' thread; :attr:`note` is ``what`` meanwhile, then what ``job`` returns."""
+        """Run ``job`` in the tasks' thread. :attr:`note` is ``what`` meanwhile, then what ``job`` returns."""
 
         def run() -> None:
             note = ""
@@ -418,9 +418,9 @@ class Explorer(HasTraits):
             self._task(f"loading {name} …", job)
 
     def add_photo(self, content: bytes, points: Sequence[Sequence[float]] = (), name: str = "photo") -> None:
-        """Invert a photo, lock it, and put it before the other faces.
+        """Invert a photo, lock it, and put it before the other faces; the last unlocked face may make room.
 
-        Its code is written to ``out``. It is aligned as :func:`cfclip.inversion.align.load_photo` says.
+        Its code is written to ``out``/faces. For its alignment see :func:`cfclip.inversion.align.load_photo`.
         """
 
         def job() -> str:
@@ -451,7 +451,7 @@ class Explorer(HasTraits):
         self._task("exporting …", job)
 
     def open(self, text: str | bytes) -> None:
-        """Open an exported recipe (.json). One that cannot be drawn is refused before anything changes."""
+        """Open an exported recipe (.json). If it cannot be drawn, it is refused before anything changes."""
 
         def job() -> str:
             recipe = Recipe.from_json(text)
@@ -485,7 +485,7 @@ class Explorer(HasTraits):
         training.start()
 
     def _start(self, recipe: Recipe) -> Mapper | None:
-        """The mapper of the instant edit; None if there is none, or an editor of another kind."""
+        """The mapper of the current edit, to start from; None if there is none, or another kind of editor."""
         if recipe.uses_editor or not recipe.prompts:
             return None
         try:
@@ -503,7 +503,7 @@ class Explorer(HasTraits):
             self.find_mappers()
             if (self.recipe.domain, self.recipe.prompts) == (training.recipe.domain, training.recipe.prompts):
                 self.set_mapper(str(training.path))
-                self.refresh()  # even if the path is the same: the mapper in it is new
+                self.refresh()  # even if the path is the same: the file holds a new mapper
 
     def cancel(self) -> None:
         if (training := self.training) is not None:
@@ -517,7 +517,7 @@ class Explorer(HasTraits):
     # ---- the end ----
 
     def wait(self, timeout: float = 60.0) -> bool:
-        """Wait until all that was asked for is done, except a training; False after ``timeout`` seconds."""
+        """Wait until everything requested is done, except a training; False after ``timeout`` seconds."""
         end = time.monotonic() + timeout
         while (left := end - time.monotonic()) > 0:
             jobs = self._jobs

@@ -1,4 +1,4 @@
-"""Photos of one's own: each becomes a code, kept beside the picture that was inverted."""
+"""The user's photos: each is inverted to a code, which is stored beside the aligned picture."""
 
 import hashlib
 import io
@@ -21,12 +21,12 @@ from cfclip.inversion import projector
 from cfclip.inversion.align import detector_file, load_photo
 
 CANNOT_DRAW = 25.0
-"""dB of a reconstruction below which it shows somebody else; held-out renders of toonfaces reach 33 to 38."""
+"""PSNR in dB below which a reconstruction shows another person; held-out toonfaces renders reach 33 to 38."""
 
 
 @dataclass(frozen=True, eq=False)
 class Photo:
-    """A photo as it was inverted."""
+    """A photo that was inverted, as it looks after alignment."""
 
     name: str
     psnr: float  # of its reconstruction, dB
@@ -40,17 +40,17 @@ class Photo:
 
 
 def is_aligned(domain: Domain) -> bool:
-    """Whether the domain is of photos of faces, aligned by their eyes and mouths."""
+    """Whether the pictures of the domain are photos of faces, aligned by their eyes and mouths."""
     return domain.truth is None and domain.identity is not None
 
 
 def finds_points(domain: Domain) -> bool:
-    """Whether the points of a photo are found without help."""
+    """Whether the five points of a photo can be detected. Raises ValueError for a wrong detector file."""
     return is_aligned(domain) and detector_file() is not None
 
 
 def find_photo(path: str, resolution: int) -> Photo | None:
-    """What is kept beside a file of codes; None if it is not one of :func:`invert`'s, of this resolution."""
+    """The photo beside a file of codes; None if :func:`invert` did not write it at this resolution."""
     file = Path(path).with_suffix(".png")
     return _read(file, resolution) if file.is_file() else None
 
@@ -61,7 +61,7 @@ def _read(file: Path, resolution: int) -> Photo | None:
         with Image.open(file, formats=["PNG"]) as image:
             original = np.asarray(image.convert("RGB"))
             photo = Photo(brief(image.text["name"], 40), float(image.text["psnr"]), original)
-    except Exception:  # a picture that is not ours says nothing, whatever is wrong with it
+    except Exception:  # the picture was not written by invert, or is damaged in whatever way
         return None
     return photo if original.shape[:2] == (resolution, resolution) else None
 
@@ -69,9 +69,9 @@ def _read(file: Path, resolution: int) -> Photo | None:
 def invert(
     domain: Domain, content: bytes, points: Sequence[Sequence[float]], name: str, steps: int, folder: Path
 ) -> tuple[str, list[str]]:
-    """Invert a photo into a file of codes in ``folder``; returns its path, and warnings.
+    """Invert a photo into a file of codes in ``folder``; returns the path of this file, and warnings.
 
-    It is aligned as :func:`cfclip.inversion.align.load_photo` says. Raises ValueError.
+    :func:`cfclip.inversion.align.load_photo` aligns the photo, and raises ValueError if it cannot.
     """
     size = domain.generator.resolution
     detect = isinstance(points, Sized) and not len(points) and finds_points(domain)

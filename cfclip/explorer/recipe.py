@@ -31,13 +31,13 @@ Region = str | tuple[float, float, float, float]
 
 
 def any_text(value: Any) -> str | None:
-    """A text, perhaps an empty one, that can be written to a file and can name one."""
+    """A text, possibly empty, that can be the content or the name of a file."""
     fine = isinstance(value, str) and len(value) <= MAX_TEXT and not re.search("[\\0\ud800-\udfff]", value)
     return None if fine else f"a text of at most {MAX_TEXT} characters, none of them null or half of a pair"
 
 
 def a_mapper(value: Any) -> str | None:
-    """A file, or one for each single prompt."""
+    """A file, or a tuple with one file for each single prompt."""
     files = value if isinstance(value, tuple) and len(value) <= MAX_TEXT else (value,)
     wrong = next(filter(None, map(any_text, files)), None)
     return wrong and f"a file, or one for each prompt: {wrong}"
@@ -74,7 +74,7 @@ def a_region(value: Any) -> str | None:
 
 @lru_cache(maxsize=16)
 def _of_class(domain: Domain, label: int) -> Domain:
-    """The same one each time: what is open stays open."""
+    """``domain`` with class ``label``: the same object each time, so that editors opened for it stay open."""
     return dataclasses.replace(domain, label=label)
 
 
@@ -100,12 +100,12 @@ class Recipe(Settings):
 
     @property
     def prompts(self) -> list[str]:
-        """The single prompts."""
+        """The single prompts, which "+" separates in ``prompt``."""
         return [part for text in self.prompt.split("+") if (part := " ".join(text.split()))]
 
     @property
     def mappers(self) -> list[str]:
-        """The ``mapper`` of each of :attr:`prompts`. ValueError if there are more, or fewer."""
+        """The ``mapper`` of each of :attr:`prompts`. ValueError if there are more mappers, or fewer."""
         if isinstance(self.mapper, str):
             return [self.mapper] * len(self.prompts)
         if len(self.mapper) != len(self.prompts):
@@ -130,7 +130,7 @@ class Recipe(Settings):
 
     def to_json(self) -> str:
         given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-        return json.dumps(given, ensure_ascii=False)  # without classes as before there were any
+        return json.dumps(given, ensure_ascii=False)  # without a class as before label was a field
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Recipe":
@@ -147,7 +147,7 @@ class Recipe(Settings):
     def code(self) -> str:
         """A notebook cell that makes ``images`` [N, 3, R, R] and shows them.
 
-        Identical to the bit on the same machine with the same number of threads.
+        The images are identical to the bit on the same machine with the same number of threads.
         """
         strength, label = repr(self.strength), "" if self.label is None else f", label={self.label}"
         if self.uses_editor:
@@ -188,7 +188,7 @@ figure = image_grid({{{self.prompt!r}: images}}, columns=len(w))
 
 
 def codes(domain: Domain, faces: Sequence[int | str]) -> Tensor:
-    """Codes [N, L, D]: for a seed one that no training saw, for a file the first one in it.
+    """The codes [N, L, D] of faces: of a seed a code that no training saw, of a file its first code.
 
     Raises WeightsError for a file that cannot be used.
     """
@@ -220,8 +220,8 @@ def render(
 ) -> Tensor:
     """The edited pictures [N, 3, R, R]. ``source``: :func:`draw_faces` of the recipe's faces, if known.
 
-    ``dtype``: of the convolutions, see :meth:`.Generator.synthesis`. Raises ValueError (or WeightsError,
-    which is one) that says what in the recipe cannot be done.
+    ``dtype``: of the convolutions, see :meth:`.Generator.synthesis`; an editor ignores it. Raises ValueError
+    (or WeightsError, which is one) that says what in the recipe cannot be done.
     """
     domain = recipe.chosen(domain)
     source = source or draw_faces(domain, recipe.faces)
@@ -243,7 +243,7 @@ def render(
         if recipe.layers:
             strength = strength * torch.tensor(recipe.layers)[:, None].to(edited)
         for prompt in recipe.prompts:
-            domain.clip.tokenize(prompt)  # an unreadable one needs no mapper
+            domain.clip.tokenize(prompt)  # a prompt that CLIP cannot read fails before a mapper is opened
         for prompt, mapper in zip(recipe.prompts, recipe.open_mappers(domain), strict=True):
             edited = domain.edited(edited, prompt, mapper, strength)
         images = domain.generator.synthesis(edited, dtype=dtype)
@@ -280,7 +280,7 @@ def blend(domain: Domain, source: Tensor, edited: Tensor, region: Region) -> Ten
 
 
 def level_layers(num_ws: int, on: Sequence[str], split: Sequence[int]) -> tuple[float, ...]:
-    """Factors of the L layers that leave only the levels ``on``; () if those are all."""
+    """A factor for each of the L layers: 1 in the levels ``on``, 0 in the others; () if all are 1."""
     factors, slices = [0.0] * num_ws, level_slices(split)
     for name in on:
         for i in range(num_ws)[slices[name]]:
@@ -295,7 +295,7 @@ def levels_on(layers: Sequence[float], num_ws: int, split: Sequence[int]) -> dic
 
 
 def brief(text: str, most: int) -> str:
-    """``text`` in one line; of one with more than ``most`` characters the middle is left out."""
+    """``text`` in one line; the middle is left out if it has more than ``most`` characters."""
     text = " ".join(text.split())
     return text if len(text) <= most else f"{text[: 2 * most // 3]} … {text[-(most // 3) :]}"
 

@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 
 
 class Stage(anywidget.AnyWidget):
-    """Rows of faces; a click shows one large, with a wipe. ``main``: it hears the keys and takes files."""
+    """Rows of faces; a click shows a face large, with a wipe. ``main``: it reacts to keys and takes files."""
 
     _esm = HERE / "stage.js"
     _css = HERE / "explorer.css"
@@ -28,7 +28,7 @@ class Stage(anywidget.AnyWidget):
     main = Bool().tag(sync=True)
 
     def show(self, rows: dict[str, np.ndarray], sketch: bool = False, **state: Any) -> None:
-        """Show ``rows``, label -> uint8 [N, R, R, 3]; a row that stays is not encoded again."""
+        """Show ``rows``, label -> uint8 [N, R, R, 3]; an unchanged row is not encoded again."""
         before = getattr(self, "_shown", {})
         self._shown = {}
         for label, row in rows.items():

@@ -27,7 +27,7 @@ TYPES = {
     ".json": "application/json",
     ".py": "text/x-python",
 }
-"""Endings of exported files -> what a browser calls them."""
+"""Suffix of an exported file -> its MIME type."""
 
 SCORES = (
     ("CLIP", "clip_before", "clip_after", "{:.1f}"),
@@ -44,7 +44,7 @@ SCORES = (
 
 
 def scores_html(scores: Mapping[str, float], of_photos: Mapping[str, float] | None = None) -> str:
-    """Tiles with the means over the faces, and below them those over photos."""
+    """Tiles with the means over generated faces, and below them the means over photos."""
     tiles, of_photos = [], of_photos or {}
     for title, before, after, form in SCORES:
         if after in scores or after in of_photos:
@@ -67,7 +67,7 @@ def _button(text: str, icon: str, call: Callable[[], Any], tip: str = "") -> ipw
 
 
 def _offer(choice: ipw.Dropdown, options: Iterable[Any], chosen: Any) -> None:
-    """Show ``chosen`` of ``options``; setting equal ones again would move the choice for a moment."""
+    """Show ``chosen`` of ``options``. Equal options are not set again: that would move the choice."""
     if choice.options != (options := tuple(options)):
         choice.options = options
     choice.value = chosen
@@ -113,7 +113,7 @@ class View(ipw.VBox):
         for child in getattr(widget, "children", ()):
             yield from self._widgets(child)
 
-    # ---- what is done to the pictures, and the keys ----
+    # ---- events of the pictures and the keys ----
 
     def _heard(self, content: Mapping[str, Any], buffers: Sequence[Any]) -> None:
         e, faces = self.explorer, self.explorer.frame.recipe.faces if self.explorer.frame else ()
@@ -145,7 +145,7 @@ class View(ipw.VBox):
     # ---- the controls: the user's changes go to the model ----
 
     def _on_user(self, widget: ipw.Widget, call: Callable[[Any], Any]) -> ipw.Widget:
-        """``call(value)`` when the user changes ``widget``, not when :meth:`_updating` does."""
+        """Make ``widget`` run ``call(value)`` when the user changes it, but not inside :meth:`_updating`."""
 
         def changed(change: Any) -> None:
             if not getattr(self._thread, "updating", False):
@@ -156,7 +156,7 @@ class View(ipw.VBox):
 
     @contextmanager
     def _updating(self) -> Iterator[None]:
-        """Controls that this thread changes inside do not call the model."""
+        """A context in which this thread can change controls without calling the model."""
         self._thread.updating = True
         try:
             yield
@@ -318,7 +318,7 @@ class View(ipw.VBox):
             ]
 
     def _show_age(self) -> None:
-        """Scores that are not of the present recipe are greyed."""
+        """Grey the scores unless they were measured for the current recipe."""
         frame = self.explorer.frame
         old = frame is None or frame.recipe != self.explorer.recipe or not frame.notes
         (self.scores.add_class if old else self.scores.remove_class)("cfx-scores-old")
@@ -357,7 +357,7 @@ class View(ipw.VBox):
             self.stage.faces = self._heads(frame)
 
     def _show_moved(self, moved: Sequence[bool]) -> None:
-        """Grey what the mapper does not move."""
+        """Disable the levels and layers that the mapper does not move."""
         for name, layers in level_slices(self.explorer.domain.level_split).items():
             level, dead = self.levels[name], not any(moved[layers])
             level.disabled, level.tooltip = dead, "this mapper does not move these layers" if dead else ""

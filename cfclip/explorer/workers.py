@@ -1,4 +1,4 @@
-"""The explorer's threads: one that does the latest of its jobs, and one that trains a mapper."""
+"""The explorer's threads: one kind runs the latest job it was given, the other trains a mapper."""
 
 import copy
 import hashlib
@@ -33,13 +33,13 @@ logger = logging.getLogger(__name__)
 REFINING = tuple(name for name, method in METHODS.items() if method.editor is MapperEditor)
 """The methods that :class:`Training` can train."""
 PREVIEW_SECONDS = 1.5
-"""Between two previews."""
+"""The least time between two previews."""
 CHECK_STEPS, PATIENCE, LEAST_RISE = 20, 4, 0.01
-"""A training ends after so many checks, so many steps apart, in which the held-out measure did not rise."""
+"""Steps between checks; checks without a rise that end a training; the least rise of the held-out measure."""
 HELD_OUT, HELD_OUT_SEED = 16, 987_654_321
-"""Number and seed of the faces that decide when a training ends; nobody trains on them or looks at them."""
+"""Number and seed of the faces that decide when a training ends. They are neither trained on nor shown."""
 WORDS = {"text": "tokens", "optimizer": "adam", "lr": 0.01}
-"""Settings of a training that goes on with a mapper that reads words; it first learned with lr 0.02."""
+"""Settings for continuing the training of a mapper that reads words, which was first trained with lr 0.02."""
 LONGEST_LINE = 300
 """Characters of a message."""
 
@@ -48,13 +48,13 @@ def one_line(error: BaseException) -> str:
     """``error`` in one line, for the panel. The traceback goes to the log, at level DEBUG."""
     logger.debug("shown in the panel as one line:", exc_info=error)
     text = str(error).strip() or type(error).__name__
-    if not isinstance(error, ValueError | OSError):  # not ours, and not written to be read
+    if not isinstance(error, ValueError | OSError):  # not from cfclip, and not written for users
         text = f"this did not work ({type(error).__name__}): {text.splitlines()[0]}"
-    return brief(text, LONGEST_LINE)  # it quotes what is wrong, which may be a whole file
+    return brief(text, LONGEST_LINE)  # a message quotes the wrong value, which may be a whole file
 
 
 class LatestJobThread:
-    """A thread that does the latest of the jobs it is given; a job that has not begun is replaced.
+    """A thread that runs the latest job it was given: a new job replaces one that has not begun.
 
     A job is called with ``stale``, a function that says whether a later job is waiting.
     """
@@ -100,13 +100,13 @@ class LatestJobThread:
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """A mapper after a step of its training, and what was measured of it on held-out faces."""
+    """A mapper after a step of its training, and its measurements on held-out faces."""
 
     step: int
     mapper: Mapper
     measure: float = math.nan
-    success: float | None = None  # share of those that have the part; None where nothing can tell
-    faces: int = 0  # that have the part
+    success: float | None = None  # share of successes on ``faces``; None if it cannot be measured
+    faces: int = 0  # number of held-out faces on which the edit can succeed, e.g. that have the part
 
 
 class _Ended(Exception):
@@ -114,16 +114,17 @@ class _Ended(Exception):
 
 
 class Training:
-    """A training in a thread of its own; ``on_change(self)`` is called in that thread after every step.
+    """A training in a thread, which calls ``on_change(self)`` at the start, after each step, and at the end.
 
-    It begins with the weights of ``start``, the mapper of the instant edit, if the method trains such a one.
-    After every :data:`CHECK_STEPS` steps it is measured on faces that it does not train on: the progress of
-    the colour that the prompt names (:func:`cfclip.evaluation.metrics.ground_truth`), else the share of
-    faces that show what it says, else the direction in the held-out CLIP, else in the CLIP. It ends when that
-    no longer rises, and keeps the best.
+    If the method trains mappers like ``start``, the mapper that edits now, training begins with its weights.
+    Every :data:`CHECK_STEPS` steps the mapper is measured on faces that it is not trained on, by the first of
+    these that the domain and the prompt allow: the progress of the colour that the prompt names
+    (:func:`cfclip.evaluation.metrics.ground_truth`); the share of faces that show what the prompt says; the
+    direction in the held-out CLIP; the direction in the CLIP. The training ends when this measure no longer
+    rises, and keeps the best mapper.
 
-    faces: those in :attr:`preview`, label -> uint8 [N, R, R, 3]. When it is ``done``, ``path`` is the file of
-    the mapper; None after a cancellation or an ``error``. Raises ValueError for what cannot be trained.
+    faces: those in :attr:`preview`, label -> uint8 [N, R, R, 3]. When the training is ``done``, ``path`` is
+    the mapper's file; None after a cancellation or ``error``. Raises ValueError for what cannot be trained.
     """
 
     def __init__(
@@ -161,7 +162,7 @@ class Training:
                 self.config, self.start_from = same, start
         self.config = begin_run(self.config, domain.device)
         self.domain, self.recipe, self.method, self.faces = domain, recipe, method, faces
-        # the hash tells apart what has the same slug, such as "green hat" and "Green hat!"
+        # the hash tells apart prompts with the same slug, such as "green hat" and "Green hat!"
         what = map(str, (*domain.described.values(), prompt, source_text))
         key = hashlib.sha256("\n".join(what).encode()).hexdigest()[:8]
         self.folder = writable(out) / f"{first_bytes(slug(prompt), 100)}-{key}-{method}"
@@ -170,7 +171,7 @@ class Training:
         self.preview: dict[str, np.ndarray] = {}
         self.seconds_a_step = 0.0
         self._losses: list[float] = []
-        self._shown: Snapshot | None = None  # in the preview
+        self._shown: Snapshot | None = None  # the one in the preview
         self._best: Snapshot | None = None
         self._on_change, self._stop, self._keep = on_change, threading.Event(), threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -180,7 +181,7 @@ class Training:
 
     @property
     def progress(self) -> float:
-        """From 0 to 1."""
+        """The share of the steps that are done, from 0 to 1."""
         return self.step / self.config.steps
 
     def cancel(self) -> None:

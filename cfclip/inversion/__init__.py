@@ -1,4 +1,4 @@
-"""Photos: aligned as the generator's training faces were, then inverted into W+."""
+"""Inversion of photos into W+, after aligning them like the generator's training faces."""
 
 from cfclip.inversion import align
 from cfclip.inversion.projector import InversionConfig, encode, held_out, invert

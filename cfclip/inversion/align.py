@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 40_000_000
-"""The most pixels that are decoded: a few bytes can claim any number of them."""
+"""The largest number of pixels that is decoded: a few bytes can claim any number of pixels."""
 POINTS = "left eye, right eye, nose, left mouth corner, right mouth corner"
 SUPERSAMPLE = 4
 """The square is cut out at this many times the output's size, then reduced; FFHQ: 4096 for 1024."""
@@ -43,10 +43,10 @@ Points = Sequence[Sequence[float]] | np.ndarray
 def read_photo(file: str | os.PathLike | BinaryIO) -> tuple[Image.Image, int]:
     """A PNG, JPEG or WebP as 8-bit RGB, rotated upright as its EXIF data say; transparency becomes white.
 
-    Uses the first frame of an animation and ignores colour profiles. A JPEG of up to 4 ``MAX_PIXELS`` is
-    halved in width and height while it is decoded, if it has more than ``MAX_PIXELS``. Returns also by how
-    much it was reduced, 1 or 2. Raises ValueError, with the fix, for a larger photo, any other file, and a
-    damaged one.
+    Uses the first frame of an animation and ignores colour profiles. A JPEG with more than ``MAX_PIXELS`` is
+    halved in width and height while it is decoded, if it is not progressive. Also returns the factor of this
+    reduction, 1 or 2. Raises ValueError, with the fix, if more than ``MAX_PIXELS`` would be left, and for any
+    other or damaged file.
     """
     shrink, problem = 1, ""
     name = _name_of(file)
@@ -83,7 +83,7 @@ def read_photo(file: str | os.PathLike | BinaryIO) -> tuple[Image.Image, int]:
 
 
 def _name_of(file: str | os.PathLike | BinaryIO) -> str:
-    """What to call ``file`` in errors. ValueError if it is neither a file nor one that is open for bytes."""
+    """The name of ``file`` in errors. ValueError if it is neither a file's path nor a file open for bytes."""
     if isinstance(file, str | os.PathLike):
         name = os.fspath(file) or "the empty path"
         if os.path.isfile(file):
@@ -152,8 +152,9 @@ def check_points(points: Points, size: tuple[int, int] | None = None) -> np.ndar
 def face_quad(points: Points) -> np.ndarray:
     """The oriented square to cut out: corners [4, 2] from the upper left, counter-clockwise.
 
-    With e the vector from eye to eye and m the one from between the eyes to the mouth, its x axis is along
-    ``e - rot90(m)``, half its side is ``max(2 |e|, 1.8 |m|)``, and its centre is ``0.1 m`` below the eyes.
+    e is the vector from the left eye to the right, m the vector from the middle of the eyes to the middle of
+    the mouth. The square's x axis is along ``e - rot90(m)``, half its side is ``max(2 |e|, 1.8 |m|)``, and
+    its centre is ``0.1 m`` below the eyes.
     """
     left, right, _, mouth_left, mouth_right = check_points(points)
     eyes, across = (left + right) / 2, right - left
@@ -165,7 +166,7 @@ def face_quad(points: Points) -> np.ndarray:
 
 
 def align(photo: Image.Image, points: Points, size: int) -> Image.Image:
-    """The face cut out of an RGB ``photo``: RGB, ``size`` x ``size``. Raises as :func:`check_points`."""
+    """The face cut out of an RGB ``photo``: RGB, ``size`` x ``size``. Raises like :func:`check_points`."""
     quad = face_quad(check_points(points, photo.size))
     side = np.hypot(*(quad[3] - quad[0]))
     shrink = int(side / size * 0.5)
@@ -209,7 +210,7 @@ def _extend(photo: Image.Image, before: np.ndarray, after: np.ndarray, blur: flo
 
 
 def _warn_if_small(side: float, size: int, shrink: int) -> None:
-    """Warn if a face of ``side`` pixels of a photo that was reduced has to be enlarged more than twice."""
+    """Warn if a face of ``side`` pixels must be enlarged more than twice; shrink: see :func:`read_photo`."""
     if 2 * side < size:
         larger = "crop the photo to the face first" if shrink > 1 else "use a larger photo"
         warnings.warn(
@@ -220,7 +221,7 @@ def _warn_if_small(side: float, size: int, shrink: int) -> None:
 
 
 def detector_file(folder: Path = files.DOWNLOADS) -> Path | None:
-    """The file of YuNet, a face detector, if it is in ``folder`` and OpenCV is installed; else None.
+    """The file of YuNet, a face detector, if it is in ``folder`` and OpenCV is installed; otherwise None.
 
     Raises ValueError if the file is not the documented one.
     """
@@ -244,7 +245,7 @@ def detect_points(photo: Image.Image) -> np.ndarray:
             "finding the face needs OpenCV (pip install opencv-python-headless) and YuNet's file "
             f"(cfclip fetch ffhq --all); or give five points by hand: {POINTS}"
         )
-    import cv2  # optional: most people read five points off a picture viewer
+    import cv2  # optional: the five points can also be given by hand
 
     scale = min(1.0, 1024 / max(photo.size))
     small = photo.resize([max(1, round(length * scale)) for length in photo.size], Image.Resampling.BILINEAR)
@@ -253,7 +254,7 @@ def detect_points(photo: Image.Image) -> np.ndarray:
     if faces is None or not len(faces):
         size = f"{photo.width} x {photo.height}"
         raise ValueError(f"no face was found in the photo of {size}; give five points by hand: {POINTS}")
-    # a row is x, y, width, height, then the points, each pair from the picture's left to its right
+    # a row is x, y, width, height, then the points; eyes and mouth corners are in order from left to right
     face = max(faces, key=lambda row: row[2] * row[3])
     points = np.asarray(face[4:14], dtype=np.float64).reshape(5, 2) / scale
     return np.clip(points, 0, photo.size)
@@ -264,10 +265,10 @@ def load_photo(
 ) -> Tensor:
     """A photo file for a generator of resolution ``size``: [1, 3, size, size] in [-1, 1].
 
-    It is aligned by ``points``, or with ``detect`` by those of :func:`detect_points`. With neither it should
-    be aligned already; of one that is not square the middle is used, with a warning. A face of less than
-    half of ``size`` is a warning too. Raises ValueError as :func:`read_photo`, :func:`check_points` and
-    :func:`detect_points` do.
+    The photo is aligned by ``points``, or with ``detect`` by the result of :func:`detect_points`. With
+    neither it should be aligned already; if it is not square, its middle is used, with a warning. A face
+    smaller than half of ``size`` causes a warning too. Raises ValueError as :func:`read_photo`,
+    :func:`check_points` and :func:`detect_points` do.
     """
     try:
         given = len(points) > 0

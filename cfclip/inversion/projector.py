@@ -1,9 +1,10 @@
 """Photo -> W+ by optimisation, as in StyleGAN2's projector (Karras et al. 2020, appendix D).
 
-    w* = argmin_w  a d(G(w), x) + b |G(w) - x|^2 / (3 R^2) + c |w - w_avg|^2 / (D s^2) + e sum_k r(n_k)
+    w*, n* = argmin  a d(y, x) + b |y - x|^2 / (3 R^2) + c |w - w_avg|^2 / (L D s^2) + e sum_k r(n_k)
 
-d: perceptual distance; s: standard deviation of W (:func:`w_spread`); r: autocorrelation of the noise maps
-(:func:`noise_autocorrelation`). It starts from w_avg, the centre of W, or from an encoder's code.
+x: photo; y = G(w, n): picture; n: noise maps; d: perceptual distance; s: standard deviation of W
+(:func:`w_spread`); r: autocorrelation of a noise map (:func:`noise_autocorrelation`). The optimisation starts
+from w_avg, the centre of W, or from an encoder's code.
 Shapes: N photos, L layers, D = w_dim, R = resolution.
 """
 
@@ -24,9 +25,9 @@ from cfclip.settings import Settings, flag, int_at_least, number, one_of, seed_n
 
 SPACES = ("w", "w_plus")
 W_NOISE_UNTIL = 0.75
-"""The share of the steps in which the noise added to w falls to 0."""
+"""The share of the steps after which the noise added to w is 0."""
 MSE = 5.0
-"""b, the weight of the pixels: it makes them about as important as the perceptual distance."""
+"""b: with this weight the pixel error is about as important as the perceptual distance."""
 PERCEPTUAL_SIZE = 256
 """Larger pictures are pooled to this size before the perceptual distance, as in the projector."""
 
@@ -38,7 +39,8 @@ class InversionConfig(Settings):
     space: str = setting("w_plus", one_of(SPACES))  # "w": one w for all layers; "w_plus": one per layer
     steps: int = setting(300, int_at_least(0))
     lr: float = setting(0.1, number())  # of Adam, for w in units of W's standard deviation
-    # noise added to w at the first step, relative to |w - w_avg| of a sample; none if there is a start
+    # standard deviation of the noise added to each component of w at the first step, relative to
+    # |w - w_avg| of a sample; no noise if there is a start
     w_noise: float = setting(0.05, number())
     noise_maps: bool = setting(True, flag)  # also optimise the noise maps, if the generator uses them
     noise_weight: float = setting(1e5, number())  # e
@@ -59,7 +61,7 @@ class Inversion:
 
     @property
     def synthesis_noise(self) -> str | tuple[Tensor, ...]:
-        """``noise`` for :meth:`Generator.synthesis`, also of an edit of ``w_plus``."""
+        """``noise`` for :meth:`Generator.synthesis` of ``w_plus`` and of its edits."""
         return "const" if self.noise is None else self.noise
 
 
@@ -95,13 +97,13 @@ def noise_autocorrelation(maps: Sequence[Tensor]) -> Tensor:
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """``10 log10(4 / mse)`` in dB of pictures [N, 3, R, R] clamped to [-1, 1]; [N]."""
+    """``10 log10(4 / mse)`` in dB of pictures [N, 3, R, R], clamped to [-1, 1] first -> [N]."""
     return 10 * torch.log10(4 / (a.clamp(-1, 1) - b.clamp(-1, 1)).square().mean((1, 2, 3)).clamp_min(1e-10))
 
 
 @torch.no_grad()
 def reconstruction(domain: Domain, photos: Tensor, images: Tensor, w_plus: Tensor) -> list[dict[str, float]]:
-    """One row per photo: psnr, the perceptual distance by its name (if there is one), centre_distance."""
+    """One row per photo: psnr, the perceptual distance under its name (if it exists), centre_distance."""
     images = images.clamp(-1, 1)
     columns = {"psnr": psnr(images, photos)}
     if distance := domain.distance():
@@ -114,7 +116,7 @@ def reconstruction(domain: Domain, photos: Tensor, images: Tensor, w_plus: Tenso
 def encode(domain: Domain, photos: Tensor) -> Tensor:
     """The encoder's codes [N, L, D] of photos [N, 3, R, R] in [-1, 1], resized to the encoder's input size.
 
-    Raises ValueError if the domain has no encoder, or that of another generator.
+    Raises ValueError if the domain has no encoder, or an encoder for another generator.
     """
     if domain.encoder is None:
         raise ValueError(
@@ -137,7 +139,7 @@ def _check_codes(generator: Generator, w: Tensor, n: int, what: str) -> None:
 
 
 def held_out(domain: Domain, n: int, seed: int = 0) -> Tensor:
-    """``n`` pictures [n, 3, R, R] to invert that no training used: photos of the ground truth.
+    """``n`` pictures [n, 3, R, R] for inversion, unused in training: photos of the ground truth.
 
     Without a ground truth they are samples of the generator, with a warning.
     """
@@ -189,7 +191,7 @@ def invert(
 def _invert(
     domain: Domain, photos: Tensor, c: InversionConfig, start: Tensor | None, first: int, progress: bool
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor, list[dict[str, float]]]:
-    """Codes, noise maps (none if they are fixed), pictures and log of a batch; first: its first index."""
+    """Codes, noise maps (none if fixed), pictures and log of a batch; first: the index of its first photo."""
     g, n, spread = domain.generator, len(photos), w_spread(domain.generator)
     distance = domain.distance() if c.perceptual else None
     if c.perceptual and distance is None:

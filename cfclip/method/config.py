@@ -1,4 +1,4 @@
-"""What a training is: one dataclass, whose defaults are the paper's for faces."""
+"""The settings of a training. The defaults of :class:`CFCLIPConfig` are the paper's for faces."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, replace
@@ -26,7 +26,7 @@ from cfclip.settings import text as any_text
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SILENCE = 3.0
-"""Weight of the squared moves of layers that a prompt should leave alone."""
+"""Weight of the squared changes of layers that a prompt must not change."""
 
 
 def objective_or_error(value: Any) -> str | None:
@@ -42,7 +42,7 @@ def weights_or_none(value: Any) -> str | None:
 
 
 def forms_or_error(value: Any) -> str | None:
-    """The check of what a mapper reads in the place of prompts."""
+    """The check of ``forms``, see :class:`MultiPromptConfig`."""
     forms = value if isinstance(value, tuple) else ()
     fine = forms and all(isinstance(form, str) and form.count("{}") == 1 for form in forms)
     return None if fine else 'texts with one {} each, such as ("{}", "a face with {}")'
@@ -50,10 +50,10 @@ def forms_or_error(value: Any) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class GuidedConfig(Settings):
-    """By which of a domain's guides an edit is found. Its loss is the weighted mean of each guide's own."""
+    """Which of a domain's guides are used. The loss is the weighted mean of the guides' losses."""
 
-    guides: int = setting(1, int_at_least(1))  # how many, the domain's first ones; published: 1
-    guide_weights: tuple[float, ...] | None = setting(None, weights_or_none)  # one a guide; None: all alike
+    guides: int = setting(1, int_at_least(1))  # number of guides, the domain's first ones; published: 1
+    guide_weights: tuple[float, ...] | None = setting(None, weights_or_none)  # one per guide; None: all equal
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,7 +75,7 @@ class TrainingConfig(GuidedConfig):
     source_text: str | None = setting(None, optional_text)  # None: the domain's
     steps: int = setting(50_000, int_at_least(1))
     batch: int = setting(2, batch_size)
-    # pictures of a batch that are in memory at a time; None: all. The step is the same
+    # pictures of a batch that are in memory at a time; None: all. The result of a step is the same
     micro_batch: int | None = setting(None, int_at_least(1, optional=True))
     optimizer: str = setting("ranger", one_of(("ranger", "adam")))
     lr: float = setting(0.5, number(above=True))
@@ -83,11 +83,11 @@ class TrainingConfig(GuidedConfig):
     lambda_nce: float = setting(0.3, number())  # weight of the objective, whichever it is
     lambda_id: float = setting(0.2, number())
     lambda_l2: float = setting(0.8, number())
-    # of how much the domain's `perceptual` changes; the paper's dogs and cats: 0.02, with lambda_id 0
+    # weight of the change in the domain's `perceptual`; the paper's dogs and cats: 0.02, with lambda_id 0
     lambda_perc: float = setting(0.0, number())
-    # a pixel that changes by much more than this costs no more, so edits need not be pale; None: as published
+    # upper limit of the loss of a pixel, so that edits need not be pale; None: no limit, as published
     perc_limit: float | None = setting(None, number(above=True, optional=True))
-    # of the edits that the loss sees; published: 1. With 0.5, strength 1 is twice as much as these
+    # strength of the edits in training; published: 1. After training with 0.5, strength 1 edits twice as far
     train_strength: float = setting(1.0, number(above=True))
     # perspective views of each edited image; 0: the image itself
     num_views: int = setting(8, int_at_least(0, maximum=1000))
@@ -95,14 +95,14 @@ class TrainingConfig(GuidedConfig):
     # what the mapper reads: CLIP's feature of the prompt, as published, or its words
     text: str = setting("pooled", one_of(TEXTS))
     levels: tuple[str, ...] = setting(LEVELS, some_of(LEVELS))  # layer groups of W+ that are edited
-    norm_axis: str = setting("layer", one_of(NORM_AXES))  # published: only the signs of the text pass
+    norm_axis: str = setting("layer", one_of(NORM_AXES))  # published: only signs of the text feature matter
     train_latents: int = setting(512, int_at_least(1, maximum=10**6))
     seed: int = setting(0, seed_number)
     # of convolutions; "auto": bfloat16 where it is clearly faster
     dtype: str = setting("float32", one_of(DTYPES))
 
     def weighted(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Each term of the loss times its weight: "l2", "id", "perc", "silence", or the objective's name."""
+        """Each term times its weight. Terms: "l2", "id", "perc", "silence" and the objective's name."""
         weights = {self.objective.name: self.lambda_nce, "l2": self.lambda_l2, "id": self.lambda_id}
         weights |= {"perc": self.lambda_perc, "silence": SILENCE}
         return {name: weights[name] * term for name, term in terms.items()}
@@ -110,7 +110,7 @@ class TrainingConfig(GuidedConfig):
 
 @dataclass(frozen=True)
 class CFCLIPConfig(TrainingConfig):
-    """CF-CLIP for one prompt. All defaults are the paper's but ``train_latents``, where it has 30 000."""
+    """CF-CLIP for one prompt. All defaults are the paper's, except ``train_latents`` (paper: 30 000)."""
 
     prompt: str = setting(MISSING, any_text)  # target text, e.g. "green lipstick"
 
@@ -128,19 +128,19 @@ class CFCLIPConfig(TrainingConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class MultiPromptConfig(TrainingConfig):
-    """Many prompts. PixelNorm is over channels: over layers only the signs of a text feature pass."""
+    """Many prompts. PixelNorm is over channels; over layers it passes only the signs of a text feature."""
 
     prompts: tuple[str, ...] = setting(MISSING, lambda value: None)
-    # what the mapper reads in the place of a prompt, one form as often as another; the loss reads it plain
+    # the mapper reads a prompt in a random one of these forms; the loss uses the prompt without them
     forms: tuple[str, ...] = setting(("{}",), forms_or_error)
-    # those that ask for shapes: they move only the coarse and medium layers, the others those of ``levels``
+    # prompts that ask for shapes: they change only coarse and medium layers; other prompts change ``levels``
     shapes: tuple[str, ...] = setting((), lambda value: None)
-    # the share of them in a step, as whole prompts; None: as often as the others
+    # share of ``shapes`` in the prompts of a step, rounded to whole prompts; None: drawn as often as others
     shape_share: float | None = setting(None, number(0, 1, optional=True))
-    # a prompt is trained on faces where it asks for something: that have the part, or not yet the shape
+    # train a prompt only on faces that it asks to change: they have the part, or do not yet have the shape
     applicable_only: bool = setting(False, flag)
-    prompts_at_once: int = setting(1, int_at_least(1))  # of a step; they share its batch equally
-    # share of the steps, at the end, over which a cosine takes lr to 0
+    prompts_at_once: int = setting(1, int_at_least(1))  # in a step; they share its batch equally
+    # lr falls to 0 along a cosine over this share of the steps, at the end
     ramp_down: float = setting(0.0, number(0, 1))
     norm_axis: str = setting("channel", one_of(NORM_AXES))
 

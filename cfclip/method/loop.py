@@ -1,7 +1,7 @@
-"""The one training loop. It knows no network and no loss.
+"""The only training loop. It does not depend on any network or loss.
 
-Each step has random numbers of its own, made from (seed, step): a resumed run takes the same steps as one
-that was never stopped, and nothing outside of the loop is re-seeded.
+The random numbers of each step are made from (seed, step). A resumed run therefore takes the same steps as
+an uninterrupted run, and global random numbers are not re-seeded.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from cfclip.models.ops import fast_dtype, name_of
 from cfclip.settings import Settings
 
 Step = Callable[[int, torch.Generator], Mapping[str, float | torch.Tensor]]
-"""Returns the numbers to log; those that are on a GPU are looked at when they are logged."""
+"""Takes a step and returns the numbers to log. Numbers on a GPU are read only to log or save them."""
 
 
 class Request(NamedTuple):
@@ -34,14 +34,14 @@ class Request(NamedTuple):
 
     step: int  # i
     random: torch.Generator  # its random numbers
-    shown: bool  # whether ``state`` is looked at after it: by a checkpoint or by a callback
+    shown: bool  # whether a checkpoint or a callback may read ``state`` after this step
 
 
 Loop = Generator[Request, Mapping[str, float | torch.Tensor], Any]
-"""A loop whose steps are taken by someone else, perhaps with those of other loops: see :func:`drive`."""
+"""A loop whose steps the caller takes, perhaps together with those of other loops: see :func:`drive`."""
 CHECKPOINT = "checkpoint.pt"
 CHECKPOINT_BEFORE = "checkpoint-before.pt"
-"""The checkpoint before the last one, in case that the last one gets damaged."""
+"""The checkpoint before the last one, in case the last one is damaged."""
 LOG = "log.jsonl"
 SETTINGS = "settings.json"
 
@@ -55,7 +55,7 @@ class Callback:
 
 
 def learning_rate(t: float, ramp_up: float = 0.05, ramp_down: float = 0.25) -> float:
-    """The projector's and StyleCLIP's schedule at share t of the steps: linear up, cosine down; in [0, 1]."""
+    """lr factor in [0, 1] at share t of the steps: linear up, cosine down, as in StyleCLIP and projector."""
     down = min(1.0, (1 - t) / ramp_down) if ramp_down else 1.0
     return (0.5 - 0.5 * math.cos(math.pi * down)) * (min(1.0, t / ramp_up) if ramp_up else 1.0)
 
@@ -71,19 +71,19 @@ def resolve_dtype(name: str, device: str | torch.device) -> str:
 
 
 def described(config: Settings, **what: Any) -> dict[str, Any]:
-    """What a run is, as its settings.json and its checkpoints say it; ``what`` else tells runs apart."""
-    # as it is read back from JSON, where a tuple in a tuple becomes a list
+    """The settings of a run and ``what`` else distinguishes it, as in its settings.json and checkpoints."""
+    # in the form that JSON reads back: a tuple in a tuple becomes a list
     return json.loads(json.dumps(what | flat(config)))
 
 
 def begin_run(
     config: Settings, device: str | torch.device, out: str | os.PathLike | None = None, **what: Any
 ) -> Any:
-    """``config`` with its dtype resolved. With ``out`` the folder is marked as that of this run.
+    """``config`` with its dtype resolved. With ``out``, settings.json in that folder records the run.
 
-    A run that is resumed keeps the dtype it began with. ``what`` else tells runs apart, e.g. the method.
-    Raises ValueError if ``out`` holds another run that has left something, FolderInUse if another process is
-    running in it.
+    If dtype is "auto", a resumed run keeps the dtype it began with. ``what`` else distinguishes runs, e.g.
+    the method. Raises ValueError if ``out`` has a checkpoint, log or weights of another run, FolderInUse if
+    another process is running in it.
     """
     if out is None:
         return _with_dtype(config, device, "auto")
@@ -101,7 +101,7 @@ def begin_run(
 
 
 def _has_begun(folder: Path) -> bool:
-    """Not if its settings were refused: then it can be begun with others."""
+    """Whether a run has left more than its settings in ``folder``; otherwise another run may begin there."""
     return any((folder / name).exists() for name in (CHECKPOINT, LOG)) or any(folder.glob("*.safetensors"))
 
 
@@ -130,7 +130,7 @@ def run_loop(step: Step, steps: int, **options: Any) -> list[dict[str, float]]:
 
 
 def drive(loop: Loop, step: Step) -> Any:
-    """Take the steps that ``loop`` asks for, to its end; returns what it returns."""
+    """Take all steps that ``loop`` asks for; returns the result of the loop."""
     numbers = None
     try:
         while True:
@@ -139,7 +139,7 @@ def drive(loop: Loop, step: Step) -> Any:
     except StopIteration as end:
         return end.value
     finally:
-        loop.close()  # it leaves its folder
+        loop.close()  # it unlocks its folder
 
 
 def looped(
@@ -155,16 +155,16 @@ def looped(
     desc: str = "train",
     progress: bool = True,
 ) -> Loop:
-    """:func:`run_loop` as a generator: it yields each step that it asks for, and is sent what to log.
+    """:func:`run_loop` as a generator: it yields a :class:`Request` per step, and is sent the numbers to log.
 
     Args:
         state: name -> object with ``state_dict`` and ``load_state_dict``: the content of a checkpoint.
         out: folder for ``log.jsonl`` and the last two checkpoints; a run that was stopped is resumed. None
             writes nothing.
-        run: all that tells this run apart, see :func:`described`; its checkpoints carry it.
+        run: all that distinguishes this run, see :func:`described`; saved in its checkpoints.
 
     Raises FolderInUse if another process is running in ``out``, and ValueError if ``out`` holds another run
-    or no checkpoint that can be used, or at the first number or weight that is not finite.
+    or a checkpoint that cannot be used, or when a number to log or a weight to save is not finite.
     """
     out, run, callbacks = None if out is None else Path(out), dict(run or {}), tuple(callbacks)
     with nullcontext() if out is None else locked(out, "training"):
@@ -182,7 +182,7 @@ def looped(
             for name, value in numbers.items():
                 sums[name] = sums.get(name, 0.0) + value
             count += 1
-            if logs or due or not any(map(_on_gpu, numbers.values())):  # a GPU is not waited for
+            if logs or due or not any(map(_on_gpu, numbers.values())):  # otherwise do not wait for the GPU
                 sums = _floats(sums)
                 if wrong := [f"{name} is {x}" for name, x in sums.items() if not math.isfinite(x)]:
                     raise ValueError(_stopped(", ".join(wrong), done, steps, desc, out))
@@ -206,7 +206,7 @@ def looped(
 
 
 def _floats(sums: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
-    """The numbers, a GPU's looked at together."""
+    """The numbers as floats; those on a GPU are read all at once."""
     on_gpu = {name: value for name, value in sums.items() if _on_gpu(value)}
     seen = torch.stack(list(on_gpu.values())).tolist() if on_gpu else []
     return {name: float(value) for name, value in (sums | dict(zip(on_gpu, seen, strict=True))).items()}
@@ -217,7 +217,7 @@ def _on_gpu(value: Any) -> bool:
 
 
 def _not_finite(state: Mapping[str, Any]) -> str | None:
-    """The name of a weight that is not finite."""
+    """The name of the first weight that is not finite; None if all are finite."""
     for name, thing in state.items():
         for key, value in thing.state_dict().items():
             numbers = isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel()
@@ -234,7 +234,7 @@ def _stopped(why: str, step: int, steps: int, desc: str, out: Path | None) -> st
     )
 
 
-# ---- checkpoints: a file of torch.save, then the sha256 of all before it ----
+# ---- checkpoints: the output of torch.save, followed by its sha256 ----
 
 
 def _save(saved: Mapping[str, Any], out: Path) -> None:
@@ -250,9 +250,9 @@ def _save(saved: Mapping[str, Any], out: Path) -> None:
 
 
 def load_checkpoint(folder: str | os.PathLike) -> dict[str, Any] | None:
-    """The last checkpoint in ``folder``: ``run``, ``step``, ``state``, …; None without one.
+    """The last checkpoint in ``folder``: ``run``, ``step``, ``state``, …; None if there is none.
 
-    A damaged one is replaced by the one before it, with a warning. Raises ValueError if that is not good.
+    If it is damaged, the one before replaces it, with a warning. Raises ValueError if neither is good.
     """
     last, before = Path(folder) / CHECKPOINT, Path(folder) / CHECKPOINT_BEFORE
     found = [path for path in (last, before) if path.exists()]
@@ -278,8 +278,8 @@ def _is_good(checkpoint: Path) -> bool:
 
 
 def _restore(state: Mapping[str, Any], out: Path, run: Mapping[str, Any], steps: int) -> dict | None:
-    """Load the last checkpoint in ``out`` into ``state`` and return it; None without one."""
-    for name in (CHECKPOINT, LOG, SETTINGS):  # of processes that were killed
+    """Load the last checkpoint in ``out`` into ``state`` and return it; None if there is none."""
+    for name in (CHECKPOINT, LOG, SETTINGS):  # partial files of killed processes
         for part in out.glob(f"{name}.*.part"):
             part.unlink()
     if (saved := load_checkpoint(out)) is None:

@@ -1,6 +1,6 @@
 """The losses of CF-CLIP and of the methods before it, as pure functions.
 
-All embeddings are unit vectors. N rows, E wide; T prompt templates.
+All embeddings are unit vectors. N rows, E the embedding width, T prompt templates.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class Directions(NamedTuple):
 QUERIES = ("difference", "image")
 """What q is: ``norm(q_img - s)``, as published, or ``norm(q_img)``, an ablation."""
 NEGATIVES = ("first", "per_image", "none")
-"""``norm(S_k - s)`` of the batch's first source image s_0, as published, of each image's own, or none."""
+"""``norm(S_k - s)``, s from the batch's first source (s_0), as published, or each image's own; or none."""
 POSITIVES = ("text", "target")
 """Names of p1 and p2."""
 
@@ -54,8 +54,8 @@ def nce_directions(
         target_text, source_text: features of the target and source prompt under each template [T, E].
         negatives: one of :data:`NEGATIVES`.
         query: one of :data:`QUERIES`.
-        negative_templates: how many S_k are negatives, the first ones (default: all). Positives use all.
-        first: s_0 [1, E], where ``source`` is only a part of a batch (default: its first).
+        negative_templates: how many S_k, from the first on, are negatives (default: all). Positives use all.
+        first: s_0 [1, E], if ``source`` is only a part of a batch (default: the first row of ``source``).
     """
     if negative_templates is not None and not 1 <= negative_templates <= len(source_text):
         raise ValueError(
@@ -112,11 +112,11 @@ def clip_nce(
     positives: Sequence[str] = POSITIVES,
     **variant,
 ) -> Tensor:
-    """CLIP-NCE (eq. 5-8): pulls the edit along the text's directions, pushes it from the source's.
+    """CLIP-NCE (eq. 5-8): pulls the edit towards the target text, pushes it away from the source text.
 
     The features and ``variant`` are the arguments of :func:`nce_directions`, the others those of
-    :func:`info_nce`. Returns a scalar. Finite, with finite gradients, where an edited image equals its
-    source. Raises ValueError.
+    :func:`info_nce`. Returns a scalar. The loss and its gradients are finite even where an edited image
+    equals its source. Raises ValueError.
     """
     directions = nce_directions(edited, source, target_text, source_text, **variant)
     return info_nce(directions, positives, temperature)
@@ -134,9 +134,9 @@ def clip_distance(edited: Tensor, text: Tensor) -> Tensor:
 def directional(edited: Tensor, source: Tensor, target_text: Tensor, source_text: Tensor) -> Tensor:
     """StyleGAN-NADA's loss (Gal et al. 2021, eq. 3): ``1 - mean cos(dI, dT)``.
 
-    ``dI = q_img - s``, ``dT = mean_k T_k - S_k``; arguments as of :func:`clip_nce`. Where an edited image
-    equals its source the loss is 1 and its gradient that of ``-dI dT / |dT|``: fine-tuning starts from the
-    source generator itself, where the cosine has no gradient.
+    ``dI = q_img - s``, ``dT = mean_k T_k - S_k``; arguments as in :func:`clip_nce`. Where an edited image
+    equals its source, the loss is 1 and its gradient that of ``-dI dT / |dT|``. Fine-tuning needs this: it
+    starts from the source generator itself, where the cosine has no gradient.
     """
     moved = edited - per_view(source, edited)
     size = moved.square().sum(-1, keepdim=True)
@@ -165,8 +165,8 @@ def perceptual_loss(edited: Tensor, source: Tensor, limit: float | None = None) 
     """``mean d`` with ``d = |f(x') - f(x)|`` from features f [B, C, H, W]; a scalar.
 
     f: VGG19's at conv5_2, as published, or toonfaces' pixels. With a ``limit`` c it is
-    ``mean d / (1 + d / c)``, d being the mean over the channels: a small change costs as much as without, a
-    large one nearly c.
+    ``mean d / (1 + d / c)``, where d is the mean over the channels: a small change costs as much as without a
+    limit, and a large change nearly c.
     """
     if limit is None:
         return F.l1_loss(edited, source)

@@ -1,7 +1,7 @@
-"""The frozen networks that every method looks through.
+"""The frozen networks that make pictures from codes, and features from pictures.
 
-Shapes: N pictures, L layers of W+, D = w_dim, R = resolution, V views, E = CLIP's embedding width. Several
-guides' unit vectors lie side by side in one of the sum of their widths.
+Shapes: N pictures, L layers of W+, D = w_dim, R = resolution, V views, E = CLIP's embedding width. The unit
+vectors of several guides are concatenated: E is then the sum of their widths.
 """
 
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ from cfclip.models.clip import autocast
 from cfclip.models.stylegan2 import max_batch
 
 KEPT = 2**27
-"""Numbers of the sources' perceptual features that are kept; if they are more, each step makes its own."""
+"""How many numbers of the sources' perceptual features are kept; if more, each step computes its own."""
 
 
 def check_networks(domain: Domain, config: GuidedConfig) -> None:
-    """ValueError that names a loss of ``config`` for which ``domain`` has no network, or not enough."""
+    """ValueError names a loss of ``config`` whose network ``domain`` lacks, or says it has too few guides."""
     domain.first_guides(config.guides)
     for name, network, kind in (
         ("lambda_id", domain.identity, "identity"),
@@ -37,16 +37,16 @@ def check_networks(domain: Domain, config: GuidedConfig) -> None:
 
 
 class Sources(NamedTuple):
-    """Codes to edit, and what stays the same of them."""
+    """Codes to edit, and the features of their pictures, which are constant."""
 
     w: Tensor  # [N, L, D]
     clip: Tensor  # unit CLIP features [N, E]
-    identity: Tensor | None  # unit identity features [N, I]
-    perceptual: Tensor | None  # perceptual features [N, C, H, W], if asked for; None if more than KEPT
+    identity: Tensor | None  # unit identity features [N, I]; None without such a network
+    perceptual: Tensor | None  # features [N, C, H, W]; None if not asked for, or more than KEPT
 
 
 class FrozenNetworks:
-    """A domain's generator and first ``guides`` CLIPs, convolving in ``dtype``; they return float32."""
+    """A domain's generator and first ``guides`` CLIPs. They convolve in ``dtype`` and return float32."""
 
     def __init__(self, domain: Domain, dtype: str, guides: int = 1):
         self.domain, self.dtype = domain, getattr(torch, resolve_dtype(dtype, domain.device))
@@ -62,16 +62,16 @@ class FrozenNetworks:
     def clip(self, images: Tensor, num_views: int = 0, generator: torch.Generator | None = None) -> Tensor:
         """Pictures [N, 3, R, R] in [-1, 1] -> unit CLIP features [N, E].
 
-        With ``num_views`` those of random perspective views, [num_views * N, E], draw-major; all guides see
-        the same ones.
+        With ``num_views`` the features are of random perspective views, [num_views * N, E], draw-major. All
+        guides see the same views.
         """
         perspectives = draw_perspectives(num_views, *images.shape[-2:], generator=generator)
         return self.encode([(images, perspectives)])[0].flatten(0, 1)
 
     def encode(self, batches: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """Batches of pictures and their perspectives, see :func:`each_view`, in one pass of each guide.
+        """Encode batches of (pictures, perspectives), see :func:`each_view`, in one pass of each guide.
 
-        Returns the unit CLIP features [V, N, E] of each; V = 1 without perspectives.
+        Returns the unit CLIP features [V, N, E] of each batch; V = 1 without perspectives.
         """
         views = [
             [guide.preprocess(view) for guide in self.guides]
@@ -90,7 +90,7 @@ class FrozenNetworks:
 
     @torch.no_grad()
     def sources(self, n: int, seed: int, perceptual: bool = False) -> Sources:
-        """The first ``n`` training codes of ``seed``, encoded once; ``perceptual``: with those features."""
+        """The first ``n`` training codes of ``seed``, encoded once; ``perceptual``: add those features."""
         if (key := (n, seed, perceptual)) not in self._sources:
             every, clip, identity, judged = self.domain.latents(n, "train", seed), [], [], []
             judge = self.domain.perceptual if perceptual else None

@@ -34,7 +34,7 @@ class Features(NamedTuple):
     first: Tensor  # the first source picture of the whole batch [1, E]
 
     def of_guides(self, widths: Sequence[int]) -> list["Features"]:
-        """Those of each guide, where the vectors of several lie side by side; ``widths``: E of each."""
+        """Split concatenated vectors of several guides into the features of each; ``widths``: E of each."""
         parts = (one.split(list(widths), -1) for one in self)
         return [Features(*of_one) for of_one in zip(*parts, strict=True)]
 
@@ -47,13 +47,13 @@ class CLIPNCE(Settings):
 
     temperature: float = setting(0.1, number(above=True))  # tau
     positives: tuple[str, ...] = setting(POSITIVES, some_of(POSITIVES))  # p1: "text", p2: "target"
-    negatives: str = setting("first", one_of(NEGATIVES))  # which source image they start from
-    # None: all
+    negatives: str = setting("first", one_of(NEGATIVES))  # which source image the negatives start from
+    # how many templates give negatives; None: all
     negative_templates: int | None = setting(None, int_at_least(1, optional=True, maximum=len(TEMPLATES)))
     query: str = setting("difference", one_of(QUERIES))
 
     def directions(self, features: Features) -> Directions:
-        """q, p1, p2 and n_k, to look at."""
+        """The directions q, p1, p2 and n_k that the loss compares."""
         return nce_directions(
             features.edited,
             features.source,

@@ -1,7 +1,8 @@
 """A pack: many trainings in lock-step, which share every pass of the frozen networks.
 
-M trainings; other letters as in :mod:`.trainer`. Each keeps its own random numbers, optimiser's state, log,
-checkpoint and end, so that its result is that of the training alone, to rounding: no operator mixes pictures.
+M trainings; other letters as in :mod:`.trainer`. Each has its own random numbers, optimiser state, log,
+checkpoint and number of steps, and no operator mixes pictures. The result of each is therefore the same as if
+it ran alone, up to rounding.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -34,20 +35,20 @@ from cfclip.method.views import draw_corners, perspective_coefficients
 
 
 def packable(config: TrainingConfig) -> bool:
-    """Whether such a training can be one of a pack: of one prompt, and with its whole batch at a time."""
+    """Whether such a training can be in a pack: one prompt, and no ``micro_batch`` below the batch."""
     return isinstance(config, CFCLIPConfig) and (config.micro_batch or config.batch) >= config.batch
 
 
 def shared(config: TrainingConfig) -> tuple[str, int]:
-    """What the trainings of a pack have in common, beside their domain: the dtype and the guides."""
+    """What the trainings of a pack have in common, besides their domain: dtype and number of guides."""
     return config.dtype, config.guides
 
 
 class Stack:
-    """M trainings that differ in prompt, source text, seed and length alone: one mapper, one optimiser.
+    """M trainings that differ only in prompt, source text, seed, steps and train_latents, with one optimiser.
 
-    Its weights are those of the mappers, stacked along a new first dim; ``lead`` is the first training. The
-    members' own mappers and optimisers are renewed by :meth:`give_back`.
+    The weights of their mappers are stacked along a new first dim; ``lead`` is the first training. The
+    members' own mappers and optimisers do not change until :meth:`give_back` updates them.
     """
 
     def __init__(self, members: Sequence[MapperTrainer]):
@@ -71,7 +72,7 @@ class Stack:
         self.optimizer = self._optimizer()
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        """The members' in one: all that it does is done element by element, but for :meth:`descend`."""
+        """One optimiser with all members' states. It works element by element, except in :meth:`descend`."""
         c, lead = self.config, self.lead.optimizer
         given = {"use_gc": False} if c.optimizer == "ranger" else {}
         optimizer = OPTIMIZERS[c.optimizer](list(self.weights.values()), lr=c.lr, **given)
@@ -81,7 +82,7 @@ class Stack:
                 member.optimizer.state.get(own[k], {})
                 for member, own in zip(self.members, self.own, strict=True)
             ]
-            if states[0]:  # else no step was taken
+            if states[0]:  # otherwise no step was taken
                 optimizer.state[weight] = {
                     name: torch.stack([state[name] for state in states]) if value.ndim else value.clone()
                     for name, value in states[0].items()
@@ -90,7 +91,7 @@ class Stack:
 
     @torch.no_grad()
     def give_back(self, members: Collection[MapperTrainer]) -> None:
-        """Make the mappers and optimisers of these ``members`` what they are after the steps of the stack."""
+        """Copy the weights and the optimiser state of the stack into these ``members``."""
         for k, (member, own) in enumerate(zip(self.members, self.own, strict=True)):
             if member not in members:
                 continue
@@ -115,11 +116,11 @@ class Stack:
         return Batch(index, torch.zeros_like(index), self.text_feature, {}, perspectives)
 
     def _apart(self, tensor: Tensor, dim: int = 0) -> Tensor:
-        """[M B, …] -> [M, B, …]; ``dim``: where M B is."""
+        """[M B, …] -> [M, B, …]; with ``dim`` = 1 [V, M B, …] -> [M, V, B, …]."""
         return tensor.unflatten(dim, (len(self.members), -1)).movedim(dim, 0)
 
     def edit(self, batch: Batch) -> Edit:
-        """What the mappers make of their batches."""
+        """Edit the codes of each member's batch with its mapper."""
 
         def of_one(weights, buffers, w, text):
             inputs = w, text, self.config.train_strength
@@ -141,7 +142,7 @@ class Stack:
         return torch.vmap(of_one)(features, tree_map(self._apart, edit), Seen(views, *judged))
 
     def descend(self) -> None:
-        """The optimiser's step. Ranger centralises the gradient of each member's own matrices."""
+        """Take the optimiser's step. For Ranger, first centralise the gradient of each member's matrices."""
         if self.config.optimizer == "ranger":
             for weight in self.weights.values():
                 if weight.grad is not None and weight.ndim > 2:
@@ -155,7 +156,7 @@ def _settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def stacked(asked: Mapping[MapperTrainer, Request]) -> list[MapperTrainer | Stack]:
-    """The trainings, those that are alike and at the same step in a :class:`Stack`."""
+    """The trainings; those that are alike and at the same step are combined in a :class:`Stack`."""
     alike: dict[tuple, list[MapperTrainer]] = {}
     for run, request in asked.items():
         like = replace(run.config, prompt="any", source_text=None, seed=0, steps=1, train_latents=1)
@@ -165,16 +166,16 @@ def stacked(asked: Mapping[MapperTrainer, Request]) -> list[MapperTrainer | Stac
 
 
 class Pack:
-    """Trainings that take their steps together, and share the passes of those that share their networks."""
+    """Trainings that take their steps together. Those with the same frozen networks share their passes."""
 
     def __init__(self) -> None:
         self.units: list[MapperTrainer | Stack] = []
         self.members: list[MapperTrainer] = []
 
     def step(self, asked: Mapping[MapperTrainer, Request]) -> dict[MapperTrainer, dict[str, float | Tensor]]:
-        """One step of each training, as its loop asks for it -> the numbers to log."""
+        """Take the step that the loop of each training asks for. Returns each training's numbers to log."""
         if list(asked) != self.members:
-            self.give_back(asked)  # those that have ended may be something else by now
+            self.give_back(asked)  # not to trainings that have ended: they may have changed since
             self.units, self.members = stacked(asked), list(asked)
         members = [unit.members if isinstance(unit, Stack) else [unit] for unit in self.units]
         batches = [
@@ -197,7 +198,7 @@ class Pack:
         return logs
 
     def _losses(self, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
-        """The terms of each unit, a pass of those that share their networks."""
+        """The terms of each unit; units with the same networks share their passes."""
         together: dict[int, list[int]] = {}
         for k, unit in enumerate(self.units):
             together.setdefault(id(unit.networks), []).append(k)
@@ -208,16 +209,16 @@ class Pack:
         return [found[k] for k in range(len(batches))]
 
     def give_back(self, members: Collection[MapperTrainer]) -> None:
-        """Renew the mappers and optimisers of these members."""
+        """Update the mappers and optimisers of these ``members`` from their stacks."""
         for unit in self.units:
             if isinstance(unit, Stack):
                 unit.give_back(members)
 
 
 def run_together(loops: Iterable[Loop], desc: str = "pack", progress: bool = True) -> list[Any]:
-    """Drive loops of :func:`.mapper_loop` to their ends as a pack: what each returns, or its error.
+    """Drive loops of :func:`.mapper_loop` to their ends as a pack. Returns the result or error of each.
 
-    A training that fails leaves the others as they are. What fails in a pass that they share is raised.
+    A training that fails does not affect the others. An error in a shared pass, or lack of memory, is raised.
     """
     loops, pack, ended, asked = list(loops), Pack(), {}, {}
 
@@ -243,5 +244,5 @@ def run_together(loops: Iterable[Loop], desc: str = "pack", progress: bool = Tru
                 asked = {k: request for k in asked if (request := go_on(k, logs[runs[k]])) is not None}
     finally:
         for loop in loops:
-            loop.close()  # it leaves its folder
+            loop.close()  # it unlocks its folder
     return [ended[k] for k in range(len(loops))]

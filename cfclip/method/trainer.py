@@ -1,7 +1,7 @@
-"""CF-CLIP's training step: the mapper in training, and the objective's terms.
+"""CF-CLIP's training step: the mapper in training, and the terms of the loss.
 
 Shapes: B pictures of a batch, L layers of W+, D = w_dim, R = resolution, V views, T templates, P prompts, E =
-CLIP's embedding width. Several guides' unit vectors lie side by side in one of the sum of their widths.
+CLIP's embedding width. Unit vectors of several guides are concatenated: E is then the sum of their widths.
 """
 
 import copy
@@ -43,7 +43,7 @@ OPTIMIZERS = {
 
 
 def mapper_sizes(domain: Domain, config: TrainingConfig) -> MapperConfig:
-    """What the mapper of such a training is made of."""
+    """The configuration of the mapper that is trained."""
     c, g = config, domain.generator
     text_dim = text_width(domain.clip, c.text) if c.text_mapper else None
     levels = tuple(name for name in LEVELS if name in c.levels or (c.shapes and name in SHAPE_LEVELS))
@@ -54,16 +54,16 @@ def mapper_sizes(domain: Domain, config: TrainingConfig) -> MapperConfig:
 
 
 class Batch(NamedTuple):
-    """What was drawn for a step, or a part of it."""
+    """The random draws for a step, or for a part of its batch."""
 
     index: Tensor  # which latents [B]
-    prompts: Tensor  # by which prompts they are edited [B]
-    text: Tensor  # what the mapper reads of them [1 or B, …]
-    first: Mapping[int, Tensor]  # prompt -> s_0 [1, E], see :meth:`MapperTrainer.features`
+    prompts: Tensor  # which prompt edits each latent [B]
+    text: Tensor  # the mapper's text input [1 or B, …]; in a Stack [M, 1, …]
+    first: Mapping[int, Tensor]  # prompt -> s_0 [1, E]: ``first`` of :meth:`MapperTrainer.features`
     perspectives: Tensor  # of the views [V, 8] or [V, B, 8], see :func:`draw_perspectives`
 
     def part(self, rows: Tensor) -> "Batch":
-        """The pictures ``rows``; they see the perspectives and s_0 of the whole batch."""
+        """The pictures ``rows`` only, still with the perspectives and s_0 of the whole batch."""
         text = self.text if len(self.text) == 1 else self.text[rows]
         return self._replace(index=self.index[rows], prompts=self.prompts[rows], text=text)
 
@@ -73,15 +73,15 @@ class Edit(NamedTuple):
 
     w: Tensor
     mapped: Tensor
-    free: Tensor  # mapped, but for the layers that a prompt may not move: this is what is seen
+    free: Tensor  # mapped, but w in layers that the prompt may not change; pictures are made from this
 
 
 class Seen(NamedTuple):
-    """What the frozen networks make of edited pictures and of their sources; empty where no loss asks."""
+    """Features of the edited pictures and of their sources; empty where no loss needs them."""
 
-    views: Tensor  # unit CLIP features [V, B, E]
-    identity: tuple[Tensor, ...] = ()  # unit features of both [B, I]
-    perceptual: tuple[Tensor, ...] = ()  # features of both [B, C, H, W]
+    views: Tensor  # unit CLIP features of the edited pictures [V, B, E]
+    identity: tuple[Tensor, ...] = ()  # unit features [B, I] of (edited, source)
+    perceptual: tuple[Tensor, ...] = ()  # features [B, C, H, W] of (edited, source)
 
 
 class Unit(Protocol):
@@ -98,7 +98,7 @@ class Unit(Protocol):
 
 
 def losses_together(units: Sequence[Unit], batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
-    """The terms of each unit: one pass of the generator, of each guide and of each judge for all of them."""
+    """The terms of each unit. All units share one pass of the generator and of each other frozen network."""
     networks = units[0].networks
     edits = [unit.edit(batch) for unit, batch in zip(units, batches, strict=True)]
     pictures = together(networks.synthesise, [edit.free for edit in edits])
@@ -129,12 +129,12 @@ def losses_together(units: Sequence[Unit], batches: Sequence[Batch]) -> list[dic
 
 
 def together(network: Callable[[Tensor], Tensor], batches: Sequence[Tensor]) -> Sequence[Tensor]:
-    """What ``network`` makes of each of ``batches``, in one pass."""
+    """The output of ``network`` for each of ``batches``, computed in one pass."""
     return network(joined(batches)).split([len(batch) for batch in batches])
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:
-    """One after the other; a single one is not copied."""
+    """The tensors concatenated along the first dim; a single tensor is not copied."""
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
@@ -149,10 +149,10 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 class MapperTrainer:
     """A mapper in training: ``step`` is one optimisation step, for :func:`cfclip.method.run_loop`.
 
-    Whatever stays the same is computed once: the text features, and what CLIP and the judges see in a source.
-    ``config`` is a :class:`CFCLIPConfig` or a :class:`MultiPromptConfig` of P prompts. The mapper begins with
-    the weights of ``start``, else with random ones. ``networks``: (dtype, guides) -> the frozen ones, which
-    trainings may share. Raises ValueError for a ``start`` of other settings.
+    Everything constant is computed once: the text features, and the CLIP, identity and perceptual features of
+    the sources. ``config`` is a :class:`CFCLIPConfig` or a :class:`MultiPromptConfig` of P prompts. The
+    mapper begins with the weights of ``start``, or with random ones. ``networks``: (dtype, guides) -> frozen
+    networks, which trainings may share. Raises ValueError if ``start`` or ``domain`` does not fit ``config``.
     """
 
     def __init__(
@@ -184,13 +184,13 @@ class MapperTrainer:
 
     @cached_property
     def sources(self) -> Sources:
-        """The codes to edit; encoded at the first step, which a finished training never takes."""
+        """The codes to edit and their features. Computed at the first step, so not in a finished training."""
         c = self.config
         return self.networks.sources(c.train_latents, c.seed, c.lambda_perc > 0)
 
     @property
     def w(self) -> Tensor:
-        """[N, L, D]."""
+        """The codes to edit [N, L, D]."""
         return self.sources.w
 
     def first_mapper(self, start: Mapper | None) -> nn.Module:
@@ -203,7 +203,7 @@ class MapperTrainer:
         return copy.deepcopy(start).requires_grad_().train()
 
     def _free_layers(self) -> Tensor:
-        """bool [P, L, 1]: may a prompt move a layer? What it moves else is not seen, and unlearned."""
+        """bool [P, L, 1]: layers that each prompt may change. Other changes are masked out, and penalised."""
         layers, c = level_slices(self.domain.level_split), self.config
         free = torch.zeros(len(c.prompts), self.domain.generator.num_ws, 1, dtype=torch.bool)
         for row, prompt in zip(free, c.prompts, strict=True):
@@ -214,7 +214,7 @@ class MapperTrainer:
     @cached_property
     @torch.no_grad()
     def applicable(self) -> list[Tensor]:
-        """For each prompt the numbers of the sources where it asks for something; all if there is none."""
+        """For each prompt the indices of the sources that it asks to change; all, if there are none."""
         truth = self.domain.truth
         parts = self.w.split(max_batch(self.domain.generator))
         seen = truth.measure(torch.cat([self.networks.synthesise(w) for w in parts]))
@@ -225,9 +225,10 @@ class MapperTrainer:
         return found
 
     def silence(self) -> None:
-        """After the training: slots listen to no word that none of their prompts has, see :class:`Slots`.
+        """Make each group of slots ignore words of the forms and of the other prompts, see :class:`Slots`.
 
-        But for words that mean the same as one of theirs: those of a cosine above 0.5.
+        Words whose cosine with a word of the group's own prompts is 0.5 or more are not ignored. Called after
+        the training.
         """
         c, clip, half = self.config, self.domain.clip, self.mapper.config.text_dim // 2
 
@@ -243,7 +244,7 @@ class MapperTrainer:
             group.silence(every[near.amax(1) < 0.5], spoken)
 
     def choose_prompts(self, generator: torch.Generator) -> list[int]:
-        """The prompts of a step, ``prompts_at_once`` different ones. For one prompt nothing is drawn."""
+        """Indices of ``prompts_at_once`` different prompts for a step. For one prompt nothing is drawn."""
         c = self.config
         if len(c.prompts) == 1:
             return [0]
@@ -259,7 +260,7 @@ class MapperTrainer:
         ]
 
     def read(self, chosen: Sequence[int], generator: torch.Generator) -> Tensor:
-        """What the mapper reads of the prompts ``chosen``, each in a random one of the forms."""
+        """The mapper's text input for the prompts ``chosen``, each in a random one of the forms."""
         c = self.config
         if len(c.forms) == 1:
             return self.text_feature if len(c.prompts) == 1 else self.text_feature[list(chosen)]
@@ -270,23 +271,23 @@ class MapperTrainer:
     def features(self, prompt: int, views: Tensor, source: Tensor, first: Tensor) -> Features:
         """What the objective compares for one prompt.
 
-        views: unit CLIP features of the edited pictures [V * B, E]; source: of the sources [B, E]; first: of
-            the first source of the whole batch that is edited by this prompt [1, E].
+        Unit CLIP features. views: of the edited pictures [V * B, E]; source: of the sources [B, E];
+        first: of the first source in the whole batch that is edited by this prompt [1, E].
         """
         return Features(views, source, *self.texts(prompt), first)
 
     def texts(self, prompt: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Unit features: of the plain prompt [1, E], of it and of the source under the templates [T, E]."""
+        """Unit features of the plain prompt [1, E]; of prompt and source text under the templates [T, E]."""
         plain = torch.cat([F.normalize(text[prompt, None], dim=-1) for text in self.prompt_text], -1)
         return plain, self.target_text[prompt], self.source_text
 
     def pull(self, features: Features) -> Tensor:
-        """The objective: the mean over guides, by their weights."""
+        """The objective: its weighted mean over the guides."""
         each = zip(self.config.guide_shares, features.of_guides(self.widths), strict=True)
         return sum(share * self.config.objective(one) for share, one in each)
 
     def draw(self, generator: torch.Generator) -> Batch:
-        """All that is random in a step."""
+        """Make all random draws of a step."""
         c = self.config
         index = torch.randint(len(self.w), (c.batch,), generator=generator)
         chosen = self.choose_prompts(generator)
@@ -305,7 +306,7 @@ class MapperTrainer:
         return Batch(index, prompts, text, first, perspectives)
 
     def edit(self, batch: Batch) -> Edit:
-        """What the mapper makes of the batch."""
+        """Edit the codes of the batch with the mapper."""
         w = self.w[batch.index]
         mapped = self.mapper.edit(w, batch.text, self.config.train_strength)
         free = mapped if self.free is None else torch.where(self.free[batch.prompts], mapped, w)
@@ -323,7 +324,7 @@ class MapperTrainer:
         return self.weighted(pull, edit, seen)
 
     def weighted(self, pull: Tensor, edit: Edit, seen: Seen) -> dict[str, Tensor]:
-        """The terms: ``pull``, and what holds the edit back."""
+        """The terms and "loss", as in :meth:`terms`: ``pull``, and the losses that limit the edit."""
         c = self.config
         terms = {c.objective.name: pull, "l2": latent_l2(edit.free, edit.w)}
         if self.free is not None:
@@ -341,10 +342,11 @@ class MapperTrainer:
     def step(self, i: int, generator: torch.Generator) -> dict[str, float | Tensor]:
         """One step on a batch: ``lambda_nce L_NCE + lambda_l2 L_2 + lambda_id L_id + lambda_perc L_perc``.
 
-        Another objective takes the place of L_NCE, and is logged under its name. Several guides have a loss
-        each, and their weighted mean counts. Several prompts share the batch equally, each with a loss of its
-        own; the mean of these counts. The parts of a ``micro_batch`` see the same perspectives, and their
-        gradients add up to those of the batch. Returns the terms; of a GPU, which is not waited for, tensors.
+        Another objective replaces L_NCE, and is logged under its name. L_NCE is a weighted mean over guides,
+        and a mean over the step's prompts, which share the batch equally. With ``shapes`` there is also
+        ``SILENCE L_silence``. The parts of a batch, if ``micro_batch`` is smaller, see the same perspectives,
+        and their gradients add up to those of the batch. Returns the terms as floats, or as tensors on a GPU,
+        which is not waited for.
         """
         c = self.config
         if c.ramp_down:
@@ -361,12 +363,12 @@ class MapperTrainer:
         return dict(logs)
 
     def descend(self) -> None:
-        """The optimiser's step."""
+        """Take the optimiser's step."""
         self.optimizer.step()
 
 
 def numbers(terms: Mapping[str, Tensor]) -> dict[str, float | Tensor]:
-    """``terms`` to be logged: floats, but of a GPU tensors without a graph."""
+    """``terms`` to be logged: floats on a CPU, tensors without a graph on a GPU."""
     on_cpu = all(value.device.type == "cpu" for value in terms.values())
     return {name: value.item() if on_cpu else value.detach() for name, value in terms.items()}
 
@@ -382,18 +384,18 @@ def train_mapper(
 ) -> tuple[nn.Module, list[dict[str, float]]]:
     """Train a mapper for the prompt(s) of ``config``; returns it (frozen, eval mode) and the logged rows.
 
-    It begins with the weights of ``start``, such as the domain's mapper of many prompts, else random ones.
+    It begins with the weights of ``start``, e.g. the domain's mapper for many prompts, or with random ones.
 
     With ``out`` the folder gets ``log.jsonl``, a checkpoint from which a stopped run is resumed, and finally
-    ``mapper.safetensors``, which says that ``method`` made it. ``loop``: more arguments of :func:`run_loop`,
-    such as ``progress``, ``callbacks``, ``checkpoint_every``. A ``trainer`` of another kind of mapper saves
-    it itself. Raises ValueError if ``out`` holds another run.
+    ``mapper.safetensors``, which records ``method``. ``loop``: more arguments of :func:`run_loop`, such as
+    ``progress``, ``callbacks``, ``checkpoint_every``. If ``trainer`` trains something other than a
+    :class:`Mapper`, the caller has to save it. Raises ValueError if ``out`` holds another run.
     """
     return driven(mapper_loop(domain, config, out, method, start, trainer, **loop))
 
 
 def driven(loop: Loop) -> Any:
-    """What ``loop`` of :func:`mapper_loop` returns, after the steps of its trainer; it may have none."""
+    """The result of ``loop``, see :func:`mapper_loop`. It first yields a trainer, or nothing at all."""
     try:
         run = next(loop)
     except StopIteration as end:
@@ -411,8 +413,8 @@ def mapper_loop(
     networks: Networks | None = None,
     **loop: Any,
 ) -> Loop:
-    """:func:`train_mapper` as a generator: it yields its trainer, and then each step that it asks for."""
-    check_networks(domain, config)  # before the folder is marked as that of a run that cannot be
+    """:func:`train_mapper` as a generator: it yields its trainer, then a :class:`.Request` for each step."""
+    check_networks(domain, config)  # first: no folder should record a run that cannot start
     what_it_is = {"method": method, **domain.described}
     if start is not None:
         what_it_is["start"] = fingerprint(start)

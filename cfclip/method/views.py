@@ -8,15 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 WARPED_AT_ONCE = 2**23
-"""Numbers of warped pictures that are made at a time: all eight views of small ones, of 1024² one by one."""
+"""How many numbers are warped at a time: all eight views of small pictures, but only one view at 1024²."""
 DISTORTION = 0.5
 """How far a corner may move, as a share of half the side."""
 FAR = torch.tensor([[0, 0], [1, 0], [1, 1], [0, 1]])
-"""Of the four corners, clockwise from the top left: is x, is y at the far end?"""
+"""For each corner, clockwise from the top left: whether x, and whether y, is at the far end."""
 
 
 def perspective_views(images: Tensor, num_views: int = 8, generator: torch.Generator | None = None) -> Tensor:
-    """Random perspectives, each one warp for the whole batch, mid-grey outside.
+    """Random perspective views, mid-grey outside. Each view is one warp of the whole batch.
 
     [N, 3, H, W] -> [num_views * N, 3, H, W], draw-major; the images themselves for ``num_views=0``.
     """
@@ -25,10 +25,10 @@ def perspective_views(images: Tensor, num_views: int = 8, generator: torch.Gener
 
 
 def each_view(images: Tensor, perspectives: Tensor) -> Iterator[Tensor]:
-    """Views of images [N, 3, H, W], a few at a time as eight of 1024² are better shrunk one by one.
+    """Views of images [N, 3, H, W], a few at a time, so that views of 1024² can be shrunk one by one.
 
-    perspectives: [V, 8] of :func:`draw_perspectives`, or [V, N, 8], each image's own. Yields [v N, 3, H, W],
-    draw-major, together V views; without perspectives the images themselves.
+    perspectives: [V, 8] from :func:`draw_perspectives`, or [V, N, 8], separate for each image. Yields
+    [v N, 3, H, W], draw-major, V views in total; without perspectives the images themselves.
     """
     if not len(perspectives):
         yield images
@@ -36,7 +36,7 @@ def each_view(images: Tensor, perspectives: Tensor) -> Iterator[Tensor]:
     size, perspectives = images.shape[-2:], perspectives.to(images.device, non_blocking=True)
     for some in perspectives.split(max(1, WARPED_AT_ONCE // images.numel())):
         grids = perspective_grids(some, *size).to(images)  # [v, H, W, 2] or [v, N, H, W, 2]
-        # the views of an image lie below each other in one grid, so that it is not copied for them
+        # the views of an image lie below each other in one grid, so that the image need not be copied
         grid = grids.movedim(-4, 0).flatten(-4, -3) if grids.ndim == 5 else grids.flatten(0, 1)
         views = F.grid_sample(images, grid.expand(len(images), -1, -1, -1), align_corners=False)
         yield views.unflatten(2, (len(some), -1)).movedim(2, 0).flatten(0, 1)
@@ -45,7 +45,7 @@ def each_view(images: Tensor, perspectives: Tensor) -> Iterator[Tensor]:
 def draw_perspectives(
     num_views: int, height: int, width: int, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Random perspectives [num_views, 8], of :func:`draw_corners`; see :func:`perspective_grids`."""
+    """Random perspectives [num_views, 8] from :func:`draw_corners`; see :func:`perspective_grids`."""
     return perspective_coefficients(draw_corners(num_views, height, width, generator), height, width)
 
 
@@ -56,8 +56,8 @@ def draw_corners(num_views: int, height: int, width: int, generator: torch.Gener
     ``RandomPerspective(DISTORTION, p=1)``.
     """
     reach = torch.tensor([int(DISTORTION * (side // 2)) for side in (width, height)])
-    # torchvision draws one number to compare with p, then x and y of each corner, below reach + 1. A number
-    # below a multiple of both has the same remainders as these, and all are one call
+    # torchvision draws one number to compare with p, then x and y of each corner, both below reach + 1. One
+    # call draws all of them below a common multiple; their remainders are torchvision's numbers
     several = math.lcm(*(reach + 1).tolist())
     drawn = torch.randint(several, (num_views, 9), generator=generator)[:, 1:].unflatten(1, (4, 2))
     return drawn % (reach + 1) + FAR * (torch.tensor([width - 1, height - 1]) - reach)
@@ -83,8 +83,8 @@ def perspective_coefficients(end: Tensor, height: int, width: int) -> Tensor:
 def perspective_grids(coefficients: Tensor, height: int, width: int) -> Tensor:
     """Where to read a picture so that it is seen in these perspectives: [..., 8] -> [..., H, W, 2].
 
-    As ``F.grid_sample`` takes it. ``u = (a x + b y + c) / (g x + h y + 1)``, ``v = (d x + e y + f) / (g x + h
-    y + 1)``; twice as fast at 1024² as torchvision's matrix product per pixel.
+    The grid is for ``F.grid_sample``, and twice as fast at 1024² as torchvision's matrix product per pixel:
+    ``u = (a x + b y + c) / (g x + h y + 1)``, ``v = (d x + e y + f) / (g x + h y + 1)``.
     """
     device = coefficients.device
     x, y = torch.arange(width, device=device) + 0.5, torch.arange(height, device=device)[:, None] + 0.5

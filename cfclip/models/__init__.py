@@ -1,1 +1,1 @@
-"""Networks: one file each, shapes in comments, the equation cited."""
+"""The networks, one file each, with shapes in comments and the paper of each equation cited."""

@@ -26,9 +26,9 @@ TEMPLATES = tuple(t for t in OPENAI_IMAGENET_TEMPLATES if t("X") != "a photo of 
 """The paper's 79 prompt templates: OpenAI's 80 without "a photo of many {}."."""
 
 MAX_TEXTS = 16_384
-"""The cache of text features is emptied when it holds more than this."""
+"""The cache of text features is emptied when it holds more texts than this."""
 MAX_CHARACTERS = 64
-"""A text of more characters per token that CLIP reads is refused unread: the longest token has 32."""
+"""Most characters of a text per token of the context, checked before tokenizing; the longest token has 32."""
 
 
 class ClipGuide(nn.Module):
@@ -54,11 +54,11 @@ class ClipGuide(nn.Module):
         for name, values in (("mean", OPENAI_DATASET_MEAN), ("std", OPENAI_DATASET_STD)):
             self.register_buffer(name, torch.tensor(values).reshape(1, 3, 1, 1), persistent=False)
         self._clear_cache()
-        self._warned: set[str] = set()  # texts
+        self._warned: set[str] = set()  # texts whose unknown words were reported
 
     @property
     def embed_dim(self) -> int:
-        """D."""
+        """The embedding width D."""
         return self.model.text_projection.shape[1]
 
     @property
@@ -67,9 +67,9 @@ class ClipGuide(nn.Module):
         return 2 * self.model.token_embedding.weight.shape[1]
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """[N, 3, H, W] in [-1, 1] -> CLIP's input [N, 3, S, S]: bicubic resizing, to [0, 1], mean and std.
+        """[N, 3, H, W] in [-1, 1] -> CLIP's input [N, 3, S, S]: resized, mapped to [0, 1], normalised.
 
-        Resizing is linear, so it may come before the change of range.
+        Resizing (bicubic) is linear, so it may come before the mapping to [0, 1].
         """
         if images.shape[-2:] != (size := (self.image_size, self.image_size)):
             how = {"mode": "bicubic", "align_corners": False, "antialias": self.antialias}
@@ -77,14 +77,14 @@ class ClipGuide(nn.Module):
         return (images + (1 - 2 * self.mean)) / (2 * self.std)
 
     def encode_image(self, images: Tensor, preprocessed: bool = False) -> Tensor:
-        """Images, or what :meth:`preprocess` made of them -> raw features [N, D]. Differentiable."""
+        """Images, or the output of :meth:`preprocess` -> raw features [N, D]. Differentiable."""
         return self.model.encode_image(images if preprocessed else self.preprocess(images))
 
     def in_dtype(self, dtype: torch.dtype) -> "ClipGuide":
-        """This guide with an image tower for autocast to ``dtype``: batch norms folded, weights already cast.
+        """A guide for autocast to ``dtype``: its image tower has batch norms folded and weights already cast.
 
-        Returns the guide itself if that changes nothing. All but the image tower is shared: to move the
-        result, move the original and call this again.
+        Returns this guide itself if nothing changes. The new guide shares everything except the image tower:
+        to move it to another device, move the original and call this again.
         """
         has_norms = any(isinstance(module, nn.BatchNorm2d) for module in self.model.visual.modules())
         if dtype == torch.float32 and not has_norms:
@@ -98,7 +98,7 @@ class ClipGuide(nn.Module):
         return guide
 
     def tokenize(self, text: str) -> Tensor:
-        """One text -> tokens [1, context]. ValueError for an empty text or one longer than the context."""
+        """One text -> tokens [1, context]. ValueError if it is empty, too long, or not a text."""
         if not isinstance(text, str):
             raise ValueError(f"a prompt must be a text, e.g. 'green lipstick', not {reprlib.repr(text)}")
         if not text.strip():
@@ -119,7 +119,7 @@ class ClipGuide(nn.Module):
     def encode_text(self, texts: str | Sequence[str]) -> Tensor:
         """Text(s) -> raw features [N, D], without gradient. Cached until the text tower changes or moves.
 
-        Warns once of each text with :meth:`unknown_words`.
+        Warns once for each text that has :meth:`unknown_words`.
         """
         texts = [texts] if isinstance(texts, str) else texts
         features = self._encode(texts)
@@ -135,19 +135,19 @@ class ClipGuide(nn.Module):
         return torch.cat([known[text] for text in texts])
 
     def template_features(self, prompt: str) -> Tensor:
-        """Unit text features of ``prompt`` under the T templates, [T, D]. Warns as :meth:`encode_text`."""
+        """Unit text features of ``prompt`` under the T templates, [T, D]. Warns like :meth:`encode_text`."""
         self.tokenize(prompt)  # the error should quote the prompt, not a template
         self._warn_of_unknown([prompt])  # and so should the warning
         return F.normalize(self._encode([template(prompt) for template in TEMPLATES]), dim=-1)
 
     @torch.no_grad()
     def encode_words(self, texts: str | Sequence[str]) -> Tensor:
-        """What each token of text(s) means, and what is said of it -> [N, T, word_dim].
+        """Text(s) -> the meaning and the context of each token, [N, tokens of the longest text, word_dim].
 
-        The first half of a row is the token's embedding e_t, the second half c_t = e_(t-1) + c_(t-1) / 2, so
-        that the word just before a noun, such as its colour, counts most. The unit is the spread of all
-        embeddings. A token that this CLIP does not know says nothing: zeros. A text with fewer tokens than
-        the longest ends in zeros, too. Warns as :meth:`encode_text`.
+        The first half of a row is the token's embedding e_t, or 0 if this CLIP does not know the token. The
+        second half is its context c_t = e_(t-1) + c_(t-1) / 2, in which the word just before a noun, such as
+        its colour, counts most. Embeddings are divided by the standard deviation of the embedding table.
+        Shorter texts are padded with rows of zeros. Warns like :meth:`encode_text`.
         """
         texts = [texts] if isinstance(texts, str) else texts
         self._warn_of_unknown(texts)
@@ -164,9 +164,9 @@ class ClipGuide(nn.Module):
         return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     def unknown_words(self, text: str) -> list[str]:
-        """The words of ``text``, in lower case, that this CLIP cannot tell from other words it never saw.
+        """The words of ``text``, in lower case, that this CLIP cannot distinguish from other unknown words.
 
-        [] if there are none, and always where the vocabulary is open, as OpenAI's is.
+        [] if there are none, and always for an open vocabulary such as OpenAI's.
         """
         words = self.tokenizer.pat.findall(self.tokenizer.clean_fn(text))
         return [word for word in dict.fromkeys(words) if not self._knows(self.tokenizer.encode(word))]
@@ -176,7 +176,7 @@ class ClipGuide(nn.Module):
         return knows is None or knows(tokens)
 
     def describe_unknown(self, text: str) -> str:
-        """A sentence that names the :meth:`unknown_words` of ``text``, and known words near them; or ""."""
+        """A sentence with the :meth:`unknown_words` of ``text`` and similar known words; "" if none."""
         if not (unknown := self.unknown_words(text)):
             return ""
         known = self.model.token_embedding.words
@@ -194,9 +194,10 @@ class ClipGuide(nn.Module):
                 warnings.warn(words, stacklevel=3)
 
     def _known_texts(self) -> dict[str, Tensor]:
-        """text -> feature; emptied if a weight of the text tower was replaced, moved, or changed in place.
+        """The cache, text -> feature.
 
-        Writing through ``weight.data`` leaves the cache stale.
+        It is emptied if it is full, or if a weight of the text tower was replaced, moved, or changed in
+        place. A change through ``weight.data`` is not noticed and leaves the cache stale.
         """
         tower = (p for name, p in self.model.named_parameters() if not name.startswith("visual."))
         state = tuple((p.data_ptr(), None if p.is_inference() else p._version, p.device) for p in tower)
@@ -214,10 +215,10 @@ class ClipGuide(nn.Module):
 
 @contextmanager
 def autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Convolutions and products in ``dtype``; float32: as they are.
+    """Compute convolutions and matrix products in ``dtype``; float32 changes nothing.
 
-    On a CPU attention is made of plain products then: the backward pass of torch's own takes three times as
-    long in bfloat16.
+    In half precision on a CPU, attention is computed with plain matrix products: the backward pass of torch's
+    fused attention takes three times as long in bfloat16.
     """
     half = dtype != torch.float32
     attention = sdpa_kernel(SDPBackend.MATH) if half and device.type == "cpu" else nullcontext()
@@ -226,10 +227,10 @@ def autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 
 def tokens_first(tower: VisionTransformer) -> None:
-    """Make a tower's blocks pass [tokens, N, D], as OpenAI's do.
+    """Make a tower's blocks pass on [tokens, N, D], as OpenAI's do.
 
-    torch's attention would turn [N, tokens, D] into a view of that, whose products with the weights copy the
-    weights for every token: most of a training step's time and memory.
+    Given [N, tokens, D], torch's attention would make a [tokens, N, D] view of it. Products of this view with
+    the weights copy the weights for every token, which takes most of a training step's time and memory.
     """
     tower.transformer.batch_first = False
     for block in tower.transformer.resblocks:
@@ -237,14 +238,14 @@ def tokens_first(tower: VisionTransformer) -> None:
 
 
 class Patches(nn.Conv2d):
-    """A convolution whose kernels lie side by side, as the matrix product that it is.
+    """A convolution whose stride is its kernel size, computed as one matrix product.
 
-    torch's convolution takes six times as long for it, backwards above all.
+    torch's convolution takes six times as long, mainly in the backward pass.
     """
 
     @classmethod
     def of(cls, conv: nn.Conv2d) -> nn.Conv2d:
-        """``conv`` as such a one; ``conv`` itself where its kernels overlap or leave gaps."""
+        """``conv`` as :class:`Patches`; ``conv`` itself if its stride, padding or groups do not allow it."""
         if conv.kernel_size != conv.stride or any(conv.padding) or conv.groups != 1:
             return conv
         sizes = conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride

@@ -35,7 +35,7 @@ class StyleHead(nn.Module):
 class Encoder4Editing(nn.Module):
     """Photos [N, 3, 256, 256] in [-1, 1] -> W+ [N, L, D].
 
-    Parameter names of ``e4e_ffhq_encode.pt``, without the prefix ``encoder.``.
+    Parameters are named as in ``e4e_ffhq_encode.pt``, without the prefix ``encoder.``.
 
     Args:
         num_ws: L, 18 for a 1024² generator.

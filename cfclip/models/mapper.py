@@ -1,6 +1,7 @@
 """CF-CLIP's text-conditioned latent mapper: text embedding mapping (TEM), fusion, three residual mappers.
 
-Shapes: N latents, L layers of W+, D = w_dim, E = width of the CLIP embedding (E = D = 512 in the paper).
+Shapes: N latents, L layers of W+, D = w_dim, E = width of what the mapper reads: of
+CLIP's embedding (E = D = 512 in the paper), or of the rows of T tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ LEVELS = ("coarse", "medium", "fine")
 """Layer groups of W+, each with its own residual mapper."""
 
 SHAPE_LEVELS = ("coarse", "medium")
-"""Those that draw, where the generator colours in its fine layers."""
+"""The levels that change shapes, if the generator's fine layers decide only the colours."""
 
 PUBLISHED_SPLIT = (4, 8)
 """The first layers of medium and of fine. Published for 18 layers: 4² and 8², 16² and 32², 64² and more."""
@@ -31,14 +32,14 @@ def level_slices(split: Sequence[int] = PUBLISHED_SPLIT) -> dict[str, slice]:
 
 
 def split_or_error(value: Any) -> str | None:
-    """The check of a split."""
+    """Return what a split must be, or None if ``value`` is a split."""
     whole = isinstance(value, tuple | list) and all(type(layer) is int for layer in value)
     fine = whole and len(value) == 2 and 0 < value[0] < value[1]
     return None if fine else "two whole numbers from 1 that rise, the first layers of medium and of fine"
 
 
 TEXTS = ("pooled", "tokens")
-"""What a mapper reads of a prompt: CLIP's feature of all of it, as published, or of each of its words."""
+"""How a mapper reads a prompt: by CLIP's feature of the whole prompt (published), or token by token."""
 
 NORM_AXES = {"layer": 1, "channel": -1}
 """The dim of [N, L', D] that PixelNorm averages over."""
@@ -49,27 +50,27 @@ RESIDUAL_SCALE = 0.1
 
 @dataclass(frozen=True)
 class MapperConfig(Settings):
-    """What a mapper is made of; everything else can be read off its tensors."""
+    """The architecture of a mapper; everything else is in its tensors."""
 
     num_ws: int = setting(18, int_at_least(1))  # L
     w_dim: int = setting(512, int_at_least(1))  # D
-    # E, or the width of a word; None: not conditioned on text (StyleCLIP's mapper)
+    # E; for "tokens" the width of a token's row; None: not conditioned on text (StyleCLIP's mapper)
     text_dim: int | None = setting(512, int_at_least(1, optional=True))
     levels: tuple[str, ...] = setting(LEVELS, some_of(LEVELS))
     norm_axis: str = setting("layer", one_of(NORM_AXES))  # see PixelNormMLP
     split: tuple[int, int] = setting(PUBLISHED_SPLIT, split_or_error)  # the domain's, see level_slices
     text: str = setting("pooled", one_of(TEXTS))
-    slots: int = setting(16, int_at_least(1))  # K and r of WordMapper
-    rank: int = setting(6, int_at_least(1))
+    slots: int = setting(16, int_at_least(1))  # K of WordMapper
+    rank: int = setting(6, int_at_least(1))  # r of WordMapper
 
     def fits(self, generator: nn.Module, clip: ClipGuide) -> bool:
-        """Whether the sizes are those of this generator and this CLIP."""
+        """Whether the sizes match this generator and this CLIP."""
         sizes, read = (self.num_ws, self.w_dim), text_width(clip, self.text)
         return sizes == (generator.num_ws, generator.w_dim) and self.text_dim in (None, read)
 
 
 def text_width(clip: ClipGuide, text: str) -> int:
-    """E of what a mapper with this ``text``, one of :data:`TEXTS`, reads."""
+    """E, the width of the text features that a mapper with this ``text``, one of :data:`TEXTS`, reads."""
     return clip.word_dim if text == "tokens" else clip.embed_dim
 
 
@@ -108,7 +109,7 @@ class Mapper(nn.Module):
 
     @staticmethod
     def of(config: MapperConfig) -> "Mapper":
-        """The mapper of ``config``, without weights that mean anything."""
+        """A mapper for ``config`` whose weights have yet to be loaded or drawn."""
         return WordMapper(config) if config.text == "tokens" else Mapper(config)
 
     @staticmethod
@@ -131,11 +132,11 @@ class Mapper(nn.Module):
         return asdict(self.config)
 
     def read(self, clip: ClipGuide, texts: str | Sequence[str]) -> Tensor:
-        """What the mapper takes as ``text_feature`` for P prompts: CLIP's raw features [P, E]."""
+        """The ``text_feature`` of P prompts: CLIP's raw features [P, E]."""
         return clip.encode_text(texts)
 
     def embed_text(self, text_feature: Tensor) -> Tensor:
-        """TEM: raw CLIP feature of the plain prompt [1 or N, E] -> t [1 or N, L, D]. Raises ValueError."""
+        """TEM: raw CLIP feature [1 or N, E] of a plain prompt -> t [1 or N, L, D]. ValueError otherwise."""
         if text_feature.ndim != 2 or text_feature.shape[1] != self.config.text_dim:
             raise ValueError(
                 f"this mapper takes a text feature of shape [N, {self.config.text_dim}], "
@@ -144,7 +145,7 @@ class Mapper(nn.Module):
         return torch.cat([mlp(text_feature[:, None]) for mlp in self.text], 1)
 
     def check(self, w: Tensor, text_feature: Tensor | None) -> None:
-        """ValueError if ``w`` is of another generator, or if a text is missing."""
+        """Raise ValueError if ``w`` has the wrong shape, or if a text is needed but missing."""
         num_ws, w_dim = self.config.num_ws, self.config.w_dim
         if w.ndim != 3 or w.shape[1:] != (num_ws, w_dim):
             raise ValueError(
@@ -155,7 +156,7 @@ class Mapper(nn.Module):
             raise ValueError("this mapper needs text_feature: what its read(clip, prompt) returns")
 
     def residual(self, w: Tensor, text_feature: Tensor | None = None) -> Tensor:
-        """delta [N, L, D], before it is scaled by 0.1. Raises ValueError for a wrong shape."""
+        """The unscaled residual delta [N, L, D]. Raises ValueError for a wrong shape or a missing text."""
         self.check(w, text_feature)
         x = w
         if self.config.text_dim is not None:
@@ -175,10 +176,10 @@ class Mapper(nn.Module):
 
 
 class Slots(nn.Module):
-    """K slots that move some ``layers`` of W+, see :class:`WordMapper`."""
+    """K slots that edit the given ``layers`` of W+, see :class:`WordMapper`."""
 
     RATES: ClassVar[Mapping[str, float]] = {"share": 0.1, "target": 0.1, "place": 0.1, "move": 1.0}
-    """How fast each weight learns: it is stored divided by this."""
+    """The relative learning rate of each weight: the stored parameter is the weight divided by it."""
 
     def __init__(self, config: MapperConfig, layers: Sequence[int]):
         super().__init__()
@@ -198,22 +199,22 @@ class Slots(nn.Module):
                 weight.copy_(torch.randn(weight.shape, generator=generator) * (scale / self.RATES[name]))
 
     def shares(self, words: Tensor) -> Tensor:
-        """words [N, T, E] -> a [N, T, K]: how much of a word goes to each slot."""
+        """words [N, T, E] -> a [N, T, K]: the share of each word that each slot gets."""
         meant = words.chunk(2, -1)[0]
         shares = torch.softmax(meant @ self._weight("share"), -1)[..., :-1]
-        return shares * (meant != 0).any(-1, keepdim=True)  # zeros are no word
+        return shares * (meant != 0).any(-1, keepdim=True)  # a row of zeros is not a word
 
     def forward(self, w: Tensor, words: Tensor) -> Tensor:
-        """w [N, L, D], words [1 or N, T, E] -> how ``layers`` move [N, L', D]."""
+        """w [N, L, D], words [1 or N, T, E] -> the unscaled residual of ``layers`` [N, L', D]."""
         moved = torch.einsum("nkr,krd->nd", self.ways(w, words), self._weight("move"))
         return moved.unflatten(1, (len(self.layers), -1))
 
     def sizes(self, w: Tensor, words: Tensor) -> Tensor:
-        """How far each slot moves, over all of ``layers`` [N, K]."""
+        """The norm over all ``layers`` of each slot's part of the residual, [N, K]."""
         return torch.einsum("nkr,krd->nkd", self.ways(w, words), self._weight("move")).norm(dim=-1)
 
     def ways(self, w: Tensor, words: Tensor) -> Tensor:
-        """Where each slot goes, from where it is, and how much of the words it has [N, K, r + 1]."""
+        """``sum_t a_tk [B c_t - C_k w, 1]`` of each slot [N, K, r + 1], see :class:`WordMapper`."""
         a = self.shares(words)
         said = torch.einsum("ntk,ntr->nkr", a, words.chunk(2, -1)[1] @ self._weight("target"))
         here = torch.einsum("nd,dkr->nkr", w[:, self.layers].flatten(1), self._weight("place"))
@@ -222,10 +223,10 @@ class Slots(nn.Module):
 
     @torch.no_grad()
     def silence(self, silent: Tensor, spoken: Tensor) -> None:
-        """Words that no prompt of these slots has ask for nothing of them: exactly, not only nearly.
+        """Make the slots ignore the words ``silent``, which none of their prompts contains.
 
-        The smallest change of S and B that gives the embeddings ``silent`` [A, E / 2] to no slot and no
-        target, and leaves what ``spoken`` [B, E / 2] do as it is.
+        S and B change as little as possible (least squares). For the embeddings ``silent`` [n, E / 2] the
+        logit of "none" rises by 20 and the target becomes 0. For ``spoken`` [m, E / 2] both stay.
         """
         known = torch.cat([silent, spoken]).double()
         solve = torch.linalg.pinv(known, rtol=1e-2)
@@ -242,17 +243,18 @@ class Slots(nn.Module):
 
 
 class WordMapper(Mapper):
-    """A mapper that reads word by word, so that it can do what no single prompt of its training said.
+    """A mapper that reads word by word, so that it can follow combinations that no training prompt contains.
 
-    Of each word there is e_t, what it means, and c_t, what was said before it, see
-    :meth:`.ClipGuide.encode_words`. K slots, which learn to be parts, share the words out, and each moves
-    what it has learned to move:
+    Each word has a meaning e_t and a context c_t, the words before it, see :meth:`.ClipGuide.encode_words`.
+    The words are divided among K slots. Each slot learns to edit one part of the picture, and the residual is
+    the sum of their edits:
 
         delta = sum_t sum_k a_tk [B c_t - C_k w, 1] U_k,    a_t = softmax(S e_t) over the slots and "none",
 
-    where B c_t [r] is where the part should go, C_k w [r] where it is, and U_k [r + 1, D of the layers] how
-    it moves. A colour learned with one part serves all; two claims in a sentence add up. The fine level has
-    slots of its own, and so have coarse and medium together.
+    where B c_t [r] is the target of the part, C_k w [r] is its present state, and U_k [r + 1, L' D] turns the
+    difference into a change of the slots' L' layers. The coarse and medium levels share one set of slots, and
+    the fine level has another. All slots of a set share B, so a colour learned with one part serves all
+    parts. Two requests in a sentence add up.
     """
 
     def __init__(self, config: MapperConfig):
@@ -269,11 +271,11 @@ class WordMapper(Mapper):
             group.reset(generator)
 
     def read(self, clip: ClipGuide, texts: str | Sequence[str]) -> Tensor:
-        """The words [P, T, E] of P prompts."""
+        """The ``text_feature`` of P prompts: their words [P, T, E], see :meth:`.ClipGuide.encode_words`."""
         return clip.encode_words(texts)
 
     def busiest(self, w: Tensor, words: Tensor) -> "WordMapper":
-        """A mapper of those slots alone that move ``w`` most by ``words``: they draw, or they colour."""
+        """A mapper with only the set of slots that changes ``w`` most for ``words``."""
         group = max(self.groups, key=lambda group: float(group(w, words).square().mean()))
         of = level_slices(self.config.split)
         levels = tuple(name for name in self.config.levels if of[name].start in group.layers)

@@ -1,7 +1,8 @@
 """The generator of StyleGAN2, config-f.
 
-"Analyzing and Improving the Image Quality of StyleGAN", Karras et al. 2020. One class for NVIDIA's,
-rosinality's and our own checkpoints. N images, R = resolution, L = num_ws = 2 log2(R) - 2 layers, D = w_dim.
+"Analyzing and Improving the Image Quality of StyleGAN", Karras et al. 2020. :class:`Generator` is for
+NVIDIA's, rosinality's and our own checkpoints. N images, R = resolution, L = num_ws = 2 log2(R) - 2 layers,
+D = w_dim.
 """
 
 import copy
@@ -14,11 +15,11 @@ from torch import Tensor, nn
 from cfclip.models import ops
 
 Noise = str | Sequence[Tensor]
-"""Noise maps: "const" (those that are stored), "random", "none", or one tensor per convolution."""
+"""Noise maps: "const" (the stored maps), "random", "none", or one tensor per convolution."""
 Classes = int | Sequence[int] | Tensor
-"""Of N pictures: one number for all, N numbers, or the labels themselves as floats [c_dim] or [N, c_dim]."""
+"""Classes of N pictures: one number for all, N numbers, or label vectors as floats, [c_dim] or [N, c_dim]."""
 HALF_FROM = 32
-"""The lowest resolution that half precision is used for: smaller layers cost little and feed all others."""
+"""The lowest resolution in half precision: smaller layers cost little, but their errors reach all others."""
 
 
 class EqualLinear(nn.Module):
@@ -66,10 +67,10 @@ class StyledConv(nn.Module):
         self._kept: tuple[tuple, ops.Prepared] | None = None
 
     def prepared(self, dtype: torch.dtype, fir: Tensor | None) -> ops.Prepared:
-        """The prepared weights: made once while they are frozen, at every call while they are trained.
+        """The prepared weights: cached if they are frozen, computed at every call if they are trained.
 
-        Frozen weights may be changed in place or replaced, but writing through ``weight.data`` leaves the
-        cached kernel stale.
+        Frozen weights may be changed in place or replaced. A change through ``weight.data`` is not noticed
+        and leaves the cached kernel stale.
         """
         if self.weight.requires_grad or self.weight.is_inference():
             return ops.prepare(self.weight * self.scale, fir, dtype)
@@ -78,7 +79,7 @@ class StyledConv(nn.Module):
             state += fir.data_ptr(), fir._version, ops.folds(self.weight, fir, dtype)
         kept = self._kept  # read once: another thread may replace it at any time
         if kept is None or kept[0] != state:
-            with torch.inference_mode(False):  # an inference tensor could never be trained through
+            with torch.inference_mode(False):  # autograd cannot save an inference tensor
                 kept = self._kept = state, ops.prepare(self.weight * self.scale, fir, dtype)
         return kept[1]
 
@@ -87,12 +88,13 @@ class StyledConv(nn.Module):
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_kept": None}  # a copy prepares its own
+        return self.__dict__ | {"_kept": None}  # a copy prepares its own weights
 
     def forward(self, x: Tensor, style: Tensor, fir: Tensor, e: ops.Epilogue) -> ops.LayerOutput:
         """x: [N, in, r, r], already multiplied by ``style`` [N, in] in the previous layer.
 
-        e: noise (before its strength), clamp, styles and RGB weights of the layers that read the output.
+        e: noise (not yet multiplied by its strength), clamp, and styles and RGB weights of the layers that
+            read the output.
         """
         noise = None if e.noise is None else e.noise * self.noise_strength
         fir = fir if self.up else None
@@ -101,7 +103,7 @@ class StyledConv(nn.Module):
 
 
 class ToRGB(nn.Module):
-    """Modulated 1x1 convolution to RGB, without demodulation; the layer before it computes the sum."""
+    """Modulated 1x1 convolution to RGB, without demodulation; the previous layer computes the convolution."""
 
     def __init__(self, in_ch: int, w_dim: int):
         super().__init__()
@@ -111,7 +113,7 @@ class ToRGB(nn.Module):
         self.scale = 1 / math.sqrt(in_ch)
 
     def forward(self, x: Tensor, clamp: float | None) -> Tensor:
-        """x: the convolution's sum [N, 3, H, W]."""
+        """x: the convolution's result [N, 3, H, W]."""
         return ops.bias_act(x, self.bias, slope=1, gain=1, clamp=clamp)
 
 
@@ -125,7 +127,7 @@ class Generator(nn.Module):
         mapping_layers: depth of the mapping network.
         fir: taps of the (separable) resampling filter, or the 2-D filter itself.
         conv_clamp: largest absolute value of a layer's output (NVIDIA); None: no limit.
-        c_dim: number of classes of a class-conditional generator; 0: it has none.
+        c_dim: number of classes; 0: the generator is not class-conditional.
     """
 
     def __init__(
@@ -150,7 +152,7 @@ class Generator(nn.Module):
             )
         self.resolution, self.channels, self.z_dim, self.w_dim = resolution, tuple(channels), z_dim, w_dim
         self.mapping_layers, self.conv_clamp, self.num_ws = mapping_layers, conv_clamp, 2 * levels
-        self.c_dim, self.label = c_dim, None  # of the pictures; see for_class
+        self.c_dim, self.label = c_dim, None  # label: the default class, see for_class
         if c_dim:
             self.embed = EqualLinear(c_dim, w_dim)
         first = z_dim + w_dim if c_dim else z_dim
@@ -185,7 +187,8 @@ class Generator(nn.Module):
     ) -> Tensor:
         """z [N, z_dim] -> w [N, L, D]; see :meth:`truncate` for psi = ``truncation``.
 
-        c: the classes, see :data:`Classes`; ValueError without one, if the generator is class-conditional.
+        c: the classes, see :data:`Classes`; default: the class of :meth:`for_class`. Raises ValueError if a
+            class-conditional generator has neither, and for classes that this generator does not have.
         """
         w = self.map_one(z, c)[:, None].repeat(1, self.num_ws, 1)
         return self.truncate(w, truncation, truncation_cutoff)
@@ -200,7 +203,7 @@ class Generator(nn.Module):
         return x
 
     def _labels(self, c: Classes | None, n: int) -> Tensor | None:
-        """The labels [n, c_dim] of ``c``, one-hot if it is numbers; None of a generator without classes."""
+        """The labels [n, c_dim] of ``c``, one-hot for class numbers; None if the generator has no classes."""
         c = self.label if c is None else c
         if not self.c_dim:
             if c is not None:
@@ -217,7 +220,7 @@ class Generator(nn.Module):
             c = torch.as_tensor(c)
         except (TypeError, ValueError, RuntimeError):
             raise ValueError(f"classes must be {needed}, not {c!r}") from None
-        if c.is_floating_point():  # not only one-hot: labels may be mixed
+        if c.is_floating_point():  # need not be one-hot: classes may be mixed
             if c.shape not in ((self.c_dim,), (n, self.c_dim)) or not c.isfinite().all():
                 shapes = f"[{self.c_dim}] or [{n}, {self.c_dim}]"
                 raise ValueError(f"labels must be finite, of shape {shapes}, not of shape {list(c.shape)}")
@@ -229,7 +232,7 @@ class Generator(nn.Module):
         return nn.functional.one_hot(c.long(), self.c_dim).to(self.embed.weight).expand(n, -1)
 
     def for_class(self, label: int) -> "Generator":
-        """The same generator, sharing all weights, that takes class ``label`` where none is given."""
+        """A copy that shares all weights and uses class ``label`` where none is given."""
         if not isinstance(label, int) or isinstance(label, bool):
             raise ValueError(f"label must be a whole number, the class, not {label!r}")
         self._labels(label, 1)
@@ -238,7 +241,7 @@ class Generator(nn.Module):
         return chosen
 
     def every_class(self, n: int) -> Tensor | None:
-        """A class for each of ``n`` samples, all equally often: for means over all it can draw. Or None."""
+        """Class numbers [n], each class in turn, for means over all classes; None if there are no classes."""
         return torch.arange(n) % self.c_dim if self.c_dim else None
 
     def truncate(self, w: Tensor, psi: float, cutoff: int | None = None) -> Tensor:
@@ -268,8 +271,8 @@ class Generator(nn.Module):
         """w [N, L, D] -> images [N, 3, R, R], nominally in [-1, 1].
 
         noise: see :data:`Noise`; tensors must be broadcastable to [N, 1, r, r].
-        dtype: of the convolutions (default: that of ``w``). Half precision is used from :data:`HALF_FROM`
-        pixels on; the image is at least float32.
+        dtype: of the convolutions (default: that of ``w``). Half precision starts at resolution
+        :data:`HALF_FROM`; the image is at least float32.
         """
         return self.synthesis_from_styles(self.style_space(w), noise, dtype)
 
@@ -287,7 +290,7 @@ class Generator(nn.Module):
             raise ValueError(f"all styles must be for the same number of images, not for {counts}")
         n, dtype, styles, image = styles[0].shape[0], dtype or styles[0].dtype, list(styles), None
         const = self.const[None].expand(n, -1, -1, -1).to(styles[0].dtype if dtype in ops.HALF else dtype)
-        x = ops.modulate(const, styles[0])  # as each layer does for the convolution that reads it
+        x = ops.modulate(const, styles[0])  # each layer multiplies its output by the style of its reader
         for i, conv in enumerate(self.convs):
             style, rgb = styles.pop(0), None
             if i % 2 == 0:

@@ -15,7 +15,7 @@ MEAN_BGR = (0.40760392, 0.45795686, 0.48501961)
 
 
 class VGG19(nn.Module):
-    """[N, 3, H, W] in [-1, 1] -> [N, 512, H/16, W/16], after ReLU. Parameter names of ``vgg19_conv.pth``."""
+    """[N, 3, H, W] in [-1, 1] -> [N, 512, H/16, W/16], after ReLU. Parameters as in ``vgg19_conv.pth``."""
 
     def __init__(self):
         super().__init__()

@@ -41,13 +41,16 @@ _NOUNS: dict[str, tuple[str, ...]] = {
     "glasses": ("glasses", "glasses", "glasses", "spectacles"),
     "shirt": ("shirt", "shirt", "shirt", "sweater", "t-shirt"),
 }
-"""Words for a part, as often as they are used; the first is the plainest. The drawn beard has a moustache."""
+"""Part -> nouns for it, repeated in proportion to their use; the first is the plainest.
+
+The drawn beard includes a moustache.
+"""
 
 _SAME = {
     "grey": ("grey", "gray"), "blonde": ("blonde", "blond"), "purple": ("purple", "purple", "violet"),
     "cyan": ("cyan", "cyan", "turquoise"), "tan": ("tan", "tanned"),
 }  # fmt: skip
-"""Colour -> words that mean the same, as often as they are used."""
+"""Colour -> words for it, repeated in proportion to their use."""
 
 _WORDINGS: dict[Fact, tuple[tuple[str, str], ...]] = {
     ("style", "short"): (("with", "short hair"),),
@@ -74,22 +77,22 @@ _WORDINGS: dict[Fact, tuple[tuple[str, str], ...]] = {
     ("smile", "yes"): (*(3 * (("before", "smiling"),)), *(2 * (("with", "a smile"),))),
     ("smile", "no"): (*(3 * (("after", "not smiling"),)), ("with", "no smile"), ("without", "a smile")),
 }  # fmt: skip
-"""Fact -> how it is said, and in which place of a sentence, as often as it is so."""
+"""Fact -> pairs (place in the sentence, words), repeated in proportion to their use."""
 
 _OF_A_PERSON = ("blonde", "blond", "ginger")
-"""Of their hair: "a blonde woman" has blonde hair, "a green woman" has not green hair."""
+"""Hair colours that can describe a person: "a blonde woman" has blonde hair, "a green woman" need not."""
 
 _COUNTS = (0, *(16 * (1,)), *(7 * (2,)), *(4 * (3,)), *(2 * (4,)), 5, 6)
-"""Of claims, as often as they occur."""
+"""Numbers of claims in a caption, repeated in proportion to their frequency."""
 
 SMILING, SERIOUS = 0.5, 0.3
-"""A face smiles from the first on, does not below the second, and is neither between them."""
+"""A face smiles above the first number and does not smile below the second; in between it is undecided."""
 
 
 def shape_facts(face: Face) -> tuple[set[Fact], set[Fact]]:
-    """(true, known): what is true of the shapes of ``face``, and of which facts about them that is certain.
+    """(true, known): the shape facts that are true of ``face``, and those whose truth is certain.
 
-    Whoever has short hair and no beard may be a man or a woman, and half a smile may be one or none.
+    A face with short or curly hair and no beard may be a man or a woman. Half a smile is undecided.
     """
     true = {("style", face.hair_style)}
     if face.has_beard or face.hair_style == "bald":
@@ -104,28 +107,28 @@ def shape_facts(face: Face) -> tuple[set[Fact], set[Fact]]:
 
 
 def colour_facts(face: Face) -> set[Fact]:
-    """The colours of all parts of ``face``, also of those that it does not show."""
+    """The colours of all parts of ``face``, including parts that it does not have."""
     return {(part, getattr(face, part).name) for part in PARTS}
 
 
 def facts_of(face: Face) -> set[Fact]:
-    """Everything true of ``face`` that a caption can say; no colour of a part that it has not."""
+    """All facts true of ``face`` that a caption can claim, without colours of parts that it does not have."""
     return shape_facts(face)[0] | {fact for fact in colour_facts(face) if face.has(fact[0])}
 
 
 def fact_vector(facts: Collection[Fact]) -> np.ndarray:
-    """Multi-hot bool [len(FACTS)]."""
+    """``facts`` as a multi-hot vector, bool [len(FACTS)]."""
     return np.array([fact in facts for fact in FACTS])
 
 
 def matches(true: Tensor, known: Tensor, claims: Tensor) -> tuple[Tensor, Tensor]:
-    """Of which face is which caption true, and of which is it false? All else is unknown.
+    """Which captions are true of which faces, and which are false; the other pairs are unknown.
 
     Args:
-        true, known: facts that are true of face n, and facts of which it is known whether they are. [N, F]
-        claims: of caption m. [M, F], bool as the others.
+        true, known: bool [N, F]: the facts that are true of face n, and the facts whose truth is known.
+        claims: bool [M, F]: the facts that caption m claims.
 
-    Returns bool [N, M] twice: all claims are true; at least one is known not to be.
+    Returns two bool [N, M]: all claims are true of the face; at least one is known to be false.
     """
     claimed = claims.float().t()
     holds = (~true).float() @ claimed == 0
@@ -137,7 +140,7 @@ def _pick(rng: np.random.Generator, options: Sequence[T]) -> T:
 
 
 def phrase(part: str, colour: str, rng: np.random.Generator | None = None) -> str:
-    """ "green lipstick", or with ``rng`` perhaps "green lips"; without ``rng`` the plainest wording."""
+    """A coloured part in words: the plainest, "green lipstick", or with ``rng`` perhaps "green lips"."""
     if rng is None:
         return f"{colour} {_NOUNS[part][0]}"
     return f"{_pick(rng, _SAME.get(colour, (colour,)))} {_pick(rng, _NOUNS[part])}"
@@ -147,10 +150,11 @@ def phrase(part: str, colour: str, rng: np.random.Generator | None = None) -> st
 
 
 def caption(facts: Collection[Fact], rng: np.random.Generator) -> tuple[str, set[Fact]]:
-    """A caption that claims some of ``facts``, and the facts it claims: 0 to 6, half of the time one.
+    """A caption that claims some of ``facts``, and the facts that it claims.
 
-    Bare ("green lips and no beard"), of a person ("a smiling woman with long blue hair"), or in a template of
-    CLIP.
+    It claims 0 to 6 facts, half of the time one, and sometimes also a hair style or "man" or "woman". It is
+    bare ("green lips and no beard") or has a subject ("a smiling woman with long blue hair"). Most captions
+    are put into a template of CLIP.
     """
     count = _pick(rng, _COUNTS)
     weighted = [
@@ -220,7 +224,7 @@ _PART_OF = {noun: part for part, nouns in _NOUNS.items() for noun in nouns}
 _COLOUR_OF = {name: name for name in COLOUR_NAMES} | {
     word: name for name, words in _SAME.items() for word in words
 }
-_SAID = {  # word -> what it says, and what its denial says
+_SAID = {  # word -> the fact that it claims, and the fact that its denial claims
     "bald": (("style", "bald"), None), "bob": (("style", "bob"), None), "curls": (("style", "curly"), None),
     "bearded": (("beard?", "yes"), ("beard?", "no")), "beardless": (("beard?", "no"), None),
     "clean-shaven": (("beard?", "no"), None), "smiling": (("smile", "yes"), ("smile", "no")),
@@ -231,7 +235,7 @@ _PEOPLE = ("face", "person", "man", "woman")
 
 
 def claims_of(prompt: str) -> set[Fact]:
-    """Every fact that ``prompt`` names: colours of parts, styles, what is there and what is not.
+    """Every fact that ``prompt`` claims: colours, hair style, person, and what is present or absent.
 
     "a man with long grey hair and no glasses" -> ("person", "man"), ("style", "long"), ("hair", "grey"),
     ("glasses?", "no").
@@ -240,7 +244,7 @@ def claims_of(prompt: str) -> set[Fact]:
     words = re.findall(r"[a-z]+(?:-[a-z]+)*|[^a-z\s]", text)
     claims: set[Fact] = set()
     for i, word in enumerate(words):
-        start = i  # of the adjectives before the word
+        start = i  # where the adjectives before the word start
         while start and (words[start - 1] in _COLOUR_OF or words[start - 1] in HAIR_STYLES):
             start -= 1
         adjectives = words[start:i]
@@ -265,7 +269,7 @@ def claims_of(prompt: str) -> set[Fact]:
 
 
 def _denied(before: Sequence[str]) -> bool:
-    """Whether what follows the words ``before`` is said not to be there."""
+    """Whether the words ``before`` deny the word that follows them, as "no" and "without" do."""
     rest = list(before)
     while rest and rest[-1] in ("a", "an", "any", "wearing"):
         rest.pop()

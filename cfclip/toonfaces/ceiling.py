@@ -31,7 +31,7 @@ _TWO_COLOURS = {
     "shirt": ("green", "purple"),
 }
 PROMPTS: tuple[str, ...] = tuple(phrase(part, colour) for part in PARTS for colour in _TWO_COLOURS[part])
-"""Two prompts for each part; colours that the generator never drew, where there are such."""
+"""Two prompts per part. The generator was never trained on these colours, except those of the shirt."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Start:
     natural: Tensor  # renders [N, 3, R, R] in [-1, 1]
     wanted: Tensor  # the same renders with the part recoloured
     w: Tensor  # codes whose pictures are closest to ``natural`` [N, L, D]
-    w_edited: Tensor  # codes closest to ``wanted`` from ``first_layer`` on; before it as ``w``
+    w_edited: Tensor  # closest to ``wanted``; equal to ``w`` in the layers before ``first_layer``
 
 
 def starts(
@@ -55,9 +55,9 @@ def starts(
 ) -> Iterator[Start]:
     """One :class:`Start` per prompt, of ``n`` natural faces that have its part.
 
-    ``w`` is optimised to the render in all layers, ``w_edited`` from there to the recoloured render in the
-    layers from ``first_layer`` on; ``steps`` of Adam each. Raises ValueError if a prompt does not name the
-    colour of a part, or if there is no such layer.
+    ``w`` is optimised in all layers to draw the render. From there ``w_edited`` is optimised to draw the
+    recoloured render, in the layers from ``first_layer`` on. Each takes ``steps`` of Adam. Raises ValueError
+    if a prompt does not name the colour of exactly one part, or if ``first_layer`` does not exist.
     """
     claims = [claim_of(prompt) for prompt in prompts]
     if None in claims:
@@ -73,7 +73,7 @@ def starts(
         faces = tuple(islice((face for face in everyone if face.has(part)), n))
         recoloured = [face.with_colour(part, colour) for face in faces]
         natural, wanted = (pictures(group, g.resolution).to(domain.device) for group in (faces, recoloured))
-        if faces not in sources:  # most parts are asked of the same faces
+        if faces not in sources:  # most parts have the same faces
             centre = g.w_avg.expand(n, g.num_ws, -1)
             sources[faces] = _fit(domain, natural, _weights(faces, g.resolution), centre, 0, steps)
         w, weights = sources[faces], _weights(faces, g.resolution, part)
@@ -81,22 +81,22 @@ def starts(
 
 
 def _weights(faces: Sequence[Face], resolution: int, part: str | None = None) -> Tensor:
-    """What a pixel's error counts [N, 1, R, R]: each of the parts as much, lips as much as the background.
+    """Weights of the pixels' errors [N, 1, R, R]: each part has the same total, whether lips or background.
 
-    With ``part`` there are only two: it and the rest.
+    With ``part`` there are only two parts: this one and the rest.
     """
     masks = torch.from_numpy(np.stack([render(face, resolution).masks for face in faces]))
     if part is not None:
         masks = masks[:, [MASKS.index(part)]]
         masks = torch.cat([masks, 1 - masks], 1)
     share = masks.mean((2, 3), keepdim=True)
-    return (masks / share.clamp_min(0.002)).sum(1, keepdim=True)  # a part of a few pixels is no whole part
+    return (masks / share.clamp_min(0.002)).sum(1, keepdim=True)  # a part of a few pixels counts less
 
 
 def _fit(
     domain: Domain, target: Tensor, weights: Tensor, start: Tensor, first_layer: int, steps: int
 ) -> Tensor:
-    """Codes [N, L, D] that draw ``target`` (weighted L1): ``start``, moved from ``first_layer`` on."""
+    """Optimise ``start`` from ``first_layer`` on to draw ``target`` (weighted L1); codes [N, L, D]."""
     weights, dtype = weights.to(target), fast_dtype(domain.device)
 
     def loss(i: int, w: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ def descend(
 ) -> Tensor:
     """Codes after ``steps`` of Adam from ``start`` [N, L, D], in the layers from ``first_layer`` on.
 
-    lr: of the share of the steps that are done; loss: of step i and the codes, a scalar.
+    lr: share of the steps that are done -> learning rate; loss: (step i, codes) -> scalar.
     """
     fixed, free = start[:, :first_layer], start[:, first_layer:].clone().requires_grad_()
     optimizer = torch.optim.Adam([free])
@@ -128,17 +128,17 @@ def descend(
 
 
 def means(columns: Columns) -> dict[str, float]:
-    """Column -> mean of the numbers in it; NaN without any."""
+    """Column -> mean of its numbers without NaN; NaN if there are none."""
     return {name: float(pd.Series(values).mean()) for name, values in columns.items()}
 
 
 def ceiling(domain: Domain, prompts: Sequence[str] = PROMPTS, n: int = 12, **options: int) -> list[dict]:
     """Metrics of the closest picture to the true counterfactual, means over ``n`` faces; a row per prompt.
 
-    ``options``: see :func:`starts`. The source is what the generator makes of the natural render, so that the
+    ``options``: see :func:`starts`. The source is the generator's version of the natural render, so that the
     scores describe the edit and not the inversion. ``true_success_after``, ``true_leakage`` and
-    ``true_identity`` are of the renders themselves: no editor can be asked for less leakage than that, or
-    more identity.
+    ``true_identity`` are measured on the renders themselves: no editor can be expected to leak less, or to
+    keep more of the identity.
     """
     rows = []
     for start in starts(domain, prompts, n, **options):
@@ -154,7 +154,7 @@ def ceiling(domain: Domain, prompts: Sequence[str] = PROMPTS, n: int = 12, **opt
 def write_ceiling(
     path: Path, prompts: Sequence[str], n: int, steps: int, seed: int, first_layer: int, folder: Path
 ) -> Path:
-    """Write the :func:`ceiling` of the networks of ``folder`` as a Markdown table, with their mean below."""
+    """Write the :func:`ceiling_table` of the networks in ``folder`` as a Markdown page."""
     rows = ceiling(load_toonfaces(folder), prompts, n, steps=steps, seed=seed, first_layer=first_layer)
     note = (
         f"W+ optimised to held-out renders ({steps} steps of Adam, all layers), then to the same renders "
@@ -168,7 +168,7 @@ def write_ceiling(
 
 
 def ceiling_table(rows: Sequence[dict]) -> pd.DataFrame:
-    """The rows of :func:`ceiling` for people, and below them their mean."""
+    """The rows of :func:`ceiling` as a table to read. The last row has their means, and the sum of ``n``."""
     every = pd.DataFrame(rows).rename(columns={"success_after": "success"})
     every["leakage_beyond"] = every.leakage - every.true_leakage
     leakage = ["leakage", "true_leakage", "leakage_beyond"]

@@ -19,7 +19,7 @@ class KnownWords(nn.Module):
     """Token embedding with one row per token of our captions, and one row for all other tokens.
 
     open_clip's table has 49 408 rows; it would be most of the file, and untrained except for these few rows.
-    ``words``: the words of our captions, to suggest one for an unknown word.
+    ``words``: the words of our captions; a similar one can be suggested for an unknown word.
     """
 
     def __init__(self, tokens: Tensor, width: int, words: Sequence[str] = ()):
@@ -34,7 +34,7 @@ class KnownWords(nn.Module):
         return torch.where(self.tokens[row] == tokens, row, len(self.tokens))
 
     def knows(self, tokens: Sequence[int]) -> bool:
-        """Whether each of ``tokens`` is one of our captions'."""
+        """Whether all of ``tokens`` occur in our captions."""
         return set(tokens) <= set(self.tokens.tolist())
 
     def forward(self, tokens: Tensor) -> Tensor:

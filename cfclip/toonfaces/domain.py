@@ -1,4 +1,4 @@
-"""The embedded domain, from the weights committed in ``data/toonfaces``; a wheel takes them along."""
+"""Loads the embedded domain from the weights committed in ``data/toonfaces``; a wheel includes them."""
 
 import warnings
 from collections.abc import Callable
@@ -23,9 +23,9 @@ from cfclip.toonfaces.readout import Readout
 from cfclip.toonfaces.truth import ToonTruth
 
 COLOURING = 4
-"""The first layer of W+ that colours; those before it draw (``GeneratorConfig.colouring``)."""
+"""The first layer of W+ that colours; the layers before it draw (``GeneratorConfig.colouring``)."""
 LEVEL_SPLIT = (2, COLOURING)
-"""By what the ten layers do: fine are those that colour."""
+"""The first medium and the first fine layer, of ten; the fine layers are those that colour."""
 PROMPTS = ("green lipstick", "purple eyebrows", "blue hair", "blue skin", "red lipstick", "blonde hair")
 
 NETWORKS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
@@ -36,18 +36,21 @@ NETWORKS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "guide2": lambda config: clip.build(config["model"]),
     "heldout_clip": lambda config: clip.build(config["model"]),
 }
-"""File name without its ending -> the network of a header's configuration; the others: generator, mappers."""
+"""File name without suffix -> how to make its network from the configuration in the file's header.
+
+The other files hold a generator or a mapper, see :func:`load_network`.
+"""
 REQUIRED = ("generator", "clip", "identity", "readout")
 CHECKSUMS = "checksums.json"
-"""File of a folder of networks: path in the folder -> sha256."""
+"""A file in the folder of the networks: path in the folder -> sha256."""
 CONFIDENCE = "confidence.json"
-"""File of a folder of networks: how sure its mapper may be, see ``train.multi.calibration``."""
+"""A file in the folder of the networks: how often its mapper succeeds, see ``train.multi.calibration``."""
 RECORD = "if you made this file yourself, run 'cfclip toonfaces measure', which records it"
 HOW = "install cfclip again, or let CFCLIP_DATA name a folder with toonfaces/, as the repository's data/ is"
 
 
 def load_network(path: Path) -> nn.Module:
-    """The network in the weight file ``path``, told by its name. Raises WeightsError."""
+    """Load the weight file ``path``; its name says which network it holds. Raises WeightsError."""
     if path.stem not in NETWORKS:
         return load_generator(path) if path.stem == "generator" else load_mapper(path)
     tensors, config, _ = weights.read(path, path.stem)
@@ -61,7 +64,7 @@ def load_network(path: Path) -> nn.Module:
 
 
 def record(folder: Path = DATA / "toonfaces", *names: str) -> Path:
-    """Write the checksums of the networks ``names`` in ``folder``, or of all files, for :func:`check`."""
+    """Write the checksums of the networks ``names`` in ``folder`` (default: all files), for :func:`check`."""
     paths = [folder / f"{name}.safetensors" for name in names] or sorted(folder.rglob("*.safetensors"))
     new = {path.relative_to(folder).as_posix(): sha256(path) for path in paths}
     known = read_object(folder / CHECKSUMS) if names else {}
@@ -69,7 +72,7 @@ def record(folder: Path = DATA / "toonfaces", *names: str) -> Path:
 
 
 def check(folder: Path = DATA / "toonfaces") -> list[Row]:
-    """One row per file of ``folder``, which is opened and compared with its checksum, or is missing."""
+    """One row per network of ``folder``: whether its file exists, opens and has the recorded checksum."""
     paths = {path.stem: path for path in sorted(folder.rglob("*.safetensors"))}
     checksums, rows = folder / CHECKSUMS, []
     known = read_object(checksums)
@@ -93,7 +96,7 @@ def check(folder: Path = DATA / "toonfaces") -> list[Row]:
 
 
 def load_toonfaces(folder: Path = DATA / "toonfaces") -> Domain:
-    """All networks of ``folder``, on the CPU. Raises WeightsError.
+    """The domain made of all networks in ``folder``, on the CPU. Raises WeightsError.
 
     An encoder or a mapper trained for other networks than those of ``folder`` is left out, with a warning.
     """
@@ -117,7 +120,7 @@ def load_toonfaces(folder: Path = DATA / "toonfaces") -> Domain:
         source_text="face",
         prompts=PROMPTS,
         level_split=LEVEL_SPLIT,
-        perceptual=nn.Identity(),  # VGG19 was trained on photographs
+        perceptual=nn.Identity(),  # the pixels; VGG19 was trained on photographs
         encoder=encoder,
         more_guides=(guides["guide2"],) if "guide2" in guides else (),
         heldout_clip=guides.get("heldout_clip"),

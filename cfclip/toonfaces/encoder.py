@@ -10,13 +10,15 @@ from cfclip.models.stylegan2 import Generator
 
 
 class ToonEncoder(nn.Module):
-    """``w_l = w_avg + s (base + offset_l)``, offset_0 = 0. Photos [N, 3, S, S] in [-1, 1] -> W+ [N, L, D].
+    """Photos [N, 3, S, S] in [-1, 1] -> W+ [N, L, D].
+
+    ``w_l = w_avg + s (base + offset_l)`` with offset_0 = 0; s is the spread of W, ``w_spread``.
 
     Args:
         image_size: S, a multiple of 2^stages.
         num_ws, w_dim: L and D.
         stages: (in, out, units) per stage of the IR-SE body; each starts with stride 2.
-        width: of the code from which base and offsets are computed.
+        width: width of the code from which base and offsets are computed.
     """
 
     def __init__(self, image_size: int, num_ws: int, w_dim: int, stages: Sequence[Sequence[int]], width: int):
@@ -39,7 +41,7 @@ class ToonEncoder(nn.Module):
         return sizes | {"stages": [list(s) for s in self.stages], "width": self.width}
 
     def fits(self, generator: Generator) -> bool:
-        """Whether it was trained for this generator: the same ``w_avg``, to the precision of float16."""
+        """Whether it was trained for this generator: same L, D and, to float16 precision, ``w_avg``."""
         if (self.num_ws, self.w_dim) != (generator.num_ws, generator.w_dim):
             return False
         return torch.allclose(self.w_avg, generator.w_avg, rtol=2e-3, atol=1e-3 * self.w_spread.item())
@@ -48,7 +50,10 @@ class ToonEncoder(nn.Module):
         return self.unlocked(images, self.num_ws)[0]
 
     def unlocked(self, images: Tensor, layers: int) -> tuple[Tensor, Tensor]:
-        """-> W+ [N, L, D] with offsets in the first ``layers`` layers only; the offsets, in units of s."""
+        """W+ [N, L, D] with offsets in the first ``layers`` layers only; offsets [N, L - 1, D] in units of s.
+
+        Raises ValueError for photos of another shape.
+        """
         if images.shape[1:] != (3, self.image_size, self.image_size):
             raise ValueError(
                 f"the encoder needs photos of shape [N, 3, {self.image_size}, {self.image_size}], "

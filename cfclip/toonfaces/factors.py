@@ -1,8 +1,8 @@
 """The factors of a toon face: what varies, in which range, and the names of the colours.
 
 Every colour factor has a *natural* support, on which the generator is trained, and a *counterfactual* one,
-which only CLIP, the identity network and the readout see in training. Shirts have any of the named colours
-and backgrounds any hue in both.
+which only CLIP, the identity network and the readout see in training. In both supports a shirt has any of the
+named colours, and a background has any hue.
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -41,15 +41,15 @@ NATURAL: dict[str, dict[str, RGB]] = {
 }  # fmt: skip
 """part -> colour name -> RGB that the generator is trained on. Natural brows and beards follow the hair.
 
-In an order in which what lies between two neighbours has a natural name too: a mapping network is smooth, so
-it passes through what is between.
+The order matters: a mixture of two neighbours also has a natural name. A mapping network is smooth, so it
+passes through such mixtures.
 """
 
 COUNTERFACTUAL: dict[str, dict[str, RGB]] = {
     part: {name: rgb for name, rgb in _VIVID.items() if name not in natural}
     for part, natural in NATURAL.items()
 }
-"""part -> colour name -> RGB that the generator never sees. A shirt may have any colour, so it has none."""
+"""part -> colour name -> RGB that the generator never sees. A shirt has none: all its colours are natural."""
 
 PARTS: tuple[str, ...] = tuple(NATURAL)
 """The parts whose colour a prompt can name."""
@@ -141,20 +141,20 @@ class Face:
         return replace(self, **{name: getattr(other, name) for name in COLOURED})
 
     def of_person(self, other: "Face") -> "Face":
-        """This picture, if the person of ``other`` were on it."""
+        """This picture with the person of ``other`` on it: their :data:`IDENTITY_FACTORS`."""
         return replace(self, **{name: getattr(other, name) for name in IDENTITY_FACTORS})
 
 
 _LIMITS = {one.name: one.metadata["limits"] for one in fields(Face) if "limits" in one.metadata}
 
 COLOURED: tuple[str, ...] = (*PARTS, "background")
-"""Everything that has a colour of its own, in the order of :func:`colour_array`."""
+"""Everything with a separate colour, in the order of :func:`colour_array`."""
 
 GEOMETRY: tuple[str, ...] = tuple(one.name for one in fields(Face) if one.metadata.get("person"))
-"""The lengths that all pictures of a person share."""
+"""The numbers that all pictures of a person share."""
 
 IDENTITY_FACTORS: tuple[str, ...] = ("hair_style", *GEOMETRY)
-"""The factors that all pictures of a person share, and no colour is among them; all else may differ."""
+"""The factors that all pictures of a person share. All other factors, such as colours, may differ."""
 
 
 def colour_array(face: Face) -> np.ndarray:
@@ -163,7 +163,7 @@ def colour_array(face: Face) -> np.ndarray:
 
 
 def shape_vector(face: Face) -> np.ndarray:
-    """What is no colour, in about [-1, 1]: styles and presence, geometry, pose. float32 [27]."""
+    """All factors except colours, in about [-1, 1]: styles and presence, geometry, pose. float32 [27]."""
     flags = [face.hair_style == style for style in HAIR_STYLES] + [face.has_beard, face.has_glasses]
     lengths = [(getattr(face, name) - low) / (high - low) for name, (low, high) in _LIMITS.items()]
     place = [face.shift[0] / 0.12 + 0.5, face.shift[1] / 0.1 + 0.5]
@@ -171,7 +171,7 @@ def shape_vector(face: Face) -> np.ndarray:
 
 
 def geometry(face: Face) -> list[float]:
-    """Each of :data:`GEOMETRY`, in [-1, 1]."""
+    """The values of :data:`GEOMETRY`, scaled to [-1, 1]."""
     limits = [_LIMITS[name] for name in GEOMETRY]
     pairs = zip(GEOMETRY, limits, strict=True)
     return [2 * (getattr(face, name) - low) / (high - low) - 1 for name, (low, high) in pairs]
@@ -213,10 +213,10 @@ def nearest_colour(part: str, rgb: RGB) -> str:
 
 
 def independent_colours(face: Face, rng: np.random.Generator) -> Face:
-    """``face`` with a natural colour of its own for every part, anywhere between two that have names.
+    """``face`` with an independent natural colour for every part: a mixture of two named ones.
 
-    Natural faces have few colours, and brows and beard follow the hair: who learns from them alone learns one
-    colour for three parts.
+    Natural faces have few colours, and brows and beard follow the hair. A network that learns from natural
+    faces alone learns one colour for three parts.
     """
 
     def draw(part: str) -> Colour:
@@ -233,7 +233,7 @@ def independent_colours(face: Face, rng: np.random.Generator) -> Face:
 
 
 class LatentDraws:
-    """Numpy's random numbers for :func:`sample_face`, from a code z [D]: draw k is the normal CDF of z_k."""
+    """Replaces numpy's generator in :func:`sample_face` by a code z [D]: draw k is the normal CDF of z_k."""
 
     def __init__(self, z: np.ndarray):
         self._u = iter(np.clip(ndtr(z), 1e-6, 1 - 1e-6))
@@ -252,8 +252,9 @@ class LatentDraws:
 def sample_face(seed: int | tuple[int, ...] | LatentDraws, support: str = "natural") -> Face:
     """A face; the same one for the same ``seed``.
 
-    support: "natural", on which the generator is trained, or "both": every colour factor is counterfactual
-        with probability ½, and eyebrows and beard do not follow the hair. Raises ValueError for any other.
+    support: "natural", on which the generator is trained, or "both": the colour of each part is replaced by a
+        counterfactual one with probability ½ (for a shirt by any), and by an independent natural one
+        with probability ¼: eyebrows and beard seldom follow the hair. Raises ValueError for any other.
     """
     if support not in ("natural", "both"):
         raise ValueError(f"support must be 'natural' or 'both', not {support!r}")

@@ -89,7 +89,7 @@ class Readout(nn.Module):
 
     @torch.no_grad()
     def measure(self, images: Tensor) -> Measurement:
-        """Segment and measure; the colours of the parts are those that :func:`unmix` finds."""
+        """Segment and measure the pictures; :func:`unmix` finds the colours of the parts."""
         images = images.clamp(-1, 1)
         n = at_once(images)
         batches = images.split(n)
@@ -107,14 +107,15 @@ class Readout(nn.Module):
 def unmix(images: Tensor, masks: Tensor, ridge: float = 0.003) -> Tensor:
     """Colours [N, P, C] of the parts: least squares of picture = sum over parts of mask x colour.
 
-    In a soft picture few pixels belong wholly to an iris, yet all are mixed as the masks say. For a part only
-    the pixels count that it has a share in, so that shades of a large part elsewhere do not.
+    In a soft picture few pixels belong wholly to an iris, but the masks say how each pixel is mixed. The fit
+    for a part counts only the pixels in which it has a share, so that shades of a large part elsewhere do not
+    count.
 
     Args:
         images: [N, C, H, W], linear in any unit.
         masks: shares of the parts in [0, 1], [N, P, H, W].
-        ridge: how strongly a colour is drawn towards the mean of what its part covers, where the masks leave
-            it open; relative to a part that is alone everywhere.
+        ridge: pulls a colour that the masks leave open towards the mean of the pixels that the part covers;
+            relative to the weight of a part that covers all of its pixels alone.
     """
     m, x = masks.flatten(2), images.flatten(2)  # [N, P, S], [N, C, S]
     near = m.square() / m.square().sum(2, keepdim=True).clamp_min(1e-6)
@@ -127,10 +128,10 @@ def unmix(images: Tensor, masks: Tensor, ridge: float = 0.003) -> Tensor:
 
 
 def soften(images: Tensor, masks: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """Pictures and what covers them, both out of focus, as a generator draws them.
+    """Blur pictures and their masks alike; a generator also draws slightly out of focus.
 
-    images: [N, C, H, W]; masks: [N, P, H, W]; sigma: of the Gaussian [N], in pixels, 0 for a sharp picture;
-    its window is 7 pixels wide. Returns the same shapes; masks that sum to one still do.
+    images: [N, C, H, W]; masks: [N, P, H, W]; sigma: that of the Gaussian [N] in pixels, 0 for a sharp
+    picture; its window is 7 pixels wide. Returns the same shapes; masks that sum to one still do.
     """
     taps = torch.arange(-3, 4, device=sigma.device)
     kernel = torch.exp(-0.5 * (taps / sigma.clamp_min(0.05)[:, None]) ** 2)

@@ -33,7 +33,7 @@ ERASABLE: dict[str, tuple[str, ...]] = {
     "eyes": ("eye_white", "eyes", "pupil"),
     "lipstick": ("lipstick", "mouth_line", "teeth"),
 }
-"""Parts that every face has, but an edit may lose -> the labels that go with them."""
+"""Parts that every face has but an edit may remove -> their labels."""
 
 _INDEX = {name: i for i, name in enumerate(LABELS)}
 _PART_OF_LABEL = np.array([MASKS.index(part) for part in LABELS.values()])
@@ -123,7 +123,7 @@ def _hair_front(canvas: _Canvas, face: Face) -> None:
     drop = {"short": -0.12, "curly": -0.16, "bob": 0.18, "long": 0.3}[face.hair_style]
     outer = _head(face, grow)
     outer = outer[outer[:, 1] < -0.02]
-    outer = outer[np.argsort(outer[:, 0])]  # left ear over the crown to the right ear
+    outer = outer[np.argsort(outer[:, 0])]  # from the left ear over the crown to the right ear
     part = face.parting * w
     right = [(w, drop), (w * 0.90, drop - 0.12), (w * 0.74, line + 0.06)]
     middle = [(part + 0.16, line - 0.05), (part, line - 0.1), (part - 0.2, line)]
@@ -152,7 +152,7 @@ def _mouth(canvas: _Canvas, face: Face, x: float) -> None:
 def _beard(canvas: _Canvas, face: Face, x: float) -> None:
     jaw = _head(face, 1.0, 96)
     jaw = jaw[jaw[:, 1] > 0.16]
-    jaw = jaw[np.argsort(-jaw[:, 0])]  # right cheek under the chin to the left cheek
+    jaw = jaw[np.argsort(-jaw[:, 0])]  # from the right cheek under the chin to the left
     w = face.mouth_width
     left = [(-face.face_width * 0.78, 0.22), (x - w - 0.12, 0.31), (x - 0.07, 0.255)]
     right = [(x + 0.07, 0.255), (x + w + 0.12, 0.31), (face.face_width * 0.78, 0.22)]
@@ -191,7 +191,7 @@ PAINT: dict[str, tuple[str, float | tuple[float, float, float]] | tuple[int, int
     "lipstick": ("lipstick", 1.0), "mouth_line": ("lipstick", 0.55), "teeth": (252, 252, 250),
     "beard": ("beard", 1.0), "glasses": ("glasses", 1.0),
 }  # fmt: skip
-"""Label -> what it takes its colour from and a factor for R, G and B; or a fixed colour."""
+"""Label -> one of COLOURED whose colour it takes, and a factor for R, G and B; or a fixed RGB colour."""
 
 
 def palettes(colours: np.ndarray) -> np.ndarray:
@@ -245,7 +245,7 @@ def render_image(face: Face, resolution: int = 64) -> np.ndarray:
 
 
 def pictures(faces: Iterable[Face], resolution: int = 64) -> Tensor:
-    """:func:`render_image` of each [N, 3, R, R], in [-1, 1]."""
+    """The :func:`render_image` of each face: [N, 3, R, R] in [-1, 1]."""
     return to_tensor([render_image(face, resolution) for face in faces])
 
 
@@ -260,7 +260,7 @@ def _erased(labels: np.ndarray, parts: Sequence[str]) -> np.ndarray:
 def render(face: Face, resolution: int = 64, without: Sequence[str] = ()) -> Rendering:
     """The picture and its part masks, at any ``resolution``.
 
-    There is skin in place of the parts ``without``, some of :data:`ERASABLE`; ValueError for others.
+    Skin replaces the parts ``without``. Raises ValueError if one of them is not in :data:`ERASABLE`.
     """
     labels = _erased(_label_map(face, resolution), without)
     masks = _covered(_PART_OF_LABEL[labels], len(MASKS), resolution)
@@ -268,7 +268,7 @@ def render(face: Face, resolution: int = 64, without: Sequence[str] = ()) -> Ren
 
 
 def coverage(face: Face, resolution: int = 64) -> np.ndarray:
-    """How many sub-pixels of each pixel have which label, whatever the colours. uint8 [17, R, R], 0 … 16."""
+    """How many sub-pixels of each pixel have each label; colours do not matter. uint8 [17, R, R], 0 … 16."""
     return _covered(_label_map(face, resolution), len(LABELS), resolution).astype(np.uint8)
 
 

@@ -23,12 +23,12 @@ BETWEEN_CLAUSES = re.compile(r"\s*(?:[,;+]|\band\b|\bwith\b)\s*", re.IGNORECASE)
 
 
 def measurable(prompt: str) -> list[Fact]:
-    """What ``prompt`` claims and the readout can see: no smile, and not whether it is a man or a woman."""
+    """The claims of ``prompt`` that the readout can judge: all except smiles and "man" or "woman"."""
     return sorted(fact for fact in claims_of(prompt) if fact[0] not in ("smile", "person"))
 
 
 def in_words(fact: Fact) -> str:
-    """ "green lipstick", "curly hair", "bald", "glasses" or "no glasses"."""
+    """``fact`` in words, e.g. "green lipstick", "curly hair", "bald", "glasses" or "no glasses"."""
     key, value = fact
     if key in PARTS:
         return phrase(key, value)
@@ -41,7 +41,7 @@ def in_words(fact: Fact) -> str:
 class ToonTruth:
     """Implements :class:`cfclip.domain.GroundTruth`, where the methods are described.
 
-    resolution: R of the rendered faces, the generator's.
+    resolution: R of the rendered faces, the same as the generator's.
     """
 
     parts = MASKS

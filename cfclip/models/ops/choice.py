@@ -1,4 +1,4 @@
-"""What is faster on this machine: measured when first needed, once per process and device."""
+"""Choices by speed on this machine, measured when first needed, once per process and device."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -11,11 +11,11 @@ from torch import Tensor
 HALF = (torch.float16, torch.bfloat16)
 
 MIN_SPEEDUP = 1.2
-"""How many times faster than the plain way another must be to be chosen, so that noise does not decide."""
+"""The factor by which an alternative must beat the plain way to be chosen, so that noise does not decide."""
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """As in a config, e.g. "float32"."""
+    """The name of ``dtype`` as in a config, e.g. "float32"."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -33,8 +33,8 @@ def best_times(
 ) -> list[float]:
     """The shortest time in seconds of each of ``ways``.
 
-    They are called alternately: once to warm up, then ``rounds`` times, or until ``patience`` seconds have
-    passed.
+    They are called in turn: once each to warm up, then ``rounds`` times each. No further round starts after
+    ``patience`` seconds.
     """
     best, start = [float("inf")] * len(ways), time.perf_counter()
     for turn in range(1 + rounds):
@@ -54,9 +54,9 @@ def best_times(
 
 @cache
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """The dtype for convolutions on ``device``: bfloat16 where that is clearly faster, else float32.
+    """The dtype for convolutions on ``device``: bfloat16 if it is clearly faster, otherwise float32.
 
-    On a processor without bfloat16 instructions it is ten times slower than float32.
+    On a processor without bfloat16 instructions, bfloat16 is ten times slower than float32.
     """
     # a GPU needs large tensors: for small ones only the launches would be measured
     n, channels, side = (2, 64, 64) if device.type == "cpu" else (4, 256, 128)

@@ -22,7 +22,7 @@ _forced: ContextVar[bool | None] = ContextVar("fold", default=None)
 
 
 class Prepared(NamedTuple):
-    """What a modulated convolution needs from its weights; can be kept while they are frozen."""
+    """A modulated convolution's weights, prepared for use. They can be kept while the weights are frozen."""
 
     kernel: Tensor  # the kernel [O, I, k, k], or the four phases of an up-sampling one [4 O, I, 3, 3]
     squares: Tensor  # sum w^2, [O, I]
@@ -55,9 +55,9 @@ def folding(fold: bool) -> Iterator[None]:
 def folds(weight: Tensor, f: Tensor, dtype: torch.dtype) -> bool:
     """Whether to fold the FIR filter into the kernel of an up-sampling convolution in ``dtype``.
 
-    It saves one pass over the pixels and costs four times the products. In float32 it does not pay at any
-    size on any processor of reports/bench, because the products dominate. In half precision it is measured
-    for each number of channels.
+    Folding saves one pass over the pixels and costs four times the products. In float32 it is not faster at
+    any size on any processor of reports/bench, because the products dominate. In half precision it is
+    measured for each number of channels. Only 3x3 kernels and 4x4 filters can be folded.
     """
     if weight.shape[-1] != 3 or f.shape[-1] != 4:
         return False
@@ -94,9 +94,9 @@ def folding_pays(device: torch.device, dtype: torch.dtype, o: int, i: int) -> bo
 
 
 def prepare(weight: Tensor, f: Tensor | None, dtype: torch.dtype) -> Prepared:
-    """Weights [O, I, k, k] for a convolution in ``dtype``, up-sampling if there is a FIR filter ``f``.
+    """Prepare weights [O, I, k, k] for a convolution in ``dtype``; with a FIR filter ``f`` it up-samples.
 
-    Keep the result: making the phases of a folded kernel costs more than convolving a few small images.
+    Keep the result: computing the phases of a folded kernel costs more than convolving a few small images.
     """
     phases = f is not None and folds(weight, f, dtype)
     kernel, layout = (_upsampling_phases(weight, f) if phases else weight).to(dtype), layout_of(dtype)
@@ -110,13 +110,13 @@ def prepare(weight: Tensor, f: Tensor | None, dtype: torch.dtype) -> Prepared:
 def styled_conv2d(
     x: Tensor, prepared: Prepared, style: Tensor | None, f: Tensor | None, e: Epilogue
 ) -> LayerOutput:
-    """A layer: "same" convolution and what follows; with a FIR filter ``f`` [n, n] it doubles the resolution.
+    """A "same" convolution and its epilogue; with a FIR filter ``f`` [n, n] they double the resolution.
 
     Args:
         x: [N, I, H, W], already multiplied by the style in the previous layer.
         prepared: :func:`prepare` of the weight, ``f`` and the dtype of ``x``.
         style: [N, I]; None: no demodulation.
-        e: what follows; d, shuffle, fir and pad are set here.
+        e: the epilogue; its d, shuffle, fir and pad are set here.
     """
     kernel, squares, phases = prepared
     filtered = f is not None and not phases
@@ -133,8 +133,8 @@ def modulated_conv2d(
 ) -> Tensor:
     """Modulated convolution alone, StyleGAN2 eq. 1-3: ``w' = s_i w``, ``w'' = w' / sqrt(sum w'^2 + 1e-8)``.
 
-    x: [N, I, H, W] in the dtype to compute in; weight: [O, I, k, k] float32, already equalised; style: [N, I]
-    float32.
+    x: [N, I, H, W] in the dtype to compute in; weight: [O, I, k, k] float32, already scaled (equalised
+    learning rate); style: [N, I] float32.
     """
     x, prepared = modulate(x, style), prepare(weight, f, x.dtype)
     return styled_conv2d(x, prepared, style if demodulate else None, f, Epilogue(slope=1, gain=1)).scaled[0]

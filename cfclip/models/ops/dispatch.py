@@ -1,10 +1,10 @@
-"""Which version of an operator runs.
+"""The choice between the versions of an operator.
 
 A generator that is trained uses :mod:`.reference`. A frozen one uses ``triton_ops`` on a GPU and
 :mod:`.frozen` elsewhere: these are differentiable once and treat kernels, ``bias``, ``noise`` and ``f`` as
-constants. If one of the constants is trained, the network is, and training may need gradients of gradients
-(R1, path lengths): the reference. To differentiate a frozen network twice, use ``using("reference")``;
-without it the first backward pass raises an error that says so.
+constants. If one of these constants is trained, the network is not frozen. Its training may need gradients
+of gradients (R1, path lengths), so the reference runs. To differentiate a frozen network twice, use
+``using("reference")``; without it the first backward pass raises an error that says so.
 """
 
 import logging
@@ -31,7 +31,7 @@ _forced: ContextVar[str | None] = ContextVar("operators", default=None)
 
 @contextmanager
 def using(operators: str | None) -> Iterator[None]:
-    """Within this context the "reference", "frozen" or "triton" operators run; None: as the inputs need."""
+    """Within this context the "reference", "frozen" or "triton" operators run; None: the inputs decide."""
     if operators is not None and operators not in OPERATORS:
         raise ValueError(f"operators must be one of {OPERATORS}, not {operators!r}")
     token = _forced.set(operators)

@@ -5,10 +5,10 @@ input, its output and the input of the leaky ReLU, and writes a new tensor for e
 the epilogue keeps only y: its sign gives the slope, and the gradients of d and of the styles are sums over
 products with it.
 
-The epilogue works piece by piece, in float32 whatever the tensors' dtype: a piece stays in the processor's
-cache from the first factor to the last reader, and a half-precision layer is rounded once. The gradient of d
-is a difference of such sums: with a bias a hundred times the convolution's output it loses two more digits
-than the reference.
+The epilogue works piece by piece, in float32 or, for float64 tensors, in float64. A piece stays in the
+processor's cache from the first factor to the last reader, and a half-precision layer is rounded once. The
+gradient of d is a difference of the sums above: if the bias is a hundred times the convolution's output, it
+loses two more digits than the reference's gradient.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,11 +24,11 @@ from cfclip.models.ops.reference import Epilogue, LayerOutput, at_least_float32,
 __all__ = ["bias_act", "conv2d", "epilogue", "upfirdn2d"]  # bias_act and upfirdn2d are the reference's
 
 PIECE = 2**18
-"""Elements of a piece on a CPU: with its intermediate results it fills about a second-level cache."""
+"""Elements of a piece on a CPU: a piece and its intermediate results about fill a second-level cache."""
 
 
 def check_frozen(**tensors: Tensor | None) -> None:
-    """NotImplementedError that names the first of ``tensors`` that needs a gradient."""
+    """Raise NotImplementedError that names the first of ``tensors`` that needs a gradient."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             raise NotImplementedError(
@@ -38,14 +38,14 @@ def check_frozen(**tensors: Tensor | None) -> None:
 
 
 def check_images(x: Tensor, *per_image: Tensor | None) -> None:
-    """ValueError if one of ``per_image`` has another number of images than ``x``: they are not broadcast."""
+    """Raise ValueError if one of ``per_image`` is not for as many images as ``x``; nothing is broadcast."""
     if counts := {len(t) for t in per_image if t is not None} - {len(x)}:
         counts = ", ".join(map(str, sorted(counts)))
         raise ValueError(f"d and the styles must be for {len(x)} images like x, not for {counts}")
 
 
 def once(backward: Callable) -> Callable:
-    """A backward pass that cannot be differentiated: it raises an error when run with ``create_graph=True``.
+    """A ``backward`` that cannot be differentiated: with ``create_graph=True`` it raises an error.
 
     (torch's once_differentiable raises only in ``.backward()``; ``autograd.grad`` bypasses it and returns a
     wrong number.)
@@ -82,7 +82,7 @@ class _Convolution(torch.autograd.Function):
         (kernel,) = ctx.saved_tensors
         if ctx.up:  # the gradient of a transposed convolution is the convolution
             return F.conv2d(grad, kernel.transpose(0, 1), stride=2), None, None
-        # only the layout of like_x is used
+        # only the shape and the layout of like_x are used
         like_x = torch.empty(ctx.size, dtype=grad.dtype, device=grad.device, memory_format=ctx.layout)
         padding = [kernel.shape[-1] // 2] * 2
         of_x = torch.ops.aten.convolution_backward(
@@ -100,13 +100,13 @@ def conv2d(x: Tensor, kernel: Tensor, up: bool = False) -> Tensor:
 
 
 def _groups(x: Tensor, size: int) -> Iterator[slice]:
-    """Images of [N, C, H, W] to work on together: as many as fit into ``size`` elements, at least one."""
+    """Slices of the images [N, C, H, W]: each has as many as fit into ``size`` elements, at least one."""
     n, step = len(x), max(1, size // max(1, x[:1].numel()))
     return (slice(i, min(i + step, n)) for i in range(0, n, step))
 
 
 def _pieces(x: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
-    """Channels and rows of ``x`` [N, C, H, W] that are adjacent in memory, about ``size`` elements."""
+    """Slices of channels and rows of ``x`` [N, C, H, W]: about ``size`` elements, adjacent in memory."""
     n, c, h, w = x.shape
     last = _layout(x) == torch.channels_last
     channels = c if last else max(1, min(c, size // max(1, n * h * w)))
@@ -119,12 +119,12 @@ def _pieces(x: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
 
 
 def _size(x: Tensor) -> int:
-    """Elements of a piece; on a GPU pieces do not help."""
+    """Elements of a piece; on a GPU all of ``x``, because pieces do not help there."""
     return PIECE if x.device.type == "cpu" else x.numel() + 1
 
 
 def _write_product(a: Tensor, factor: Tensor, out: Tensor) -> None:
-    """``out[:] = a * factor``. If dtypes differ, ``torch.mul(out=)`` takes five times as long."""
+    """``out[:] = a * factor``. If dtypes differ, ``torch.mul(out=)`` would take five times as long."""
     if out.dtype == a.dtype:
         torch.mul(a, factor, out=out)
     else:
@@ -134,7 +134,7 @@ def _write_product(a: Tensor, factor: Tensor, out: Tensor) -> None:
 def _spread(of_rgb: Tensor, mixing: Tensor, layout: torch.memory_format) -> Tensor:
     """The gradient of the channels, in ``layout``: ``sum_k mixing[n, k, c] of_rgb[n, k, h, w]``.
 
-    Whatever reads tensors of two layouts together takes twenty times as long.
+    An operation on tensors of different layouts takes twenty times as long.
     """
     if layout == torch.channels_last:
         return torch.einsum("nkhw,nkc->nhwc", of_rgb, mixing).movedim(-1, 1)
@@ -149,7 +149,7 @@ def _along(grad: Tensor, noise: Tensor, layout: torch.memory_format) -> Tensor:
 
 
 class _Epilogue(torch.autograd.Function):
-    """Differentiable once with respect to x, d, mixing and the styles."""
+    """The epilogue, differentiable once with respect to x, d, mixing and the styles."""
 
     @staticmethod
     def forward(ctx, x, d, mixing, e, *styles):
@@ -248,7 +248,7 @@ class _Epilogue(torch.autograd.Function):
         if e.fir is not None:
             before, after = (e.fir.shape[-1] - 1 - p for p in e.pad)
             of_x = upfirdn2d(of_x, e.fir.flip(0, 1), pad=(before, after, before, after), gain=4.0)
-        if e.shuffle:  # without images torch's pixel_unshuffle returns another shape
+        if e.shuffle:  # for zero images torch's pixel_unshuffle returns another shape
             of_x = F.pixel_unshuffle(of_x, 2) if of_x.numel() else of_x.reshape(ctx.size)
         return of_x, of_d, of_mixing, None, *(along if styles else ())
 

@@ -14,7 +14,7 @@ SQRT2 = math.sqrt(2)
 class Epilogue(NamedTuple):
     """What follows a layer's convolution: ``y = clamp(gain * leaky_relu(d * fir(x) + noise + bias, slope))``.
 
-    x is the convolution's result [N, C, H, W]. The layers that read y have their styles multiplied in here.
+    x is the convolution's result [N, C, H, W]. y is then multiplied by the styles of the layers that read it.
     """
 
     d: Tensor | None = None  # demodulation coefficients [N, C]
@@ -32,7 +32,7 @@ class Epilogue(NamedTuple):
 
 
 class LayerOutput(NamedTuple):
-    """What the readers of a layer get."""
+    """The output of a layer, prepared for the layers that read it."""
 
     scaled: tuple[Tensor, ...]  # y times each of the styles, [N, C, H, W] each; (y,) if nothing reads it
     rgb: Tensor | None = None  # the RGB layer's sum [N, K, H, W], at least float32
@@ -80,7 +80,7 @@ def bias_act(
 
 
 def conv2d(x: Tensor, kernel: Tensor, up: bool = False) -> Tensor:
-    """``F.conv2d`` with "same" padding; with ``up`` its transpose with stride 2, including the whole border.
+    """``F.conv2d`` with "same" padding; with ``up`` a transposed convolution of stride 2, border included.
 
     x: [N, I, H, W]; kernel: [O, I, k, k], k odd -> [N, O, H, W] or [N, O, 2 H + k - 2, 2 W + k - 2].
     """
@@ -95,7 +95,7 @@ def modulate(x: Tensor, style: Tensor) -> Tensor:
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, else float32."""
+    """float64 for float64, otherwise float32."""
     return torch.promote_types(dtype, torch.float32)
 
 

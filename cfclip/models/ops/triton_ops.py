@@ -1,15 +1,15 @@
 """The operators as Triton kernels, which Triton compiles at their first call, without nvcc.
 
-Memory bandwidth limits everything here, so what counts is how often an activation is read or written. A
+Memory bandwidth limits everything here, so speed depends on how often an activation is read or written. A
 frozen up-sampling layer, the layer after it and its RGB layer take 10 such passes forward and 12 backward,
-instead of the reference's 33 and 50: an epilogue is one kernel, its backward pass recomputes y, and the layer
+instead of the reference's 33 and 50. An epilogue is one kernel, and its backward pass recomputes y. The layer
 *before* multiplies by the style, because its epilogue has the activation in registers. (In float32
 ``upfirdn2d`` adds two passes each way, because the filter is not folded into the kernel.) The convolution
 itself is cuDNN's.
 
 Kernels compute in float32 whatever the tensors' dtype. Tensors are [N, C, H, W], dense in either memory
-format: channels_last is kept, other strides are copied. One channel of an image must have fewer than 2^30
-pixels.
+format: channels_last is kept, and tensors with other strides are copied. One channel of an image must have
+fewer than 2^30 pixels.
 """
 
 import math
@@ -45,7 +45,7 @@ def _tile(P, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
 
 @triton.jit
 def _places(n, c, p, C, H, W, LAST: tl.constexpr, SHUFFLE: tl.constexpr):
-    """Of the p-th value of each channel: offset in the input, pixel and offset in the output [N, C, H, W].
+    """Input offset, pixel and output offset ([N, C, H, W]) of the p-th value of each channel.
 
     SHUFFLE: the input is [N, 4 C, H/2, W/2]. p counts the four phases of one input pixel, then those of the
     next, so that both input and output are accessed in whole cache lines.
@@ -164,7 +164,7 @@ def _upfirdn2d(
 
     z is x with UP - 1 zeros after every value; only taps that meet a value of x are read. FLIPPED: f[a, b].
     Because // needs non-negative numbers, the pads top and left are given as ``before = max(pad, 0)`` and
-    ``first = UP before - pad``: the first row of z, counted from ``before`` values above it.
+    ``first = UP before - pad``: where the filter starts, counted from ``UP before`` rows or columns before z.
     """
     n, c, first = _tile(OUT_H * OUT_W, PIXELS, CHANNELS)
     p = first + tl.arange(0, PIXELS)[:, None]
@@ -192,7 +192,7 @@ def _dense(x: Tensor) -> tuple[Tensor, bool, torch.memory_format]:
 
 
 def _grid(n: int, c: int, pixels: int, last: bool, tiles: int = 1) -> tuple[tuple[int, int], dict]:
-    """The grid over [N, C, pixels] with ``tiles`` tiles of 1024 elements a program; a tile as constants."""
+    """The grid over [N, C, pixels] with ``tiles`` tiles of 1024 elements per program; a tile's constants."""
     channels = min(32, triton.next_power_of_2(c)) if last else 4
     tile = {"LAST": last, "PIXELS": 1024 // channels, "CHANNELS": channels}
     return (n * triton.cdiv(pixels, tiles * tile["PIXELS"]), triton.cdiv(c, channels)), tile
@@ -235,7 +235,7 @@ class _Upfirdn2d(torch.autograd.Function):
 
 
 class _Epilogue(torch.autograd.Function):
-    """Differentiable once with respect to x, d and the styles, of which there are at most two."""
+    """The epilogue, differentiable once with respect to x, d and the styles; it takes at most two styles."""
 
     @staticmethod
     def forward(ctx, x: Tensor, d: Tensor | None, e: Epilogue, *styles: Tensor) -> tuple[Tensor, ...]:

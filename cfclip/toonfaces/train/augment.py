@@ -1,7 +1,7 @@
 """Bad pictures for CLIP's training, on any device: smears, tints, blur, noise, perspectives.
 
-CLIP must know what optimisers make, or they cheat it with that. Every random number is from a generator of
-the device of the pictures. Pictures: [N, 3, R, R] in [-1, 1].
+CLIP must know the pictures that optimisers make; otherwise optimisers exploit its errors on them. All random
+numbers come from a generator on the device of the pictures. Pictures: [N, 3, R, R] in [-1, 1].
 """
 
 from dataclasses import dataclass
@@ -17,18 +17,21 @@ from cfclip.toonfaces.render import MASKS
 PAINTS: tuple[tuple[str, str], ...] = tuple(
     (part, name) for part in PARTS for name in colours(part) if (part, name) not in HELD_OUT
 )
-"""The colours that are smeared: none that is held out from CLIP."""
+"""The (part, colour) pairs that are smeared: all except those held out from CLIP."""
 
 SMEARED = {
     "skin": 1, "hair": 2, "eyebrows": 4, "eyes": 4, "lipstick": 4, "beard": 2, "glasses": 1, "shirt": 2,
 }  # fmt: skip
-"""How often a part is smeared: small ones more often, as CLIP confuses them easily."""
+"""How often a part is smeared: small parts more often, because CLIP confuses them easily."""
 SMALL = ("eyebrows", "eyes", "lipstick", "beard", "glasses")
 """Parts that a halo leaves as they are."""
 HIDDEN, PAINTED = 0.12, 0.9
-"""How much of a part must be covered until its colour is unknown, and until it has the new one."""
+"""A part's colour is unknown if a share of it above HIDDEN is covered.
+
+It has the new colour if the coat is more opaque than PAINTED and covers three quarters of the part.
+"""
 TINTED = 0.7
-"""A coat whose colour is still farther than this away, in RGB in [-1, 1], is surely not of the new colour."""
+"""A coated part that is still farther than this from the new colour (RGB in [-1, 1]) surely lacks it."""
 
 
 def blur(images: Tensor, sigma: Tensor) -> Tensor:
@@ -45,20 +48,21 @@ class Smears:
     """What :class:`Smear` did to N pictures; P parts in the order of ``PARTS``."""
 
     images: Tensor
-    hidden: Tensor  # bool [N, P]: is the part's colour no longer known?
-    painted: Tensor  # bool [N, P]: has it got a new colour, that of number ``paint``?
-    tinted: Tensor  # bool [N, P]: has it got only a tint of it, and surely not that colour?
-    paint: Tensor  # int64 [N], into PAINTS
+    hidden: Tensor  # bool [N, P]: whether the part's colour is no longer known
+    painted: Tensor  # bool [N, P]: whether the part has a new colour, number ``paint``
+    tinted: Tensor  # bool [N, P]: whether it has only a tint of this colour, and surely not the colour
+    paint: Tensor  # int64 [N], index into PAINTS
 
 
 class Smear:
     """Smears a colour over some pictures, in one of four ways.
 
-    A halo: around a part but not on small ones. If CLIP took purple lids for purple eyebrows, edits would
-    paint the lids. A spill: on another part, the background or a neighbourhood, more or less opaque. A leak:
-    a part's own colour, on all around it. A new coat: a named colour of the part, on the part, at times thin.
+    A halo surrounds a part, but does not cover small parts. If CLIP took purple lids for purple eyebrows,
+    edits would paint the lids. A spill covers any part, the background or a neighbourhood, more or less
+    opaquely. A leak spreads the part's present colour around it. A coat covers the part, sometimes thinly.
+    All but the leak use a named colour of the part.
 
-    device: of the pictures. Its tables are made once: a GPU would have to wait for them at every call.
+    device: the device of the pictures. The tables are made once: at each call, a GPU would wait for them.
     """
 
     def __init__(self, device: torch.device):
@@ -72,7 +76,7 @@ class Smear:
         self.rgb = torch.tensor([colours(part)[name] for part, name in PAINTS], device=device) / 127.5 - 1
 
     def __call__(self, images: Tensor, masks: Tensor, share: float, generator: torch.Generator) -> Smears:
-        """Smear over a random ``share`` of the pictures. masks: coverage [N, len(MASKS), R, R] in [0, 1]."""
+        """Smear a random ``share`` of the pictures. masks: coverage [N, len(MASKS), R, R] in [0, 1]."""
         n, r, device = len(images), images.shape[-1], images.device
         draw = partial(torch.rand, generator=generator, device=device)
 
@@ -119,8 +123,8 @@ class Smear:
 def degrade(images: Tensor, generator: torch.Generator) -> Tensor:
     """Blur and tint some of the images, and add noise to all.
 
-    Blur and noise: so that the network does not depend on the renderer's exact edges. Soft patches of colour:
-    otherwise it takes a green glow around the mouth for green lips, and edits learn to add that glow.
+    Blur and noise keep the network from depending on the renderer's exact edges. Without soft patches of
+    colour it takes a green glow around the mouth for green lips, and edits learn to add that glow.
     """
     n, r, device = len(images), images.shape[-1], images.device
     draw = partial(torch.rand, generator=generator, device=device)
@@ -145,7 +149,7 @@ def random_warp(images: Tensor, share: float, generator: torch.Generator) -> Ten
     o, z = torch.ones_like(u), torch.zeros_like(u)
     rows = [[u, v, o, z, z, z, -x * u, -x * v], [z, z, z, u, v, o, -y * u, -y * v]]
     rows = torch.cat([torch.stack(row, -1) for row in rows], 1)
-    # output point -> input point; solve() would wait for a GPU to say that it went well
+    # output point -> input point; solve() would wait for a GPU to check for errors
     h = torch.linalg.solve_ex(rows, torch.cat([x, y], 1)[..., None])[0][..., 0]
     h = torch.cat([h, o[:, :1]], 1).reshape(n, 3, 3)
     axis = (torch.arange(r, device=device) + 0.5) * 2 / r - 1

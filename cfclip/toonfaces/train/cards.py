@@ -88,7 +88,7 @@ def measure_clip(domain: Domain, path: Path) -> str:
 
 
 def measure_identity(domain: Domain, path: Path) -> str:
-    """Verification of people that training never showed, and what is left of one with a part repainted."""
+    """Verification of people unseen in training, and the identity that is left after a part is repainted."""
     table = pd.DataFrame(identity.repainting(domain.identity))
     worst = table.loc[table.groupby("part", sort=False).identity.idxmin()]
     worst = worst.rename(columns={"colour": "worst colour", "identity": "its identity"})
@@ -131,7 +131,10 @@ def measure_encoder(domain: Domain, path: Path) -> str:
 
 
 def measure_multi(domain: Domain, path: Path) -> str:
-    """Edits of test faces by every colour of every part, and how well their success is foretold."""
+    """Edits of test faces to every colour of every part, and how well success is predicted.
+
+    Writes :data:`CONFIDENCE` beside ``path``. Raises WeightsError if the mapper does not fit the networks.
+    """
     domain = replace(domain, mapper=load_mapper(path))
     if not domain.mapper.config.fits(domain.generator, domain.clip):
         raise _unfit(path)
@@ -164,13 +167,13 @@ class Network:
 
     title: str  # of its card
     config: Callable[..., Settings]
-    train: Callable[[Any, Path, str], nn.Module]  # in this folder, on this device
-    measure: Callable[[Domain, Path], str]  # of the weight file at this path, which is in this domain
+    train: Callable[[Any, Path, str], nn.Module]  # (configuration, folder, device) -> trained network
+    measure: Callable[[Domain, Path], str]  # (domain, the network's weight file) -> Markdown
     sizes: Callable[[Any, nn.Module], dict] = lambda config, model: model.metadata  # for the file's header
     dtype: torch.dtype = torch.float16  # of the stored tensors
     kind: str | None = None  # of its file; default: its name
     data: str = "toonfaces renders"  # what it is trained on
-    run: Callable[[], Mapping[str, str]] | None = None  # what tells its run from others; default: its name
+    run: Callable[[], Mapping[str, str]] | None = None  # what identifies its run; default: its name
 
 
 def _clip(title: str, config: Callable[..., clip.CLIPConfig]) -> Network:
@@ -242,7 +245,7 @@ def train(
 
 
 def _named(device: str) -> str:
-    """What a card calls ``device``."""
+    """The name of ``device`` on a card."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device}, {platform.machine()}"
@@ -251,7 +254,7 @@ def _named(device: str) -> str:
 def write_card(name: str, folder: Path = DATA / "toonfaces") -> Path:
     """Measure ``folder/<name>.safetensors``; write the result and how it was trained to ``<name>.md``.
 
-    Its checksum is recorded as well.
+    The checksum of the weight file is recorded as well.
     """
     path, network = folder / f"{name}.safetensors", NETWORKS[name]
     tensors, _, card = weights.read(path, network.kind or name)

@@ -1,7 +1,7 @@
 """Trains the embedded CLIPs, ``open_clip`` models of our own configurations, contrastive on both supports.
 
-On renders, on smeared and spoilt renders, and on samples of the generator with moved codes: what an optimiser
-makes. N pictures and as many captions in a batch; F facts, see ``captions``.
+The pictures are renders, some of them smeared, and samples of the generator with moved codes, as an optimiser
+makes them. All are degraded. A batch has N pictures and N captions; F facts, see ``captions``.
 """
 
 import copy
@@ -56,7 +56,7 @@ class CLIPConfig(Settings):
     unknown_words: float = setting(0.02, number(0, 1))  # share of words that are hidden
     fact_weight: float = setting(1.0, number())  # of the auxiliary loss, see FactHead
     mention_weight: float = setting(1.0, number())  # of the auxiliary loss, see MentionHead
-    ema: float = setting(0.999, number(0, 1))  # decay of the averaged weights per step, which are the result
+    ema: float = setting(0.999, number(0, 1))  # decay per step of the averaged weights, which are the result
     seed: int = setting(0, seed_number)
     dtype: str = setting("auto", one_of(DTYPES))  # autocast of the image and text towers
 
@@ -72,7 +72,7 @@ JudgeConfig = partial(CLIPConfig, model="toonfaces-regnet", steps=2500, seed=2)
 
 @dataclass(frozen=True)
 class Captions:
-    """S captions on a device, each of one picture: number ``of`` or (shape, colours)."""
+    """S captions on a device, each of one picture: ``of`` is its number, or its pair (shape, colours)."""
 
     tokens: Tensor  # int32 [S, T]
     claims: Tensor  # bool [S, F]
@@ -86,9 +86,9 @@ def write_captions(
     tokenizer: open_clip.tokenizer.SimpleTokenizer,
     device: torch.device,
 ) -> Captions:
-    """One caption of each picture in ``of`` [S, …], of which ``facts`` are true."""
+    """Write one caption for each picture in ``of`` [S, …]. facts: picture -> what is true of it."""
     rng = np.random.default_rng(seed)
-    encoded: dict[str, list[int]] = {}  # no token spans two words
+    encoded: dict[str, list[int]] = {}  # word -> tokens: no token spans two words
     size, start, end = tokenizer.context_length, tokenizer.sot_token_id, tokenizer.eot_token_id
     tokens = np.zeros((len(of), size), np.int32)
     claims = np.zeros((len(of), len(FACTS)), bool)
@@ -146,12 +146,12 @@ class Renders:
         self.captions = write_captions(facts, of, (config.seed, 4), tokenizer, device)
 
     def facts(self, shapes: Tensor, paints: Tensor) -> tuple[Tensor, Tensor]:
-        """(true, known) of shapes [N] in the colours of faces [N]. bool [N, F] each."""
+        """(true, known), bool [N, F] each, of faces ``shapes`` [N] in the colours of faces ``paints`` [N]."""
         true = self.shape_true[shapes] | (self.colour_true[paints] & self.there[shapes])
         return true, self.shape_known[shapes] | self.of_part.any(0)
 
     def draw(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Pictures of captions number ``rows`` [N], some of them smeared, and their (true, known)."""
+        """The pictures of captions ``rows`` [N], some of them smeared, and their (true, known)."""
         shapes, paints = self.captions.of[rows].unbind(1)
         true, known = self.facts(shapes, paints)
         covered = self.pool.covered(shapes)
@@ -160,10 +160,10 @@ class Renders:
         return done.images, *self.smeared_facts(true, known, done)
 
     def smeared_facts(self, true: Tensor, known: Tensor, done: Smears) -> tuple[Tensor, Tensor]:
-        """The facts that are left where parts have no known colour, or a new coat.
+        """(true, known) after a smear: colours of hidden parts are unknown, coated parts have a new colour.
 
-        Of a thin coat only that it is not the new colour: if a tint of purple went unjudged, edits would stop
-        at a tint.
+        A part with a thin coat is known not to have the new colour: if a purple tint were left unknown, edits
+        would stop at a tint.
         """
         unsure = ((done.hidden & ~done.painted).float() @ self.with_flag.float()) > 0
         coated = (done.painted.float() @ self.of_part.float()) > 0
@@ -173,7 +173,7 @@ class Renders:
 
 
 class Moved:
-    """Moved samples of the generator, what the readout is sure of in them, and captions of that."""
+    """Moved samples of the generator, the facts that the readout is sure of, and captions of these facts."""
 
     def __init__(self, config: CLIPConfig, generator: Generator, readout: Readout, tokenizer, device):
         n = config.moved_pool
@@ -184,7 +184,7 @@ class Moved:
         self.captions = write_captions(lambda one: facts[one[0]], of, (config.seed, 6), tokenizer, device)
 
     def draw(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Pictures of captions number ``rows`` [N], and their (true, known), as of :class:`Renders`."""
+        """The pictures of captions ``rows`` [N], and their (true, known), as in :class:`Renders`."""
         of = self.captions.of[rows, 0]
         return self.images[of].float() / 127.5 - 1, self.true[of], self.known[of]
 
@@ -193,14 +193,14 @@ class Moved:
 
 
 def run_of(model: str, folder: Path = DATA / "toonfaces") -> dict[str, str]:
-    """What tells the training of ``model`` from others: also the generator and the readout of ``folder``."""
+    """What identifies a training of ``model``: its name, and the generator and the readout in ``folder``."""
     files = {name: folder / f"{name}.safetensors" for name in ("generator", "readout")}
     digests = {name: sha256(path) for name, path in files.items() if path.exists()}
     return {"network": model} | digests
 
 
 class CLIPTraining:
-    """The networks in training, their data and optimizer on ``device``, where the others are; one step."""
+    """The networks in training, their data and optimizer, and one step; all networks are on ``device``."""
 
     def __init__(self, config: CLIPConfig, device: torch.device, generator: Generator, readout: Readout):
         self.config, self.device = config, device
@@ -258,7 +258,7 @@ class CLIPTraining:
         return images, true, known, tokens, claims
 
     def step(self, i: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """One optimisation step; ``generator`` is the CPU's."""
+        """One optimisation step; ``generator`` is on the CPU."""
         c = self.config
         ramp = min(1.0, (i + 1) / c.warmup)
         for group in self.optimizer.param_groups:
@@ -280,7 +280,7 @@ class CLIPTraining:
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, math.log(100))
             self._average(min(c.ema, (1 + i) / (10 + i)))
-            empty = ~claims.any(1)  # true of all
+            empty = ~claims.any(1)  # such captions are true of all pictures
             best = (image @ text.t()).masked_fill(empty, -2.0).argmax(1, keepdim=True)
             hit = holds.gather(1, best).float().mean()
             scale = self.model.logit_scale.exp()
@@ -296,9 +296,9 @@ class CLIPTraining:
 def train(
     config: CLIPConfig, out: Path, device: str | torch.device = "cpu", folder: Path = DATA / "toonfaces"
 ) -> nn.Module:
-    """Train on ``device``, or resume the training in ``out``; returns the averaged model in eval mode, there.
+    """Train, or resume the training in ``out``; returns the averaged model on ``device``, in eval mode.
 
-    folder: of the generator and the readout. WeightsError without them.
+    folder: where the generator and the readout are. Raises WeightsError without them.
     """
     device, names = torch.device(device), ("generator", "readout")
     networks = [load_network(folder / f"{name}.safetensors").to(device) for name in names]

@@ -15,7 +15,7 @@ def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, true: Tensor, f
 
     A pair that is neither ``true`` nor ``false`` is left out; so is a picture or a text with no true pair.
 
-    image, text: unit [N, D]; true, false: bool [N, N], is text m true of image n, is it surely not?
+    image, text: unit [N, D]; true, false: bool [N, N]: text m is true of image n; it is surely false.
     """
     logits = (scale * image @ text.t()).masked_fill(~(true | false), -1e4)
     target = true.float()
@@ -29,9 +29,9 @@ def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, true: Tensor, f
 
 
 def colour_codes() -> Tensor:
-    """What the colour facts of FACTS have in common [C, K]: how near each is to the K colours with a name.
+    """Unit codes [C, K] of the C colour facts in FACTS: how near each is to the K named colours.
 
-    By a Gaussian in CIELAB. Similar colours have similar codes, whatever part they are of.
+    Nearness is a Gaussian in CIELAB. Similar colours have similar codes, whatever their parts are.
     """
     rgb = [colours(key)[value] for key, value in FACTS if key in PARTS]
     lab = torch.from_numpy(to_lab(np.array(rgb, np.float64))).float()
@@ -45,10 +45,10 @@ class FactHead(nn.Module):
     """Predicts facts from unit embeddings of images and texts with one linear layer; used in training only.
 
     A caption names one or two of the eight colours of a face, so the contrastive loss alone learns lips and
-    irises very late. Of a group of facts, such as the colours of the lips, at most one is true: the loss is
-    the cross-entropy of those groups of which one is known to be true, or is claimed. Colours are read by
-    what they have in common, see :func:`colour_codes`: one set of weights a part, for all of its colours; of
-    the outputs of ``linear`` only the others count.
+    irises very late. Of a group of facts, such as the colours of the lips, at most one is true. The loss is
+    the cross-entropy over the groups in which a fact is known to be true, or is claimed. Colours are read by
+    their :func:`colour_codes`, so all colours of a part share one set of weights; ``linear`` is used only for
+    the other facts.
     """
 
     def __init__(self, embed_dim: int):
@@ -60,7 +60,7 @@ class FactHead(nn.Module):
         owners = torch.tensor([PARTS.index(key) if key in PARTS else -1 for key, _ in FACTS])
         self.register_buffer("coloured", (owners >= 0).nonzero()[:, 0], persistent=False)
         self.register_buffer("owners", owners[owners >= 0], persistent=False)
-        # without the held-out pairs: the head would learn that a class that never occurs is impossible
+        # without the held-out pairs: they never occur, so the head would learn that they are impossible
         groups = [
             torch.tensor([FACTS.index((key, value)) for value in values if (key, value) not in HELD_OUT])
             for key, values in GROUPS.items()
@@ -69,7 +69,7 @@ class FactHead(nn.Module):
         self.register_buffer("groups", padded, persistent=False)  # [13, K]
 
     def logits(self, embedding: Tensor) -> Tensor:
-        """Of each fact [N, F]."""
+        """The logit of each fact [N, F]."""
         found = self.of_colours(embedding * 10).unflatten(1, (len(PARTS), -1))  # [N, 8, K]
         named = torch.einsum("nck,ck->nc", found[:, self.owners], self.codes)
         return self.linear(embedding * 10).index_copy(1, self.coloured, named)
@@ -84,9 +84,9 @@ class FactHead(nn.Module):
 
 
 class MentionHead(nn.Module):
-    """Which parts and which colours a text mentions, each read on its own by one linear layer.
+    """Predicts which parts and which colours a text mentions, each separately, with one linear layer.
 
-    What is read so for the pairs of training is read for other pairs as well: it makes text features compose.
+    Parts and colours that are read separately can be read in unseen pairs too: text features compose.
     """
 
     def __init__(self, embed_dim: int):
@@ -99,7 +99,7 @@ class MentionHead(nn.Module):
         self.register_buffer("mentioned", mentioned, persistent=False)  # [F, 8 + colours]
 
     def forward(self, text: Tensor, claims: Tensor) -> Tensor:
-        """Mean over texts of the sum over words, by 8. text: unit [N, D]; claims: bool [N, F]."""
+        """Mean loss of texts, a sum over parts and colours, / 8. text: unit [N, D]; claims: bool [N, F]."""
         target = (claims.float() @ self.mentioned).clamp(max=1)
         logits = self.linear(text * 10)
         each = F.binary_cross_entropy_with_logits(logits, target, reduction="none")

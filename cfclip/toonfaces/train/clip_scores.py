@@ -1,4 +1,4 @@
-"""Which colours and shapes the embedded CLIPs name rightly: of held-out renders and of moved samples."""
+"""Which colours and shapes the embedded CLIPs name correctly, on held-out renders and moved samples."""
 
 from collections.abc import Mapping, Sequence
 
@@ -17,7 +17,7 @@ from cfclip.toonfaces.train.moved import moved_samples
 
 
 def _named(guide: ClipGuide, features: Tensor, texts: Sequence[str]) -> np.ndarray:
-    """Which of ``texts``, under the 79 templates, is nearest to each of the unit image features? [N]"""
+    """For each unit image feature the index [N] of the nearest of ``texts``, under the 79 templates."""
     means = [F.normalize(guide.template_features(text).mean(0), dim=-1) for text in texts]
     return (features @ torch.stack(means).t()).argmax(1).cpu().numpy()
 
@@ -34,7 +34,7 @@ def _features(guide: ClipGuide, images: Tensor) -> Tensor:
 
 
 def _hits(guide: ClipGuide, part: str, features: Tensor, true: Sequence[str]) -> dict[str, np.ndarray]:
-    """Column of :func:`colour_accuracy` -> whether each of its pictures is named right; true: their names."""
+    """Column of :func:`colour_accuracy` -> whether each picture is named correctly. true: the names."""
     names, true = np.array(list(colours(part))), np.array(true, str)
     right = names[_named(guide, features, [f"face with {phrase(part, name)}" for name in names])] == true
     natural = np.isin(true, list(NATURAL[part]))
@@ -43,7 +43,7 @@ def _hits(guide: ClipGuide, part: str, features: Tensor, true: Sequence[str]) ->
 
 
 def _row(part: str, hits: Mapping[str, np.ndarray]) -> dict:
-    """Column -> share that is right, and n_column -> of how many; NaN of none."""
+    """A row of the table: column -> share of hits, NaN without pictures; n_column -> number of pictures."""
     row = {"part": part}
     for name, right in hits.items():
         row |= {name: float(np.mean(right)) if len(right) else float("nan"), f"n_{name}": len(right)}
@@ -56,8 +56,8 @@ def colour_accuracy(guide: ClipGuide, faces: int = 1000, seed: int = 10_000) -> 
 
     The colour is chosen among *all* colours of the part, by "face with <colour> <part>" under the 79
     templates. ``accuracy``: over faces whose part has a counterfactual colour that training showed;
-    ``natural``: a natural one; ``held_out``: a (part, colour) pair that training never showed, over a tenth
-    as many faces that were given it. ``n_…``: how many faces each is over.
+    ``natural``: a natural colour; ``held_out``: a (part, colour) pair that training never showed, given
+    to a tenth of the faces. ``n_…``: the number of faces of each column.
     """
     people = [sample_face((seed, k), "both") for k in range(faces)]
     features, rows = _features(guide, pictures(people)), []
@@ -77,7 +77,7 @@ def colour_accuracy(guide: ClipGuide, faces: int = 1000, seed: int = 10_000) -> 
 def moved_accuracy(
     guide: ClipGuide, generator: Generator, readout: Readout, n: int = 2000, seed: int = 11_000
 ) -> list[dict]:
-    """As :func:`colour_accuracy`, on moved samples of the generator whose colour the readout is sure of."""
+    """Like :func:`colour_accuracy`, on moved samples of the generator whose colour the readout is sure of."""
     images, true, _ = moved_samples(generator, readout, n, seed, held_out=True)
     features, rows = _features(guide, images), []
     for part in PARTS:
@@ -101,22 +101,22 @@ CONTRASTS: dict[str, dict[Fact, str]] = {
     "glasses": {("glasses?", "yes"): "face with glasses", ("glasses?", "no"): "face without glasses"},
     "beard": {("beard?", "yes"): "face with a beard", ("beard?", "no"): "face without a beard"},
 }
-"""What is asked -> fact -> the prompt for it."""
+"""Kind of shape -> fact -> the prompt for this fact."""
 
 
 @torch.no_grad()
 def shape_accuracy(guide: ClipGuide, faces: int = 1000, seed: int = 12_000) -> list[dict]:
-    """Are styles, smiles, glasses and beards named rightly by contrasting prompts? On held-out renders.
+    """Zero-shot naming of styles, smiles, glasses and beards by contrasting prompts, on held-out renders.
 
-    Each is the mean of the shares among the faces with one answer. ``bald``: is "bald face" chosen of the
-    prompts of all styles exactly where it should be?
+    An accuracy is the mean over the answers of the share of faces that are named correctly. ``bald``: whether
+    "bald face" is chosen, among the prompts of all styles, exactly for the bald faces.
     """
     people = [sample_face((seed, k), "both") for k in range(faces)]
     features, facts = _features(guide, pictures(people)), [facts_of(face) for face in people]
     rows = []
 
     def add(what: str, right: np.ndarray, answer: np.ndarray) -> None:
-        """Every answer counts as much, however many faces have it."""
+        """Add a row; all answers count equally, however many faces have them."""
         shares = [right[answer == one].mean() for one in np.unique(answer)]
         rows.append({"shape": what, "accuracy": float(np.mean(shares)), "n": len(right)})
 

@@ -1,8 +1,8 @@
 """Trains the embedded encoder, photo -> W+: a small e4e (Tov et al. 2021, arXiv:2102.02766).
 
-One w for all layers, and an offset per layer; offsets are unlocked layer by layer (progressive training) and
-kept short (delta regularisation). e4e's feature pyramid and latent discriminator are left out: the true codes
-of generator samples are known, and the loss on them keeps the codes in W instead.
+It predicts one w for all layers, and an offset per layer. Offsets are unlocked layer by layer (progressive
+training) and kept short (delta regularisation). e4e's feature pyramid and latent discriminator are left out:
+the true codes of generator samples are known, and the loss on them keeps the codes in W instead.
 """
 
 from dataclasses import dataclass
@@ -62,7 +62,7 @@ def unlocked_layers(config: EncoderConfig, step: int, num_ws: int) -> int:
 
 
 def trained_for(domain: Domain) -> dict[str, str]:
-    """What an encoder is trained for, beside its settings: another generator needs another encoder."""
+    """Fingerprints of the generator and the readout; an encoder belongs to these two networks."""
     return {"generator": domain.fingerprints["generator"], "readout": fingerprint(domain.truth.readout)}
 
 

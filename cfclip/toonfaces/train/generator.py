@@ -1,8 +1,8 @@
 """Trains the embedded generator, a StyleGAN2, on natural toon faces only.
 
-What W holds is decided first: the factors of a face. Then two regressions, which share no weight: pictures
-from W (:meth:`GeneratorTraining.draw_step`) and W from Z (:meth:`GeneratorTraining.map_step`). In trials of a
-few hundred steps an adversarial phase after them undid what they had learned, so there is none.
+W is defined first: it holds the factors of a face. Two regressions follow, which share no weights: pictures
+from W (:meth:`GeneratorTraining.draw_step`) and W from Z (:meth:`GeneratorTraining.map_step`). There is no
+adversarial phase: in trials of a few hundred steps it undid what the regressions had learned.
 """
 
 import copy
@@ -38,8 +38,8 @@ class GeneratorConfig(Settings):
     channels: tuple[int, ...] = setting((128, 128, 128, 128, 96), sizes)  # at 4, 8, … R
     w_dim: int = setting(128, int_at_least(LATENT_DRAWS))  # = z_dim; one number of z per factor of a face
     mapping_layers: int = setting(8, int_at_least(1))
-    w_std: float = setting(0.25, number(above=True))  # of W; at 1 a young generator sees only noise in it
-    colouring: int = setting(COLOURING, int_at_least(1))  # the first layer that colours; those before it draw
+    w_std: float = setting(0.25, number(above=True))  # of W; at 1 it is only noise to an untrained generator
+    colouring: int = setting(COLOURING, int_at_least(1))  # the first layer that colours; earlier ones draw
     pool: int = setting(12_000, int_at_least(1))  # shapes, in independent natural colours
     steps: int = setting(2800, int_at_least(1))  # of GeneratorTraining.draw_step
     batch: int = setting(64, batch_size)
@@ -55,18 +55,18 @@ class GeneratorConfig(Settings):
 
 
 STATISTICS = 40_000
-"""How many of the codes tell the means and deviations of the factors."""
+"""How many codes are used for the means and deviations of the factors, and for the mean of W."""
 
 SMALL_PARTS = ("eyebrows", "eyes", "eye_white", "pupil", "lipstick", "mouth", "glasses")
-"""A twentieth of the picture: without weights they stay blurred for very long."""
+"""These cover a twentieth of the picture; without weights they stay blurred for very long."""
 
 
 class FactorsToW(nn.Module):
-    """The w that stands for the factors of a face, F numbers: :meth:`forward` [N, F] -> [N, D].
+    """Turns the F factors of a face into its w: :meth:`forward` [N, F] -> [N, D].
 
-    Over ``faces`` [M, F] each factor has mean 0 and the same variance; all are turned at random, and the
-    deviation of w is ``std``. So no factor is small in W, and the mapping network can be taught W before a
-    picture is drawn.
+    Over ``faces`` [M, F] each factor is scaled to mean 0 and the same variance. Then all are rotated at
+    random; the standard deviation of w is ``std``. So no factor is small in W, and the mapping network can
+    learn W before any picture is drawn.
     """
 
     def __init__(self, faces: Tensor, w_dim: int, std: float, generator: torch.Generator):
@@ -86,7 +86,7 @@ def factors_of(colours: Tensor, shapes: Tensor) -> Tensor:
 
 
 def _factors(z: Tensor) -> Tensor:
-    """The factors of the faces that the codes z [N, D] stand for [N, 54]."""
+    """The factors [N, 54] of the faces that the codes z [N, D] stand for."""
     make = partial(_people, pixel_norm(z).double().numpy())
     arrays = (np.concatenate(one) for one in zip(*on_all_cores(make, len(z), "codes", 1000), strict=True))
     return factors_of(*(torch.from_numpy(array) for array in arrays))
@@ -129,16 +129,16 @@ class GeneratorTraining:
         return {name: getattr(self, name) for name in ("g", "ema", "opt_draw", "opt_map")}
 
     def _mixed(self, shapes: Tensor, colours: Tensor) -> Tensor:
-        """W+ [N, L, D]: the layers that draw have one w [N, D], those that colour another."""
+        """W+ [N, L, D]: ``shapes`` [N, D] in the layers that draw, ``colours`` [N, D] in the others."""
         layers = torch.arange(self.g.num_ws, device=self.device)[None, :, None]
         return torch.where(layers < self.config.colouring, shapes[:, None], colours[:, None])
 
     def draw_step(self, i: int, generator: torch.Generator) -> dict[str, Tensor]:
         """One step of regression: the synthesis network learns to draw the face that W+ stands for.
 
-        The layers that draw are given one face and those that colour another; the picture to draw has the
-        shapes of the first in the colours of the second. So what colours is what those layers say. Without
-        noise: toon faces have no random detail, and noise would hide a young generator's errors.
+        The layers that draw get the w of one face, and the layers that colour get the w of another. The
+        target has the shapes of the first face in the colours of the second, so each group of layers learns
+        its task. There is no noise: toon faces have no random detail, and noise would hide early errors.
         """
         c, pool = self.config, self.faces
         self.opt_draw.param_groups[0]["lr"] = c.lr * min(1.0, (i + 1) / 200, 1.1 - i / c.steps)
@@ -156,10 +156,10 @@ class GeneratorTraining:
         return {"error": loss.detach()}
 
     def map_step(self, i: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """One step of regression of the mapping network, from z to the w that z stands for.
+        """One step of regression: the mapping network learns to map z to the w of the face it stands for.
 
-        The error is in units of W's variance. Most of it is where z crosses from one hair colour to the next,
-        where w jumps; what is between them is natural too, see ``NATURAL``.
+        The error is in units of W's variance. Most of it arises where z crosses from one hair colour to the
+        next, because w jumps there. Mixtures of the two colours are natural too, see ``NATURAL``.
         """
         c = self.config
         self.opt_map.param_groups[0]["lr"] = c.map_lr * min(1.0, (i + 1) / 50, 1.02 - i / c.map_steps)
@@ -169,7 +169,7 @@ class GeneratorTraining:
         return {"unexplained": loss.detach()}
 
     def _descend(self, optimizer, loss: Tensor, parameters: list, batch: int, images: float) -> None:
-        """One step of ``optimizer``; the average follows the ``parameters``. images: seen so far."""
+        """One step of ``optimizer``; then the average follows ``parameters``. images: how many were seen."""
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -180,14 +180,14 @@ class GeneratorTraining:
 
     @torch.no_grad()
     def finished(self) -> Generator:
-        """The averaged generator, which knows the mean of W."""
+        """Set the mean of W in the averaged generator, and return this generator."""
         sample = self.z[:STATISTICS]
         self.ema.w_avg.copy_(self.ema.map_one(sample).mean(0))
         return self.ema
 
 
 def save_grid(generator: Generator, path: Path) -> None:
-    """8 x 8 uncurated samples at psi = 1 as a PNG."""
+    """Save 8 x 8 uncurated samples at psi = 1 as a PNG."""
     z = torch.randn(64, generator.z_dim, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         images = to_uint8(generator.synthesis(generator.mapping(z.to(generator.w_avg.device))))

@@ -34,14 +34,14 @@ class IdentityConfig(Settings):
     steps: int = setting(1700, int_at_least(1))
     lr: float = setting(3e-3, number(above=True))
     temperature: float = setting(0.1, number(above=True))
-    same_photo: float = setting(0.5, number(0, 1))  # share of pairs of one photo with a part repainted
+    same_photo: float = setting(0.5, number(0, 1))  # share of pairs that are one photo, a part repainted
     same_weight: float = setting(4.0, number())  # of one minus the similarity of such pairs
-    factors: float = setting(1.0, number())  # weight of the error of the person's lengths, in training only
+    factors: float = setting(1.0, number())  # weight of the errors of geometry and style, in training only
     seed: int = setting(0, seed_number)
 
 
 def same_or_not(a: Tensor, b: Tensor, temperature: float) -> Tensor:
-    """Symmetric InfoNCE: rows i of the unit features a [N, D] and b are one person, all other pairs two."""
+    """Symmetric InfoNCE: rows i of the unit features a and b [N, D] are one person, other pairs are two."""
     logits, same = a @ b.t() / temperature, torch.arange(len(a), device=a.device)
     return (F.cross_entropy(logits, same) + F.cross_entropy(logits.t(), same)) / 2
 
@@ -49,8 +49,9 @@ def same_or_not(a: Tensor, b: Tensor, temperature: float) -> Tensor:
 def train(config: IdentityConfig, out: Path, device: torch.device | str = "cpu") -> IRSE:
     """Train, or resume the training in ``out``; returns the backbone in eval mode.
 
-    Two photos of a person have nothing in common but the person, and the second is in the colours of the
-    *next* person's first: who goes by colours is wrong every time.
+    The two photos of a pair share nothing except the person, and the second one has the colours of the *next*
+    person's first photo: a network that goes by colours is wrong every time. A share ``same_photo`` of the
+    pairs are one photo instead, with one part repainted.
     """
     device = torch.device(device)
     with seeded(config.seed):
@@ -104,8 +105,9 @@ def _auc(same: np.ndarray, other: np.ndarray) -> float:
 def verification(facenet: FaceIdentity, pairs: int = 1000, seed: int = 30_000) -> dict[str, float]:
     """How well two photos of one person are told from photos of two: AUC of the cosine, and mean cosines.
 
-    People that training never showed, natural against a new photo of both supports. ``auc``: from anybody
-    else; ``auc_same_colours``: from another person in the very colours of the photo it is compared with.
+    The people are unseen in training. A natural photo is compared with a new photo of both supports. For
+    ``auc`` the photo of a wrong pair shows another person; for ``auc_same_colours`` it also has exactly the
+    colours of the natural photo.
     """
     people = [sample_face((seed, k)) for k in range(pairs)]
     photos = [sample_face((seed, 1, k), "both").of_person(face) for k, face in enumerate(people)]
@@ -119,7 +121,7 @@ def verification(facenet: FaceIdentity, pairs: int = 1000, seed: int = 30_000) -
 
 
 def repainting(facenet: FaceIdentity, faces: int = 100, seed: int = 31_000) -> list[dict]:
-    """Identity of the exact truth: natural faces against themselves with one part repainted.
+    """Identity that the true counterfactual keeps: natural faces against themselves, one part repainted.
 
     One row per part and colour; ``n``: faces that have the part.
     """

@@ -1,7 +1,7 @@
-"""Pictures that the generator makes of moved codes, and what the readout is sure of in them.
+"""Pictures that the generator draws from moved codes, and the facts that the readout is sure of in them.
 
-Half of the codes are moved at random. As that seldom makes a colour that the generator never saw, the others
-are moved by an optimiser that paints a part: what CF-CLIP's own optimiser will show to CLIP, clean or not.
+Half of the codes are moved at random. This seldom makes a colour that the generator never saw, so the other
+half is moved by an optimiser that paints a part. CF-CLIP's optimiser shows CLIP such pictures, clean or not.
 """
 
 from functools import partial
@@ -18,17 +18,17 @@ from cfclip.toonfaces.readout import VISIBLE, Measurement, Readout
 from cfclip.toonfaces.render import MASKS
 
 NEAR, APART = 20.0, 8.0
-"""A colour is clear if its name is no farther than the first, and the next by the second farther (CIELAB)."""
+"""A colour is clear if the nearest name is within NEAR, and the next at least APART farther (CIELAB)."""
 FAR = 35.0
-"""What is farther than this, and much farther than the nearest name, is surely not the colour."""
+"""A name is surely wrong if it is farther than this, and farther than the nearest name by more than NEAR."""
 
 
 @torch.no_grad()
 def random_moves(generator: Generator, n: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """W+ codes [n, L, D] at psi = 1, and the same, each moved a little or wildly.
+    """W+ codes [n, L, D] at psi = 1, and the same codes, each moved a little or wildly.
 
-    Along noise or along the way to another code, and beyond it; in all layers alike or in each on its own;
-    in all layers, from COLOURING on, or in one layer only. ``random`` is of the generator's device.
+    A move goes along noise, equal in all layers or drawn for each layer, or towards another code and beyond.
+    It affects all layers, those from COLOURING on, or one layer. ``random`` is on the generator's device.
     """
     device, layers = generator.w_avg.device, generator.num_ws
     draw, normal = (partial(one, generator=random, device=device) for one in (torch.rand, torch.randn))
@@ -44,15 +44,16 @@ def random_moves(generator: Generator, n: int, random: torch.Generator) -> tuple
 
 
 AIMED_STEPS, TAKEN = 24, 4
-"""Steps of the optimiser of :func:`aimed_moves`, and how many codes are taken on its way."""
+"""Steps of the optimiser of :func:`aimed_moves`, and how many codes are taken from each run."""
 
 
 @torch.enable_grad()
 def aimed_moves(generator: Generator, readout: Readout, n: int, random: torch.Generator) -> Tensor:
-    """W+ codes [n, L, D]: samples at psi = 1 on their way to a named colour of one part; TAKEN of each way.
+    """W+ codes [n, L, D]: samples at psi = 1 on their way to a named colour of one part; TAKEN of each run.
 
-    Adam on the squared distance of the part's pixels from the colour, and of all others from the source times
-    a random weight from 0 (they change as they like) to 4; in the layers from COLOURING on, or in all.
+    The colour is one of the part's first 12. Adam minimises the squared distance of the part's pixels from
+    the colour, plus a random weight from 0 (free to change) to 4 times that of all other pixels from the
+    source. It moves the layers from COLOURING on; in a fifth of the samples it moves all layers.
     """
     device, layers, wanted = generator.w_avg.device, generator.num_ws, n
     n = -(-wanted // TAKEN)
@@ -87,9 +88,9 @@ def aimed_moves(generator: Generator, readout: Readout, n: int, random: torch.Ge
 def sure_facts(measured: Measurement, held_out: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """(true, known): the facts that a measurement is sure of, bool [N, len(FACTS)] each.
 
-    Nothing is known of the smile, of man or woman, and of what is no face.
+    Nothing is known about the smile, about man or woman, or about pictures that show no face.
 
-    held_out: whether pairs that are held out from CLIP may be true; else their part is unknown.
+    held_out: whether pairs held out from CLIP may be true; otherwise the colour of that part is unknown.
     """
     true = np.zeros((len(measured.lab), len(FACTS)), bool)
     known = np.zeros_like(true)
@@ -130,7 +131,7 @@ def moved_samples(
 ) -> tuple[Tensor, np.ndarray, np.ndarray]:
     """``n`` pictures, uint8 [n, 3, R, R] on the generator's device, and their :func:`sure_facts`.
 
-    The first half is of :func:`random_moves`, the second of :func:`aimed_moves`.
+    The first half comes from :func:`random_moves`, the second from :func:`aimed_moves`.
     """
     batch, random = 256, torch.Generator(generator.w_avg.device).manual_seed(seed)
     codes = list(random_moves(generator, n - n // 2, random)[1].split(batch))

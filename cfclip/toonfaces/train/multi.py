@@ -1,4 +1,4 @@
-"""The mapper for every prompt, which the explorer uses, and how mappers are trained that miss some prompts.
+"""The mapper for every prompt, which the explorer uses, and mappers that are trained without some prompts.
 
 The second kind shows what a mapper can do with prompts that it was not trained on, see :mod:`.routes`.
 """
@@ -38,7 +38,7 @@ UNSEEN: dict[str, tuple[str, ...]] = {
     "glasses": ("green", "purple", "brown"),
     "shirt": ("grey", "red", "black"),
 }
-"""part -> colours that no seen prompt combines with it: a quarter of the pairs, with all of HELD_OUT."""
+"""part -> colours that no seen prompt combines with it: 24 of the 107 pairs, with all of HELD_OUT."""
 
 
 SHAPES: dict[tuple[str, str], tuple[str, ...]] = {
@@ -54,7 +54,7 @@ SHAPES: dict[tuple[str, str], tuple[str, ...]] = {
     ("style", "curly"): ("curly hair", "curls"),
     ("style", "bob"): ("a bob", "a bob haircut"),
 }
-"""What a prompt can ask of shapes, and how it is said."""
+"""Fact about a shape that a prompt can ask for -> its wordings."""
 
 
 FORMS = (
@@ -62,7 +62,7 @@ FORMS = (
     *(f"a {who} with {{}}" for who in ("face", "person", "man", "woman")),
     *(template("face with {}") for template in TEMPLATES[::10]),
 )
-"""How a prompt is put, so that the mapper learns which words ask for nothing."""
+"""Sentences that a prompt is put into; from them the mapper learns which words ask for nothing."""
 
 
 def split() -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -76,7 +76,7 @@ def split() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def config(**overrides: Any) -> MultiPromptConfig:
-    """How the domain's own mapper is trained: with every colour of every part, and with :data:`SHAPES`."""
+    """How the domain's mapper is trained: with every colour of every part, and with :data:`SHAPES`."""
     shapes = sum(SHAPES.values(), ())
     prompts = {"prompts": sum(split(), ()) + shapes, "shapes": shapes, "forms": FORMS}
     prompts |= {"shape_share": 0.5, "steps": 3000}  # a shape is learned more slowly than a colour
@@ -84,7 +84,7 @@ def config(**overrides: Any) -> MultiPromptConfig:
 
 
 def heldout_config(**overrides: Any) -> MultiPromptConfig:
-    """How a mapper is trained that sees only the seen prompts."""
+    """How a mapper is trained on the seen prompts only."""
     settings: dict[str, Any] = {"prompts": split()[0], "text": "tokens", "levels": ("fine",)}
     settings |= {"prompts_at_once": 8, "batch": 8, "steps": 2000, "num_views": 4}
     settings |= {"optimizer": "adam", "lr": 0.02, "ramp_down": 0.5, "lambda_l2": 0.06}
@@ -108,12 +108,12 @@ def train(
 
 
 def finish(domain: Domain, mapper: WordMapper) -> WordMapper:
-    """What comes after the training, on training faces: :func:`purify`, then :func:`calibrate`."""
+    """Improve a trained ``mapper`` on training faces: :func:`purify`, then :func:`calibrate`."""
     return calibrate(domain, purify(domain, mapper))
 
 
 def slots_of(domain: Domain, mapper: WordMapper, faces: Mapping[str, Tensor]) -> dict[str, int]:
-    """Prompt -> the slot of colours that moves most by it, on its ``faces``."""
+    """Prompt -> the colouring slot that it moves most, on its ``faces``."""
     slots = mapper.groups[-1]
     return {
         prompt: int(slots.sizes(w, mapper.read(domain.clip, prompt)).mean(0).argmax())
@@ -129,18 +129,19 @@ def purify(
     pixels: float = 10.0,
     keep: float = 0.03,
 ) -> WordMapper:
-    """``mapper``, each slot that colours left with that of its move which colours its own part, and evenly.
+    """Reduce the move of each colouring slot, in place, to what colours its own part, evenly.
 
-    The slot of part p moves v instead of u, where to first order
+    The part p of a slot is the most frequent part of the prompts that move this slot most. The slot then
+    moves v instead of u, where to first order
 
         v = argmin own (v - u)' A_p (v - u) + sum_{q != p} v' A_q v
                    + pixels (sum_{q != p} v' S_q v + v' V_p v) + eps |v - u|^2
           = (own A_p + held_p + eps)^-1 (own A_p + eps) u,    held_p: the matrix of the three sums.
 
-    A_q, S_q and V_q are those of :func:`colour_gradients` over ``n`` training faces, A_q divided by the
-    square of the natural spread of the colour, S and V by a number that makes all S_q together as large as
-    all A_q. eps is ``keep`` times the mean eigenvalue of these. No colour is named here: the ground truth
-    says where the parts are, and the words still say where they go.
+    A_q, S_q and V_q come from :func:`colour_gradients` over ``n`` training faces. A_q is divided by the
+    square of the natural spread of the colour. S and V are scaled by one number that gives sum_q S_q the
+    trace of sum_q A_q. eps is ``keep`` times the mean eigenvalue of sum_q A_q. No colour is named here: the
+    ground truth says where the parts are, and the words still say which colour a part gets.
     """
     prompts, slots = split()[0], mapper.groups[-1]
     by_slot: dict[int, list[str]] = {}
@@ -148,7 +149,7 @@ def purify(
         by_slot.setdefault(k, []).append(claim_of(prompt)[0])
     draw, random, sums = np.random.default_rng(0), torch.Generator(domain.device).manual_seed(0), 0.0
     for w in domain.latents(n, "train", 1).split(8):
-        with torch.no_grad():  # where an edit is, half way
+        with torch.no_grad():  # codes half way along an edit
             w = torch.cat([domain.edited(one[None], str(draw.choice(prompts)), mapper, 0.5) for one in w])
         sums = sums + torch.stack(colour_gradients(domain, w, slots.layers, random))
     colour, change, uneven = sums
@@ -171,10 +172,11 @@ def colour_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """How a move u of ``layers`` of w [N, L, D] changes each part q.
 
-    Returns (A, S, V), each [P, L' D, L' D] in float64. To first order, summed over the faces and over RGB in
-    [0, 1]: u' A_q u is the square of the change of the colour of q, the mean of the pixels that it covers;
-    u' S_q u the sum over these pixels of the squares of their changes; u' V_q u the same of what these differ
-    from their mean, so that S = V + area A. V is estimated by ``probes`` random pictures a face.
+    Returns (A, S, V), each [P, L' D, L' D] in float64. All are to first order, and sums over the faces and
+    over RGB in [0, 1]. u' A_q u is the squared change of the colour of q, the mean of the pixels that q
+    covers. u' S_q u is the sum of the squared changes of these pixels. u' V_q u is the same sum after
+    the mean change is subtracted, so that S = V + area A. V is estimated with ``probes`` random pictures per
+    face.
     """
     x = w[:, list(layers)].requires_grad_()
     images = domain.generator.synthesis(w.index_copy(1, torch.tensor(layers, device=w.device), x))
@@ -200,16 +202,16 @@ def colour_gradients(
 
 
 GAINS = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
-"""How much stronger :func:`calibrate` may make what a slot moves."""
+"""Factors by which :func:`calibrate` may multiply the move of a slot."""
 
 
 @torch.no_grad()
 def calibrate(domain: Domain, mapper: WordMapper, n: int = 32) -> WordMapper:
-    """``mapper``, each slot that colours made stronger until most edits of ``n`` training faces succeed.
+    """Strengthen each colouring slot, in place, by the gain at which most training faces are edited well.
 
-    What holds the edits back stops the small parts half way. An edit counts if it succeeds at an identity of
-    0.85, two thirds if it leaks; tried with every other seen prompt, whose slot is the one that moves most.
-    Of the gains within a point of the best one it is the smallest.
+    Losses that hold an edit back stop the small parts half way. An edit counts as 1 if it succeeds at an
+    identity of 0.85, but as two thirds if it leaks. Every other seen prompt is tried on ``n`` faces, for the
+    slot that it moves most. Of the gains within a percentage point of the best, the smallest is used.
     """
     faces = faces_for(domain, split()[0][::2], n, "train")
     slot = slots_of(domain, mapper, faces)
@@ -222,14 +224,14 @@ def calibrate(domain: Domain, mapper: WordMapper, n: int = 32) -> WordMapper:
 
 
 def least_of_the_best(shares: pd.Series) -> float:
-    """The smallest strength, of those in the index, within a point of the best; 1 if all are NaN."""
+    """The smallest strength in the index within a percentage point of the best share; 1 if all are NaN."""
     return min(shares.index[shares > shares.max() - 0.01], default=1.0)
 
 
 def measure(domain: Domain, n: int = 32) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Edits by ``domain.mapper`` with every colour of every part: by group, by part.
+    """Edits by ``domain.mapper`` to every colour of every part: means by group, and means by part.
 
-    Each is tried on ``n`` test faces that have the part.
+    Each colour is tried on ``n`` test faces that have the part.
     """
     faces = faces_for(domain, sum(split(), ()), n)
     table = compare(domain, domain.mapper, faces).drop(columns="strength")
@@ -245,11 +247,11 @@ def measure(domain: Domain, n: int = 32) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 WORDINGS = 64
-"""Captions on which predictions are tried."""
+"""Number of captions on which predictions are tried."""
 
 
 def wordings(domain: Domain, seed: int = 90_000) -> tuple[str, ...]:
-    """:data:`WORDINGS` captions of random faces, one to three claims each: sentences as people type them."""
+    """:data:`WORDINGS` captions of random faces, with one to three measurable claims each, as people type."""
     rng = np.random.default_rng(seed)
     faces = (sample_face((seed, rng.integers(2**31)), "both") for _ in count())
     texts = (caption(facts_of(face), rng)[0] for face in faces)
@@ -260,10 +262,10 @@ def wordings(domain: Domain, seed: int = 90_000) -> tuple[str, ...]:
 def calibration(domain: Domain, n: int = 32) -> dict[str, Any]:
     """How well ``domain.mapper`` does what prompts say, each on ``n`` training faces that it can change.
 
-    ``measured``: prompt -> success, of those of :func:`split` and of :data:`SHAPES` but for smiles, which
-    cannot be measured; ``claims``: the same by claim. ``error``: how far the success that is predicted for
-    :func:`wordings` is from the one that is measured, on average; ``error_of_the_mean``: the same of a
-    prediction that does not look at the prompt, the mean of ``claims``.
+    ``measured``: prompt -> success, for the prompts of :func:`split` and of :data:`SHAPES` except smiles,
+    which cannot be measured. ``claims``: claim -> mean success. ``error``: mean absolute error of the success
+    that is predicted for :func:`wordings`. ``error_of_the_mean``: the same for a constant prediction, the
+    mean of ``claims``. ``wordings``: how many captions these errors are over.
     """
     truth, shapes = domain.truth, [texts for fact, texts in SHAPES.items() if fact[0] != "smile"]
     prompts, tried_on = sum([*split(), *shapes], ()), wordings(domain)
@@ -303,7 +305,7 @@ def probe(domain: Domain) -> pd.DataFrame:
     y = torch.cat([F.one_hot(answers[:, k], len(known[k])).float() for k in (0, 1)], 1)
 
     def correct(fitted: Tensor, tested: Tensor) -> Tensor:
-        """bool [T, 2]: are part and colour of the prompts ``tested`` predicted from those ``fitted``?"""
+        """bool [T, 2]: whether part and colour of prompts ``tested`` are predicted from those ``fitted``."""
         mean, level = x[fitted].mean(0), y[fitted].mean(0)
         a = x[fitted] - mean
         solved = torch.linalg.solve(a @ a.T + torch.eye(len(a)), y[fitted] - level)

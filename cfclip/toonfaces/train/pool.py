@@ -1,6 +1,6 @@
 """A pool of rendered shapes, painted in any colours on any device: all trainings take their faces from it.
 
-A picture is the mean of label colours, weighted by how many sub-pixels have which label. So shapes are
+A picture is the mean of label colours, weighted by how many sub-pixels have each label. So shapes are
 rendered once, on all cores, and each use paints one of them in the colours of another face of the pool.
 """
 
@@ -37,7 +37,7 @@ ALONE = 500
 def on_all_cores(
     make: Callable[[Sequence[int]], Result], n: int, desc: str, chunk: int = 200
 ) -> Iterator[Result]:
-    """``make(range)`` of the numbers below ``n``, ``chunk`` after ``chunk``, in order."""
+    """``make(range)`` for successive ranges of ``chunk`` numbers below ``n``, in order."""
     chunks = [range(k, min(k + chunk, n)) for k in range(0, n, chunk)]
     bar = partial(tqdm, desc=desc, total=len(chunks), leave=False)
     if n < ALONE:
@@ -52,8 +52,8 @@ def on_all_cores(
 def draw_face(seed: tuple[int, ...], support: str) -> Face:
     """A face in the colours of ``support``, the same one for the same ``seed``.
 
-    "natural" and "both" as :func:`sample_face` has them; "independent": natural ones that no other part
-    follows; "known": of both supports, without the pairs that are held out from CLIP.
+    "natural" and "both": see :func:`sample_face`; "independent": natural colours, drawn separately for each
+    part; "known": both supports, without the pairs that are held out from CLIP.
     """
     match support:
         case "independent":
@@ -68,7 +68,7 @@ def draw_face(seed: tuple[int, ...], support: str) -> Face:
 def _drawn(
     seed: tuple[int, ...], photos: int, support: str, resolution: int, people: Sequence[int]
 ) -> tuple[list[Face], np.ndarray]:
-    """``photos`` pictures of each of ``people``, side by side, and what they cover."""
+    """``photos`` faces of each of ``people``, one after the other, and the :func:`coverage` of each face."""
     faces = []
     for k in people:
         first = draw_face((*seed, k), support)
@@ -78,7 +78,7 @@ def _drawn(
 
 
 class Pool:
-    """M = people * photos faces; the pictures of person k are those from ``k * photos`` on.
+    """M = people * photos faces; the faces of person k start at number ``k * photos``.
 
     Args:
         seed: of the faces.
@@ -114,7 +114,7 @@ class Pool:
         return len(self.faces)
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
-        """Numbers of ``n`` faces of the pool, on its device; ``generator`` is the CPU's."""
+        """Numbers [n] of random faces of the pool, on its device; ``generator`` is on the CPU."""
         return torch.randint(len(self), (n,), generator=generator).to(self.colours.device)
 
     def covered(self, shapes: Tensor, erased: Tensor | None = None) -> Tensor:
@@ -136,7 +136,7 @@ class Pool:
     def paint(self, shapes: Tensor, colours: Tensor | None = None) -> Tensor:
         """Pictures [N, 3, R, R] in [-1, 1]: the shapes of the faces with these numbers [N].
 
-        colours: numbers of the faces [N] whose colours they have; by default their own.
+        colours: numbers [N] of the faces whose colours are used; default: ``shapes``.
         """
         return picture(self.covered(shapes), self.palettes[shapes if colours is None else colours])
 
@@ -153,7 +153,7 @@ def part_masks(covered: Tensor) -> Tensor:
 
 
 def repainted(palette: Tensor, other: Tensor, part: Tensor) -> Tensor:
-    """``palette`` [N, 17, 3] with one thing in the colour of ``other``: number ``part`` [N] of COLOURED."""
+    """``palette`` [N, 17, 3] with number ``part`` [N] of COLOURED painted in the colours of ``other``."""
     paints = [PAINT[label][0] for label in LABELS]
     source = torch.tensor([COLOURED.index(name) if name in COLOURED else -1 for name in paints])
     return torch.where((source.to(part.device) == part[:, None])[..., None], other, palette)

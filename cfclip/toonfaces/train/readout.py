@@ -28,8 +28,8 @@ class ReadoutConfig(Settings):
     batch: int = setting(128, batch_size)
     steps: int = setting(3000, int_at_least(1))
     lr: float = setting(3e-3, number(above=True))
-    blur: float = setting(1.2, number())  # the most, in pixels; half of the pictures are sharp
-    erased: float = setting(0.06, number(0, 1))  # share of pictures without a part of ERASABLE, for each
+    blur: float = setting(1.2, number())  # largest sigma in pixels; half of the pictures stay sharp
+    erased: float = setting(0.06, number(0, 1))  # share of pictures that lack a part, for each of ERASABLE
     small_parts: float = setting(3.0, number())  # weight of a pixel of SMALL_PARTS; others: 1
     seed: int = setting(0, seed_number)
 
@@ -74,7 +74,7 @@ def train(config: ReadoutConfig, out: Path, device: torch.device | str = "cpu") 
 
 
 SOFT = 0.7
-"""Pixels out of focus of the softened renders on which a readout is measured."""
+"""Sigma, in pixels, of the blur of the softened renders on which a readout is measured."""
 
 
 def colour_accuracy(
@@ -82,8 +82,9 @@ def colour_accuracy(
 ) -> list[dict]:
     """Accuracy on held-out renders of both supports, ``sigma`` pixels out of focus.
 
-    One row per part, over the parts larger than ``VISIBLE``; then hair style, presence of each part (one face
-    in ten is drawn without brows, one without eyes, one without lips), and faces as such. n: faces counted.
+    One row per part: its colour, where the part is larger than ``VISIBLE``. Then hair style, whether it is a
+    face, and the presence of each part. Of ten faces, one is drawn without brows, one without eyes and one
+    without lips; the row "is a face" leaves these out. n: faces counted.
     """
     people = [sample_face((seed, k), "both") for k in range(faces)]
     gone = [[part for j, part in enumerate(ERASABLE) if k % 10 == j] for k in range(faces)]

@@ -1,10 +1,12 @@
-"""Routes to one mapper for many prompts, each trained without the unseen pairs of ``multi``, in one table.
+"""Compares routes to one mapper for many prompts, which are trained without the unseen pairs of ``multi``.
 
-Words: CF-CLIP's own objective, many prompts a step, as :func:`.multi.heldout_config`. Whole: the same for a
-mapper that reads CLIP's feature of the prompt. Teachers: an offset in W+ for each seen prompt, then a mapper
-that reads words learns these by regression, then some steps of CF-CLIP's objective. Pairs: no prompts at all
-(DeltaEdit, Lyu et al. 2023): of two pictures of the generator the difference in CLIP's space in, the move in
-W+ out; at use the difference of two texts goes in. Alone: a mapper of its own for each unseen prompt.
+Words: CF-CLIP's objective with many prompts per step, see :func:`.multi.heldout_config`. Whole: the same for
+a mapper that reads CLIP's feature of the whole prompt. Teachers: an offset in W+ is trained for each seen
+prompt, then a mapper that reads words learns the offsets by regression. Teachers, then words: some steps of
+CF-CLIP's objective follow. Pairs (DeltaEdit, Lyu et al. 2023): no prompts in training. The input is the
+difference of two pictures of the generator in CLIP's space, the output is the move in W+ between them; in use
+the input is the difference of two texts. Alone: for comparison, a separate mapper for each prompt of
+:func:`own_prompts`.
 """
 
 import copy
@@ -41,10 +43,10 @@ ALONE |= ROWS["pixels held"]
 TEACHER = {"steps": 60, "batch": 4, "lr": 0.3, "lambda_l2": 0.06, "levels": ("fine",), "num_views": 4}
 TEACHER |= {"train_latents": 64}
 TAUGHT = 0.5
-"""The success on training faces below which a teacher is left out."""
+"""A teacher with less success than this on training faces is left out."""
 PAIRS = 8_000
 STRENGTHS = (1.0, 1.2, 1.4, 2.0, 4.0)
-"""Of a route's edits, of which the best on seen prompts and training faces is taken."""
+"""Strengths of a route's edits, from which :func:`best_strength` chooses on training faces."""
 
 
 class PairMapper(Mapper):
@@ -53,7 +55,7 @@ class PairMapper(Mapper):
     source_text = "face"
 
     def read(self, clip: ClipGuide, texts: str | Sequence[str]) -> Tensor:
-        """The unit difference of each text's and the source text's unit feature [P, E]."""
+        """The unit difference [P, E] between the unit features of each text and of the source text."""
         words, source = (F.normalize(clip.encode_text(one), dim=-1) for one in (texts, self.source_text))
         return F.normalize(words - source, dim=-1)
 
@@ -72,7 +74,7 @@ class Trained(NamedTuple):
 
 
 def teach(domain: Domain, prompts: Sequence[str], out: Path, seed: int) -> tuple[dict[str, Tensor], float]:
-    """Prompt -> the offset [L, D] that CF-CLIP's objective finds, where it succeeds; seconds."""
+    """Prompt -> the offset [L, D] that CF-CLIP's objective finds, if it succeeds; the seconds taken."""
     teachers, seconds = {}, 0.0
     for prompt, faces in faces_for(domain, prompts, 16, "train", 1).items():
         c = CFCLIPConfig(prompt=prompt, seed=seed, optimizer="adam", dtype="auto", **TEACHER)
@@ -86,7 +88,7 @@ def teach(domain: Domain, prompts: Sequence[str], out: Path, seed: int) -> tuple
 def learn(
     domain: Domain, teachers: Mapping[str, Tensor], config: MultiPromptConfig, out: Path, steps: int = 1500
 ) -> tuple[Mapper, float]:
-    """A mapper that reads words and learns the moves of ``teachers`` by regression; seconds."""
+    """A mapper that reads words, trained by regression on the moves of ``teachers``; the seconds taken."""
     mapper = Mapper.initialised(mapper_sizes(domain, config), torch.Generator().manual_seed(config.seed))
     mapper = mapper.to(domain.device)
     words = [mapper.read(domain.clip, [form.format(prompt) for prompt in teachers]) for form in multi.FORMS]
@@ -103,7 +105,7 @@ def learn(
 
 
 def learn_pairs(domain: Domain, out: Path, seed: int, steps: int = 3000) -> tuple[PairMapper, float]:
-    """A mapper that knows which move of the colouring layers makes which difference in CLIP's space."""
+    """A mapper from differences in CLIP's space to moves of the colouring layers; the seconds taken."""
     begun = time.perf_counter()
     g, first = domain.generator, level_slices(domain.level_split)["fine"].start
     random = torch.Generator(domain.device).manual_seed(seed)
@@ -133,7 +135,7 @@ def learn_pairs(domain: Domain, out: Path, seed: int, steps: int = 3000) -> tupl
 def regress(
     mapper: Mapper, loss: Callable[[torch.Generator], Tensor], lr: float, steps: int, seed: int, out: Path
 ) -> float:
-    """Train ``mapper`` by Adam on a batch's ``loss`` a step, the rate falling to 0; returns seconds."""
+    """Train ``mapper`` with Adam, one ``loss`` per step, while the rate falls to 0; returns the seconds."""
     optimizer = torch.optim.Adam(mapper.parameters(), lr)
 
     def step(i: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -154,7 +156,7 @@ def regress(
 
 
 def own_prompts() -> tuple[str, ...]:
-    """Prompts with a mapper of their own: all unseen ones, and each part's first counterfactual seen one."""
+    """Prompts with a separate mapper: all unseen ones, and the first seen counterfactual one of each part."""
     seen, unseen = multi.split()
     counterfactual = [[phrase(part, name) for name in COUNTERFACTUAL[part]] for part in PARTS]
     firsts = [next(one for one in prompts if one in seen) for prompts in counterfactual if prompts]
@@ -167,8 +169,8 @@ ROUTES = ("alone", "words", "teachers", "teachers, then words", "pairs", "whole"
 def trained(
     domain: Domain, out: Path, seeds: Sequence[int], only: Collection[str] = ROUTES
 ) -> Iterator[Trained]:
-    """The mappers of the routes ``only``, one by one. What ``out`` holds already is not trained again."""
-    seed = seeds[0]  # of all but words
+    """The mappers of the routes ``only``, one by one. Those in ``out`` already are not trained again."""
+    seed = seeds[0]  # of all routes except words
     config = multi.heldout_config(seed=seed)
     for prompt in own_prompts() if "alone" in only else ():
         c = CFCLIPConfig(prompt=prompt, seed=seed, dtype="auto", **ALONE)
@@ -182,7 +184,7 @@ def trained(
         start, more = learn(domain, teachers, config, out / f"taught-{seed}")
         seconds += more
     if "teachers" in only:
-        # a copy: whoever compares it changes its slots
+        # a copy: best_strength changes the slots
         yield Trained("teachers", seed, copy.deepcopy(start), seconds, [*teachers])
     if "teachers, then words" in only:
         config = multi.heldout_config(seed=seed, steps=500, lr=0.01, ramp_down=1.0)
@@ -191,7 +193,7 @@ def trained(
         yield Trained("teachers, then words", seed, mapper, seconds, config.prompts)
     if "pairs" in only:
         mapper, seconds = learn_pairs(domain, out / f"pairs-{seed}", seed)
-        yield Trained("pairs", seed, mapper, seconds, config.prompts)  # prompts chose its strength, no more
+        yield Trained("pairs", seed, mapper, seconds, config.prompts)  # prompts only choose its strength
     if "whole" in only:
         mapper, rows = train_mapper(domain, multi.pooled_config(seed=seed), out / f"whole-{seed}")
         yield Trained("whole", seed, mapper, rows[-1]["seconds"], config.prompts)
@@ -199,9 +201,9 @@ def trained(
 
 @torch.no_grad()
 def best_strength(domain: Domain, mapper: Mapper, faces: Mapping[str, Tensor]) -> float:
-    """Of :data:`STRENGTHS` the one at which most of ``faces`` are kept; the smallest within a point of it.
+    """The smallest of :data:`STRENGTHS` within a percentage point of the one that keeps most of ``faces``.
 
-    A mapper that reads words has a strength for each of its slots instead, see :func:`.multi.finish`.
+    A mapper that reads words gets a strength for each slot instead, see :func:`.multi.finish`; 1 is returned.
     """
     if isinstance(mapper, WordMapper):
         multi.finish(domain, mapper)
@@ -218,9 +220,10 @@ def compared(
 ) -> pd.DataFrame:
     """Edits of the routes ``only`` by :func:`own_prompts` of ``n`` test faces each that have the part.
 
-    Means per route, seed and prompt. ``kept``: see :func:`.metrics.kept`. ``seen``: is the prompt among
-    those for training? ``strength``: of the edits, chosen on training faces. ``n_judged``: faces that have
-    the part. ``failed``: the prompts whose teachers failed and were left out. ``commit``: of the code.
+    Means per route, seed and prompt. ``kept``: see :func:`.metrics.kept`. ``seen``: whether the prompt is
+    among the seen ones of :func:`.multi.split`. ``strength``: that of the edits, chosen on training faces.
+    ``n_judged``: number of faces that have the part. ``failed``: the prompts whose teachers failed and were
+    left out. ``commit``: that of the code.
     """
     rows, seen = [], multi.split()[0]
     every = dict.fromkeys((*seen[::2], *own_prompts()))
@@ -246,9 +249,9 @@ def compared(
 
 
 def by_route(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of :func:`compared`, a line per route: means over prompts, then over seeds.
+    """The rows of :func:`compared`, one line per route and ``seen``: means over prompts, then over seeds.
 
-    share_of_own: of what mappers of their own keep.
+    share_of_own: ``kept``, divided by that of separate mappers (the route "alone").
     """
     each = table.groupby(["seen", "route", "seed"], sort=False)[[*MEASURED, "seconds"]].mean()
     lines = each.groupby(["seen", "route"], sort=False).mean().reset_index()

@@ -35,7 +35,7 @@ def run_training(
 ) -> None:
     """Run ``step(i, generator)``; resumes a training that was stopped in ``out``.
 
-    steps: default ``config.steps``; what: else tells runs apart, e.g. the networks that it is trained for.
+    steps: default ``config.steps``; what: also identifies the run, e.g. the networks that it is trained for.
     """
     options = {"state": state, "out": out, "seed": config.seed, "callbacks": callbacks, "desc": name}
     options["run"] = described(config, network=name, **what)
@@ -45,7 +45,7 @@ def run_training(
 
 
 Loss = Callable[[int, torch.Generator], tuple[Tensor, Mapping[str, Tensor]]]
-"""As a :data:`.Step`; returns what is minimised, and the numbers to log."""
+"""Like a :data:`.Step`, but returns the loss to minimise and the numbers to log."""
 
 
 def run_by_adamw(
