@@ -31,7 +31,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "levels: all": {"levels": LEVELS},
     "two guides": {"guides": 2},
     "pixels held": {"lambda_perc": 3.0, "train_strength": 0.67},
-    "pixels held, to a limit": {"lambda_perc": 6.0, "perc_limit": 0.2, "train_strength": 0.67},
+    "pixels held, to a limit": {"lambda_perc": 3.0, "perc_limit": 0.2, "train_strength": 0.67},
     "loss: StyleCLIP": {"objective": "clip", "lambda_nce": 1.0},
     "loss: directional": {"objective": "directional", "lambda_nce": 1.0},
 }
