@@ -224,8 +224,11 @@ class Domain:
         If the mapper reads words and the domain has a ground truth, the changes for all clauses of ``prompt``
         add up. As in training, a clause for colours changes the fine layers, and one for shapes the coarse
         and medium layers; other clauses change all. strength: one number, or one per layer [L, 1].
+        Raises ValueError if there is no mapper.
         """
         mapper = self.mapper if mapper is None else mapper
+        if mapper is None:
+            raise ValueError(f"domain {self.name} has no mapper of its own: give one, e.g. from load_mapper")
         if not isinstance(mapper, WordMapper) or self.truth is None:
             return mapper.edit(w, mapper.read(self.clip, prompt), strength)
         self.clip.tokenize(prompt)  # an error should quote the whole prompt, not a clause
@@ -263,7 +266,7 @@ class Domain:
 
     def group_of(self, prompt: str) -> str:
         """One of :data:`GROUPS`: what kind of edit ``prompt`` asks for."""
-        if prompt == self.source_text:
+        if null_edit(prompt, self.source_text):
             return NULL_EDIT
         claim = self.truth and self.truth.claim(prompt)
         return OTHER if claim is None else self.truth.group(claim)

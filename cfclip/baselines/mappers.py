@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cfclip.baselines.editor import Editor
 from cfclip.checkpoints.mappers import load_mapper
 from cfclip.domain import Domain
-from cfclip.method.loop import Loop, begin_run
+from cfclip.method.loop import Loop
 from cfclip.method.trainer import MapperTrainer, mapper_loop
 from cfclip.models.mapper import Mapper
 from cfclip.models.stylegan2 import Generator
@@ -39,11 +39,11 @@ class MapperEditor(Editor):
     @classmethod
     def loop(cls, method: str, domain: Domain, config: Any, out: Path | None, **loop: Any) -> Loop:
         """Like :func:`.mapper_loop`, so that the training can be one of a pack."""
-        config = begin_run(config, domain.device, out, method=method, **domain.described)
-        module, rows = yield from mapper_loop(domain, config, out, method, trainer=cls.TRAINER, **loop)
+        run, rows = yield from mapper_loop(domain, config, out, method, trainer=cls.TRAINER, **loop)
+        module = run.mapper
         if cls.STORE_AS is not None:
             module = module.to(cls.STORE_AS).float()  # rounded as in its file
-        return cls(method, domain, config, module, rows)
+        return cls(method, domain, run.config, module, rows)
 
     @classmethod
     def open(cls, path: Path, generator: Generator) -> nn.Module:

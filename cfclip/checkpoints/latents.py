@@ -28,6 +28,7 @@ MADE_FOR = {2 * level - 2: 2**level for level in range(3, 13)}
 """Layers L of a W+ code -> size of the generator in pixels."""
 
 WANTED = "latents are needed: floats [N, L, D] (W+) or [N, D] (W), or a list or dict of one code a picture"
+ONE_CODE = "its {} has {} codes, but one a picture is needed: keep the best one"
 
 
 def load_latents(path: str | os.PathLike, generator: Generator | None = None) -> Tensor:
@@ -163,10 +164,13 @@ def _one_code(name: str, value: Any) -> Tensor:
     if isinstance(value, list | tuple) and len(value) == 1:
         (value,) = value
     if isinstance(value, list | tuple) and value and is_array(value[0]):
-        raise ValueError(f"its {name} has {len(value)} codes, but one a picture is needed: keep the best one")
+        raise ValueError(ONE_CODE.format(name, len(value)))
     if not is_array(value):
         raise ValueError(f"its {name} is {describe(value)}, but {WANTED}")
-    return _tensor(name, value)
+    code = _tensor(name, value)
+    if code.ndim == 3 and len(code) > 1:
+        raise ValueError(ONE_CODE.format(name, len(code)))
+    return code
 
 
 def fit_latents(w: Tensor, generator: Generator, what: str = "the latents") -> Tensor:

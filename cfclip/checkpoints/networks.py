@@ -70,8 +70,10 @@ def load_openai_clip(path: str | os.PathLike, model: str = "ViT-B-32-quickgelu")
     ``model`` is open_clip's name; "ViT-B-32" without "-quickgelu" would silently use another GELU.
     Frozen, float32. Raises WeightsError.
     """
-    path, kind = Path(path), sniff(path)
+    path, kind, config = Path(path), sniff(path), open_clip.get_model_config(model)
     with about(path):
+        if config is None:
+            raise ValueError(f"open_clip has no model {model!r}; OpenAI's are {', '.join(OPENAI_SHA256)}")
         if kind == "safetensors":
             tensors = official_state(weights.read_tensors(path), "OpenAI's CLIP", "text_projection")
         elif kind == "torch-zip" and _is_torchscript(path):
@@ -87,7 +89,7 @@ def load_openai_clip(path: str | os.PathLike, model: str = "ViT-B-32-quickgelu")
         else:
             tensors = official_state(read_torch(path), "OpenAI's CLIP", "text_projection")
         with torch.random.fork_rng(devices=[]):  # the random initial weights are overwritten
-            network = open_clip.CLIP(**open_clip.get_model_config(model))
+            network = open_clip.CLIP(**config)
         for name, tensor in network.state_dict().items():
             if name not in tensors or tensors[name].shape != tensor.shape:
                 raise ValueError(f"it has no {name} of shape {list(tensor.shape)}: it is not a {model}")

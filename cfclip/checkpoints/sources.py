@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import requests
@@ -77,7 +78,7 @@ def _drive(key: str) -> str:
 
 
 def _afhq(animal: str) -> Source:
-    what = f"StyleGAN2-ADA, AFHQ {animal}s, 512²: the paper's TensorFlow file, else NVIDIA's PyTorch ones"
+    what = f"StyleGAN2-ADA, AFHQ {animal}s, 512²: the paper's TensorFlow file, or NVIDIA's PyTorch files"
     urls = (
         f"{NVIDIA}/stylegan2-ada/pretrained/afhq{animal}.pkl",
         f"{NVIDIA}/stylegan2-ada-pytorch/pretrained/afhq{animal}.pkl",
@@ -415,7 +416,8 @@ def _forget(part: Path) -> None:
 def _download(source: Source, url: str, folder: Path, progress: bool) -> Row:
     """Download one file from one URL. WeightsError if that fails or the file is bad; an old file stays."""
     path = folder / source.name
-    aside, part = path.with_name(path.name + ".bad"), path.with_name(path.name + ".part")
+    part, bad = path.with_name(path.name + ".part"), (f"{path.name}.bad{i or ''}" for i in count())
+    aside = next(free for free in map(path.with_name, bad) if not free.exists())
     try:
         _resume(url, part, source.limit, progress)
     except OSError as error:

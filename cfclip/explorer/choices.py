@@ -43,6 +43,8 @@ def success_of(domain: Domain, trained: Iterable[Trained], prompt: str) -> float
     """The share of faces on which ``prompt`` succeeds here, measured or predicted; None if it is unknown."""
     if path := editor_for(domain, trained, prompt):
         return next((one.success for one in trained if place(one) == path), None)
+    if own := committed(domain).get(plain(prompt)):
+        return own.success
     return predicted_success(domain, prompt)
 
 

@@ -341,7 +341,7 @@ class Explorer(HasTraits):
                 "under Refine, or give a folder with runs of 02_training as 'runs'"
             )
         own = [one for one, file in zip(recipe.prompts, recipe.mappers, strict=True) if not file]
-        success = [choices.success_of(self.domain, self._trained, prompt) for prompt in own]
+        success = [choices.success_of(domain, self._trained, prompt) for prompt in own]
         seconds = self._seconds_a_step or STEP_TO_DRAWING * frame.seconds
         steps = configure("cfclip", "x", **self.settings.get("cfclip", {})).steps
         found = [advice.outcome(domain, frame), advice.prospects(success, frame, steps * seconds)]

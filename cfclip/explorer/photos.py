@@ -49,6 +49,14 @@ def finds_points(domain: Domain) -> bool:
     return is_aligned(domain) and detector_file() is not None
 
 
+def asks_for_points(domain: Domain) -> bool:
+    """Whether the user must point at the face in a photo. True if the detector's file is damaged, too."""
+    try:
+        return is_aligned(domain) and not finds_points(domain)
+    except ValueError:  # shown when a photo comes without points
+        return True
+
+
 def find_photo(path: str, resolution: int) -> Photo | None:
     """The photo beside a file of codes; None if :func:`invert` did not write it at this resolution."""
     file = Path(path).with_suffix(".png")

@@ -138,7 +138,7 @@ class Recipe(Settings):
         try:
             given = json.loads(text)
             if not isinstance(given, dict):
-                raise TypeError(f"it is no table of names and values, but {type(given).__name__}")
+                raise TypeError(f"it is a {type(given).__name__}, not a table of names and values")
             check_known(given, [one.name for one in dataclasses.fields(cls)], "a recipe")
             return cls(**given)
         except (TypeError, ValueError, RecursionError) as error:

@@ -22,7 +22,7 @@ class Stage(anywidget.AnyWidget):
     notes = List(Unicode(), help="a few words on each face").tag(sync=True)
     note_row = Int(-1, help="the row that the notes are below").tag(sync=True)
     before = Dict(help='what the wipe compares with: {"row": i} or {"column": i}').tag(sync=True)
-    fixed = Bool(help="columns are no faces, and cannot be kept").tag(sync=True)
+    fixed = Bool(help="the columns are not faces and cannot be kept").tag(sync=True)
     busy = Bool().tag(sync=True)
     align = Bool(help="ask for the five points of a photo").tag(sync=True)
     main = Bool().tag(sync=True)

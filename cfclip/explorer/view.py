@@ -12,7 +12,7 @@ from ipywidgets import Layout
 
 from cfclip.explorer.frames import SHOWS, Frame, edit_label
 from cfclip.explorer.model import Explorer
-from cfclip.explorer.photos import finds_points, is_aligned
+from cfclip.explorer.photos import asks_for_points
 from cfclip.explorer.recipe import MAX_STRENGTH, MIN_STRENGTH, brief, describe, levels_on
 from cfclip.explorer.stage import Stage
 from cfclip.explorer.workers import REFINING
@@ -286,7 +286,7 @@ class View(ipw.VBox):
                 mappers.append((recipe.mapper, recipe.mapper))
             _offer(self.mapper, mappers, recipe.mapper)
             _offer(self.domain, e.domains, recipe.domain)
-            self.stage.align = is_aligned(e.domain) and not finds_points(e.domain)
+            self.stage.align = asks_for_points(e.domain)
             self.label.layout.display = "" if e.classes else "none"
             self.label.max = max(0, e.classes - 1)
             self.label.value = e.domain.label or 0

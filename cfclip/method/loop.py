@@ -178,7 +178,8 @@ def looped(
         for i in (bar := tqdm(range(first, steps), **look)):
             done, last = i + 1, i + 1 == steps
             logs, due = done % log_every == 0 or last, out is not None and done % checkpoint_every == 0
-            numbers = yield Request(i, generator_for(seed, i), due or last or bool(callbacks))
+            called = [callback for callback in callbacks if done % callback.every == 0 or last]
+            numbers = yield Request(i, generator_for(seed, i), due or last or bool(called))
             for name, value in numbers.items():
                 sums[name] = sums.get(name, 0.0) + value
             count += 1
@@ -199,9 +200,8 @@ def looped(
                 progressed = {"step": done, "rows": rows, "sums": sums, "count": count}
                 states = {name: thing.state_dict() for name, thing in state.items()}
                 _save({"run": run, **progressed, "state": states}, out)
-            for callback in callbacks:
-                if done % callback.every == 0 or last:
-                    callback.call(done)
+            for callback in called:
+                callback.call(done)
         return rows
 
 

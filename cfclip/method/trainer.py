@@ -109,19 +109,19 @@ def losses_together(units: Sequence[Unit], batches: Sequence[Batch]) -> list[dic
         return [k for k, unit in enumerate(units) if getattr(unit.config, name)]
 
     identity, perceptual = {}, {}
-    if asked := asking("lambda_id"):
-        found = together(networks.domain.identity, [pictures[k] for k in asked])
-        source = [units[k].sources.identity[batches[k].index] for k in asked]
-        identity = dict(zip(asked, zip(found, source, strict=True), strict=True))
-    if asked := asking("lambda_perc"):
+    if those := asking("lambda_id"):
+        found = together(networks.domain.identity, [pictures[k] for k in those])
+        source = [units[k].sources.identity[batches[k].index] for k in those]
+        identity = dict(zip(those, zip(found, source, strict=True), strict=True))
+    if those := asking("lambda_perc"):
         judge = networks.domain.perceptual
-        found = together(judge, [pictures[k] for k in asked])
-        if all(units[k].sources.perceptual is not None for k in asked):
-            source = [units[k].sources.perceptual[batches[k].index] for k in asked]
+        found = together(judge, [pictures[k] for k in those])
+        if all(units[k].sources.perceptual is not None for k in those):
+            source = [units[k].sources.perceptual[batches[k].index] for k in those]
         else:
             with torch.no_grad():
-                source = together(lambda w: judge(networks.synthesise(w)), [edits[k].w for k in asked])
-        perceptual = dict(zip(asked, zip(found, source, strict=True), strict=True))
+                source = together(lambda w: judge(networks.synthesise(w)), [edits[k].w for k in those])
+        perceptual = dict(zip(those, zip(found, source, strict=True), strict=True))
     return [
         unit.terms(batch, edit, Seen(views[k], identity.get(k, ()), perceptual.get(k, ())))
         for k, (unit, batch, edit) in enumerate(zip(units, batches, edits, strict=True))
@@ -391,7 +391,11 @@ def train_mapper(
     ``progress``, ``callbacks``, ``checkpoint_every``. If ``trainer`` trains something other than a
     :class:`Mapper`, the caller has to save it. Raises ValueError if ``out`` holds another run.
     """
-    return driven(mapper_loop(domain, config, out, method, start, trainer, **loop))
+    run, rows = driven(mapper_loop(domain, config, out, method, start, trainer, **loop))
+    if out is not None and isinstance(run.mapper, Mapper):
+        card = {"method": method, "domain": domain.name, "training": flat(run.config)}
+        save_mapper(run.mapper, f"{out}/mapper.safetensors", **card)
+    return run.mapper, rows
 
 
 def driven(loop: Loop) -> Any:
@@ -413,7 +417,10 @@ def mapper_loop(
     networks: Networks | None = None,
     **loop: Any,
 ) -> Loop:
-    """:func:`train_mapper` as a generator: it yields its trainer, then a :class:`.Request` for each step."""
+    """The training of :func:`train_mapper` as a generator, which does not save the mapper.
+
+    It yields the trainer, then a :class:`.Request` for each step. Returns the trainer and the logged rows.
+    """
     check_networks(domain, config)  # first: no folder should record a run that cannot start
     what_it_is = {"method": method, **domain.described}
     if start is not None:
@@ -426,10 +433,7 @@ def mapper_loop(
     loop |= {"out": out, "run": described(config, **what_it_is)}
     state = {"mapper": run.mapper, "optimizer": run.optimizer}
     rows = yield from looped(config.steps, state=state, seed=config.seed, **loop)
-    mapper = run.mapper.eval().requires_grad_(False)
-    if isinstance(mapper, WordMapper):
+    run.mapper.eval().requires_grad_(False)
+    if isinstance(run.mapper, WordMapper):
         run.silence()
-    if out is not None and isinstance(mapper, Mapper):
-        card = {"method": method, "domain": domain.name, "training": flat(config)}
-        save_mapper(mapper, f"{out}/mapper.safetensors", **card)
-    return mapper, rows
+    return run, rows

@@ -245,8 +245,8 @@ class Patches(nn.Conv2d):
 
     @classmethod
     def of(cls, conv: nn.Conv2d) -> nn.Conv2d:
-        """``conv`` as :class:`Patches`; ``conv`` itself if its stride, padding or groups do not allow it."""
-        if conv.kernel_size != conv.stride or any(conv.padding) or conv.groups != 1:
+        """``conv`` as :class:`Patches`; ``conv`` itself if it is not such a convolution."""
+        if conv.kernel_size != conv.stride or any(conv.padding) or conv.groups > 1 or max(conv.dilation) > 1:
             return conv
         sizes = conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride
         patches = cls(*sizes, bias=conv.bias is not None, device="meta")

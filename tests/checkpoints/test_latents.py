@@ -54,6 +54,13 @@ def test_one_pictures_code_is_one_picture(suffix, g, tmp_path):
         assert torch.equal(loaded, same.expand(-1, L, -1))
 
 
+@pytest.mark.parametrize("codes", [torch.zeros(2, L, D), [torch.zeros(L, D)] * 2])
+def test_a_picture_with_several_codes_is_refused(codes, g, tmp_path):
+    torch.save({"a.png": codes, "b.png": torch.zeros(L, D)}, tmp_path / "codes.pt")
+    with pytest.raises(WeightsError, match=r"its a\.png has 2 codes, but one a picture is needed"):
+        load_latents(tmp_path / "codes.pt", g)
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 21])
 def test_codes_of_w_of_any_other_number_stay_codes_of_w(n, g, tmp_path):
     w = torch.randn(n, D)
@@ -125,7 +132,7 @@ def test_what_is_not_one_code_a_picture_is_named(g, tmp_path):
         (r"a dict of nothing, but latents", {}),
         (r"a list, but latents", []),
         (r"64 times larger than the file", [torch.zeros(18, 64)] * 500),
-        (r"64 times larger than the file", [torch.zeros(1, 18, 64).expand(64, 18, 64)] * 9),
+        (r"64 times larger than the file", [torch.zeros(1, 1, 1152).expand(1, 64, 1152)] * 9),
     ):
         with pytest.raises(WeightsError, match=message):
             load_latents(write_torch(tmp_path, tree), g)

@@ -36,6 +36,8 @@ def test_clip_is_read_from_open_clips_files(toon_clip, tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
     with pytest.raises(WeightsError, match=r"clip\.safetensors.*it is not a ViT-B-32-quickgelu"):
         load_openai_clip(tmp_path / "clip.safetensors")
+    with pytest.raises(WeightsError, match=r"no model 'ViT-B-33'; OpenAI's are ViT-B-"):
+        load_openai_clip(tmp_path / "clip.safetensors", "ViT-B-33")
 
 
 def test_the_papers_clip_has_quick_gelu():

@@ -125,6 +125,10 @@ def test_a_checksum_that_is_not_documented_is_recorded_and_must_stay(server, con
     server.files["g.pkl"] = content
     (row,) = fetch(folder)
     assert row.status == "unverified" and (folder / "g.pkl.bad").read_bytes() == other
+    (folder / "g.pkl").write_bytes(other[:100])
+    (row,) = fetch(folder)
+    assert row.status == "unverified" and (folder / "g.pkl.bad").read_bytes() == other
+    assert (folder / "g.pkl.bad1").read_bytes() == other[:100], "no user's file is overwritten"
     (folder / "checksums.json").write_text("[", encoding="utf-8")
     with pytest.raises(WeightsError, match=r"checksums\.json is damaged"):
         sources.check("test", folder)

@@ -182,6 +182,7 @@ def test_a_row_has_all_columns_that_the_domain_allows(method, domain):
         ("red lipstick", "in the domain"),
         ("blonde hair", "in the domain"),
         ("face", "null edit"),
+        (" Face", "null edit"),
         ("a happy face", "other"),
     ],
 )

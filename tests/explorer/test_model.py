@@ -22,10 +22,11 @@ from panels import PROMPTS, TRAINING, domain_folder, started, write_mapper
 from PIL import Image
 from safetensors.torch import save_file
 
-from cfclip.baselines.library import scan
+from cfclip.baselines.library import committed, scan
 from cfclip.checkpoints.mappers import load_mapper
-from cfclip.domains import DOMAINS
-from cfclip.explorer import frames, model
+from cfclip.domains import DOMAINS, load_domain
+from cfclip.evaluation.confidence import predicted_success
+from cfclip.explorer import choices, frames, model, photos
 from cfclip.explorer.frames import SHOWS, edit_label, strip
 from cfclip.explorer.model import HISTORY_LENGTH, MERGE_SECONDS, Explorer
 from cfclip.explorer.recipe import MAX_SEED, Recipe, draw_faces, render
@@ -745,6 +746,22 @@ def test_each_finished_picture_is_shown_and_never_an_older_one_after_a_newer(exp
     while_moving = len(seen)
     check(explorer)
     assert while_moving >= 4 and seen == sorted(seen) and seen[-1] == 1.49
+
+
+def test_the_success_shown_is_that_of_the_mapper_that_edits():
+    domain = load_domain("toonfaces")
+    for prompt, one in committed(domain).items():
+        assert predicted_success(domain, prompt) is not None, "the domain's own mapper is known, too"
+        assert choices.success_of(domain, [], prompt) == one.success
+        assert choices.working(domain, [])[one.prompt] == one.success
+
+
+def test_a_damaged_detector_leaves_the_points_to_the_user(domain, monkeypatch):
+    def damaged():
+        raise ValueError("not the documented file")
+
+    monkeypatch.setattr(photos, "detector_file", damaged)
+    assert photos.asks_for_points(replace(domain, truth=None)) and not photos.asks_for_points(domain)
 
 
 def test_suggestions_are_the_prompts_that_work_with_their_measured_success(many, tmp_path):

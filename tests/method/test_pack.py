@@ -183,9 +183,9 @@ def test_numbers_that_are_not_finite_stay_in_their_member(domain, monkeypatch):
     *good, wrong = run_together([first, last, poisoned(bad)], progress=False)
     assert sizes == [3, 2], "the failed member leaves the stack"
     assert isinstance(wrong, ValueError) and "is nan after step 1 of 3" in str(wrong)
-    for (mapper, _), config in zip(good, (configs[0], configs[2]), strict=True):
+    for (run, _), config in zip(good, (configs[0], configs[2]), strict=True):
         alone, _ = train_mapper(domain, config, progress=False)
-        for x, y in zip(mapper.parameters(), alone.parameters(), strict=True):
+        for x, y in zip(run.mapper.parameters(), alone.parameters(), strict=True):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 

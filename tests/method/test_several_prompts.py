@@ -181,7 +181,10 @@ def test_a_sentence_that_cannot_be_read_is_refused_as_a_whole(prompt, domain):
     mapper = MapperTrainer(domain, configured(text="tokens")).mapper
     with pytest.raises(ValueError, match="prompt"):
         domain.edited(domain.latents(1), prompt, mapper)
-    assert torch.equal(domain.edited(w := domain.latents(1), "and, with", mapper), w)
+    w = domain.latents(1)
+    assert torch.equal(domain.edited(w, "and, with", mapper), w)
+    with pytest.raises(ValueError, match="has no mapper of its own"):
+        dataclasses.replace(domain, mapper=None).edited(w, "blue hair")
 
 
 def test_a_prompt_is_trained_on_faces_where_it_asks_for_something(domain, some_have):
