@@ -128,9 +128,9 @@ def test_a_training_of_ones_own_begins_with_the_worlds_recipe():
     recipe = load_preset(NOTEBOOKS / "presets" / "toonfaces.yaml")["settings"]
     assert parameters_of("02_training")["settings"] == recipe
     others = parameters_of("00b_method")["settings"], parameters_of("05_explorer")["refine"]["cfclip"]
-    for name in ("steps", "lr", "lambda_l2", "lambda_perc", "train_strength", "levels"):
+    for name in ("steps", "lr", "lambda_l2", "lambda_perc", "perc_limit", "train_strength", "levels"):
         assert [one[name] for one in others] == [recipe[name]] * 2, name  # they have fewer pictures only
-    assert ablation.ROWS["pixels held"].items() <= recipe.items()
+    assert ablation.ROWS["pixels held, to a limit"].items() <= recipe.items()
 
 
 def test_papermill_sees_the_parameters():
