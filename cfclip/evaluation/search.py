@@ -29,7 +29,8 @@ def trials(table: pd.DataFrame, group_of: Callable[[str], str]) -> pd.DataFrame:
     largest tried, so that better ones may lie beyond, or "". A smallest value of 0 is not an edge.
     """
     tried = {
-        name: [*{str(one): one for one in rows.settings}.values()] for name, rows in table.groupby("method")
+        name: [*{str(sorted(one.items())): one for one in rows.settings}.values()]
+        for name, rows in table.groupby("method")
     }
     varied = {method: _varied(settings) for method, settings in tried.items()}
 
