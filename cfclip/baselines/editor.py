@@ -1,5 +1,6 @@
 """The interface of all methods: an editor turns codes into edited pictures."""
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,9 +48,13 @@ class Editor:
         """The constructor's arguments of ``module``."""
         return {}
 
-    def save(self, out: str | os.PathLike) -> Path:
-        """Write the editor into the folder ``out``, for :func:`cfclip.baselines.load_editor`."""
+    def save(self, out: str | os.PathLike, success: float = math.nan) -> Path:
+        """Write the editor into the folder ``out``, for :func:`cfclip.baselines.load_editor`.
+
+        success: the share of held-out faces on which it succeeds, which the explorer shows; NaN: unknown.
+        """
         card = {"method": self.method, "domain": self.domain.name, "training": flat(self.config)}
+        card |= {} if math.isnan(success) else {"success": float(success)}
         path = Path(out) / f"{self.KIND}.safetensors"
         return weights.save(self.module, path, self.KIND, self.sizes, self.STORE_AS, **card)
 

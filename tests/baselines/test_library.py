@@ -1,13 +1,22 @@
 """The library of trained editors: found by headers, opened once."""
 
 import dataclasses
+import math
 from functools import partial
 
 import pytest
 import torch
 
 from cfclip import latents
-from cfclip.baselines.library import committed, find_editors, load_editor, mapper_for, open_mapper, scan
+from cfclip.baselines.library import (
+    committed,
+    find_editors,
+    load_editor,
+    mapper_for,
+    open_mapper,
+    read_trained,
+    scan,
+)
 from cfclip.baselines.methods import fit, settings
 from cfclip.checkpoints import weights
 from cfclip.checkpoints.mappers import save_mapper
@@ -79,6 +88,12 @@ def test_a_committed_mapper_comes_before_the_one_of_any_prompt():
     assert mapper_for(domain, "blue hair") is domain.mapper
     with pytest.raises(ValueError, match="no mapper for 'blue hair', only for 'green lipstick'"):
         mapper_for(dataclasses.replace(domain, mapper=None), "blue hair")
+
+
+@pytest.mark.parametrize(("success", "read"), [(math.nan, None), (0.0, 0.0), (0.75, 0.75)])
+def test_a_measured_success_is_in_the_file(success, read, domain, tmp_path):
+    path = quick("nada", domain).save(tmp_path, success)
+    assert read_trained(path).success == read
 
 
 def test_folders_that_hold_no_editor(domain, tmp_path):
