@@ -24,11 +24,11 @@ RULE = (
     "between two methods at the same seed and the same counterfactual prompt of words that CLIP has seen "
     "together. Prompts and seeds are both samples (two-way random effects model); the interval of the mean "
     "difference is 95 %. A claim holds, or does not hold, if its p-value, adjusted by Holm for all claims, "
-    "is below 0.05; else there is no difference if all of the interval is within "
-    f"± {100 * MATTERS:g} points; else it is undecided. Where there is nothing to compare, it cannot be "
-    "tested here. No verdict is made of the other two differences: clean, that of clean success at each "
-    "training's best strength, says what the area does not, the leakage; unseen, that of the area with words "
-    "that CLIP never saw together, depends on what CLIP makes of them."
+    "is below 0.05. Otherwise there is no difference if all of the interval is within "
+    f"± {100 * MATTERS:g} points, and if it is not, the claim is undecided. Without runs to compare, it "
+    "cannot be tested here. Two more differences have no verdict. clean: of clean success at each training's "
+    "best strength; it also reflects leakage, which the area ignores. unseen: of the area on words that CLIP "
+    "never saw together, which depends on what CLIP makes of them."
 )
 
 
@@ -138,9 +138,11 @@ def figure(judged: pd.DataFrame) -> Figure:
         bar = {"xerr": 0 if np.isnan(line.half) else 100 * line.half, "capsize": 2}
         style = {"marker": "o", "markersize": 4, "color": COLOURS[line.verdict]}
         axis.errorbar(100 * line.difference, line.claim, **bar, **style)
-    axis.set_xlabel("difference of the area under success over identity, points")
+    axis.set_ylim(-0.7, len(shown) - 0.3)
+    axis.set_xlabel("difference of the area under success over identity, points; grey: too small to matter")
     axis.tick_params(labelsize=8)
     sns.despine(ax=axis)
-    dots: list[Any] = [plt.Line2D([], [], color=one, marker="o", label=name) for name, one in COLOURS.items()]
+    used = {name: one for name, one in COLOURS.items() if name in set(shown.verdict)}
+    dots: list[Any] = [plt.Line2D([], [], color=one, marker="o", label=name) for name, one in used.items()]
     drawn.legend(handles=dots, loc="outside lower center", ncols=4, frameon=False)
     return drawn

@@ -11,18 +11,22 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
+from matplotlib.colors import CSS4_COLORS
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from cfclip.baselines.library import load_editor
 from cfclip.baselines.methods import METHODS
 from cfclip.domain import GROUPS, Domain
+from cfclip.evaluation.frames import FRAMES
 from cfclip.evaluation.metrics import MAIN, PERCENT
 from cfclip.evaluation.stats import crossed, interval
-from cfclip.evaluation.tables import columns_of, differences, label, whole_curve
+from cfclip.evaluation.tables import LOWEST_IDENTITY, columns_of, differences, label, whole_curve
 from cfclip.files import atomic_write
 from cfclip.images import to_uint8
 
+ON_WHITE = {"white": "0.8", "grey": "0.5", "yellow": "gold", "cyan": "darkturquoise", "blonde": "goldenrod"}
+"""Colours of prompts that are drawn in another shade, to be seen on white."""
 ABLATED = ("area", "clean", "leakage", "identity")
 """The metrics that the ablation's figure shows."""
 MARKERS = "oXsPD^v*"
@@ -209,9 +213,12 @@ def strength_curves(table: pd.DataFrame) -> Figure:
     several = table.groupby("strength").count().gt(0).sum().gt(1)  # measured at more than one strength
     names = [name for name in names if several.get(name, False)]
     figure, axes = panels(1, len(names), (2.3 * len(names), 2.6))
+    styles = prompt_styles(table.prompt.unique())
+    look: dict[str, Any] = {"x": "strength", "hue": "prompt", "style": "prompt", "dashes": False, "seed": 0}
+    look["palette"] = {prompt: style["color"] for prompt, style in styles.items()}
+    look["markers"] = {prompt: style["marker"] for prompt, style in styles.items()}
     for axis, name in zip(axes[0], names, strict=True):
-        first = axis is axes[0, 0]
-        sns.lineplot(table, x="strength", y=name, hue="prompt", marker="o", ax=axis, legend=first, seed=0)
+        sns.lineplot(table, y=name, ax=axis, legend=axis is axes[0, 0], **look)
         axis.set(title=name.removesuffix("_after").replace("_", " "), ylabel="")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     axes[0, 0].get_legend().remove()
@@ -224,10 +231,22 @@ def leakage_matrix(table: pd.DataFrame) -> Figure:
     figure, axes = panels(1, 1, (0.75 * len(table.columns) + 2, 0.45 * len(table) + 1.2))
     axis = axes[0, 0]
     look = {"cmap": "rocket_r", "linewidths": 0.5, "cbar_kws": {"label": "1 = two random faces"}}
-    sns.heatmap(table, annot=True, fmt=".2f", vmin=0, vmax=1, ax=axis, **look)
+    sns.heatmap(table, annot=True, fmt=".2f", vmin=0, vmax=max(0.5, table.max(axis=None)), ax=axis, **look)
     parts = [text.get_text().replace("_", " ") for text in axis.get_xticklabels()]
     axis.set_xticklabels(parts, rotation=40, ha="right")
     return figure
+
+
+def prompt_styles(prompts: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """prompt -> the colour that it names, if any, and a marker, the same for prompts that name one part."""
+    rests = {prompt: [word for word in prompt.split() if word not in CSS4_COLORS] for prompt in prompts}
+    parts = list(dict.fromkeys(" ".join(rest) for rest in rests.values()))
+    styles = {}
+    for i, (prompt, rest) in enumerate(rests.items()):
+        named = next((word for word in prompt.split() if word in CSS4_COLORS), f"C{i % 10}")
+        marker = MARKERS[parts.index(" ".join(rest)) % len(MARKERS)]
+        styles[prompt] = {"color": ON_WHITE.get(named, named), "marker": marker}
+    return styles
 
 
 # ---- a sweep: tables of cfclip.evaluation.tables.trainings ----
@@ -236,7 +255,7 @@ def leakage_matrix(table: pd.DataFrame) -> Figure:
 def tradeoff(each: pd.DataFrame) -> Figure:
     """Success against identity, one panel per group: a line per method, with a point per strength.
 
-    Each line begins at the source (strength 0).
+    Each line begins at the source (strength 0). Only the identities over which the area is taken are shown.
     """
     defined = set(each.group[each.success_after.notna()])
     groups = [group for group in each.group.cat.categories if group in defined]
@@ -249,7 +268,7 @@ def tradeoff(each: pd.DataFrame) -> Figure:
             if len(means):
                 axis.plot(*whole_curve(means), markersize=5, linewidth=1.2, **style)
         axis.set(title=group, xlabel="identity", ylabel="success")
-    axes[0, 0].invert_xaxis()  # so that strength grows to the right
+    axes[0, 0].set_xlim(1.01, LOWEST_IDENTITY)  # strength grows to the right
     return _with_legend(figure, each)
 
 
@@ -267,9 +286,7 @@ def ablation_figure(best: pd.DataFrame) -> Figure:
     """
     first, *rows = best.method.cat.remove_unused_categories().cat.categories
     names = ablated(best)
-    prompts = best.prompt.unique()
-    colours = sns.color_palette("tab10" if len(prompts) <= 10 else "husl", len(prompts))
-    prompts = dict(zip(prompts, colours, strict=True))
+    styles = prompt_styles(best.prompt.unique())
     figure, axes = panels(1, len(names), (2.6 * len(names) + 1.5, 1.5 + 0.45 * len(rows)), sharey=True)
     for axis, name in zip(axes[0], names, strict=True):
         scale = 100 if name in PERCENT else 1
@@ -280,7 +297,7 @@ def ablation_figure(best: pd.DataFrame) -> Figure:
                 continue
             for prompt, values in table.iterrows():
                 heights = [at - 0.15] * len(values)
-                axis.plot(values, heights, "o", color=prompts[prompt], markersize=4, alpha=0.7)
+                axis.plot(values, heights, linestyle="", markersize=4, alpha=0.7, **styles[prompt])
             over = crossed(table)
             half = 0 if np.isnan(over.error) else over.half
             axis.errorbar(over.mean, at + 0.15, xerr=half, marker="D", color="black", markersize=4, capsize=3)
@@ -288,7 +305,7 @@ def ablation_figure(best: pd.DataFrame) -> Figure:
         axis.set_yticks(range(len(rows)), rows)
         axis.set_ylim(max(len(rows), 1) - 0.5, -0.5)
     figure.suptitle(f"difference from {first}", fontsize=11)
-    dots = [plt.Line2D([], [], marker="o", linestyle="", color=c, label=name) for name, c in prompts.items()]
+    dots = [plt.Line2D([], [], linestyle="", label=name, **style) for name, style in styles.items()]
     figure.legend(handles=dots, loc="outside lower center", ncols=4, frameon=False)
     return figure
 
@@ -310,9 +327,10 @@ def guides_figure(best: pd.DataFrame) -> Figure:
 
 
 def _styles(each: pd.DataFrame) -> dict[str, dict[str, str]]:
-    """method -> its colour and marker."""
-    methods = enumerate(each.method.cat.categories)
-    return {name: {"color": f"C{i}", "marker": MARKERS[i % len(MARKERS)]} for i, name in methods}
+    """method -> its colour and marker, the same in every figure."""
+    known = [*METHODS, *FRAMES]
+    places = {name: known.index(name) for name in each.method.cat.categories}
+    return {name: {"color": f"C{i}", "marker": MARKERS[i % len(MARKERS)]} for name, i in places.items()}
 
 
 def _with_legend(figure: Figure, each: pd.DataFrame) -> Figure:

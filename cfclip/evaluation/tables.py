@@ -269,7 +269,7 @@ def variant(settings: Mapping[str, Any]) -> str:
 
 
 def budget(table: pd.DataFrame, records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """What each method was given and how long it took: runs, steps, pictures, seeds, seconds per run."""
+    """What each method was given, settings and pictures, and how long a run took in seconds."""
     seconds = {record["run"]: record["seconds"] for record in records}
     method = table.method.fillna("ablation") if "method" in table else "ablation"
     rows = []
@@ -279,7 +279,10 @@ def budget(table: pd.DataFrame, records: Sequence[Mapping[str, Any]]) -> pd.Data
         rows.append({
             "method": name,
             "runs": len(runs),
-            "steps": _listed(settings.get("steps") for settings in given),
+            **{
+                key: _listed(settings.get(key) for settings in given)
+                for key in ("steps", "lr", "lambda_perc")
+            },
             "pictures": _listed(runs.n),
             "seeds": _listed(pictures.seed),
             "seconds a run": f"{runs.run.map(seconds).mean():.0f}",

@@ -467,7 +467,7 @@ def test_a_sweep_from_end_to_end(tmp_path):
 
 
 def test_the_budget_is_what_a_run_really_took():
-    runs = [("cfclip", 0, {}), ("cfclip", 1, {}), ("nada", 0, {"steps": 9}), ("styleclip-global", 0, {})]
+    runs = [("cfclip", 0, {}), ("cfclip", 1, {}), ("nada", 0, {"steps": 9, "lr": 0.5}), ("styleclip-global", 0, {})]
     seconds = (10, 30, 5, 1)
     table = pd.DataFrame([
         {"run": run, "method": method, "steps": 700, "n": 4, "seed": seed, "settings": given}
@@ -475,7 +475,7 @@ def test_the_budget_is_what_a_run_really_took():
     ])
     budget = tables.budget(table, [{"run": run, "seconds": one} for run, one in enumerate(seconds)])
     assert budget.drop(columns="pictures").to_numpy().tolist() == [
-        ["cfclip", 2, "–", "0, 1", "20"],
-        ["nada", 1, "9", "0", "5"],
-        ["styleclip-global", 1, "–", "0", "1"],
+        ["cfclip", 2, "–", "–", "–", "0, 1", "20"],
+        ["nada", 1, "9", "0.5", "–", "0", "5"],
+        ["styleclip-global", 1, "–", "–", "–", "0", "1"],
     ]
