@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from cfclip.evaluation.figures import label, panels
+from cfclip.evaluation.figures import label, panels, prompt_styles
 from cfclip.evaluation.stats import crossed
 from cfclip.evaluation.tables import headline, trainings
 
@@ -99,7 +99,7 @@ def _is_number(value: Any) -> bool:
 
 
 def figure(tried: pd.DataFrame) -> Figure:
-    """The mean of each of :func:`trials`, red if it was chosen, and the area of each prompt."""
+    """The area of each prompt in each of :func:`trials`, and their mean if it is ranked, red if chosen."""
     method = tried.trial.str.split(":").str[0]
     prompts = [name for name in tried if name not in ("trial", "mean", "half", "edge", "chosen")]
     sizes = method.value_counts(sort=False)
@@ -108,9 +108,11 @@ def figure(tried: pd.DataFrame) -> Figure:
     for axis, name in zip(axes[:, 0], sizes.index, strict=True):
         rows = tried[method == name].iloc[::-1]
         settings = rows.trial.str.removeprefix(f"{name}: ")
-        for k, prompt in enumerate(prompts):
-            axis.plot(rows[prompt], settings, "|", color=f"C{k}", markersize=7, label=prompt)
-        axis.scatter(rows["mean"], settings, 20, rows.chosen.map({True: "C3", False: "0.5"}), zorder=3)
+        for prompt, style in prompt_styles(prompts).items():
+            axis.plot(rows[prompt], settings, linestyle="", markersize=4, label=prompt, **style)
+        for chosen, colour, what in ((False, "0.5", "mean"), (True, "C3", "mean of the chosen trial")):
+            x = rows["mean"].where(rows.chosen == chosen)
+            axis.scatter(x, settings, 110, colour, marker="|", linewidths=2.5, zorder=3, label=what)
         axis.set_title(name, fontsize=9, loc="left")
         axis.tick_params(labelsize=7)
         axis.margins(y=0.12)

@@ -467,7 +467,12 @@ def test_a_sweep_from_end_to_end(tmp_path):
 
 
 def test_the_budget_is_what_a_run_really_took():
-    runs = [("cfclip", 0, {}), ("cfclip", 1, {}), ("nada", 0, {"steps": 9, "lr": 0.5}), ("styleclip-global", 0, {})]
+    runs = [
+        ("cfclip", 0, {}),
+        ("cfclip", 1, {}),
+        ("nada", 0, {"steps": 9, "lr": 0.5}),
+        ("styleclip-global", 0, {}),
+    ]
     seconds = (10, 30, 5, 1)
     table = pd.DataFrame([
         {"run": run, "method": method, "steps": 700, "n": 4, "seed": seed, "settings": given}
