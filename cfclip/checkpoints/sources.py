@@ -135,7 +135,7 @@ SOURCES = (
     _openai(
         "ViT-B-16",
         "held-out clip",
-        "OpenAI's CLIP ViT-B/16 (351 MB), only to judge edits; beside ViT-L/14 the second guide",
+        "OpenAI's CLIP ViT-B/16 (351 MB), to judge edits; the second guide if ViT-L/14 is here",
         required=False,
     ),
     _openai(
