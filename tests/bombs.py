@@ -333,6 +333,13 @@ def _() -> bytes:
 @bomb("repeated_codes.pt", "load_latents", "times larger than the file")
 def _() -> bytes:
     return torch_zip(
+        program(storage(50_000), b"(" + tensor((1, 3200, 1000), (0, 15, 1)) * 400 + b"l"), s0=zeros(50_000)
+    )
+
+
+@bomb("repeated_pictures.pt", "load_latents", "one a picture is needed")
+def _() -> bytes:
+    return torch_zip(
         program(storage(50_000), b"(" + tensor((64, 50, 1000), (0, 1000, 1)) * 400 + b"l"), s0=zeros(50_000)
     )
 
