@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from cfclip.evaluation.figures import label, panels, prompt_styles
 from cfclip.evaluation.stats import crossed
@@ -15,8 +16,10 @@ TIE = 0.01
 """Trials whose areas differ by less than a point are equally good."""
 RULE = (
     "Rule: trials whose mean is within a point of their method's best one are equally good, and the one in "
-    "their middle is chosen: beside it the settings may vary, while one at the rim may fail on other prompts."
+    "their middle is chosen: its neighbours are as good, while one at the rim may fail on other prompts."
 )
+MEANS = {True: "C3", False: "0.5"}
+"""Is a trial chosen? -> the colour of its mean."""
 
 
 def trials(table: pd.DataFrame, group_of: Callable[[str], str]) -> pd.DataFrame:
@@ -110,12 +113,17 @@ def figure(tried: pd.DataFrame) -> Figure:
         settings = rows.trial.str.removeprefix(f"{name}: ")
         for prompt, style in prompt_styles(prompts).items():
             axis.plot(rows[prompt], settings, linestyle="", markersize=4, label=prompt, **style)
-        for chosen, colour, what in ((False, "0.5", "mean"), (True, "C3", "mean of the chosen trial")):
-            x = rows["mean"].where(rows.chosen == chosen)
-            axis.scatter(x, settings, 110, colour, marker="|", linewidths=2.5, zorder=3, label=what)
+        axis.scatter(
+            rows["mean"], settings, 110, rows.chosen.map(MEANS), marker="|", linewidths=2.5, zorder=3
+        )
         axis.set_title(name, fontsize=9, loc="left")
         axis.tick_params(labelsize=7)
         axis.margins(y=0.12)
     axes[-1, 0].set_xlabel(label("area").replace(" %", ""))
-    drawn.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    means = {"mean": MEANS[False], "mean of the chosen trial": MEANS[True]}
+    bars = [
+        Line2D([], [], color=c, marker="|", ms=10, mew=2.5, ls="", label=what) for what, c in means.items()
+    ]
+    handles = [*axes[0, 0].get_legend_handles_labels()[0], *bars]
+    drawn.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     return drawn
