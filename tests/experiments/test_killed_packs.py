@@ -17,7 +17,7 @@ from cfclip.experiments import gather, load_spec, packs, sweep
 from cfclip.experiments.runs import KERNEL_ENVIRONMENT
 from cfclip.method.loop import load_checkpoint
 
-SETTINGS = {"steps": 60, "batch": 1, "train_latents": 2, "num_views": 1, "lr": 0.05}
+SETTINGS = {"steps": 80, "batch": 1, "train_latents": 2, "num_views": 1, "lr": 0.05}
 """Small steps, because a difference of rounding grows with every one."""
 KILLED = {
     "notebook": "02_training",
