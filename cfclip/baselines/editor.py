@@ -1,6 +1,5 @@
 """The interface of all methods: an editor turns codes into edited pictures."""
 
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from cfclip.checkpoints import weights
 from cfclip.domain import Domain
-from cfclip.method.config import flat
+from cfclip.method.config import card_of
 from cfclip.method.loop import Loop
 from cfclip.models.stylegan2 import Generator
 from cfclip.settings import Settings
@@ -48,13 +47,12 @@ class Editor:
         """The constructor's arguments of ``module``."""
         return {}
 
-    def save(self, out: str | os.PathLike, success: float = math.nan) -> Path:
+    def save(self, out: str | os.PathLike, success: float | None = None) -> Path:
         """Write the editor into the folder ``out``, for :func:`cfclip.baselines.load_editor`.
 
-        success: the share of held-out faces on which it succeeds, which the explorer shows; NaN: unknown.
+        success: as for :func:`.card_of`; the explorer shows it.
         """
-        card = {"method": self.method, "domain": self.domain.name, "training": flat(self.config)}
-        card |= {} if math.isnan(success) else {"success": float(success)}
+        card = card_of(self.method, self.domain.name, self.config, success)
         path = Path(out) / f"{self.KIND}.safetensors"
         return weights.save(self.module, path, self.KIND, self.sizes, self.STORE_AS, **card)
 

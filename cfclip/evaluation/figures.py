@@ -25,7 +25,7 @@ from cfclip.evaluation.tables import LOWEST_IDENTITY, columns_of, differences, l
 from cfclip.files import atomic_write
 from cfclip.images import to_uint8
 
-ON_WHITE = {"white": "0.8", "grey": "0.5", "yellow": "gold", "cyan": "darkturquoise", "blonde": "goldenrod"}
+ON_WHITE = {"white": "0.8", "grey": "0.5", "yellow": "gold", "cyan": "darkturquoise"}
 """Colours of prompts that are drawn in another shade, to be seen on white."""
 ABLATED = ("area", "clean", "leakage", "identity")
 """The metrics that the ablation's figure shows."""
@@ -239,12 +239,12 @@ def leakage_matrix(table: pd.DataFrame) -> Figure:
 
 def prompt_styles(prompts: Sequence[str]) -> dict[str, dict[str, Any]]:
     """prompt -> the colour that it names, if any, and a marker, the same for prompts that name one part."""
-    rests = {prompt: [word for word in prompt.split() if word not in CSS4_COLORS] for prompt in prompts}
-    parts = list(dict.fromkeys(" ".join(rest) for rest in rests.values()))
-    styles = {}
-    for i, (prompt, rest) in enumerate(rests.items()):
-        named = next((word for word in prompt.split() if word in CSS4_COLORS), f"C{i % 10}")
-        marker = MARKERS[parts.index(" ".join(rest)) % len(MARKERS)]
+    styles, parts = {}, {}
+    for i, prompt in enumerate(prompts):
+        words = prompt.split()
+        named = next((word for word in words if word in CSS4_COLORS), f"C{i % 10}")
+        part = " ".join(word for word in words if word not in CSS4_COLORS)
+        marker = MARKERS[parts.setdefault(part, len(parts)) % len(MARKERS)]
         styles[prompt] = {"color": ON_WHITE.get(named, named), "marker": marker}
     return styles
 

@@ -8,9 +8,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from cfclip.evaluation.figures import label, panels, prompt_styles
+from cfclip.evaluation.figures import panels, prompt_styles
 from cfclip.evaluation.stats import crossed
-from cfclip.evaluation.tables import headline, trainings
+from cfclip.evaluation.tables import headline, label, trainings
 
 TIE = 0.01
 """Trials whose areas differ by less than a point are equally good."""

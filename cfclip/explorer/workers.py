@@ -23,7 +23,7 @@ from cfclip.explorer.advice import in_words
 from cfclip.explorer.recipe import Faces, Recipe, brief
 from cfclip.files import first_bytes, slug, writable
 from cfclip.images import to_uint8
-from cfclip.method.config import flat
+from cfclip.method.config import card_of
 from cfclip.method.loop import Callback, begin_run, run_loop
 from cfclip.method.trainer import MapperTrainer, mapper_sizes
 from cfclip.models.mapper import Mapper, WordMapper
@@ -280,7 +280,6 @@ class Training:
         return f"step {self.step} of {self.config.steps} · {left} left at most · {loss}"
 
     def _save(self, one: Snapshot) -> None:
-        card = {"method": self.method, "domain": self.domain.name, "training": flat(self.config)}
-        card |= {"step": one.step} | ({} if one.success is None else {"success": one.success})
+        card = card_of(self.method, self.domain.name, self.config, one.success) | {"step": one.step}
         mapper = one.mapper.eval().requires_grad_(False)
         self.path = save_mapper(mapper, self.folder / "mapper.safetensors", **card)

@@ -1,5 +1,6 @@
 """The settings of a training. The defaults of :class:`CFCLIPConfig` are the paper's for faces."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, replace
 from typing import Any, ClassVar
@@ -174,6 +175,15 @@ def flat(config: Settings) -> dict[str, Any]:
     if isinstance(objective := values.get("objective"), Settings):
         values |= {"objective": objective.name, **defaults(objective)}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def card_of(method: str, domain: str, config: Settings, success: float | None = None) -> dict[str, Any]:
+    """The card in the file of an editor, see :class:`.Trained`.
+
+    success: the share of held-out faces on which it succeeds; None or NaN if that was not measured.
+    """
+    card = {"method": method, "domain": domain, "training": flat(config)}
+    return card if success is None or math.isnan(success) else card | {"success": float(success)}
 
 
 def with_settings(config: Settings, given: Mapping[str, Any], fixed: tuple[str, ...] = ()) -> Settings:

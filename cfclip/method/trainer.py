@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cfclip.checkpoints.mappers import save_mapper
 from cfclip.domain import Domain, asked, fingerprint, warn_null_edit
-from cfclip.method.config import TrainingConfig, flat
+from cfclip.method.config import TrainingConfig, card_of
 from cfclip.method.loop import Loop, begin_run, described, drive, learning_rate, looped
 from cfclip.method.losses import identity_loss, latent_l2, perceptual_loss
 from cfclip.method.networks import FrozenNetworks, Sources, check_networks
@@ -393,8 +393,7 @@ def train_mapper(
     """
     run, rows = driven(mapper_loop(domain, config, out, method, start, trainer, **loop))
     if out is not None and isinstance(run.mapper, Mapper):
-        card = {"method": method, "domain": domain.name, "training": flat(run.config)}
-        save_mapper(run.mapper, f"{out}/mapper.safetensors", **card)
+        save_mapper(run.mapper, f"{out}/mapper.safetensors", **card_of(method, domain.name, run.config))
     return run.mapper, rows
 
 
